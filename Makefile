@@ -1,0 +1,42 @@
+# Two commands are enough: `make demo` and `make test`. Both set themselves up in .venv.
+#   make demo TORCH_INDEX=URL             torch from another package index (the one with the CPU builds, say)
+#   make demo VENV_FLAGS=--system-site-packages   an installed torch stays (on a machine with a GPU)
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+TORCH_INDEX ?=
+BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-fast test-long check ci clean
+
+demo: $(VENV)/.installed
+	$(BIN)/softprompt demo
+
+test: $(VENV)/.installed
+	$(BIN)/softprompt demo --out build/demo --overwrite
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not gpu"
+
+test-fast: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not medium and not gpu"
+
+test-long: $(VENV)/.installed
+	$(PYTEST) -m slow
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.installed: requirements/dev.txt requirements/torch.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || \
+		$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(BIN)/pip install -q -r requirements/dev.txt
+	$(BIN)/pip install -q --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,78 @@
+"""Prompt tuning on a frozen language model: train, compare, keep and use soft prompts.
+
+Names are imported when they are first used, so that importing the package loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softprompt.base import Base, freeze_base, load_base
+    from softprompt.config import BaseConfig, DataConfig, SamplingConfig, TrainConfig
+    from softprompt.data import read_rows, rows_from_records, rows_from_texts, split_rows
+    from softprompt.engine import Answer, Request, generate
+    from softprompt.errors import SoftpromptError
+    from softprompt.evaluation import Comparison, compare
+    from softprompt.prompt import SoftPrompt
+    from softprompt.storage import Library, load_prompt, save_prompt
+    from softprompt.training import TrainResult, train
+
+_HOME = {
+    "Answer": "engine",
+    "Base": "base",
+    "BaseConfig": "config",
+    "Comparison": "evaluation",
+    "DataConfig": "config",
+    "Library": "storage",
+    "Request": "engine",
+    "SamplingConfig": "config",
+    "SoftPrompt": "prompt",
+    "SoftpromptError": "errors",
+    "TrainConfig": "config",
+    "TrainResult": "training",
+    "compare": "evaluation",
+    "freeze_base": "base",
+    "generate": "engine",
+    "load_base": "base",
+    "load_prompt": "storage",
+    "read_rows": "data",
+    "rows_from_records": "data",
+    "rows_from_texts": "data",
+    "save_prompt": "storage",
+    "split_rows": "data",
+    "train": "training",
+}
+
+__all__ = [
+    "Answer",
+    "Base",
+    "BaseConfig",
+    "Comparison",
+    "DataConfig",
+    "Library",
+    "Request",
+    "SamplingConfig",
+    "SoftPrompt",
+    "SoftpromptError",
+    "TrainConfig",
+    "TrainResult",
+    "compare",
+    "freeze_base",
+    "generate",
+    "load_base",
+    "load_prompt",
+    "read_rows",
+    "rows_from_records",
+    "rows_from_texts",
+    "save_prompt",
+    "split_rows",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:  # Any: whatever the name stands for
+    if name not in _HOME:
+        raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"softprompt.{_HOME[name]}"), name)

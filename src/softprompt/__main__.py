@@ -1,0 +1,5 @@
+"""`python -m softprompt`"""
+
+from softprompt.cli.main import main
+
+main()

@@ -1,0 +1,65 @@
+"""Which device and dtype `auto` means on this machine."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from softprompt.config import Dtype
+from softprompt.errors import ConfigError
+
+_FAST_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first of cuda, mps, cpu that is there. Raises ConfigError for a device that is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not one that torch knows; use auto, cpu, cuda, cuda:N or mps") from error
+    _require_present(device)
+    return device
+
+
+def _require_present(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' is not available on this machine; use cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {str(device)!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device 'mps' is not available on this machine; use cpu or auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device {str(device)!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+
+
+def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where this device is fast at it, else float32; float16 is refused on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise ConfigError("dtype float16 on a CPU loses precision and is slow; use float32 or bfloat16")
+    dtype = getattr(torch, name, None) if name in ("float32", "bfloat16", "float16") else None
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype {name!r} is unknown; use auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """CUDA with native bfloat16, or a CPU with AMX or AVX512-BF16 instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(_FAST_BF16_FLAGS & _cpu_flags())
+
+
+def _cpu_flags() -> set[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or not cpuinfo.exists():
+        return set()
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()

@@ -1,0 +1,92 @@
+"""What a base computes, as a hash that does not depend on how it was loaded.
+
+Hashed: the model type, the number of heads, and for every parameter its name, shape and 64 evenly spaced values rounded
+to bfloat16; the tokenizer's vocabulary, merges and special ids. Values come from memory where the loaded dtype rounds
+to bfloat16 like the checkpoint does (float32, float64, bfloat16), else from the checkpoint (float16: rounding twice
+is not rounding once).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLES_PER_PARAMETER = 64
+_ROUNDS_ALIKE = (torch.float32, torch.float64, torch.bfloat16)
+_SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads")
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | None) -> str:
+    """64 hexadecimal digits; equal for .bin and safetensors, every dtype and device."""
+    digest = hashlib.sha256()
+    digest.update(_canonical({"model_type": model.config.model_type, **_shape_fields(model)}))
+    for name, shape, sample in sorted(_samples(model, folder)):
+        digest.update(_canonical([name, shape, sample]))
+    digest.update(_canonical(_tokenizer_facts(tokenizer)))
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> bytes:  # Any: whatever JSON holds
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _shape_fields(model: PreTrainedModel) -> dict[str, int | None]:
+    text = model.config.get_text_config()
+    return {field: getattr(text, field, None) for field in _SHAPE_FIELDS}
+
+
+def _samples(model: PreTrainedModel, folder: str | None) -> Iterator[tuple[str, list[int], list[float]]]:
+    stored = _Checkpoint(folder, model.base_model_prefix)
+    for name, parameter in model.named_parameters():  # a tied parameter comes once
+        short = _short_name(name, model.base_model_prefix)
+        source = parameter if parameter.dtype in _ROUNDS_ALIKE else stored.find(short, parameter)
+        yield short, list(parameter.shape), _sample(source)
+
+
+def _short_name(name: str, prefix: str) -> str:
+    return name.removeprefix(f"{prefix}.")
+
+
+def _sample(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().reshape(-1)
+    count = min(_SAMPLES_PER_PARAMETER, flat.numel())
+    where = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64).round().long()
+    values: list[float] = flat[where.to(flat.device)].cpu().to(torch.bfloat16).float().tolist()
+    return [round(value, 12) + 0.0 for value in values]  # + 0.0: -0.0 and 0.0 are one
+
+
+class _Checkpoint:
+    """The tensors of a checkpoint folder by their short names, read one at a time."""
+
+    def __init__(self, folder: str | None, prefix: str) -> None:
+        self._prefix = prefix
+        self._files = sorted(Path(folder).glob("*.safetensors")) if folder and Path(folder).is_dir() else []
+
+    def find(self, short: str, otherwise: Tensor) -> Tensor:
+        for file in self._files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                    if _short_name(name, self._prefix) == short:
+                        value: Tensor = tensors.get_tensor(name)
+                        return value
+        return otherwise
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    special = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk")}
+    return {"vocabulary": vocabulary, "merges": _merges(tokenizer), "special": special}
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    return [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges") or ()]

@@ -1,0 +1,173 @@
+"""Load a base from the Hub or a folder, freeze it, and refuse what is not a decoder-only language model.
+
+Loading from the Hub goes through transformers and huggingface_hub (revision pinning, HF_TOKEN, HF_ENDPOINT, offline);
+it is tested on folders and against an HTTP double, never yet on the real Hub.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from softprompt.base.device import resolve_device, resolve_dtype
+from softprompt.base.model import Base
+from softprompt.base.tokens import bos_ids_of, eos_id_of, stop_ids_of
+from softprompt.config import EMBEDDED_BASE, BaseConfig, make_config
+from softprompt.embedded import base_folder
+from softprompt.errors import BaseModelError, ConfigError
+
+UNLIMITED_LENGTH = 2_048  # for families without a limit of their own (ALiBi), unless --max-length says otherwise
+_LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_BIDIRECTIONAL = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
+
+
+def load_base(base: str | BaseConfig, **settings: Any) -> Base:
+    """A frozen base from a Hub id, a folder or `"embedded"`; `settings` are the fields of BaseConfig.
+
+    Raises BaseModelError where there is nothing to load or it is no decoder-only language model, and ConfigError for
+    a dtype, device or length that cannot be had.
+    """
+    config = base if isinstance(base, BaseConfig) else make_config(BaseConfig, {"base": base, **settings})
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    source = _source(config.base)
+    where: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": config.offline or Path(source).is_dir(),
+    }
+    _refuse_other_architectures(_read(AutoConfig.from_pretrained, config.base, source, where), config.base)
+    tokenizer = _read(AutoTokenizer.from_pretrained, config.base, source, where)
+    model, info = _read(
+        AutoModelForCausalLM.from_pretrained,
+        config.base,
+        source,
+        {**where, "dtype": dtype, "output_loading_info": True},
+    )
+    _refuse_incomplete(info, config.base)
+    return freeze_base(
+        model.to(device), tokenizer, name=base_name(config.base), folder=source, max_length=config.max_length
+    )
+
+
+def freeze_base(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str = "base",
+    folder: str | None = None,
+    max_length: int | None = None,
+) -> Base:
+    """A Base from a model already in memory: eval mode, every parameter frozen. The model is not copied.
+
+    Raises BaseModelError where its input embeddings are not an embedding table.
+    """
+    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+        kind = type(model.get_input_embeddings()).__name__
+        raise BaseModelError(f"base {name!r}: its input embeddings are a {kind}, not a table; it cannot take a prompt")
+    model.eval()
+    model.requires_grad_(False)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        folder=folder,
+        max_length=_max_length(model.config, max_length, name),
+        bos_ids=bos_ids_of(tokenizer),
+        eos_id=eos_id_of(tokenizer),
+        stop_ids=stop_ids_of(model, tokenizer),
+    )
+
+
+def base_name(base: str) -> str:
+    """The name a base goes by: its Hub id, its folder's name, or `embedded`."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
+
+
+def _source(base: str) -> str:
+    if base == EMBEDDED_BASE:
+        return str(base_folder())
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1 or path.exists():
+        raise BaseModelError(f"base {base!r}: there is no such folder (looked at {path.absolute()})")
+    return base
+
+
+def _read(load: Any, base: str, source: str, options: dict[str, Any]) -> Any:  # Any: transformers' untyped factories
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        what = " ".join(str(error).split())
+        raise BaseModelError(f"base {base!r} cannot be loaded: {what[:400]}") from error
+
+
+def _refuse_other_architectures(config: PretrainedConfig, base: str) -> None:
+    kinds = tuple(config.architectures or ())
+    if config.is_encoder_decoder:
+        raise BaseModelError(
+            f"base {base!r} is an encoder-decoder model ({config.model_type}); only decoder-only causal language "
+            "models can be used so far, encoder-decoder ones come later"
+        )
+    if any(kind.endswith(_BIDIRECTIONAL) for kind in kinds) and not getattr(config, "is_decoder", False):
+        raise BaseModelError(
+            f"base {base!r} is a BERT-like model ({', '.join(kinds)}); only decoder-only causal language models can "
+            "be used so far, BERT-like ones come later"
+        )
+
+
+def _refuse_incomplete(info: dict[str, Any], base: str) -> None:
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise BaseModelError(
+            f"base {base!r}: its checkpoint lacks {len(missing)} of the model's weights, {missing[0]!r} first; "
+            "it was saved for another architecture"
+        )
+
+
+def _max_length(config: PretrainedConfig, wanted: int | None, name: str) -> int:
+    limit = None if _positions_are_relative(config) else _own_limit(config)
+    if wanted is not None and (wanted < 2 or (limit is not None and wanted > limit)):
+        raise ConfigError(f"max_length is {wanted}; base {name!r} has {limit or 'no fixed number of'} positions")
+    return wanted or limit or UNLIMITED_LENGTH
+
+
+def _positions_are_relative(config: PretrainedConfig) -> bool:
+    """ALiBi: Bloom always, MPT and Falcon by a switch."""
+    attention = getattr(config, "attn_config", None)
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or getattr(attention, "alibi", False))
+
+
+def _own_limit(config: PretrainedConfig) -> int | None:
+    text = config.get_text_config()
+    limits = [getattr(text, field, None) for field in _LIMIT_FIELDS]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def describe(base: Base) -> str:
+    """One line: name, size, dtype, device, positions."""
+    dtype = str(base.dtype).removeprefix("torch.")
+    threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
+    return (
+        f"{base.name}: {base.model.config.model_type}, {base.num_parameters:,} parameters, all frozen; "
+        f"{dtype} on {base.device}{threads}; {base.max_length:,} positions"
+    )
+
+
+def trainable_line(base: Base, num_virtual_tokens: int) -> str:
+    """The notebook's line, counted as PEFT counts it (the prompt is among all parameters)."""
+    trainable = num_virtual_tokens * base.hidden_size
+    total = base.num_parameters + trainable
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"

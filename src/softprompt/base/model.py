@@ -1,0 +1,93 @@
+"""The frozen base as a value: model, tokenizer and the facts that every other room asks for.
+
+It knows nothing of soft prompts. Nobody changes it: no active prompt, no hook, no state on the module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompt.base.embedding import embedding_rms
+from softprompt.base.fingerprint import fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """One causal language model in eval mode with no trainable parameter, and its tokenizer.
+
+    B batch, T tokens, H width of the input embeddings, V vocabulary.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str  # Hub id or folder name
+    folder: str | None  # where its checkpoint lies, for the fingerprint; None for a model made in Python
+    max_length: int  # positions that a whole sequence may use (tokens, virtual ones included)
+    bos_ids: tuple[int, ...]  # what the tokenizer adds in front of a text
+    eos_id: int | None  # what ends a text; None where the tokenizer has none
+    stop_ids: tuple[int, ...] = ()  # every id that ends an answer
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        module = self.model.get_input_embeddings()
+        assert isinstance(module, nn.Embedding), type(module)  # checked when the base was loaded
+        return module
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of one input embedding (OPT's may differ from its hidden states')."""
+        return self.embedding.embedding_dim
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding.num_embeddings
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the base, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square of the input-embedding table as the model's embedding gives it out."""
+        return embedding_rms(self.embedding)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What this base computes, as a short hash; see `softprompt.base.fingerprint`."""
+        return fingerprint(self.model, self.tokenizer, self.folder)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., H] of token ids [...], in the base's dtype, without gradient."""
+        with torch.no_grad():
+            found: Tensor = self.embedding(ids.to(self.device))
+            return found.clone()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text, nothing added in front or behind; a special token written inside it is only text."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return tuple(encoded["input_ids"])
+
+    def decode(self, ids: list[int] | tuple[int, ...]) -> str:
+        """Text of token ids, special tokens left out, spaces exactly as the tokens have them."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def decode_after(self, before: list[int] | tuple[int, ...], ids: list[int] | tuple[int, ...]) -> str:
+        """Text that `ids` add behind `before`: some tokenizers drop a space at the very start of a text."""
+        head, whole = self.decode(tuple(before)), self.decode((*before, *ids))
+        return whole[len(head) :] if whole.startswith(head) else self.decode(tuple(ids))

@@ -1,0 +1,166 @@
+"""Settings, one frozen dataclass per part. A default lives here and nowhere else: the command line's flags are made
+from these fields, and `help` is the flag's text. `None` means "resolve it for me"; what it became stands in the run.
+
+No torch here: `softprompt --help` reads this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from softprompt.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
+EMBEDDED_BASE = "embedded"
+
+ConfigT = TypeVar("ConfigT")
+
+
+def option(default: Any, help: str) -> Any:  # Any: dataclasses.field is typed as the field's own type
+    """A config field with its meaning and unit."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """Which frozen base, and how it is held in memory."""
+
+    base: str = field(metadata={"help": "Hub id or folder of a causal language model, or 'embedded'."})
+    revision: str | None = option(None, "Branch, tag or commit on the Hub.")
+    dtype: Dtype = option("auto", "Weights' dtype; auto is bfloat16 where the machine is fast at it, else float32.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    trust_remote_code: bool = option(False, "Run the model code that the base's own repository carries.")
+    offline: bool = option(False, "Never ask the Hub; use local files only.")
+    max_length: int | None = option(None, "Positions to use (tokens); needed where a family has no limit of its own.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows to learn from, and how a row becomes text."""
+
+    data: str = field(metadata={"help": "CSV, TSV, JSON, JSON lines, Parquet or text file, a folder, or a Hub set."})
+    split: str | None = option(None, "Split of a data set; default train.")
+    subset: str | None = option(None, "Configuration name of a Hub data set.")
+    text_column: str | None = option(None, "Column with plain text (loss on all of it).")
+    template: str | None = option(None, 'Prompt with {column} fields, e.g. "Review: {text}\\nSentiment:".')
+    completion: str | None = option(None, 'Completion with {column} fields, e.g. " {label}" (loss on it alone).')
+    messages_column: str | None = option(None, "Column with chat messages (loss on the assistant's turns).")
+    rows: int | None = option(None, "Use the first N rows (after --shuffle, if given).")
+    shuffle: bool = option(False, "Shuffle the rows, by --seed, before taking --rows.")
+    validation: str | None = option(None, "Share of the rows (0.1) or a file; chooses the best checkpoint.")
+    test: str | None = option(None, "Rows or share (200, 0.1) or a file that only compare reads; default up to 200.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one soft prompt is trained."""
+
+    virtual_tokens: int = option(20, "Length P of the soft prompt (vectors).")
+    init: Start = option("data", "Start: data, text, vocab, labels, random or peft (PEFT's own N(0,1)).")
+    init_text: str | None = option(None, "The instruction for --init text.")
+    epochs: int = option(6, "Passes over the training rows.")
+    max_steps: int | None = option(None, "Stop after this many optimiser steps.")
+    batch_rows: int = option(8, "Rows per optimiser step.")
+    batch_tokens: int | None = option(None, "Tokens per optimiser step at most, instead of --batch-rows.")
+    micro_batch_rows: int | None = option(None, "Rows per forward pass; default: fitted to the memory.")
+    relative_learning_rate: float | None = option(None, "Learning rate times the embeddings' RMS; default 0.3.")
+    learning_rate: float | None = option(None, "Absolute learning rate, instead of the relative one.")
+    schedule: Schedule = option("linear", "Decay of the learning rate: linear or cosine to 0, or constant.")
+    warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
+    max_grad_norm: float | None = option(None, "Clip the gradient's norm (per step, loss per target); default: off.")
+    eos: bool = option(True, "Teach the prompt to end: supervise EOS after each row.")
+    validate_every: int | None = option(None, "Steps between validations; default: each epoch.")
+    patience: int | None = option(None, "Stop after this many validations without a better loss.")
+    seed: int = option(0, "Seed of start, shuffle and order.")
+
+    def __post_init__(self) -> None:
+        _require(self.virtual_tokens >= 1, "virtual_tokens", self.virtual_tokens, "at least 1")
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.batch_rows >= 1, "batch_rows", self.batch_rows, "at least 1")
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        for name in ("max_steps", "batch_tokens", "micro_batch_rows", "validate_every", "patience"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("relative_learning_rate", "learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "above 0")
+        if self.relative_learning_rate is not None and self.learning_rate is not None:
+            raise ConfigError(
+                f"learning_rate={self.learning_rate:g} and relative_learning_rate={self.relative_learning_rate:g} "
+                "exclude each other; give one"
+            )
+        if self.init == "text" and not self.init_text:
+            raise ConfigError("init 'text' needs init_text, the instruction to start from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How an answer's tokens are chosen."""
+
+    max_new_tokens: int = option(50, "Tokens to generate at most.")
+    min_new_tokens: int = option(0, "No end of text before this many tokens.")
+    temperature: float = option(0.0, "0 is greedy; above it, sample with this temperature.")
+    top_p: float = option(1.0, "Sample from the most likely tokens that hold this share of probability.")
+    top_k: int = option(0, "Sample from the K most likely tokens; 0 is off.")
+    min_p: float = option(0.0, "Sample from tokens at least this times as likely as the likeliest.")
+    repetition_penalty: float = option(1.0, "Above 1, tokens of the text and the answer so far become less likely.")
+    stop: tuple[str, ...] = option((), "End before this string; may be repeated.")
+    seed: int = option(0, "Seed of the sampling.")
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "min_new_tokens",
+            self.min_new_tokens,
+            f"between 0 and max_new_tokens ({self.max_new_tokens})",
+        )
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(all(self.stop), "stop", self.stop, "not empty")
+
+
+# The settings of the notebook "Prompt Tuning With PEFT": PEFT's random start, transformers.Trainer's linear decay
+# and clipping at 1, loss on all text, no EOS.
+NOTEBOOK_PRESET: Mapping[str, Any] = {
+    "virtual_tokens": 4,
+    "init": "peft",
+    "epochs": 6,
+    "batch_rows": 8,
+    "learning_rate": 3e-3,
+    "schedule": "linear",
+    "max_grad_norm": 1.0,
+    "eos": False,
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = {"notebook": NOTEBOOK_PRESET}
+
+
+def make_config(kind: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:
+    """A config from loose settings; an unknown key fails with the nearest valid name.
+
+    Raises: ConfigError.
+    """
+    names = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]  # every ConfigT is a dataclass
+    for key in settings:
+        if key not in names:
+            close = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
+            raise ConfigError(f"{kind.__name__} has no setting {key!r}{hint}")
+    return kind(**settings)
+
+
+def _require(holds: bool, name: str, value: object, range_text: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}; it must be {range_text}")

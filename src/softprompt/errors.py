@@ -1,0 +1,65 @@
+"""Every error that a caller may meet, one family.
+
+SoftpromptError
+├── ConfigError        a setting that cannot be meant (ValueError)
+├── BaseModelError     a base that cannot be loaded or is not a causal LM (ValueError)
+├── PromptError        a soft prompt's tensor is not usable (ValueError)
+│   └── WrongBaseError a prompt made for another base
+├── DataError          a training set, a row or an input (ValueError)
+│   └── LengthError    longer than the base allows
+├── StorageError       adapters, libraries and run folders on disk (OSError)
+│   ├── AdapterError   an adapter folder that must not be loaded
+│   └── ExistsError    a folder that would be overwritten
+├── MemoryLimitError   not even one row fits (MemoryError)
+└── MissingDependencyError  an optional package is needed (ImportError)
+
+A message says what was wrong, the value, and what to do. The command line prints it as one line and exits with code 2.
+"""
+
+
+class SoftpromptError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+
+class ConfigError(SoftpromptError, ValueError):
+    """A setting is out of its range, unknown, or contradicts another."""
+
+
+class BaseModelError(SoftpromptError, ValueError):
+    """The base cannot be loaded, or is not a decoder-only causal language model."""
+
+
+class PromptError(SoftpromptError, ValueError):
+    """A soft prompt's tensor has the wrong shape, dtype or values."""
+
+
+class WrongBaseError(PromptError):
+    """The soft prompt was trained on another base."""
+
+
+class DataError(SoftpromptError, ValueError):
+    """A data set, a row of it or an input cannot be used."""
+
+
+class LengthError(DataError):
+    """An input and its answer do not fit into the base's positions."""
+
+
+class StorageError(SoftpromptError, OSError):
+    """Something on disk is missing, broken or may not be touched."""
+
+
+class AdapterError(StorageError, ValueError):
+    """An adapter folder is refused: wrong type, wrong shapes, unsafe or incomplete."""
+
+
+class ExistsError(StorageError, FileExistsError):
+    """A folder exists and neither resuming nor overwriting was asked for."""
+
+
+class MemoryLimitError(SoftpromptError, MemoryError):
+    """One row alone needs more memory than the machine allows."""
+
+
+class MissingDependencyError(SoftpromptError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""

@@ -1,0 +1,115 @@
+"""Before and after: the bare base and each prompt on one copy of the base, by what they say and by held-out figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from softprompt.base import Base
+from softprompt.config import SamplingConfig
+from softprompt.data import Rows, build_examples, input_ids
+from softprompt.engine import Request, generate
+from softprompt.evaluation.classification import Accuracy, accuracies
+from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
+from softprompt.families import Forward, forward_of
+from softprompt.prompt import SoftPrompt
+from softprompt.training import peak_bytes
+from softprompt.types import InputForm
+
+_ROWS_PER_GENERATION = 32
+
+Input = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One input's answers. `answers` maps a prompt's name, or None for the bare base, to text."""
+
+    input: str
+    answers: Mapping[str | None, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. All prompts ran on one copy of the base."""
+
+    base_name: str
+    prompts: Mapping[str, int]  # name -> virtual tokens
+    answered: tuple[Answered, ...]
+    losses: tuple[HeldOutLoss, ...]
+    accuracies: tuple[Accuracy, ...]
+    base_bytes: int  # parameters of the one base
+    prompt_bytes: int  # all prompts together
+    peak_bytes: int  # peak resident size of this process
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only; the bare base is named `base`."""
+        record = asdict(self)
+        record["answered"] = [
+            {"input": item.input, "answers": {name or "base": text for name, text in item.answers.items()}}
+            for item in self.answered
+        ]
+        record["losses"] = [{**asdict(loss), "perplexity": loss.perplexity} for loss in self.losses]
+        clean: dict[str, Any] = json.loads(json.dumps(record))
+        return clean
+
+
+def compare(
+    base: Base,
+    prompts: Mapping[str, SoftPrompt],
+    inputs: Sequence[Input] = (),
+    *,
+    held_out: Mapping[str, Rows] | None = None,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Answers for every input, and held-out loss, perplexity and accuracy for every set, base first.
+
+    An input is raw text, or fields that each prompt's own template takes (the bare base gets the first template among
+    the prompts). Raises DataError or LengthError for an input or a set that cannot be used.
+    """
+    forward = forward_of(base)
+    sets = dict(held_out or {})
+    examples = {
+        name: build_examples(base, rows, eos=True, max_length=_room(base, prompts)) for name, rows in sets.items()
+    }
+    return Comparison(
+        base_name=base.name,
+        prompts={name: prompt.num_virtual_tokens for name, prompt in prompts.items()},
+        answered=tuple(_answer_all(base, forward, prompts, inputs, sampling or SamplingConfig())),
+        losses=tuple(held_out_losses(base, forward, prompts, examples, seed)),
+        accuracies=tuple(accuracies(base, forward, prompts, sets)),
+        base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
+        prompt_bytes=sum(prompt.num_bytes for prompt in prompts.values()),
+        peak_bytes=peak_bytes(),
+    )
+
+
+def _room(base: Base, prompts: Mapping[str, SoftPrompt]) -> int:
+    """Tokens a held-out row may have, the same for all contenders, so that all are read on the same tokens."""
+    return base.max_length - max((prompt.num_virtual_tokens for prompt in prompts.values()), default=0)
+
+
+def _answer_all(
+    base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], inputs: Sequence[Input], sampling: SamplingConfig
+) -> list[Answered]:
+    contenders: list[tuple[str | None, SoftPrompt | None]] = [(None, None), *prompts.items()]
+    fallback = next((p.record.form for p in prompts.values() if p.record.form.kind == "template"), None)
+    requests = [
+        Request(_input_ids(base, item, prompt.record.form if prompt is not None else fallback), prompt)
+        for item in inputs
+        for _, prompt in contenders
+    ]
+    batches = [requests[i : i + _ROWS_PER_GENERATION] for i in range(0, len(requests), _ROWS_PER_GENERATION)]
+    texts = iter([answer.text for batch in batches for answer in generate(base, batch, sampling, forward=forward)])
+    return [Answered(_shown(item), {name: next(texts) for name, _ in contenders}) for item in inputs]
+
+
+def _input_ids(base: Base, item: Input, form: InputForm | None) -> tuple[int, ...]:
+    return input_ids(base, form, text=item) if isinstance(item, str) else input_ids(base, form, fields=item)
+
+
+def _shown(item: Input) -> str:
+    return item if isinstance(item, str) else ", ".join(f"{name}={text}" for name, text in item.items())

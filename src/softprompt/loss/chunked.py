@@ -1,0 +1,83 @@
+"""Summed negative log-likelihood over targets, in chunks, its gradient taken in the same pass.
+
+Never more than one chunk of logits exists: [targets x vocabulary] of a batch would be gigabytes for a large
+vocabulary. The head is frozen, so the only gradient is that of the hidden states.
+
+N targets, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_BYTES = 64 * 2**20  # of float32 logits
+
+Head = Callable[[Tensor], Tensor]
+
+
+def weighted_nll(
+    head: Head, hidden_ND: Tensor, target_ids_N: Tensor, weights_N: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """The sum of weight times negative log-likelihood, with gradient, and each target's own nats [N], without.
+
+    Log-softmax is float32 (float64 for a float64 base). `num_classes` is V; it sets the size of a chunk.
+    """
+    total, nll = _WeightedNll.apply(hidden_ND, target_ids_N, weights_N, head, num_classes)  # type: ignore[no-untyped-call]
+    return total, nll
+
+
+def nll(head: Head, hidden_ND: Tensor, target_ids_N: Tensor, num_classes: int) -> Tensor:
+    """Each target's negative log-likelihood in nats [N], without gradient."""
+    with torch.no_grad():
+        chunks = [_logits_nll(head(h), ids) for h, ids in _chunks(hidden_ND, target_ids_N, num_classes)]
+    return torch.cat(chunks) if chunks else hidden_ND.new_zeros(0, dtype=torch.float32)
+
+
+class _WeightedNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, ids: Tensor, weights: Tensor, head: Head, num_classes: int
+    ) -> tuple[Tensor, Tensor]:  # Any: autograd's context
+        grads, losses = [], []
+        for (h, chunk_ids), w in zip(_chunks(hidden, ids, num_classes), _split(weights, num_classes), strict=True):
+            grad, loss = _chunk_gradient(head, h, chunk_ids, w)
+            grads.append(grad)
+            losses.append(loss)
+        nll_N = torch.cat(losses)
+        ctx.save_for_backward(torch.cat(grads))
+        ctx.mark_non_differentiable(nll_N)
+        return (nll_N * weights).sum(), nll_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_total.to(grad_hidden.dtype), None, None, None, None
+
+
+def _chunk_gradient(head: Head, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_(True)
+        losses = _logits_nll(head(leaf), ids)
+        (grad,) = torch.autograd.grad((losses * weights).sum(), leaf)
+    return grad, losses.detach()
+
+
+def _logits_nll(logits: Tensor, ids: Tensor) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, ids, reduction="none")
+
+
+def _chunk_rows(num_classes: int) -> int:
+    return max(1, _CHUNK_BYTES // (4 * num_classes))
+
+
+def _split(tensor: Tensor, num_classes: int) -> tuple[Tensor, ...]:
+    return tensor.split(_chunk_rows(num_classes)) if len(tensor) else ()
+
+
+def _chunks(hidden: Tensor, ids: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(_split(hidden, num_classes), _split(ids, num_classes), strict=True))

@@ -1,0 +1,82 @@
+"""Losses of examples under prompts, without gradient: what validation, evaluation and label likelihood read.
+
+Every loss reported covers the same tokens for the bare base, for ours and for anybody else's prompt, those of
+`Example.text_mask` (text tokens with a real predecessor in the bare input). EOS is summed apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softprompt.base import Base
+from softprompt.families import Forward
+from softprompt.loss.chunked import nll
+from softprompt.splice import Row, concatenate
+from softprompt.types import Example
+
+_SLOTS_PER_BATCH = 4_096  # pads included
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """Summed negative log-likelihood of one example, in nats, and how many tokens it covers."""
+
+    text_nats: float
+    num_text: int
+    eos_nats: float
+    num_eos: int
+
+
+def score_examples(base: Base, forward: Forward, examples: Sequence[Example], prompt: Tensor | None) -> list[RowScore]:
+    """One score per example, in order, under one prompt [P, H] or, with None, under the bare base."""
+    rows = [_scored_row(example, prompt is not None) for example in examples]
+    losses = target_nlls(base, forward, rows, [] if prompt is None else [prompt])
+    return [_row_score(example, loss) for example, loss in zip(examples, losses, strict=True)]
+
+
+def target_nlls(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> list[dict[int, float]]:
+    """For each row, the nats of each target by its index among the row's ids. Rows are batched by length."""
+    result: list[dict[int, float]] = [{} for _ in rows]
+    lengths = [len(row.ids) + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
+    for batch in _by_length(lengths):
+        for index, losses in zip(batch, _batch_nlls(base, forward, [rows[i] for i in batch], prompts), strict=True):
+            result[index] = losses
+    return result
+
+
+def _scored_row(example: Example, has_prompt: bool) -> Row:
+    wanted = [text or eos for text, eos in zip(example.text_mask, example.eos_mask, strict=True)]
+    return Row(example.ids, 0 if has_prompt else None, wanted)
+
+
+def _row_score(example: Example, losses: dict[int, float]) -> RowScore:
+    eos = len(example.ids) - 1 if any(example.eos_mask) else None
+    text = [nats for column, nats in losses.items() if column != eos]
+    eos_nats = losses[eos] if eos is not None else 0.0
+    return RowScore(text_nats=sum(text), num_text=len(text), eos_nats=eos_nats, num_eos=int(eos is not None))
+
+
+def _by_length(lengths: list[int]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= _SLOTS_PER_BATCH:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.no_grad()
+def _batch_nlls(base: Base, forward: Forward, rows: list[Row], prompts: Sequence[Tensor]) -> list[dict[int, float]]:
+    spliced = concatenate(base, rows, prompts)
+    hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS)
+    wanted = spliced.targets
+    losses = nll(forward.logits, hidden.flatten(0, 1)[wanted.slots], wanted.ids, base.vocab_size).tolist()
+    result: list[dict[int, float]] = [{} for _ in rows]
+    for owner, column, loss in zip(wanted.rows.tolist(), wanted.columns.tolist(), losses, strict=True):
+        result[owner][column] = loss
+    return result

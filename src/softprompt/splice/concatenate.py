@@ -1,0 +1,96 @@
+"""The concatenated layout: [pads, soft prompt, BOS, text] per row, right-aligned, positions from the prompt's start.
+
+This is the one place where prompts meet token embeddings, masks, positions and targets. Pads are zero vectors, masked
+by length and never by id, so a pad token is not needed and may equal EOS. Right-aligned rows are exact for every tested
+family, and a row's last hidden state always lies in the last slot; left-aligned ones are there for tests against
+others. The float32 prompt is cast to the base's dtype here and nowhere else.
+
+B rows, S slots, H embedding width, P prompt length (ragged), T text length (ragged), N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softprompt.base import Base
+from softprompt.splice.rows import Row
+
+Alignment = Literal["right", "left"]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where a loss is wanted, in row order. All [N], int64, on the base's device."""
+
+    ids: Tensor  # the token to predict
+    slots: Tensor  # flat index (row * S + slot) of the hidden state that predicts it
+    rows: Tensor  # its row
+    columns: Tensor  # its index among the row's ids
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """One batch of embeddings, ready for a forward."""
+
+    embeds_BSH: Tensor
+    mask_BS: Tensor  # 1 where a vector is real, 0 at pads
+    positions_BS: Tensor  # counted from the first virtual token; 0 at pads
+    lengths_B: Tensor  # P + T of each row
+    targets: Targets
+
+
+def concatenate(base: Base, rows: Sequence[Row], prompts: Sequence[Tensor], align: Alignment = "right") -> Concatenated:
+    """Splice rows with their prompts [P, H]; gradients flow into the prompts, and into nothing else."""
+    pieces = [_row_embeds(base, row, prompts) for row in rows]
+    lengths = [piece.shape[0] for piece in pieces]
+    num_slots = max(lengths)
+    first_slots = [num_slots - length if align == "right" else 0 for length in lengths]
+    mask, positions = _mask_and_positions(lengths, first_slots, num_slots)
+    return Concatenated(
+        embeds_BSH=torch.stack(
+            [_pad(piece, first, num_slots) for piece, first in zip(pieces, first_slots, strict=True)]
+        ),
+        mask_BS=mask.to(base.device),
+        positions_BS=positions.to(base.device),
+        lengths_B=torch.tensor(lengths, device=base.device),
+        targets=_targets(rows, lengths, first_slots, num_slots, base.device),
+    )
+
+
+def _row_embeds(base: Base, row: Row, prompts: Sequence[Tensor]) -> Tensor:
+    text = base.embed(torch.tensor(list(row.ids), dtype=torch.long))
+    if row.prompt is None:
+        return text
+    return torch.cat([prompts[row.prompt].to(device=text.device, dtype=text.dtype), text])
+
+
+def _pad(piece: Tensor, first_slot: int, num_slots: int) -> Tensor:
+    behind = num_slots - first_slot - piece.shape[0]
+    return torch.nn.functional.pad(piece, (0, 0, first_slot, behind))
+
+
+def _mask_and_positions(lengths: list[int], first_slots: list[int], num_slots: int) -> tuple[Tensor, Tensor]:
+    slots = torch.arange(num_slots).expand(len(lengths), num_slots)
+    positions = slots - torch.tensor(first_slots)[:, None]
+    real = (positions >= 0) & (positions < torch.tensor(lengths)[:, None])
+    return real.long(), positions * real
+
+
+def _targets(
+    rows: Sequence[Row], lengths: list[int], first_slots: list[int], num_slots: int, device: torch.device
+) -> Targets:
+    ids, slots, owners, columns = [], [], [], []
+    for index, (row, length, first) in enumerate(zip(rows, lengths, first_slots, strict=True)):
+        text_start = index * num_slots + first + length - len(row.ids)
+        for column, wanted in enumerate(row.targets or ()):
+            if wanted:
+                ids.append(row.ids[column])
+                slots.append(text_start + column - 1)
+                owners.append(index)
+                columns.append(column)
+    return Targets(*(torch.tensor(values, dtype=torch.long, device=device) for values in (ids, slots, owners, columns)))

@@ -1,0 +1,23 @@
+"""What goes into a splice: rows of token ids, each naming its soft prompt or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from softprompt.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence. `prompt` is an index into the prompts of the splice, None for the bare base."""
+
+    ids: Sequence[int]
+    prompt: int | None = None
+    targets: Sequence[bool] | None = None  # one per id: True where a loss is wanted
+
+    def __post_init__(self) -> None:
+        if self.prompt is None and not self.ids:
+            raise DataError("an empty text has no token to continue from on the bare base; give at least one character")
+        assert self.targets is None or len(self.targets) == len(self.ids)
+        assert self.prompt is not None or not self.targets or not self.targets[0], "nothing predicts a bare first token"

@@ -1,0 +1,95 @@
+"""How many rows one forward and backward may hold.
+
+On a CPU the kernel kills a process that asks for too much and nothing is raised, so the rows are fitted beforehand: one
+real row is run, its peak measured, and the limit read (cgroup, address-space limit, available memory). On CUDA the
+error is also caught, and the batch split further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from softprompt.errors import MemoryLimitError
+
+_USABLE_SHARE = 0.8  # of what is free: the allocator fragments, and others live on the machine too
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def fit_rows(run_one_row: Callable[[], None], wanted_rows: int, device: torch.device) -> int:
+    """Rows per micro-batch, at most `wanted_rows`, from the measured peak of the longest row.
+
+    Raises MemoryLimitError where even one row takes more than there is.
+    """
+    if device.type == "mps":
+        return wanted_rows
+    free = free_bytes(device)
+    peak = _measured_peak(run_one_row, device)
+    rows = int(free * _USABLE_SHARE // max(peak, 1))
+    if rows < 1:
+        raise MemoryLimitError(
+            f"one row takes {peak / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; use shorter rows "
+            "(--max-length), bfloat16 or a smaller base"
+        )
+    return min(rows, wanted_rows)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still take: the least of the machine's, the control group's and its own limit."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reusable
+    available = int(psutil.virtual_memory().available)
+    return min(_free_address_space(), _free_in_cgroup(), available)
+
+
+def _free_address_space() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return 2**62 if limit == resource.RLIM_INFINITY else max(limit - int(psutil.Process().memory_info().vms), 0)
+
+
+def _free_in_cgroup() -> int:
+    for limit_file, usage_file in _CGROUPS:
+        try:
+            limit, usage = Path(limit_file).read_text().strip(), int(Path(usage_file).read_text())
+        except (OSError, ValueError):
+            continue
+        return 2**62 if limit == "max" else max(int(limit) - usage, 0)
+    return 2**62
+
+
+def _measured_peak(run: Callable[[], None], device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    before = _reset_peak()
+    run()
+    return peak_bytes() - before
+
+
+def _reset_peak() -> int:
+    """Make the kernel count the peak from now on (Linux, since 4.0); what is resident now."""
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the whole process's peak counts, a cautious fit
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """Peak resident size of this process."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,87 @@
+"""Every `auto` of a training run, resolved once. The plan is printed and saved; the same plan gives the same prompt."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from softprompt.base import Base
+from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
+from softprompt.data.batches import plan_epoch
+from softprompt.types import ExampleSet
+
+_VERSIONS_OF = ("softprompt", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training run with nothing left to decide."""
+
+    config: TrainConfig
+    learning_rate: float  # absolute, at the top of its schedule
+    embedding_rms: float
+    epochs: tuple[tuple[tuple[int, ...], ...], ...]  # per epoch, per step: the rows' indices
+    num_steps: int
+    micro_batch_rows: int
+    dtype: str
+    device: str
+    num_threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for `run.json`; the order of the rows follows from seed and lengths and is left out."""
+        record = {key: value for key, value in asdict(self).items() if key != "epochs"}
+        return {**record, "versions": versions(), "machine": platform.machine()}
+
+
+def make_plan(base: Base, data: ExampleSet, config: TrainConfig) -> Plan:
+    """Resolve learning rate, steps and order. `micro_batch_rows` is the whole batch until the memory is known."""
+    lengths = [len(example.ids) for example in data.examples]
+    epochs = tuple(_epoch(lengths, config, epoch) for epoch in range(config.epochs))
+    num_steps = sum(len(steps) for steps in epochs)
+    longest_step = max(len(step) for steps in epochs for step in steps)
+    return Plan(
+        config=config,
+        learning_rate=_learning_rate(base, config),
+        embedding_rms=base.embedding_rms,
+        epochs=epochs,
+        num_steps=min(num_steps, config.max_steps or num_steps),
+        micro_batch_rows=min(config.micro_batch_rows or longest_step, longest_step),
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def with_micro_batch_rows(plan: Plan, rows: int) -> Plan:
+    """The same plan with smaller forward passes; the sums of a step stay the same."""
+    return replace(plan, micro_batch_rows=rows)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    found = {}
+    for name in _VERSIONS_OF:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _learning_rate(base: Base, config: TrainConfig) -> float:
+    if config.learning_rate is not None:
+        return config.learning_rate
+    relative = config.relative_learning_rate
+    return (DEFAULT_RELATIVE_LEARNING_RATE if relative is None else relative) * base.embedding_rms
+
+
+def _epoch(lengths: Sequence[int], config: TrainConfig, epoch: int) -> tuple[tuple[int, ...], ...]:
+    steps = plan_epoch(
+        lengths, batch_rows=config.batch_rows, batch_tokens=config.batch_tokens, seed=config.seed, epoch=epoch
+    )
+    return tuple(tuple(step) for step in steps)

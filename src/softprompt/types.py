@@ -1,0 +1,108 @@
+"""Values that more than one room passes around. No torch here: they are plain integers, strings and tuples."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FormKind = Literal["plain", "template", "chat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputForm:
+    """How a prompt's training inputs were written. Kept in the prompt's record, so that inference writes them alike."""
+
+    kind: FormKind = "plain"
+    template: str | None = None  # kind "template": the prompt text with {column} fields
+    completion: str | None = None  # kind "template": the completion text with {column} fields, e.g. " {label}"
+    labels: tuple[str, ...] = ()  # the set's distinct completions when it is a classification set, sorted
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> InputForm:
+        return cls(**{**record, "labels": tuple(record.get("labels", ()))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training row as token ids.
+
+    `ids` are what the tokenizer adds in front (BOS, `num_special` of them), the text, and EOS if `has_eos`.
+    `target_mask` has one entry per id: True where training counts the loss. BOS is never a target.
+    """
+
+    ids: tuple[int, ...]
+    target_mask: tuple[bool, ...]
+    num_special: int
+    has_eos: bool  # the last id is EOS; its loss is trained on but reported apart
+    row: int  # zero-based index of the row in its source
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.target_mask), (len(self.ids), len(self.target_mask))
+        assert not any(self.target_mask[: self.num_special]), "a special token in front is never a target"
+
+    @property
+    def text_mask(self) -> tuple[bool, ...]:
+        """The targets that every reported loss covers: no EOS, and a real predecessor in the bare input."""
+        last = len(self.ids) - 1
+        return tuple(
+            counted and index > 0 and not (self.has_eos and index == last)
+            for index, counted in enumerate(self.target_mask)
+        )
+
+    @property
+    def eos_mask(self) -> tuple[bool, ...]:
+        """True at a supervised EOS only."""
+        last = len(self.ids) - 1
+        return tuple(self.has_eos and index == last and counted for index, counted in enumerate(self.target_mask))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What was read, for the user to check before the training starts."""
+
+    source: str
+    num_read: int  # rows seen in the source (after --rows)
+    num_used: int
+    empty_rows: tuple[int, ...] = ()  # source indices skipped because there was nothing to learn
+    truncated_rows: tuple[int, ...] = ()  # source indices cut at the length limit; these get no EOS
+    num_tokens: int = 0  # all ids, special ones included
+    num_targets: int = 0  # ids that training counts
+    min_tokens: int = 0  # of one example
+    max_tokens: int = 0
+    example: str = ""  # the first example as the model sees it, targets marked
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSet:
+    """Examples of one data set, ready to be batched."""
+
+    examples: tuple[Example, ...]
+    form: InputForm
+    report: DataReport
+    data_hash: str  # sha256 of the rows' rendered text, in order
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRecord:
+    """Where a soft prompt comes from. Every field may be unknown: PEFT's own folders carry none of it."""
+
+    base_name: str | None = None
+    base_fingerprint: str | None = None
+    form: InputForm = field(default_factory=InputForm)
+    parent: str | None = None  # content hash of the prompt that this one was trained on from
+    run: dict[str, Any] = field(default_factory=dict)  # resolved plan, data hash, versions, curve, seed
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> PromptRecord:
+        form = InputForm.from_json(record.get("form") or {})
+        known = {key: record.get(key) for key in ("base_name", "base_fingerprint", "parent")}
+        return cls(form=form, run=dict(record.get("run") or {}), **known)
