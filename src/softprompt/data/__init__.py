@@ -1,0 +1,42 @@
+"""Rows to examples to batches: what is read, what it says as text, which of its tokens count, and which step sees it.
+
+This room knows files, columns, tokenizers and token ids. It knows no soft prompt, no tensor and no loss: a caller takes
+the soft prompt's length off `max_length`, and `plan_epoch` deals in integers. The text of a row is exactly the text in
+its file; control tokens written inside it are text.
+"""
+
+from softprompt.data.batches import plan_epoch
+from softprompt.data.boundary import completion_ids, label_ids
+from softprompt.data.chat import DEFAULT_CHAT_TEMPLATE, chat_prompt_ids
+from softprompt.data.examples import build_examples
+from softprompt.data.form import input_ids, prompt_text
+from softprompt.data.read import read_rows, rows_from_records, rows_from_texts
+from softprompt.data.report import report_lines
+from softprompt.data.rows import Rows, Written, rows_hash, write_row, write_rows
+from softprompt.data.split import Split, held_out_record, split_rows
+from softprompt.data.template import fill_template, template_fields
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "Rows",
+    "Split",
+    "Written",
+    "build_examples",
+    "chat_prompt_ids",
+    "completion_ids",
+    "fill_template",
+    "held_out_record",
+    "input_ids",
+    "label_ids",
+    "plan_epoch",
+    "prompt_text",
+    "read_rows",
+    "report_lines",
+    "rows_from_records",
+    "rows_from_texts",
+    "rows_hash",
+    "split_rows",
+    "template_fields",
+    "write_row",
+    "write_rows",
+]

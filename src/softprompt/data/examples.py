@@ -1,0 +1,154 @@
+"""Rows to examples: token ids with their targets, cut to the length there is.
+
+What a target is stands in `softprompt.types.Example`, where a completion begins in `softprompt.data.boundary`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from softprompt.base import Base
+from softprompt.data.boundary import completion_ids
+from softprompt.data.chat import chat_ids
+from softprompt.data.labels import labelled_form
+from softprompt.data.report import show_example
+from softprompt.data.rows import Rows, Written, write_rows, written_hash
+from softprompt.errors import DataError, LengthError
+from softprompt.types import DataReport, Example, ExampleSet, FormKind
+
+
+class _Ids(NamedTuple):
+    """A row's ids, and whether the length limit took some."""
+
+    ids: tuple[int, ...]
+    target_mask: tuple[bool, ...]
+    num_special: int
+    has_eos: bool
+    is_truncated: bool
+
+
+class _Limits(NamedTuple):
+    eos: bool  # the end is taught
+    eos_ids: tuple[int, ...]  # what is added at the end: EOS, or nothing where it is not taught or not known
+    max_length: int  # tokens, BOS and EOS included
+
+
+def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> ExampleSet:
+    """The rows as examples of at most `max_length` ids each (the soft prompt not counted).
+
+    EOS is supervised if `eos` and the base has one. A row without anything to learn is skipped and reported; a longer
+    one is cut, gets no EOS and is reported.
+    Raises DataError, naming the row, for one that cannot be used, and where no row is left; LengthError where
+    `max_length` leaves no room for text.
+    """
+    if max_length <= len(base.bos_ids):
+        raise LengthError(f"max_length is {max_length} tokens; it leaves no room for text behind the soft prompt")
+    written = write_rows(rows)
+    limits = _Limits(eos, (base.eos_id,) if eos and base.eos_id is not None else (), max_length)
+    tokenise = _WAYS[rows.form.kind]
+    results = [tokenise(base, row, limits, rows.where(i)) for i, row in enumerate(written)]
+    examples = [_example(base, rows, i, result) for i, result in enumerate(results) if any(result.target_mask)]
+    if not examples:
+        raise DataError(_nothing_left(rows, any(result.is_truncated for result in results), max_length))
+    return ExampleSet(
+        examples=tuple(examples),
+        form=labelled_form(rows.form, written),
+        report=_report(base, rows, results, examples),
+        data_hash=written_hash(written),
+    )
+
+
+def _plain(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
+    return _fitted(base, (), () if row.is_empty else base.encode(row.text), limits)
+
+
+def _template(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
+    if row.is_empty:
+        return _fitted(base, (), (), limits)
+    return _fitted(base, base.encode(row.prompt), completion_ids(base, row.prompt, row.text), limits)
+
+
+def _fitted(base: Base, context: tuple[int, ...], target: tuple[int, ...], limits: _Limits) -> _Ids:
+    """BOS, context, targets, EOS. Where they do not fit, EOS goes, then the context's start, then the targets' end.
+
+    The context keeps its end, because a template's last words ("\\nSentiment:") say what is asked.
+    """
+    special, end = base.bos_ids, limits.eos_ids if target else ()
+    room = limits.max_length - len(special)
+    is_truncated = len(context) + len(target) + len(end) > room
+    if is_truncated:
+        target, end = target[:room], ()
+        context = context[max(0, len(context) + len(target) - room) :]
+    before = len(special) + len(context)
+    mask = (False,) * before + (True,) * (len(target) + len(end))
+    return _Ids(special + context + target + end, mask, len(special), bool(end), is_truncated)
+
+
+def _chat(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
+    """Cut at the end. Turns end as the template ends them; EOS is added only behind a last turn that has no end."""
+    if row.is_empty:
+        return _fitted(base, (), (), limits)
+    ids, mask, num_special, end_id = chat_ids(base, row.messages, where)
+    ends = {*base.stop_ids, base.eos_id, end_id}
+    if not limits.eos:  # neither between the turns nor at the end
+        mask = tuple(counted and token not in ends for token, counted in zip(ids, mask, strict=True))
+    elif ids[-1] not in ends:
+        ids, mask = ids + limits.eos_ids, mask + (True,) * len(limits.eos_ids)
+    is_truncated = len(ids) > limits.max_length
+    length = _target_length(mask[: limits.max_length])
+    ids, mask = ids[:length], mask[:length]
+    has_eos = limits.eos and bool(ids) and ids[-1] in ends
+    return _Ids(ids, mask, min(num_special, length), has_eos, is_truncated)
+
+
+_WAYS: dict[FormKind, Callable[[Base, Written, _Limits, str], _Ids]] = {
+    "plain": _plain,
+    "template": _template,
+    "chat": _chat,
+}
+
+
+def _target_length(mask: Sequence[bool]) -> int:
+    """The length up to the last target."""
+    return max((index + 1 for index, counted in enumerate(mask) if counted), default=0)
+
+
+def _example(base: Base, rows: Rows, position: int, result: _Ids) -> Example:
+    largest = max(result.ids)
+    if largest >= base.vocab_size:
+        token = base.tokenizer.convert_ids_to_tokens(largest)
+        raise DataError(
+            f"{rows.where(position)}: token {token!r} has id {largest:,}, but base {base.name!r} embeds ids below "
+            f"{base.vocab_size:,}; the tokenizer belongs to another model"
+        )
+    return Example(
+        ids=result.ids,
+        target_mask=result.target_mask,
+        num_special=result.num_special,
+        has_eos=result.has_eos,
+        row=rows.indices[position],
+    )
+
+
+def _nothing_left(rows: Rows, is_truncated: bool, max_length: int) -> str:
+    if is_truncated:
+        return f"{rows.source}: cut to {max_length:,} tokens, none of the {len(rows):,} rows keeps anything to learn"
+    what = f"column {rows.column!r}" if rows.column else f"completion {rows.form.completion!r}"
+    return f"{rows.source}: all {len(rows):,} rows are empty ({what}); there is nothing to learn from"
+
+
+def _report(base: Base, rows: Rows, results: Sequence[_Ids], examples: Sequence[Example]) -> DataReport:
+    lengths = [len(example.ids) for example in examples]
+    return DataReport(
+        source=rows.source,
+        num_read=len(rows),
+        num_used=len(examples),
+        empty_rows=tuple(i for i, result in zip(rows.indices, results, strict=True) if not any(result.target_mask)),
+        truncated_rows=tuple(i for i, result in zip(rows.indices, results, strict=True) if result.is_truncated),
+        num_tokens=sum(lengths),
+        num_targets=sum(sum(example.target_mask) for example in examples),
+        min_tokens=min(lengths),
+        max_tokens=max(lengths),
+        example=show_example(base, examples[0]),
+    )

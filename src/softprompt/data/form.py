@@ -1,0 +1,76 @@
+"""An input for generation, written as the prompt's training rows were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from softprompt.base import Base
+from softprompt.data.chat import chat_prompt_ids
+from softprompt.data.messages import Message, read_messages
+from softprompt.data.template import fill_template, require_fields, template_fields
+from softprompt.errors import DataError
+from softprompt.types import InputForm
+
+
+def input_ids(
+    base: Base,
+    form: InputForm | None = None,
+    *,
+    text: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    messages: Sequence[Mapping[str, Any]] | None = None,  # Any: checked here
+) -> tuple[int, ...]:
+    """Ids of one input, BOS included: raw `text`, `fields` of the form's template, or chat `messages`.
+
+    `form` is None for the bare base. Messages go through the chat template where the form is chat or the base is bare;
+    else the last user message goes through the form: its template, or raw for a prompt trained on plain text.
+    Raises DataError where not exactly one input is given, or it does not suit the form.
+    """
+    given = [name for name, value in (("text", text), ("fields", fields), ("messages", messages)) if value is not None]
+    if len(given) != 1:
+        raise DataError(f"an input is one of text, fields or messages; given: {', '.join(given) or 'none'}")
+    if messages is not None:
+        return _message_ids(base, form, read_messages(messages, "messages", for_training=False))
+    return base.bos_ids + base.encode(text if text is not None else prompt_text(form, fields or {}))
+
+
+def prompt_text(form: InputForm | None, fields: Mapping[str, str]) -> str:
+    """The form's template with its fields filled: what stands before the completion.
+
+    Raises DataError where the form has no template, or a field is missing, unknown or no string.
+    """
+    if form is None or form.template is None:
+        kind = "the bare base has no template" if form is None else f"this prompt was trained on {form.kind} text"
+        raise DataError(f"fields {_listed(fields)} need a template, but {kind}; give the text itself")
+    wanted = template_fields(form.template)
+    require_fields(form.template, fields)
+    for name, value in fields.items():
+        if name not in wanted:
+            raise DataError(f"there is no field {name!r} in template {form.template!r}; it has {_listed(wanted)}")
+        if not isinstance(value, str):
+            raise DataError(f"field {name!r} must be text, not a {type(value).__name__}")
+    return fill_template(form.template, fields)
+
+
+def _message_ids(base: Base, form: InputForm | None, messages: tuple[Message, ...]) -> tuple[int, ...]:
+    if not messages:
+        raise DataError("messages is empty; give at least one message")
+    if form is None or form.kind == "chat":
+        return chat_prompt_ids(base, messages)
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    if not said:
+        raise DataError("messages hold no user message, and this prompt's form takes the last one as its text")
+    if form.kind == "plain":
+        return input_ids(base, form, text=said[-1])
+    assert form.template is not None, form
+    names = template_fields(form.template)
+    if len(names) != 1:
+        raise DataError(
+            f"a chat message fills one field, but template {form.template!r} has {_listed(names)}; send text instead"
+        )
+    return input_ids(base, form, fields={names[0]: said[-1]})
+
+
+def _listed(names: Mapping[str, str] | Sequence[str]) -> str:
+    return ", ".join(map(repr, names)) or "no fields"

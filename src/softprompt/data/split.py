@@ -1,0 +1,188 @@
+"""Which rows are trained on, which choose the checkpoint, and which only compare ever reads.
+
+Held-out rows are never in training, by index or by text: a row whose text also stands among the training rows is not
+held out. Test rows are not validation rows either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from softprompt.config import DataConfig
+from softprompt.data.labels import with_labels
+from softprompt.data.read import read_all_rows, row_order
+from softprompt.data.rows import Rows, rows_hash, write_row
+from softprompt.errors import ConfigError, DataError
+
+DEFAULT_TEST_ROWS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The rows of one run. Validation and test carry the training rows' form, labels included."""
+
+    train: Rows
+    validation: Rows | None  # chooses the checkpoint
+    test: Rows | None  # read by compare only
+
+
+class _Part(NamedTuple):
+    """What `--validation` or `--test` asks for: one of the three."""
+
+    num_rows: int | None = None
+    share: float | None = None  # of the rows, between 0 and 1
+    file: str | None = None
+
+
+def split_rows(config: DataConfig, *, seed: int = 0, offline: bool = False) -> Split:
+    """Read the data once and part it; the same settings and seed give the same rows.
+
+    `rows` takes the first N for training (after `shuffle`). `validation` and, where training would take every row,
+    `test` are drawn from those rows by seed; otherwise test rows are the ones behind them, in order.
+    Raises DataError as `read_rows` does and where a part would be empty; ConfigError for a part that cannot be meant.
+    """
+    validation, test = (_part(name, getattr(config, name)) for name in ("validation", "test"))
+    deal = _Deal(read_all_rows(config, offline=offline), config, seed)
+    if test is not None and test.file is None:
+        deal.hold_out_test(test)
+    if validation is not None and validation.file is None:
+        deal.hold_out_validation(validation)
+    train = with_labels(deal.rows.take(deal.train))
+    parts = {
+        "validation": _read_part(config, validation, train, offline) or deal.part(deal.validation),
+        "test": _read_part(config, test, train, offline) or deal.part(deal.test),
+    }
+    if test is None:
+        parts["test"] = deal.part(deal.behind(DEFAULT_TEST_ROWS))
+    return _without_shared_text(train, parts)
+
+
+def held_out_record(rows: Rows) -> dict[str, Any]:  # Any: JSON for the run's record
+    """What a run keeps of its test rows: source, zero-based indices, sha256 of their text."""
+    return {"source": rows.source, "indices": list(rows.indices), "hash": rows_hash(rows)}
+
+
+class _Deal:
+    """The positions of one source, dealt out to the three parts."""
+
+    def __init__(self, rows: Rows, config: DataConfig, seed: int) -> None:
+        order = row_order(len(rows), config, seed)
+        taken = len(order) if config.rows is None else config.rows
+        self.rows = rows
+        self.seed = seed
+        self.takes_all = config.rows is None
+        self.train, self.rest = order[:taken], order[taken:]
+        self.validation: list[int] = []
+        self.test: list[int] = []
+        self._keys: dict[int, str | None] = {}
+
+    def hold_out_test(self, part: _Part) -> None:
+        wanted = _wanted(part, len(self.rows), "test")
+        if self.takes_all:
+            self.test = self._draw("test", wanted)
+            return
+        self.test = self.behind(wanted)
+        if len(self.test) < wanted:
+            raise DataError(
+                f"test asks for {wanted:,} rows, but behind the {len(self.train):,} training rows of "
+                f"{self.rows.source} there are {len(self.test):,} with text of their own; ask for fewer"
+            )
+
+    def hold_out_validation(self, part: _Part) -> None:
+        self.validation = self._draw("validation", _wanted(part, len(self.train), "validation"))
+
+    def behind(self, count: int) -> list[int]:
+        """The first rows that training did not take, without empty ones and without text seen in another part."""
+        if not self.rest:
+            return []
+        seen = {None, *(self._key(position) for position in (*self.train, *self.validation))}
+        own = (position for position in self.rest if self._key(position) not in seen)
+        return list(itertools.islice(own, count))
+
+    def part(self, positions: Sequence[int]) -> Rows | None:
+        return self.rows.take(positions) if positions else None
+
+    def _draw(self, name: str, count: int) -> list[int]:
+        """Rows taken out of training, by seed: from those whose text occurs once, so that none stays behind in it."""
+        keys = [self._key(position) for position in self.train]
+        counts: dict[str | None, int] = {None: 2}
+        for key in keys:
+            counts[key] = counts.get(key, 0) + 1
+        candidates = [position for position, key in zip(self.train, keys, strict=True) if counts[key] == 1]
+        if count > len(candidates) or count >= len(self.train):
+            raise DataError(
+                f"{name} asks for {count:,} of {len(self.train):,} rows of {self.rows.source}, of which "
+                f"{len(candidates):,} have text of their own; ask for fewer, so that training keeps some"
+            )
+        drawn = set(random.Random(f"{name}:{self.seed}").sample(candidates, count))
+        chosen = [position for position in self.train if position in drawn]
+        self.train = [position for position in self.train if position not in drawn]
+        return chosen
+
+    def _key(self, position: int) -> str | None:
+        """The row's text, None if there is none."""
+        if position not in self._keys:
+            written = write_row(self.rows, position)
+            self._keys[position] = None if written.is_empty else written.key
+        return self._keys[position]
+
+
+def _part(name: str, value: str | None) -> _Part | None:
+    if value is None:
+        return None
+    if re.fullmatch(r"\d+", value):
+        return _Part(num_rows=int(value)) if int(value) else _refuse_part(name, value)
+    try:
+        share = float(value)
+    except ValueError:
+        return _Part(file=value)
+    return _Part(share=share) if 0 < share < 1 else _refuse_part(name, value)
+
+
+def _refuse_part(name: str, value: str) -> _Part:
+    raise ConfigError(f"{name} is {value!r}; it must be a share between 0 and 1, a number of rows from 1 up, or a file")
+
+
+def _wanted(part: _Part, available: int, name: str) -> int:
+    if part.num_rows is not None:
+        return part.num_rows
+    assert part.share is not None, name
+    return max(1, round(part.share * available))
+
+
+def _read_part(config: DataConfig, part: _Part | None, train: Rows, offline: bool) -> Rows | None:
+    """A part that is a file of its own, read from the columns that the training rows came from."""
+    if part is None or part.file is None:
+        return None
+    settings = replace(config, data=part.file, subset=None)
+    if train.form.kind == "plain":
+        settings = replace(settings, text_column=train.column)
+    if train.form.kind == "chat":
+        settings = replace(settings, messages_column=train.column)
+    return read_all_rows(settings, offline=offline)
+
+
+def _without_shared_text(train: Rows, parts: dict[str, Rows | None]) -> Split:
+    seen = _keys(train) if any(part is not None for part in parts.values()) else set()
+    kept: dict[str, Rows | None] = {}
+    for name in ("validation", "test"):
+        part = parts[name]
+        kept[name] = None if part is None else _leaving_out(part, seen, train, name)
+        seen |= _keys(kept[name])
+    return Split(train=train, validation=kept["validation"], test=kept["test"])
+
+
+def _leaving_out(part: Rows, seen: Iterable[str], train: Rows, name: str) -> Rows:
+    own = [i for i in range(len(part)) if write_row(part, i).key not in seen]
+    if not own:
+        raise DataError(f"{name} {part.source}: the text of every row is in training too; give rows of their own")
+    return replace(part.take(own), form=train.form)
+
+
+def _keys(rows: Rows | None) -> set[str]:
+    return set() if rows is None else {write_row(rows, position).key for position in range(len(rows))}

@@ -1,0 +1,149 @@
+"""Files and folders that are there whole or not at all.
+
+Everything is written and synced under a hidden temporary name beside its place and then renamed. Any error, an
+interrupt included, removes the temporary and leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from softprompt.errors import ExistsError, StorageError
+
+PARTIAL_SUFFIX = ".partial"  # a killed process may leave `.NAME.<hex>.partial`; it is never read and may be deleted
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Put `data` (bytes) at `path`, replacing a file that is there.
+
+    Raises: StorageError.
+    """
+    write_files(path.parent, {path.name: data})
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put several files into an existing folder: all of them are on the disk before the first is renamed, in order.
+
+    Raises: StorageError.
+    """
+    staged = {folder / name: _hidden_sibling(folder / name, PARTIAL_SUFFIX) for name in files}
+    with _told_plainly(folder):
+        try:
+            for (place, temporary), data in zip(staged.items(), files.values(), strict=True):
+                _write_durably(temporary, data, place)
+            for place, temporary in staged.items():
+                os.replace(temporary, place)
+            _sync_folder(folder)
+        finally:
+            for temporary in staged.values():
+                temporary.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], *, replace: bool = False) -> None:
+    """Make `folder` with exactly these files; its parents are made too.
+
+    With `replace`, a folder that is there is moved aside first and deleted last: a process killed between the two
+    renames leaves the old one whole as `.NAME.<hex>.old`.
+
+    Raises: ExistsError where the folder has content and `replace` is not set; StorageError.
+    """
+    place = folder.resolve()
+    staging = _hidden_sibling(place, PARTIAL_SUFFIX)
+    with _told_plainly(folder):
+        try:
+            staging.mkdir(parents=True)
+            for name, data in files.items():
+                _write_durably(staging / name, data, folder / name)
+            _sync_folder(staging)
+            _move_into_place(staging, place, replace)
+            _sync_folder(place.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Make a folder disappear at once, then delete it.
+
+    Raises: StorageError.
+    """
+    with _told_plainly(folder):
+        doomed = _hidden_sibling(folder, ".old")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add one line to a file in one write; a reader sees it at once.
+
+    Raises: StorageError.
+    """
+    with _told_plainly(path), open(path, "ab", buffering=0) as file:
+        if file.write(line + b"\n") != len(line) + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _move_into_place(staging: Path, place: Path, replace: bool) -> None:
+    if not (replace and place.exists()):
+        os.rename(staging, place)  # an empty folder gives way; one with content raises
+        return
+    old = _hidden_sibling(place, ".old")
+    os.rename(place, old)
+    try:
+        os.rename(staging, place)
+    except BaseException:
+        os.rename(old, place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hidden_sibling(place: Path, suffix: str) -> Path:
+    return place.with_name(f".{place.name[:100]}.{uuid.uuid4().hex[:12]}{suffix}")
+
+
+def _write_durably(temporary: Path, data: bytes, place: Path) -> None:
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise StorageError(
+                f"no space left on the disk for {place} ({len(data):,} bytes); nothing was changed there: "
+                "free some space, or choose another disk"
+            ) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _told_plainly(place: Path) -> Iterator[None]:
+    """An OSError of the system as a StorageError that names the place."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise StorageError(f"no space left on the disk for {place}: free some, or choose another disk") from error
+        if error.errno in _OCCUPIED:
+            raise ExistsError(f"{place} exists and is not empty; overwrite it on purpose, or choose another") from error
+        reason = error.strerror or str(error)
+        raise StorageError(f"cannot write {place}: {reason}; choose a place that can be written") from error

@@ -1,0 +1,187 @@
+"""A training run's folder: `run.json`, `metrics.jsonl`, `checkpoints/step-N/`, and at the end the adapter's files.
+
+It knows files and nothing of how training goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softprompt.errors import AdapterError, ExistsError, StorageError
+from softprompt.prompt import SoftPrompt
+from softprompt.storage.adapter import save_prompt, save_prompt_into
+from softprompt.storage.atomic import PARTIAL_SUFFIX, append_line, write_file
+from softprompt.storage.files import (
+    ADAPTER_FILES,
+    CONFIG_NAME,
+    MAX_RECORD_BYTES,
+    PICKLE_NAME,
+    RECORD_NAME,
+    dump_object,
+    parse_object,
+    read_file,
+)
+from softprompt.storage.peft_config import PEFT_TYPE
+
+PLAN_NAME = "run.json"
+METRICS_NAME = "metrics.jsonl"
+CHECKPOINTS_NAME = "checkpoints"
+_PLAN_MARK = "softprompt_run"  # the key that makes a run.json ours; its value is the format's version
+_PLAN_VERSION = 1
+_OURS = (*ADAPTER_FILES, PICKLE_NAME, PLAN_NAME, METRICS_NAME, CHECKPOINTS_NAME)
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class Checkpoint(NamedTuple):
+    """One saved step of a run."""
+
+    step: int  # optimiser steps done
+    path: Path  # an adapter folder
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run writes. Make it with `create`, or open a finished one with `RunFolder(path)`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+        """A folder to write a run to: new or empty, or an existing run to go on with or to replace.
+
+        Overwriting deletes only what runs and adapters consist of, and only where one of them is recognised; other
+        files stay.
+
+        Raises: ExistsError where the folder has content that may not be touched; StorageError.
+        """
+        if resume and overwrite:
+            raise StorageError(f"{path}: resuming and overwriting exclude each other; choose one")
+        run = cls(Path(path))
+        if resume:
+            run._prepare_to_resume()
+        else:
+            run._prepare_to_start(overwrite)
+        return run
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """The resolved plan, and later the results, as `run.json`; replaces the one before.
+
+        Raises: StorageError.
+        """
+        write_file(self.path / PLAN_NAME, dump_object({_PLAN_MARK: _PLAN_VERSION, **plan}))
+
+    def read_plan(self) -> dict[str, Any]:
+        """What `write_plan` was given.
+
+        Raises: StorageError where there is no run.
+        """
+        data = read_file(self.path, PLAN_NAME, MAX_RECORD_BYTES)
+        plan = {} if data is None else parse_object(data, str(self.path / PLAN_NAME))
+        if plan.pop(_PLAN_MARK, None) != _PLAN_VERSION:
+            raise StorageError(f"{self.path} is not a run's folder: it has no {PLAN_NAME} of this release")
+        return plan
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """One line of `metrics.jsonl`, there for readers at once.
+
+        Raises: StorageError.
+        """
+        append_line(self.path / METRICS_NAME, dump_object(metrics, indent=None))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of `metrics.jsonl`, in order; none where nothing was written."""
+        file = self.path / METRICS_NAME
+        whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def save_checkpoint(self, step: int, prompt: SoftPrompt) -> Path:
+        """The prompt after `step` optimiser steps as an adapter of its own; the same step again replaces it.
+
+        Raises: StorageError.
+        """
+        assert step >= 0, step
+        return save_prompt(prompt, self.path / CHECKPOINTS_NAME / f"step-{step}", overwrite=True)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Saved steps, earliest first."""
+        folder = self.path / CHECKPOINTS_NAME
+        items = folder.iterdir() if folder.is_dir() else ()
+        found = ((_STEP_FOLDER.fullmatch(item.name), item) for item in items)
+        return sorted(Checkpoint(int(match[1]), item) for match, item in found if match)
+
+    def finish(self, prompt: SoftPrompt) -> Path:
+        """Put the chosen prompt's adapter files into the run's folder, which then loads as an adapter.
+
+        Raises: StorageError.
+        """
+        return save_prompt_into(prompt, self.path)
+
+    def _prepare_to_resume(self) -> None:
+        self.read_plan()
+        self._remove_partials()
+        _drop_unfinished_line(self.path / METRICS_NAME)
+
+    def _prepare_to_start(self, overwrite: bool) -> None:
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise ExistsError(f"{self.path} is a file; a run needs a folder: choose another name")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            self._clear(overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make {self.path}: {error.strerror}; choose another folder") from error
+
+    def _clear(self, overwrite: bool) -> None:
+        if not overwrite:
+            raise ExistsError(f"{self.path} exists; resume it (--resume), replace it (--overwrite) or choose another")
+        if not self._is_recognised():
+            names = ", ".join(sorted(item.name for item in self.path.iterdir())[:5])
+            raise ExistsError(
+                f"{self.path} holds {names} and is neither a run nor an adapter, so it is not overwritten; "
+                "choose another folder"
+            )
+        self._remove_partials()
+        for name in _OURS:
+            _remove(self.path / name)
+
+    def _is_recognised(self) -> bool:
+        return (
+            _PLAN_MARK in _peek(self.path, PLAN_NAME)
+            or "content_hash" in _peek(self.path, RECORD_NAME)
+            or _peek(self.path, CONFIG_NAME).get("peft_type") == PEFT_TYPE
+        )
+
+    def _remove_partials(self) -> None:
+        for leftover in self.path.glob(f".*{PARTIAL_SUFFIX}"):
+            _remove(leftover)
+
+
+def _peek(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        data = read_file(folder, name, MAX_RECORD_BYTES)
+        return {} if data is None else parse_object(data, name)
+    except AdapterError:
+        return {}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _drop_unfinished_line(file: Path) -> None:
+    """A killed process may have left half a line; the next one must not be glued to it."""
+    if not file.exists():
+        return
+    data = file.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(file, data.rfind(b"\n") + 1)

@@ -1,0 +1,111 @@
+import pytest
+
+from softprompt.config import DataConfig
+from softprompt.data import held_out_record, split_rows
+from softprompt.data.rows import rows_hash, write_rows
+from softprompt.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("\n".join(f"row {number}" for number in range(300)))
+    return path
+
+
+def split(path, seed=0, **settings):
+    return split_rows(DataConfig(data=str(path), **settings), seed=seed)
+
+
+def texts(rows):
+    return [] if rows is None else [row.text for row in write_rows(rows)]
+
+
+def test_by_default_the_test_rows_are_the_200_behind_the_training_rows(source):
+    parts = split(source, rows=50)
+    assert parts.train.indices == tuple(range(50))
+    assert parts.validation is None
+    assert parts.test.indices == tuple(range(50, 250))
+    assert split(source, rows=250).test.indices == tuple(range(250, 300))
+    assert split(source).test is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rows": 50, "validation": "0.2"},
+        {"validation": "0.1", "test": "40"},
+        {"rows": 100, "validation": "10", "test": "0.1", "shuffle": True},
+        {"test": "200", "shuffle": True},
+    ],
+)
+def test_parts_never_meet_and_follow_from_the_seed(source, settings):
+    parts, again, other = (split(source, seed, **settings) for seed in (0, 0, 1))
+    for name in ("train", "validation", "test"):
+        assert getattr(parts, name) == getattr(again, name)
+    assert parts.train.indices != other.train.indices
+    everything = [text for part in (parts.train, parts.validation, parts.test) for text in texts(part)]
+    assert len(everything) == len(set(everything))
+
+
+def test_counts_and_shares(source):
+    parts = split(source, rows=100, validation="0.2", test="30")
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (80, 20, 30)
+    assert set(parts.train.indices) | set(parts.validation.indices) == set(range(100))
+    parts = split(source, validation="10", test="0.1")
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (260, 10, 30)
+
+
+def test_a_text_that_training_has_is_not_held_out(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a\nb\na\nc\n\nd\nb\nc\n")
+    assert texts(split(path, rows=2).test) == ["c", "d", "c"]  # nor is an empty row
+    for seed in range(8):
+        parts = split(path, seed, validation="1")
+        assert texts(parts.validation) == ["d"]
+    other = tmp_path / "b.txt"
+    other.write_text("a\nz\n")
+    assert texts(split(path, test=str(other)).test) == ["z"]
+    assert texts(split(path, validation=str(other), rows=1).test) == ["b", "c", "d", "b", "c"]
+
+
+def test_files_take_the_training_rows_form(tmp_path):
+    rows = "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(8))
+    (tmp_path / "a.csv").write_text(rows)
+    (tmp_path / "b.csv").write_text("text,label\nother,a\n")
+    parts = split(
+        tmp_path / "a.csv", template="{text}:", completion=" {label}", test=str(tmp_path / "b.csv"), validation="2"
+    )
+    assert parts.train.form.labels == (" a", " b")
+    assert parts.test.form == parts.validation.form == parts.train.form
+    # The training column was the only one of text; the other file has two, and the same one is read.
+    (tmp_path / "c.jsonl").write_text('{"quote": "x", "n": 1}\n')
+    (tmp_path / "d.csv").write_text("author,quote\nme,y\n")
+    assert texts(split(tmp_path / "c.jsonl", validation=str(tmp_path / "d.csv")).validation) == ["y"]
+
+
+def test_the_runs_record_of_the_test_rows(source):
+    test = split(source, rows=298).test
+    assert held_out_record(test) == {"source": str(source), "indices": [298, 299], "hash": rows_hash(test)}
+    assert rows_hash(test) != rows_hash(test.take([1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation": "0"}, "validation is '0'; it must be a share between 0 and 1, a number of rows"),
+        ({"test": "1.5"}, "test is '1.5'; it must be a share between 0 and 1"),
+        ({"test": "nan"}, "test is 'nan'; it must be a share between 0 and 1"),
+        ({"validation": "300"}, "validation asks for 300 of 300 rows of .*, of which 300 have text of their own"),
+        ({"rows": 290, "test": "20"}, "test asks for 20 rows, but behind the 290 training rows of .* there are 10"),
+        ({"test": "nowhere.csv"}, "there is no data at 'nowhere.csv'"),
+    ],
+)
+def test_a_part_that_cannot_be_had_is_refused(source, settings, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        split(source, **settings)
+
+
+def test_a_held_out_file_with_nothing_of_its_own_is_refused(source):
+    with pytest.raises(DataError, match="the text of every row is in training too"):
+        split(source, test=str(source))
