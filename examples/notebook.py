@@ -31,9 +31,11 @@ INPUTS = ["I want you to act as a motivational coach. ", "There are two nice thi
 
 def main() -> None:
     flags = parse()
-    config = TrainConfig(**{"virtual_tokens": 4, "epochs": 6, "batch_rows": 8, **PRESETS.get(flags.preset, {})})
+    settings = {"virtual_tokens": 4, "epochs": 6, "batch_rows": 8, **PRESETS.get(flags.preset, {})}
+    dtype = settings.pop("dtype", "auto")
+    config = TrainConfig(**settings)
 
-    base = load_base(flags.base)
+    base = load_base(flags.base, dtype=dtype)
     print(describe(base))
     print(trainable_line(base, config.virtual_tokens))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -20,6 +21,7 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
 EMBEDDED_BASE = "embedded"
+_SEEDS = 2**63  # what torch's generators take
 
 ConfigT = TypeVar("ConfigT")
 
@@ -78,6 +80,7 @@ class TrainConfig:
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float | None = option(None, "Clip the gradient's norm (per step, loss per target); default: off.")
     eos: bool = option(True, "Teach the prompt to end: supervise EOS after each row.")
+    eos_weight: float = option(0.3, "Weight of that EOS in the loss; a text token weighs 1.")
     validate_every: int | None = option(None, "Steps between validations; default: each epoch.")
     patience: int | None = option(None, "Stop after this many validations without a better loss.")
     seed: int = option(0, "Seed of start, shuffle and order.")
@@ -87,12 +90,14 @@ class TrainConfig:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_rows >= 1, "batch_rows", self.batch_rows, "at least 1")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, and finite")
+        _require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
         for name in ("max_steps", "batch_tokens", "micro_batch_rows", "validate_every", "patience"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("relative_learning_rate", "learning_rate", "max_grad_norm"):
+        for name in ("relative_learning_rate", "learning_rate", "max_grad_norm", "eos_weight"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "above 0")
+            _require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
         if self.relative_learning_rate is not None and self.learning_rate is not None:
             raise ConfigError(
                 f"learning_rate={self.learning_rate:g} and relative_learning_rate={self.relative_learning_rate:g} "
@@ -100,6 +105,8 @@ class TrainConfig:
             )
         if self.init == "text" and not self.init_text:
             raise ConfigError("init 'text' needs init_text, the instruction to start from")
+        if self.init != "text" and self.init_text is not None:
+            raise ConfigError(f"init_text is given, but init is {self.init!r}; it must be 'text' to start from it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +131,14 @@ class SamplingConfig:
             self.min_new_tokens,
             f"between 0 and max_new_tokens ({self.max_new_tokens})",
         )
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more, and finite")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        penalty = self.repetition_penalty
+        _require(0 < penalty < math.inf, "repetition_penalty", penalty, "above 0, and finite")
         _require(all(self.stop), "stop", self.stop, "not empty")
+        _require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
 
 
 # The settings of the notebook "Prompt Tuning With PEFT": PEFT's random start, transformers.Trainer's linear decay
@@ -144,7 +153,8 @@ NOTEBOOK_PRESET: Mapping[str, Any] = {
     "max_grad_norm": 1.0,
     "eos": False,
 }
-PRESETS: Mapping[str, Mapping[str, Any]] = {"notebook": NOTEBOOK_PRESET}
+# What --preset sets among the flags of `train`; the notebook ran in float32.
+PRESETS: Mapping[str, Mapping[str, Any]] = {"notebook": {**NOTEBOOK_PRESET, "dtype": "float32"}}
 
 
 def make_config(kind: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:

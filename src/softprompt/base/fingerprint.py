@@ -68,16 +68,30 @@ class _Checkpoint:
 
     def __init__(self, folder: str | None, prefix: str) -> None:
         self._prefix = prefix
-        self._files = sorted(Path(folder).glob("*.safetensors")) if folder and Path(folder).is_dir() else []
+        root = Path(folder) if folder is not None else Path()
+        found = sorted(root.glob("*.safetensors")) or sorted(root.glob("pytorch_model*.bin"))
+        self._files = found if folder is not None else []
 
     def find(self, short: str, otherwise: Tensor) -> Tensor:
         for file in self._files:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # not a mapping
-                    if _short_name(name, self._prefix) == short:
-                        value: Tensor = tensors.get_tensor(name)
-                        return value
+            value = (_in_safetensors if file.suffix == ".safetensors" else _in_bin)(file, short, self._prefix)
+            if value is not None:
+                return value
         return otherwise
+
+
+def _in_safetensors(file: Path, short: str, prefix: str) -> Tensor | None:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # not a mapping
+            if _short_name(name, prefix) == short:
+                value: Tensor = tensors.get_tensor(name)
+                return value
+    return None
+
+
+def _in_bin(file: Path, short: str, prefix: str) -> Tensor | None:
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return next((value for name, value in tensors.items() if _short_name(name, prefix) == short), None)
 
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from softprompt.base.device import resolve_device, resolve_dtype
 from softprompt.base.model import Base
@@ -47,6 +48,8 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
         "trust_remote_code": config.trust_remote_code,
         "local_files_only": config.offline or Path(source).is_dir(),
     }
+    if config.offline:  # by its id, transformers would still ask the Hub whether an adapter lies beside the base
+        source = _read(_folder, config.base, source, where)
     _refuse_other_architectures(_read(AutoConfig.from_pretrained, config.base, source, where), config.base)
     tokenizer = _read(AutoTokenizer.from_pretrained, config.base, source, where)
     model, info = _read(
@@ -56,8 +59,13 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
         {**where, "dtype": dtype, "output_loading_info": True},
     )
     _refuse_incomplete(info, config.base)
+    _refuse_adapter(model, config.base)
     return freeze_base(
-        model.to(device), tokenizer, name=base_name(config.base), folder=source, max_length=config.max_length
+        model.to(device),
+        tokenizer,
+        name=base_name(config.base),
+        folder=_folder(source, **where),
+        max_length=config.max_length,
     )
 
 
@@ -106,6 +114,15 @@ def _source(base: str) -> str:
     return base
 
 
+def _folder(source: str, *, revision: str | None, **_: Any) -> str:  # Any: the other loading options
+    """Where the checkpoint lies: the folder itself, or the Hub's snapshot in the cache. Asks nobody."""
+    if Path(source).is_dir():
+        return source
+    config_file = cached_file(source, "config.json", revision=revision, local_files_only=True)
+    assert config_file is not None  # cached_file raises OSError where there is none
+    return str(Path(config_file).parent)
+
+
 def _read(load: Any, base: str, source: str, options: dict[str, Any]) -> Any:  # Any: transformers' untyped factories
     try:
         return load(source, **options)
@@ -137,6 +154,15 @@ def _refuse_incomplete(info: dict[str, Any], base: str) -> None:
         )
 
 
+def _refuse_adapter(model: PreTrainedModel, base: str) -> None:
+    """transformers loads an adapter that lies beside a config; the base would then not be the base."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BaseModelError(
+            f"base {base!r} has an adapter_config.json beside its weights, so it would load with that adapter; "
+            "give the bare base, or merge the adapter into it first"
+        )
+
+
 def _max_length(config: PretrainedConfig, wanted: int | None, name: str) -> int:
     limit = None if _positions_are_relative(config) else _own_limit(config)
     if wanted is not None and (wanted < 2 or (limit is not None and wanted > limit)):
@@ -145,9 +171,8 @@ def _max_length(config: PretrainedConfig, wanted: int | None, name: str) -> int:
 
 
 def _positions_are_relative(config: PretrainedConfig) -> bool:
-    """ALiBi: Bloom always, MPT and Falcon by a switch."""
-    attention = getattr(config, "attn_config", None)
-    return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or getattr(attention, "alibi", False))
+    """ALiBi: Bloom always, Falcon by a switch. MPT's is a table that transformers builds for max_seq_len positions."""
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
 
 
 def _own_limit(config: PretrainedConfig) -> int | None:

@@ -8,6 +8,7 @@ B rows still running, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,7 +19,7 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
 from softprompt.engine.sampling import Sampler
-from softprompt.errors import LengthError, PromptError
+from softprompt.errors import BaseModelError, LengthError, PromptError
 from softprompt.families import Forward, forward_of, new_cache
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row, append, concatenate, keep
@@ -64,8 +65,8 @@ def generate(
 ) -> list[Answer]:
     """One answer per request, in order.
 
-    Raises LengthError where a prompt, its text and the new tokens exceed the base's positions, and PromptError where a
-    prompt has another width than the base.
+    Raises LengthError where a prompt, its text and the new tokens exceed the base's positions, PromptError where a
+    prompt has another width than the base, and BaseModelError where the base computes NaN.
     """
     sampling = sampling or SamplingConfig()
     for request in requests:
@@ -79,7 +80,7 @@ def generate(
 @torch.inference_mode()
 def _run(base: Base, forward: Forward, requests: Sequence[Request], running: list[_Running], sampler: Sampler) -> None:
     prompts, numbers = _distinct_prompts(requests)
-    batch = concatenate(base, [Row(r.ids, n) for r, n in zip(requests, numbers, strict=True)], prompts)
+    batch = concatenate(base, [Row(r.ids, n) for r, n in zip(requests, numbers, strict=True)], prompts, "right")
     cache = new_cache()
     while True:
         hidden = forward.hidden_states(batch.embeds_BSH, batch.mask_BS, batch.positions_BS, cache)
@@ -110,6 +111,8 @@ def _all_ids(row: _Running) -> list[int]:
 def _take(base: Base, running: list[_Running], next_ids: Tensor, logits_BV: Tensor, sampler: Sampler) -> None:
     log_probs = torch.log_softmax(logits_BV, dim=-1).gather(1, next_ids[:, None])[:, 0].tolist()
     for row, token, log_prob in zip(running, next_ids.tolist(), log_probs, strict=True):
+        if math.isnan(log_prob):
+            raise BaseModelError(f"base {base.name!r} computes NaN in {base.dtype}; load it in float32 or bfloat16")
         if token in base.stop_ids:
             row.answer = _answer(base, row, "stop")
             continue

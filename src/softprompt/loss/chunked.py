@@ -33,8 +33,7 @@ def weighted_nll(
 def nll(head: Head, hidden_ND: Tensor, target_ids_N: Tensor, num_classes: int) -> Tensor:
     """Each target's negative log-likelihood in nats [N], without gradient."""
     with torch.no_grad():
-        chunks = [_logits_nll(head(h), ids) for h, ids in _chunks(hidden_ND, target_ids_N, num_classes)]
-    return torch.cat(chunks) if chunks else hidden_ND.new_zeros(0, dtype=torch.float32)
+        return torch.cat([_logits_nll(head(h), ids) for h, ids in _chunks(hidden_ND, target_ids_N, num_classes)])
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -76,7 +75,8 @@ def _chunk_rows(num_classes: int) -> int:
 
 
 def _split(tensor: Tensor, num_classes: int) -> tuple[Tensor, ...]:
-    return tensor.split(_chunk_rows(num_classes)) if len(tensor) else ()
+    chunks: tuple[Tensor, ...] = tensor.split(_chunk_rows(num_classes))  # an empty tensor is one empty chunk
+    return chunks
 
 
 def _chunks(hidden: Tensor, ids: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:

@@ -72,7 +72,7 @@ def _by_length(lengths: list[int]) -> list[list[int]]:
 
 @torch.no_grad()
 def _batch_nlls(base: Base, forward: Forward, rows: list[Row], prompts: Sequence[Tensor]) -> list[dict[int, float]]:
-    spliced = concatenate(base, rows, prompts)
+    spliced = concatenate(base, rows, prompts, align="left")
     hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS)
     wanted = spliced.targets
     losses = nll(forward.logits, hidden.flatten(0, 1)[wanted.slots], wanted.ids, base.vocab_size).tolist()

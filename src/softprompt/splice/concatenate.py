@@ -1,9 +1,13 @@
-"""The concatenated layout: [pads, soft prompt, BOS, text] per row, right-aligned, positions from the prompt's start.
+"""The concatenated layout: [soft prompt, BOS, text] per row, positions from the prompt's start, pads on one side.
 
 This is the one place where prompts meet token embeddings, masks, positions and targets. Pads are zero vectors, masked
-by length and never by id, so a pad token is not needed and may equal EOS. Right-aligned rows are exact for every tested
-family, and a row's last hidden state always lies in the last slot; left-aligned ones are there for tests against
-others. The float32 prompt is cast to the base's dtype here and nowhere else.
+by length and never by id, so a pad token is not needed and may equal EOS. The float32 prompt is cast to the base's
+dtype here and nowhere else.
+
+Both alignments are exact for every tested family. A loss takes left-aligned rows: pads behind a row are out of its
+causal sight, so nothing is masked, and every slot has itself to attend to (a masked pad has nothing, which is NaN where
+a float64 base attends in float32). Generation takes right-aligned ones: the last hidden state of every row lies in
+the last slot.
 
 B rows, S slots, H embedding width, P prompt length (ragged), T text length (ragged), N targets.
 """
@@ -25,12 +29,13 @@ Alignment = Literal["right", "left"]
 
 @dataclass(frozen=True)
 class Targets:
-    """Where a loss is wanted, in row order. All [N], int64, on the base's device."""
+    """Where a loss is wanted, in row order. All [N], int64 but for the weights, on the base's device."""
 
     ids: Tensor  # the token to predict
     slots: Tensor  # flat index (row * S + slot) of the hidden state that predicts it
     rows: Tensor  # its row
     columns: Tensor  # its index among the row's ids
+    weights: Tensor  # of its loss, float64
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,13 @@ class Concatenated:
     """One batch of embeddings, ready for a forward."""
 
     embeds_BSH: Tensor
-    mask_BS: Tensor  # 1 where a vector is real, 0 at pads
+    mask_BS: Tensor  # 0 at pads in front, which a row must not see; 1 elsewhere
     positions_BS: Tensor  # counted from the first virtual token; 0 at pads
     lengths_B: Tensor  # P + T of each row
     targets: Targets
 
 
-def concatenate(base: Base, rows: Sequence[Row], prompts: Sequence[Tensor], align: Alignment = "right") -> Concatenated:
+def concatenate(base: Base, rows: Sequence[Row], prompts: Sequence[Tensor], align: Alignment = "left") -> Concatenated:
     """Splice rows with their prompts [P, H]; gradients flow into the prompts, and into nothing else."""
     pieces = [_row_embeds(base, row, prompts) for row in rows]
     lengths = [piece.shape[0] for piece in pieces]
@@ -77,20 +82,32 @@ def _pad(piece: Tensor, first_slot: int, num_slots: int) -> Tensor:
 def _mask_and_positions(lengths: list[int], first_slots: list[int], num_slots: int) -> tuple[Tensor, Tensor]:
     slots = torch.arange(num_slots).expand(len(lengths), num_slots)
     positions = slots - torch.tensor(first_slots)[:, None]
-    real = (positions >= 0) & (positions < torch.tensor(lengths)[:, None])
-    return real.long(), positions * real
+    is_in_front = positions < 0
+    is_behind = positions >= torch.tensor(lengths)[:, None]
+    return (~is_in_front).long(), positions.masked_fill(is_in_front | is_behind, 0)
 
 
 def _targets(
     rows: Sequence[Row], lengths: list[int], first_slots: list[int], num_slots: int, device: torch.device
 ) -> Targets:
-    ids, slots, owners, columns = [], [], [], []
+    ids, slots, owners, columns, weights = [], [], [], [], []
     for index, (row, length, first) in enumerate(zip(rows, lengths, first_slots, strict=True)):
         text_start = index * num_slots + first + length - len(row.ids)
-        for column, wanted in enumerate(row.targets or ()):
-            if wanted:
+        for column, weight in enumerate(row.targets or ()):
+            if weight:
                 ids.append(row.ids[column])
                 slots.append(text_start + column - 1)
                 owners.append(index)
                 columns.append(column)
-    return Targets(*(torch.tensor(values, dtype=torch.long, device=device) for values in (ids, slots, owners, columns)))
+                weights.append(float(weight))
+
+    def whole(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return Targets(
+        ids=whole(ids),
+        slots=whole(slots),
+        rows=whole(owners),
+        columns=whole(columns),
+        weights=torch.tensor(weights, dtype=torch.float64, device=device),
+    )

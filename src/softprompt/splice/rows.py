@@ -14,7 +14,7 @@ class Row:
 
     ids: Sequence[int]
     prompt: int | None = None
-    targets: Sequence[bool] | None = None  # one per id: True where a loss is wanted
+    targets: Sequence[float] | None = None  # one per id: the weight of its loss; 0 or False where none is wanted
 
     def __post_init__(self) -> None:
         if self.prompt is None and not self.ids:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -73,11 +74,11 @@ class TrainingLoop:
 
     def _step(self, indices: Sequence[int], epoch: float) -> Iterator[Event]:
         began = self.clock()
-        rows = [Row(self.examples[i].ids, 0, self.examples[i].target_mask) for i in indices]
+        rows = [training_row(self.examples[i], self.plan.config.eos_weight) for i in indices]
         num_tokens = sum(len(row.ids) for row in rows)
         nats = 0.0
-        for micro_nats in self._gradient(rows):
-            nats += micro_nats
+        for nats_so_far in self._gradient(rows):
+            nats = nats_so_far
             yield SliceDone(step=self.step, num_tokens=num_tokens)
         learning_rate = float(self._schedule.get_last_lr()[0])
         grad_norm = self._update()
@@ -88,11 +89,12 @@ class TrainingLoop:
         )  # fmt: skip
 
     def _gradient(self, rows: Sequence[Row]) -> Iterator[float]:
-        """The step's gradient; where a CUDA device runs out of memory, again in halves."""
+        """The step's gradient, yielding its nats so far; where a CUDA device runs out of memory, again in halves."""
         while True:
             self._optimizer.zero_grad(set_to_none=True)
+            size = self.plan.micro_batch_rows
             try:
-                yield from accumulate_gradient(self.base, self.forward, [self.prompt], rows, self.plan.micro_batch_rows)
+                yield from accumulate(accumulate_gradient(self.base, self.forward, [self.prompt], rows, size))
                 return
             except torch.OutOfMemoryError:
                 if self.plan.micro_batch_rows == 1:
@@ -137,3 +139,12 @@ class TrainingLoop:
         patience = self.plan.config.patience
         tired = patience is not None and self._validations_without_gain >= patience
         return self.step >= self.plan.num_steps or tired
+
+
+def training_row(example: Example, eos_weight: float) -> Row:
+    """The example's row under prompt 0, its EOS weighing as much as `eos_weight` text tokens."""
+    weights = [
+        eos_weight if is_eos else float(counted)
+        for counted, is_eos in zip(example.target_mask, example.eos_mask, strict=True)
+    ]
+    return Row(example.ids, 0, weights)

@@ -1,7 +1,8 @@
 """One optimiser step as bounded slices: micro-batches whose gradients add up to that of the whole step.
 
-The loss of a step is the summed negative log-likelihood of its counted targets, divided once by their number. Rows
-name their prompt, so several prompts may train on one base at once; each is divided by its own number of targets.
+The loss of a step is the weighted sum of its targets' negative log-likelihoods, divided once by the sum of the weights
+(their number, where all weigh 1). Rows name their prompt, so several prompts may train on one base at once; each is
+divided by its own sum.
 """
 
 from __future__ import annotations
@@ -34,24 +35,25 @@ def accumulate_gradient(
 
 def num_targets(row: Row) -> int:
     """Tokens of a row whose loss counts."""
-    return sum(row.targets or ())
+    return sum(1 for weight in row.targets or () if weight)
 
 
 def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[float]:
-    counts = [0] * num_prompts
+    sums = [0.0] * num_prompts
     for row in rows:
         assert row.prompt is not None, "a training row names its prompt"
-        counts[row.prompt] += num_targets(row)
-    return [1.0 / counts[row.prompt] for row in rows if row.prompt is not None]
+        sums[row.prompt] += sum(row.targets or ())
+    return [1.0 / (sums[row.prompt] or 1.0) for row in rows if row.prompt is not None]
 
 
 def _micro_batch(
     base: Base, forward: Forward, prompts: Sequence[Tensor], rows: Sequence[Row], row_weights_B: Tensor
 ) -> float:
-    spliced = concatenate(base, rows, prompts)
+    spliced = concatenate(base, rows, prompts, align="left")
     hidden_BSD = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS)
     wanted = spliced.targets
-    weights = row_weights_B.to(base.device)[wanted.rows].to(torch.promote_types(base.dtype, torch.float32))
+    weights = row_weights_B.to(base.device)[wanted.rows] * wanted.weights
+    weights = weights.to(torch.promote_types(base.dtype, torch.float32))
     total, nats = weighted_nll(
         forward.logits, hidden_BSD.flatten(0, 1)[wanted.slots], wanted.ids, weights, base.vocab_size
     )

@@ -15,9 +15,8 @@ from softprompt.data import Rows, build_examples, rows_from_texts
 from softprompt.errors import LengthError, PromptError
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt, StartTexts, starting_tensor
-from softprompt.splice import Row
 from softprompt.training.events import Checkpoint, Event, StepDone
-from softprompt.training.loop import TrainingLoop
+from softprompt.training.loop import TrainingLoop, training_row
 from softprompt.training.memory import fit_rows
 from softprompt.training.plan import Plan, make_plan, with_micro_batch_rows
 from softprompt.training.step import accumulate_gradient
@@ -101,7 +100,8 @@ def prepare(
     config = config if start is None else replace(config, virtual_tokens=start.num_virtual_tokens)
     examples = _examples(base, data, config)
     held_out = _examples(base, validation, config) if validation is not None else None
-    _check_lengths(base, examples, config)
+    for checked in (examples, held_out) if held_out is not None else (examples,):
+        _check_lengths(base, checked, config)
     forward = forward_of(base)
     tensor, notes = _start(base, examples, config, start)
     plan = make_plan(base, examples, config)
@@ -168,7 +168,7 @@ def _fitted(
     leaf = start.detach().clone().to(base.device).requires_grad_(True)
 
     def run_one_row() -> None:
-        list(accumulate_gradient(base, forward, [leaf], [Row(longest.ids, 0, longest.target_mask)], 1))
+        list(accumulate_gradient(base, forward, [leaf], [training_row(longest, plan.config.eos_weight)], 1))
 
     rows = fit_rows(run_one_row, plan.micro_batch_rows, base.device)
     if rows == plan.micro_batch_rows:

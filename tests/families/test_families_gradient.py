@@ -1,0 +1,60 @@
+"""Loss and prompt gradient of a step equal torch's autograd over plain concatenation, row by row, in every family."""
+
+import pytest
+import torch
+from slow_truth import TOLERANCE, plain_nats, relative_error
+from test_families_logits import FLOAT32_INSIDE
+from tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
+
+from softprompt.families import forward_of
+from softprompt.splice import Row
+from softprompt.training.step import accumulate_gradient
+
+LENGTHS = (1, 12, LIMIT - 64, 5, 3)
+OWNERS = (0, 1, 2, 0, 1)  # prompts of 1, 7 and 64 vectors
+PROMPT_LENGTHS = (1, 7, 64)
+
+
+def training_rows():
+    rows = []
+    for seed, (length, owner) in enumerate(zip(LENGTHS, OWNERS, strict=True)):
+        targets = [index % 3 != 1 for index in range(length)]  # every third token is context
+        rows.append(Row(random_ids(length, seed), owner, targets))
+    return rows
+
+
+def fresh_prompts(base):
+    return [random_prompt(base, length, seed=length).requires_grad_(True) for length in PROMPT_LENGTHS]
+
+
+def true_step(base, rows):
+    prompts = fresh_prompts(base)
+    nats = [plain_nats(base, row.ids, row.targets, prompts[row.prompt]).sum() for row in rows]
+    for number in range(len(prompts)):
+        counted = sum(sum(row.targets) for row in rows if row.prompt == number)
+        mine = sum(loss for row, loss in zip(rows, nats, strict=True) if row.prompt == number)
+        (mine / counted).backward()
+    return sum(float(loss.detach().double()) for loss in nats), [prompt.grad for prompt in prompts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_loss_and_gradient_equal_plain_concatenation(family, dtype):
+    base = build_base(family, dtype=dtype)
+    rows = training_rows()
+    true_nats, true_gradients = true_step(base, rows)
+    tolerance = 1e-6 if dtype == torch.float64 and family in FLOAT32_INSIDE else TOLERANCE[dtype]
+    for micro_batch_rows in (1, 2, 5):
+        prompts = fresh_prompts(base)
+        nats = sum(accumulate_gradient(base, forward_of(base), prompts, rows, micro_batch_rows))
+        assert nats == pytest.approx(true_nats, rel=tolerance)
+        for ours, truth in zip(prompts, true_gradients, strict=True):
+            assert relative_error(ours.grad, truth) < tolerance
+
+
+def test_a_wrong_prompt_has_another_gradient(tiny_llama):
+    rows = training_rows()
+    _, truth = true_step(tiny_llama, rows)
+    prompts = [prompt.detach().flip(0).requires_grad_(True) for prompt in fresh_prompts(tiny_llama)]
+    list(accumulate_gradient(tiny_llama, forward_of(tiny_llama), prompts, rows, 2))
+    assert relative_error(prompts[2].grad, truth[2]) > 0.01

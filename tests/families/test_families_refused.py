@@ -1,0 +1,68 @@
+"""Bases that cannot work are refused in one sentence; what the tested list does not name is checked when first used."""
+
+import pytest
+import torch
+import transformers as hf
+from tiny_bases import OTHERS, VOCAB, build_base, build_tokenizer
+
+from softprompt.base import freeze_base, load_base
+from softprompt.errors import BaseModelError
+from softprompt.families import KNOWN_FAMILIES, forward_of
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_an_unknown_but_causal_family_passes_the_check(family):
+    base = build_base(family)
+    assert base.model.config.model_type not in KNOWN_FAMILIES
+    assert forward_of(base).backbone is not base.model
+
+
+def test_a_bidirectional_model_is_refused_when_it_is_first_used():
+    model = hf.BertLMHeadModel(hf.BertConfig(**SMALL, is_decoder=False))
+    with pytest.raises(BaseModelError, match=r"'tiny' \(bert\) is not causal"):
+        forward_of(freeze_base(model, build_tokenizer(), name="tiny"))
+
+
+def test_a_family_whose_padding_leaks_is_refused(monkeypatch):
+    base = build_base("stablelm")
+    plain = base.model.model.forward
+
+    def leaking(inputs_embeds, attention_mask, **rest):
+        return plain(inputs_embeds=inputs_embeds, attention_mask=torch.ones_like(attention_mask), **rest)
+
+    monkeypatch.setattr(base.model.model, "forward", leaking)
+    with pytest.raises(BaseModelError, match="answers differently under padding"):
+        forward_of(base)
+
+
+def test_a_bert_folder_is_refused_by_name(tmp_path):
+    folder = saved(hf.BertForMaskedLM(hf.BertConfig(**SMALL)), tmp_path / "bert")
+    with pytest.raises(BaseModelError, match=r"BERT-like model \(BertForMaskedLM\).*come later"):
+        load_base(folder, dtype="float32", device="cpu")
+
+
+def test_an_encoder_decoder_folder_is_refused_by_name(tmp_path):
+    config = hf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    folder = saved(hf.T5ForConditionalGeneration(config), tmp_path / "t5")
+    with pytest.raises(BaseModelError, match=r"encoder-decoder model \(t5\).*come later"):
+        load_base(folder, dtype="float32", device="cpu")
+
+
+def test_a_headless_bert_folder_is_refused_too(tmp_path):
+    folder = saved(hf.BertModel(hf.BertConfig(**SMALL)), tmp_path / "bert")
+    with pytest.raises(BaseModelError):
+        load_base(folder, dtype="float32", device="cpu")

@@ -1,0 +1,117 @@
+"""Splicing ragged rows with ragged prompts: every vector, position, mask bit and target lies where it should."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_bases import VOCAB, build_base, random_prompt
+
+from softprompt.errors import DataError
+from softprompt.splice import Row, append, concatenate, keep
+
+BASE = build_base("llama")
+ALIGNMENTS = st.sampled_from(["left", "right"])
+
+
+@st.composite
+def batches(draw):
+    """Prompts of 1 to 5 vectors, and rows of 0 to 6 tokens that name one of them or none."""
+    prompts = [random_prompt(BASE, draw(st.integers(1, 5)), seed) for seed in range(draw(st.integers(1, 3)))]
+    rows = []
+    for _ in range(draw(st.integers(1, 5))):
+        owner = draw(st.none() | st.integers(0, len(prompts) - 1))
+        ids = draw(st.lists(st.integers(0, VOCAB - 1), min_size=int(owner is None), max_size=6))
+        targets = [draw(st.booleans()) and (owner is not None or index > 0) for index in range(len(ids))]
+        rows.append(Row(ids, owner, targets))
+    return rows, prompts
+
+
+def pieces(rows, prompts):
+    """Each row's own vectors, [P + T, H]."""
+    texts = [BASE.embedding(torch.tensor(row.ids, dtype=torch.long)) for row in rows]
+    return [t if r.prompt is None else torch.cat([prompts[r.prompt], t]) for r, t in zip(rows, texts, strict=True)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), ALIGNMENTS)
+def test_rows_lie_whole_and_unmoved_between_pads_of_zero(batch, align):
+    rows, prompts = batch
+    spliced = concatenate(BASE, rows, prompts, align)
+    num_slots = spliced.embeds_BSH.shape[1]
+    for index, own in enumerate(pieces(rows, prompts)):
+        first = 0 if align == "left" else num_slots - len(own)
+        real = slice(first, first + len(own))
+        assert torch.equal(spliced.embeds_BSH[index, real], own)
+        assert spliced.positions_BS[index, real].tolist() == list(range(len(own)))
+        assert spliced.mask_BS[index, real].all()
+        assert spliced.mask_BS[index, :first].sum() == 0  # what a causal row would otherwise see
+        assert spliced.embeds_BSH[index].count_nonzero() == own.count_nonzero()
+        assert spliced.positions_BS[index].sum() == sum(range(len(own)))
+    assert num_slots == int(spliced.lengths_B.max()) == max(len(own) for own in pieces(rows, prompts))
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), ALIGNMENTS)
+def test_a_targets_slot_is_the_one_before_its_own_vector(batch, align):
+    rows, prompts = batch
+    spliced = concatenate(BASE, rows, prompts, align)
+    targets, num_slots = spliced.targets, spliced.embeds_BSH.shape[1]
+    wanted = [(i, c) for i, row in enumerate(rows) for c, counted in enumerate(row.targets) if counted]
+    assert list(zip(targets.rows.tolist(), targets.columns.tolist(), strict=True)) == wanted
+    assert targets.ids.tolist() == [rows[i].ids[c] for i, c in wanted]
+    flat = spliced.embeds_BSH.flatten(0, 1)
+    for (i, c), token, slot in zip(wanted, targets.ids.tolist(), targets.slots.tolist(), strict=True):
+        num_virtual = 0 if rows[i].prompt is None else len(prompts[rows[i].prompt])
+        assert slot // num_slots == i
+        assert torch.equal(flat[slot + 1], BASE.embedding.weight[token])
+        assert spliced.positions_BS.flatten()[slot] == num_virtual + c - 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), ALIGNMENTS)
+def test_a_gradient_reaches_the_prompts_that_rows_name_and_nothing_else(batch, align):
+    rows, prompts = batch
+    leaves = [prompt.clone().requires_grad_(True) for prompt in prompts]
+    spliced = concatenate(BASE, rows, leaves, align)
+    named = {row.prompt for row in rows} - {None}
+    if named:
+        spliced.embeds_BSH.sum().backward()
+    assert BASE.embedding.weight.grad is None
+    for number, leaf in enumerate(leaves):
+        uses = sum(row.prompt == number for row in rows)
+        assert (leaf.grad is None) == (number not in named)
+        assert leaf.grad is None or torch.equal(leaf.grad, torch.full_like(leaf, uses))
+
+
+def test_the_prompt_is_cast_to_the_bases_dtype_and_its_gradient_stays_float32():
+    base = build_base("llama", dtype=torch.bfloat16)
+    prompt = random_prompt(base, 2).requires_grad_(True)
+    spliced = concatenate(base, [Row([5], 0)], [prompt])
+    assert spliced.embeds_BSH.dtype == torch.bfloat16
+    spliced.embeds_BSH.sum().backward()
+    assert prompt.grad.dtype == torch.float32
+
+
+def test_the_next_slot_continues_every_row_behind_its_last_position():
+    prompts = [random_prompt(BASE, 3)]
+    spliced = concatenate(BASE, [Row([5, 6], 0), Row([7], None)], prompts, "right")
+    following = append(BASE, spliced, torch.tensor([8, 9]))
+    assert torch.equal(following.embeds_BSH, BASE.embedding.weight[[8, 9]][:, None])
+    assert following.positions_BS.tolist() == [[5], [1]]
+    assert following.mask_BS.tolist() == [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
+    assert append(BASE, following, torch.tensor([3, 3])).positions_BS.tolist() == [[6], [2]]
+
+
+def test_a_row_that_leaves_takes_nothing_of_the_others_along():
+    spliced = concatenate(BASE, [Row([5, 6]), Row([7]), Row([8, 9, 10])], [], "right")
+    kept = keep(spliced, torch.tensor([0, 2]))
+    assert kept.lengths_B.tolist() == [2, 3]
+    assert torch.equal(kept.embeds_BSH, spliced.embeds_BSH[[0, 2]])
+    assert torch.equal(kept.mask_BS, spliced.mask_BS[[0, 2]])
+    assert torch.equal(kept.positions_BS, spliced.positions_BS[[0, 2]])
+
+
+def test_an_empty_text_on_the_bare_base_is_refused():
+    with pytest.raises(DataError, match="empty text has no token to continue from"):
+        Row(())
+    Row((), prompt=0)  # behind a soft prompt there is something to continue from

@@ -1,0 +1,153 @@
+"""A batch that memory does not allow is split, said aloud, and sums to the same; what cannot be split is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from softprompt.config import TrainConfig
+from softprompt.errors import MemoryLimitError
+from softprompt.training import SliceDone, memory, train
+
+ALLOCATION = 2**20
+
+
+def config(**changes):
+    return TrainConfig(**{"virtual_tokens": 4, "epochs": 1, "batch_rows": 8, **changes})
+
+
+@pytest.fixture
+def one_row_takes(monkeypatch):
+    """Pretend that one row takes `peak` bytes of `free` ones."""
+
+    def pretend(peak, free):
+        monkeypatch.setattr(memory, "_measured_peak", lambda run, device: run() or peak)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+
+    return pretend
+
+
+def test_the_batch_is_split_the_run_says_so_and_the_sums_stay(tiny_llama64, texts, one_row_takes):
+    whole = train(tiny_llama64, texts, config(micro_batch_rows=8))
+    one_row_takes(100, 401)
+    slices = []
+    split = train(tiny_llama64, texts, config(), sink=lambda e: slices.append(e) if isinstance(e, SliceDone) else None)
+    assert split.plan.micro_batch_rows == 3  # four fifths of what is free
+    assert any("memory allows 3 of 8 rows at a time" in note for note in split.notes)
+    assert len(slices) == 3 + 3 + 2
+    assert split.losses == pytest.approx(whole.losses, rel=1e-9)
+    torch.testing.assert_close(split.prompt.tensor, whole.prompt.tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_enough_memory_changes_nothing_and_says_nothing(tiny_llama, texts, one_row_takes):
+    one_row_takes(100, 10**9)
+    result = train(tiny_llama, texts, config())
+    assert result.plan.micro_batch_rows == 8
+    assert not any("memory" in note for note in result.notes)
+
+
+def test_a_row_that_does_not_fit_is_refused_with_its_numbers(tiny_llama, texts, one_row_takes):
+    one_row_takes(300 * 2**20, 200 * 2**20)
+    with pytest.raises(MemoryLimitError, match="one row takes 300 MiB and 200 MiB are free"):
+        train(tiny_llama, texts, config())
+
+
+def test_the_least_of_machine_group_and_own_limit_counts(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    real = memory.free_bytes(cpu)
+    assert 0 < real < 2**50
+    limit, usage = tmp_path / "limit", tmp_path / "usage"
+    limit.write_text("5000000\n")
+    usage.write_text("3000000\n")
+    monkeypatch.setattr(memory, "_CGROUPS", (("/no/such/file", "/no/such/file"), (str(limit), str(usage))))
+    assert memory.free_bytes(cpu) == 2_000_000
+    limit.write_text("max\n")
+    assert memory.free_bytes(cpu) > 2_000_000
+
+
+def test_the_measured_peak_sees_an_allocation():
+    def run():
+        torch.ones(64 * ALLOCATION)
+
+    assert 200 * ALLOCATION < memory._measured_peak(run, torch.device("cpu")) < 600 * ALLOCATION
+
+
+class FakeDevice:
+    """A device whose memory holds so many rows at a time; a bigger micro-batch fails after its step has begun."""
+
+    def __init__(self, real, max_rows):
+        self.real, self.max_rows, self.sizes = real, max_rows, []
+
+    def __call__(self, base, forward, prompts, rows, micro_batch_rows):
+        self.sizes.append(micro_batch_rows)
+        for number, nats in enumerate(self.real(base, forward, prompts, rows, micro_batch_rows)):
+            if micro_batch_rows > self.max_rows and number == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield nats
+
+
+def test_out_of_memory_in_the_middle_of_a_step_halves_and_begins_it_again(tiny_llama64, texts, monkeypatch):
+    from softprompt.training import loop
+
+    whole = train(tiny_llama64, texts, config(batch_rows=21, micro_batch_rows=12))
+    device = FakeDevice(loop.accumulate_gradient, max_rows=3)
+    monkeypatch.setattr(loop, "accumulate_gradient", device)
+    split = train(tiny_llama64, texts, config(batch_rows=21, micro_batch_rows=12))
+    assert device.sizes == [12, 6, 3]
+    assert split.plan.micro_batch_rows == 3
+    assert split.prompt.record.run["plan"]["micro_batch_rows"] == 3
+    assert split.losses == pytest.approx(whole.losses, rel=1e-12)  # a begun slice was once counted twice
+    torch.testing.assert_close(split.prompt.tensor, whole.prompt.tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_out_of_memory_with_one_row_is_not_hidden(tiny_llama, texts, monkeypatch):
+    from softprompt.training import loop
+
+    monkeypatch.setattr(loop, "accumulate_gradient", FakeDevice(loop.accumulate_gradient, max_rows=0))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tiny_llama, texts, config(micro_batch_rows=4))
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import psutil, torch
+torch.set_num_threads(1)
+from tiny_bases import build_tokenizer, _COMMON, _LLAMA
+from transformers import LlamaConfig, LlamaForCausalLM
+from softprompt.base import freeze_base
+from softprompt.config import TrainConfig
+from softprompt.training import train
+
+torch.manual_seed(0)
+settings = {**_COMMON, **_LLAMA, "hidden_size": 256, "intermediate_size": 4096, "max_position_embeddings": 1024}
+base = freeze_base(LlamaForCausalLM(LlamaConfig(**settings)), build_tokenizer())
+texts = [" ".join(["w5", "w7"] * 250)] * 16
+
+def rows_at_a_time(micro_batch_rows):
+    settings = TrainConfig(virtual_tokens=4, max_steps=1, batch_rows=16, micro_batch_rows=micro_batch_rows)
+    return train(base, texts, settings).plan.micro_batch_rows
+
+train(base, texts[:1], TrainConfig(virtual_tokens=4, max_steps=1, batch_rows=1))
+limit = psutil.Process().memory_info().vms + 500 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(rows_at_a_time(None))
+try:
+    rows_at_a_time(16)
+except RuntimeError as error:
+    print("can't allocate" in str(error))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address-space limits are Linux'")
+def test_under_an_address_space_limit_the_batch_is_split_rather_than_killed():
+    command = [sys.executable, "-c", LIMITED, str(Path(__file__).parents[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows, whole_batch_failed = run.stdout.split()
+    assert 1 <= int(rows) < 16
+    assert whole_batch_failed == "True"  # the control
