@@ -7,9 +7,11 @@ it is tested on folders and against an HTTP double, never yet on the real Hub.
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -126,7 +128,7 @@ def _folder(source: str, *, revision: str | None, **_: Any) -> str:  # Any: the 
 def _read(load: Any, base: str, source: str, options: dict[str, Any]) -> Any:  # Any: transformers' untyped factories
     try:
         return load(source, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         what = " ".join(str(error).split())
         raise BaseModelError(f"base {base!r} cannot be loaded: {what[:400]}") from error
 

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import fields as dataclass_fields
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from softprompt.cli.console import load, print_json, print_table, say, warnings_as_lines
+from softprompt.cli.heldout import recorded_sets
 from softprompt.cli.inputs import named_prompts, parse_fields
 from softprompt.cli.options import config_of, options_of
 from softprompt.config import BaseConfig, DataConfig, SamplingConfig
-from softprompt.data import Rows, held_out_record, read_rows, split_rows
-from softprompt.errors import ConfigError, DataError, SoftpromptError
-from softprompt.evaluation import Comparison, compare, to_markdown
-from softprompt.evaluation.markdown import accuracy_cells, accuracy_columns, loss_cells, loss_columns, memory_line
-from softprompt.prompt import SoftPrompt
+from softprompt.data import Rows, read_rows
+from softprompt.data.labels import with_labels
+from softprompt.errors import ConfigError
+from softprompt.evaluation import (
+    Comparison,
+    accuracy_tables,
+    answer_tables,
+    compare,
+    loss_tables,
+    memory_line,
+    to_markdown,
+)
 from softprompt.storage import load_prompt
 from softprompt.storage.atomic import write_file
+from softprompt.types import InputForm
+
+_FORM_FLAGS = ("text_column", "template", "completion", "messages_column")
 
 
 @click.command("compare")
@@ -43,12 +53,18 @@ def command(
     Held-out rows are those that each prompt's training set aside; --data names another set to read instead.
     """
     sampling = config_of(SamplingConfig, flags)
+    base_config = config_of(BaseConfig, flags)
     folders = named_prompts(prompts, library)
     inputs: list[str | dict[str, str]] = [*texts, *([parse_fields(fields)] if fields else [])]
-    base = load(config_of(BaseConfig, flags))
+    base = load(base_config)
     with warnings_as_lines():
         loaded = {name: load_prompt(folder, base, force=force) for name, folder in folders.items()}
-    held_out = _given_set(flags) if flags["data"] is not None else _recorded_sets(loaded)
+    forms = [prompt.record.form for prompt in loaded.values()]
+    held_out = (
+        _given_set(flags, forms, sampling.seed, base_config.offline)
+        if flags["data"] is not None
+        else recorded_sets(loaded, offline=base_config.offline)
+    )
     if not inputs and not held_out:
         raise ConfigError("nothing to compare: give --input, --field or --data")
     found = compare(base, loaded, inputs, held_out=held_out, sampling=sampling)
@@ -60,50 +76,29 @@ def command(
 
 def show(found: Comparison) -> None:
     """The comparison as tables on stdout."""
-    for item in found.answered:
-        rows = [[name or "base", text.strip("\n")] for name, text in item.answers.items()]
-        print_table(f"Input: {item.input}", ["prompt", "answer"], rows)
-    if found.losses:
-        print_table("Held-out loss (text tokens only)", loss_columns(), [loss_cells(loss) for loss in found.losses])
-    if found.accuracies:
-        print_table("Accuracy", accuracy_columns(), [accuracy_cells(item) for item in found.accuracies])
+    show_answers(found)
+    show_figures(found)
+
+
+def show_answers(found: Comparison) -> None:
+    """Each input's answers, the bare base's first."""
+    for table in answer_tables(found):
+        print_table(table.title, table.columns, [[name, text.strip("\n")] for name, text in table.rows], lines=True)
+
+
+def show_figures(found: Comparison) -> None:
+    """Held-out losses, accuracies and memory."""
+    for table in [*loss_tables(found), *accuracy_tables(found)]:
+        print_table(*table, figures=True)
     click.echo(memory_line(found))
 
 
-def _given_set(flags: Mapping[str, Any]) -> dict[str, Rows]:
-    rows = read_rows(config_of(DataConfig, flags))
-    return {Path(rows.source).name: rows}
-
-
-def _recorded_sets(prompts: Mapping[str, SoftPrompt]) -> dict[str, Rows]:
-    """The rows that each prompt's training set aside, read again and checked against the recorded hash."""
-    sets: dict[str, Rows] = {}
-    for name, prompt in prompts.items():
-        run = prompt.record.run
-        if not run.get("test"):
-            say(f"note: {name} has no record of held-out rows; give --data for a held-out loss")
-            continue
-        try:
-            sets[name] = _recorded_set(run)
-        except SoftpromptError as error:
-            say(f"note: the held-out rows of {name} cannot be read: {error}")
-    return sets
-
-
-def _recorded_set(run: Mapping[str, Any]) -> Rows:
-    known = {item.name for item in dataclass_fields(DataConfig)}
-    settings = {key: value for key, value in run["data"].items() if key in known}
-    for key in ("data", "test", "validation"):
-        settings[key] = _found_again(settings[key], run["data"].get("folder"))
-    split = split_rows(DataConfig(**settings), seed=run["plan"]["config"]["seed"])
-    if split.test is None or held_out_record(split.test)["hash"] != run["test"]["hash"]:
-        raise DataError(f"{settings['data']} has changed since the training")
-    return split.test
-
-
-def _found_again(path: str | None, folder: str | None) -> str | None:
-    """A relative path of the training, seen from where the training ran, unless it leads somewhere from here."""
-    if path is None or folder is None or os.path.exists(path):
-        return path
-    there = os.path.join(folder, path)
-    return there if os.path.exists(there) else path
+def _given_set(flags: Mapping[str, Any], forms: Sequence[InputForm], seed: int, offline: bool) -> dict[str, Rows]:
+    """The set of --data, in the prompts' own template unless another form is asked for, and with their labels."""
+    config = config_of(DataConfig, flags)
+    template = next((form for form in forms if form.kind == "template"), None)
+    if template is not None and all(flags[name] is None for name in _FORM_FLAGS):
+        config = replace(config, template=template.template, completion=template.completion)
+    rows = with_labels(read_rows(config, seed=seed, offline=offline))
+    same = (form for form in forms if replace(form, labels=()) == replace(rows.form, labels=()))
+    return {Path(rows.source).name: replace(rows, form=next(same, rows.form))}

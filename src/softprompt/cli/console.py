@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,28 +20,45 @@ from softprompt.base import Base, load_base
 from softprompt.base.load import describe
 from softprompt.config import BaseConfig
 from softprompt.storage import UnknownBaseWarning
+from softprompt.storage.files import finite
+
+_PIPED_WIDTH = 120  # columns, where stdout is no terminal that has a width of its own
+_NARROWEST = 80  # columns; figures are not broken to fit into less
+_NARROWEST_NAME = 10  # columns of a name before figures
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 words = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
     """One line for the human, on stderr."""
-    words.print(Text(line))
+    words.print(_text(line.replace("\n", "\\n")))
 
 
 def print_json(value: Any) -> None:  # Any: whatever JSON holds
-    """One JSON document for a machine, on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    """One JSON document for a machine, on stdout; NaN and infinity are null."""
+    click.echo(json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=2))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout, cells wrapped to the terminal. Text is shown as it is, never read as markup."""
-    table = Table(title=Text(title), title_justify="left", show_lines=len(columns) == 2)
-    for column in columns:
-        table.add_column(Text(column), overflow="fold")
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lines: bool = False, figures: bool = False
+) -> None:
+    """A table on stdout, cells wrapped to the terminal, none of them cut.
+
+    `lines` between the rows are for cells of many lines; `figures` to the right of the first column stay whole. Text is
+    shown as it is, never read as markup, and control characters are shown instead of obeyed.
+    """
+    table = Table(title=_text(title), title_justify="left", show_lines=lines, box=box.ROUNDED)
+    if figures:
+        table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
+    for index, column in enumerate(columns):
+        if figures and index > 0:
+            table.add_column(_text(column.replace("/", "/\n")), justify="right", no_wrap=True, overflow="fold")
+        else:
+            table.add_column(_text(column), overflow="fold", min_width=_NARROWEST_NAME if figures else None)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+        table.add_row(*(_text(cell) for cell in row))
+    _results().print(table)
 
 
 def load(config: BaseConfig) -> Base:
@@ -60,3 +80,15 @@ def warnings_as_lines() -> Iterator[None]:
         yield
     for warning in caught:
         say(f"warning: {warning.message}")
+
+
+def _results() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPED_WIDTH
+    console.width = max(console.width, _NARROWEST)
+    return console
+
+
+def _text(shown: str) -> Text:
+    return Text(_CONTROLS.sub(lambda match: repr(match[0])[1:-1], shown))

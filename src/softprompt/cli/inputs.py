@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.errors import ConfigError
+from softprompt.evaluation import BARE
 from softprompt.storage import resolve_prompt
 
 
@@ -25,10 +26,12 @@ def parse_fields(fields: Sequence[str]) -> dict[str, str]:
 def named_prompts(prompts: Sequence[str], library: str | None) -> dict[str, Path]:
     """Each prompt's folder under a name to show: the folder's own, or the whole path where two are called alike."""
     folders = [resolve_prompt(prompt, library) for prompt in prompts]
-    if len(set(folders)) < len(folders):
-        raise ConfigError(f"a prompt is given twice: {', '.join(prompts)}")
-    names = [folder.resolve().name for folder in folders]
+    places = [folder.resolve() for folder in folders]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise ConfigError(f"prompt {prompts[index]!r} is given twice; give each once")
+    names = [place.name for place in places]
     return {
-        name if names.count(name) == 1 and name != "base" else str(folder): folder
-        for name, folder in zip(names, folders, strict=True)
+        name if names.count(name) == 1 and name != BARE else str(place): folder
+        for name, place, folder in zip(names, places, folders, strict=True)
     }

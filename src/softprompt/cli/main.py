@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
+import warnings
+from contextlib import suppress
 
 import click
 
@@ -37,6 +40,15 @@ class _Commands(click.Group):
         command: click.Command = importlib.import_module(_COMMANDS[cmd_name][0]).command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not args[0].startswith("-") and args[0] not in _COMMANDS:
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_COMMANDS)}"
+            ctx.fail(f"no such command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
@@ -51,25 +63,57 @@ def commands() -> None:
 def main() -> None:
     """Run a command. What a user did wrong is one line and exit code 2; Ctrl-C is 130."""
     _quieten()
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        sys.exit(_run())
+
+
+def _run() -> int:
     try:
-        commands(standalone_mode=False)
-    except click.exceptions.Exit as ended:
-        sys.exit(ended.exit_code)
+        _refuse_broken_text(sys.argv[1:])
+        code = commands(standalone_mode=False)  # what a command's Exit says; None where it just ended
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+    except click.exceptions.NoArgsIsHelpError as asked:
+        asked.show()
+        return 2
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        return _refused(error.format_message())
     except SoftpromptError as error:
-        _fail(str(error))
+        return _refused(str(error))
+    except BrokenPipeError:
+        return _reader_left()
     except OSError as error:
-        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return _refused(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except (KeyboardInterrupt, click.Abort):
-        click.echo("softprompt: interrupted", err=True)
-        sys.exit(130)
+        _say("interrupted")
+        return 130
+    return code if isinstance(code, int) else 0
 
 
-def _fail(message: str) -> None:
-    click.echo(f"softprompt: {message}", err=True)
-    sys.exit(2)
+def _refused(message: str) -> int:
+    _say(message)
+    return 2
+
+
+def _say(message: str) -> None:
+    click.echo(f"softprompt: {' '.join(message.splitlines())}", err=True)
+
+
+def _refuse_broken_text(arguments: list[str]) -> None:
+    """Bytes of a command line that are no text arrive as lone surrogates, which no tokenizer takes."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise click.UsageError(f"{os.fsencode(argument)!r} is not UTF-8") from None
+
+
+def _reader_left() -> int:
+    """The other end of our pipe, `head` say, has read enough: nothing to complain of, nothing left to write."""
+    with suppress(OSError, ValueError):  # a stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _quieten() -> None:

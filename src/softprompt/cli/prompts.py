@@ -158,7 +158,6 @@ def _shape(num_virtual_tokens: int | None, hidden_size: int | None) -> str:
 
 def _facts(soft: SoftPrompt) -> list[list[str]]:
     record, run = soft.record, soft.record.run
-    losses = run.get("losses") or []
     facts = {
         "shape": _shape(soft.num_virtual_tokens, soft.hidden_size),
         "hash": soft.content_hash,
@@ -168,6 +167,11 @@ def _facts(soft: SoftPrompt) -> list[list[str]]:
         "trained further from": record.parent or "",
         "data": Path(str(run.get("source", ""))).name,
         "steps": str(run.get("kept_step", "")),
-        "training loss": f"{losses[0]:.3f} -> {losses[-1]:.3f} nats per target" if losses else "",
+        "training loss": _curve(run.get("losses")),
     }
     return [[name, value] for name, value in facts.items() if value]
+
+
+def _curve(losses: Any) -> str:  # Any: a record is JSON, and may be a stranger's
+    known = [loss for loss in losses if isinstance(loss, float)] if isinstance(losses, list) else []
+    return f"{known[0]:.3f} at the first step, {known[-1]:.3f} at the last (nats per target)" if known else ""

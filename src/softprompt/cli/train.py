@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
+from softprompt.base import Base
 from softprompt.base.load import trainable_line
 from softprompt.cli.console import load, print_json, say, warnings_as_lines
 from softprompt.cli.options import config_of, given_flags, options_of
@@ -18,6 +21,7 @@ from softprompt.data import Split, held_out_record, report_lines, split_rows
 from softprompt.errors import ConfigError, MissingDependencyError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage import RunFolder, load_prompt, resolve_prompt
+from softprompt.storage.runs import BOARD_NAME
 from softprompt.training import Checkpoint, Event, Prepared, StepDone, TrainResult, train
 
 
@@ -37,16 +41,15 @@ def command(
     as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Train a soft prompt on a frozen base."""
+    flags = {**flags, **_preset(preset)}
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
-    config = config_of(TrainConfig, {**flags, **_preset(preset)})
-    if init_from is not None and {"init", "init_text"} & given_flags():
-        raise ConfigError("--init-from and --init exclude each other; give one")
+    config = config_of(TrainConfig, flags)
+    RunFolder.check_free(out, overwrite=overwrite)
+    _require_tensorboard(tensorboard)
     split = split_rows(data_config, seed=config.seed, offline=base_config.offline)
     base = load(base_config)
-    with warnings_as_lines():
-        start = load_prompt(resolve_prompt(init_from, library), base) if init_from is not None else None
-    recorder = _Recorder(RunFolder.create(out, overwrite=overwrite), data_config, split, tensorboard)
-    say(trainable_line(base, start.num_virtual_tokens if start is not None else config.virtual_tokens))
+    start = _start(init_from, library, base, config)
+    recorder = _Recorder(Path(out), overwrite, data_config, split, tensorboard)
     with TrainingProgress() as progress:
 
         def sink(event: Event) -> None:
@@ -55,16 +58,16 @@ def command(
 
         def prepared(ready: Prepared) -> None:
             recorder.begin(ready)
-            _say_prepared(ready)
+            _say_prepared(base, ready, init_from)
             progress.begin(ready.loop.plan.num_steps)
 
         result = train(
             base, split.train, config, validation=split.validation, start=start, sink=sink, prepared=prepared
         )
     recorder.finish(result)
-    _say_result(result, out)
+    _say_result(result, recorder, out)
     if as_json:
-        print_json({"out": out, "content_hash": result.prompt.content_hash, **recorder.outcome(result)})
+        print_json({"out": out, "content_hash": result.prompt.content_hash, **_outcome(result)})
     if result.interrupted:
         raise click.exceptions.Exit(130)
 
@@ -77,13 +80,31 @@ def _preset(name: str | None) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in overridden}
 
 
-def _say_prepared(ready: Prepared) -> None:
+def _start(init_from: str | None, library: str | None, base: Base, config: TrainConfig) -> SoftPrompt | None:
+    if init_from is None:
+        return None
+    given = given_flags()
+    if {"init", "init_text"} & given:
+        raise ConfigError("--init-from and --init exclude each other; give one")
+    with warnings_as_lines():
+        start = load_prompt(resolve_prompt(init_from, library), base)
+    if "virtual_tokens" in given and start.num_virtual_tokens != config.virtual_tokens:
+        raise ConfigError(
+            f"--virtual-tokens is {config.virtual_tokens}, but {init_from} has {start.num_virtual_tokens} and keeps "
+            "them in further training; leave --virtual-tokens out"
+        )
+    return start
+
+
+def _say_prepared(base: Base, ready: Prepared, init_from: str | None) -> None:
     plan = ready.loop.plan
+    say(trainable_line(base, plan.config.virtual_tokens))
     for report in [ready.data.report, *([ready.validation.report] if ready.validation is not None else [])]:
         for line in report_lines(report):
             say(line)
+    start = plan.config.init if init_from is None else f"prompt {init_from}"
     say(
-        f"{plan.num_steps} steps, start {plan.config.init}, learning rate {plan.learning_rate:.3g} "
+        f"{plan.num_steps} steps, start {start}, learning rate {plan.learning_rate:.3g} "
         f"({plan.learning_rate / plan.embedding_rms:.3g} x embedding RMS), {plan.config.schedule}, "
         f"seed {plan.config.seed}"
     )
@@ -91,61 +112,82 @@ def _say_prepared(ready: Prepared) -> None:
         say(f"note: {note}")
 
 
-def _say_result(result: TrainResult, out: str) -> None:
+def _say_result(result: TrainResult, recorder: _Recorder, out: str) -> None:
     if result.interrupted:
         say(f"interrupted; the prompt of step {result.kept_step} is kept")
-    first, last = (result.losses[0], result.losses[-1]) if result.losses else (float("nan"),) * 2
-    say(f"loss {first:.3f} -> {last:.3f} nats per target; kept step {result.kept_step} of {len(result.losses)}")
-    say(f"saved to {out}")
+    if result.losses:
+        first, last = recorder.epoch_loss(0), recorder.epoch_loss(-1)
+        say(f"loss {first:.3f} in the first epoch, {last:.3f} in the last (nats per target)")
+    say(f"kept step {result.kept_step} of {len(result.losses)}, saved to {out}")
+
+
+def _outcome(result: TrainResult) -> dict[str, Any]:
+    return {
+        "steps": len(result.losses),
+        "kept_step": result.kept_step,
+        "interrupted": result.interrupted,
+        "losses": list(result.losses),
+        "validation_losses": [list(pair) for pair in result.validation_losses],
+    }
 
 
 class _Recorder:
-    """Writes a run's folder as events come."""
+    """Writes a run's folder as events come. Nothing is touched before `begin`."""
 
-    def __init__(self, folder: RunFolder, data: DataConfig, split: Split, tensorboard: bool) -> None:
-        self._folder = folder
-        self._board = _board(folder.path) if tensorboard else None
+    def __init__(self, place: Path, overwrite: bool, data: DataConfig, split: Split, tensorboard: bool) -> None:
+        self._place = place
+        self._overwrite = overwrite
+        self._wants_board = tensorboard
         self._facts: dict[str, Any] = {
             "data": {**asdict(data), "folder": os.getcwd()},
             "test": held_out_record(split.test) if split.test is not None else None,
         }
-        self._plan: dict[str, Any] = {}
+        self._steps: list[StepDone] = []
 
     def begin(self, ready: Prepared) -> None:
+        self._folder = RunFolder.create(self._place, overwrite=self._overwrite)
         self._plan = {"plan": ready.loop.plan.to_json(), "notes": list(ready.notes), **self._facts}
         self._folder.write_plan(self._plan)
+        self._board = _board(self._place) if self._wants_board else None
 
     def take(self, event: Event) -> None:
         if isinstance(event, (StepDone, Checkpoint)):
             self._folder.append_metrics(event.to_json())
+        if isinstance(event, StepDone):
+            self._steps.append(event)
         if isinstance(event, Checkpoint):
             self._folder.save_checkpoint(event.step, event.prompt)
-        if isinstance(event, StepDone) and self._board is not None:
-            self._board.add_scalar("loss/train", event.loss, event.step)
-            self._board.add_scalar("learning_rate", event.learning_rate, event.step)
-        if isinstance(event, Checkpoint) and self._board is not None and event.validation_loss is not None:
-            self._board.add_scalar("loss/validation", event.validation_loss, event.step)
+        if self._board is not None:
+            _show_on_board(self._board, event)
 
     def finish(self, result: TrainResult) -> None:
         record = replace(result.prompt.record, run={**result.prompt.record.run, **self._facts})
         self._folder.finish(SoftPrompt(result.prompt.tensor, record))
-        self._folder.write_plan({**self._plan, "plan": result.plan.to_json(), "result": self.outcome(result)})
+        self._folder.write_plan({**self._plan, "plan": result.plan.to_json(), "result": _outcome(result)})
         if self._board is not None:
             self._board.close()
 
-    def outcome(self, result: TrainResult) -> dict[str, Any]:
-        return {
-            "steps": len(result.losses),
-            "kept_step": result.kept_step,
-            "interrupted": result.interrupted,
-            "losses": list(result.losses),
-            "validation_losses": [list(pair) for pair in result.validation_losses],
-        }
+    def epoch_loss(self, which: int) -> float:
+        """Nats per target over one epoch (0 the first, -1 the last, as far as it went)."""
+        epochs = [math.ceil(step.epoch) for step in self._steps]
+        chosen = [step for step, epoch in zip(self._steps, epochs, strict=True) if epoch == epochs[which]]
+        return sum(step.loss * step.num_targets for step in chosen) / sum(step.num_targets for step in chosen)
+
+
+def _require_tensorboard(wanted: bool) -> None:
+    if wanted and find_spec("tensorboard") is None:
+        raise MissingDependencyError("--tensorboard needs the package tensorboard; pip install tensorboard")
 
 
 def _board(folder: Path) -> Any:  # Any: tensorboard's SummaryWriter, untyped
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependencyError("--tensorboard needs the package tensorboard; pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / BOARD_NAME))
+
+
+def _show_on_board(board: Any, event: Event) -> None:  # Any: as above
+    if isinstance(event, StepDone):
+        board.add_scalar("loss/train", event.loss, event.step)
+        board.add_scalar("learning_rate", event.learning_rate, event.step)
+    if isinstance(event, Checkpoint) and event.validation_loss is not None:
+        board.add_scalar("loss/validation", event.validation_loss, event.step)

@@ -11,14 +11,17 @@ from softprompt.base import Base
 from softprompt.config import SamplingConfig
 from softprompt.data import Rows, build_examples, input_ids
 from softprompt.engine import Request, generate
+from softprompt.errors import ConfigError
 from softprompt.evaluation.classification import Accuracy, accuracies
 from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
+from softprompt.storage.files import finite
 from softprompt.training import peak_bytes
 from softprompt.types import InputForm
 
-_ROWS_PER_GENERATION = 32
+BARE = "base"  # what the bare base is called beside prompts
+_ROWS_PER_GENERATION = 8  # few, so that the memory of a batch does not grow with the number of prompts
 
 Input = str | Mapping[str, str]
 
@@ -45,14 +48,14 @@ class Comparison:
     peak_bytes: int  # peak resident size of this process
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values only; the bare base is named `base`."""
+        """JSON values only; the bare base is named `base` among the answers, and NaN is null."""
         record = asdict(self)
         record["answered"] = [
-            {"input": item.input, "answers": {name or "base": text for name, text in item.answers.items()}}
+            {"input": item.input, "answers": {name or BARE: text for name, text in item.answers.items()}}
             for item in self.answered
         ]
         record["losses"] = [{**asdict(loss), "perplexity": loss.perplexity} for loss in self.losses]
-        clean: dict[str, Any] = json.loads(json.dumps(record))
+        clean: dict[str, Any] = json.loads(json.dumps(finite(record), allow_nan=False))
         return clean
 
 
@@ -68,19 +71,21 @@ def compare(
     """Answers for every input, and held-out loss, perplexity and accuracy for every set, base first.
 
     An input is raw text, or fields that each prompt's own template takes (the bare base gets the first template among
-    the prompts). Raises DataError or LengthError for an input or a set that cannot be used.
+    the prompts). Raises DataError or LengthError for an input or a set that cannot be used, ConfigError for a prompt
+    called `base`.
     """
+    if BARE in prompts:
+        raise ConfigError(f"a prompt is called {BARE!r}, which is the bare base's name; call it otherwise")
     forward = forward_of(base)
+    room = _room(base, prompts)
     sets = dict(held_out or {})
-    examples = {
-        name: build_examples(base, rows, eos=True, max_length=_room(base, prompts)) for name, rows in sets.items()
-    }
+    examples = {name: build_examples(base, rows, eos=True, max_length=room) for name, rows in sets.items()}
     return Comparison(
         base_name=base.name,
         prompts={name: prompt.num_virtual_tokens for name, prompt in prompts.items()},
         answered=tuple(_answer_all(base, forward, prompts, inputs, sampling or SamplingConfig())),
         losses=tuple(held_out_losses(base, forward, prompts, examples, seed)),
-        accuracies=tuple(accuracies(base, forward, prompts, sets)),
+        accuracies=tuple(accuracies(base, forward, prompts, sets, room)),
         base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
         prompt_bytes=sum(prompt.num_bytes for prompt in prompts.values()),
         peak_bytes=peak_bytes(),

@@ -20,6 +20,7 @@ from softprompt.types import ExampleSet
 
 NUM_RESAMPLES = 2_000
 CONFIDENCE = 0.95
+_LARGEST_EXPONENT = 700.0  # of e in a float
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,18 @@ class HeldOutLoss:
 
     held_out: str  # the set's name
     prompt: str | None
-    loss: float  # nats per text token
+    loss: float  # nats per text token; NaN where no row has any
     num_rows: int
     num_tokens: int
     eos_loss: float | None  # nats per supervised EOS; None where there is none
     difference: float | None  # loss minus the base's, on the same tokens; below 0 is better
-    interval: Interval | None  # of the difference, over rows, at 95 %
-    worse_rows: tuple[int, ...]  # source indices of the rows that the prompt makes worse
+    interval: Interval | None  # of the difference, over rows, at 95 %; None for a single row
+    better_rows: tuple[int, ...]  # source indices of the rows that the prompt makes better
+    worse_rows: tuple[int, ...]  # and of those that it makes worse
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return math.exp(min(self.loss, _LARGEST_EXPONENT))
 
 
 def held_out_losses(
@@ -78,17 +80,22 @@ def _measured(
     seed: int,
 ) -> HeldOutLoss:
     num_eos = sum(score.num_eos for score in scores)
-    pairs = list(zip(examples.examples, scores, bare or scores, strict=True))
+    num_tokens = sum(score.num_text for score in scores)
+    reference = bare if num_tokens else None
+    gaps = [
+        (e.row, a.text_nats - b.text_nats) for e, a, b in zip(examples.examples, scores, bare or scores, strict=True)
+    ]
     return HeldOutLoss(
         held_out=set_name,
         prompt=prompt,
         loss=mean_loss(scores),
         num_rows=len(scores),
-        num_tokens=sum(score.num_text for score in scores),
+        num_tokens=num_tokens,
         eos_loss=sum(score.eos_nats for score in scores) / num_eos if num_eos else None,
-        difference=mean_loss(scores) - mean_loss(bare) if bare is not None else None,
-        interval=paired_interval(scores, bare, seed) if bare is not None else None,
-        worse_rows=tuple(example.row for example, ours, base in pairs if ours.text_nats > base.text_nats),
+        difference=mean_loss(scores) - mean_loss(reference) if reference is not None else None,
+        interval=paired_interval(scores, reference, seed) if reference is not None else None,
+        better_rows=tuple(row for row, gap in gaps if gap < 0),
+        worse_rows=tuple(row for row, gap in gaps if gap > 0),
     )
 
 

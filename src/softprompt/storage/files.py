@@ -61,7 +61,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
 
 def dump_object(value: Mapping[str, Any], *, indent: int | None = 2) -> bytes:
     """Strict JSON in UTF-8: NaN and infinity, which JSON has no word for, become null."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False).encode()
 
 
 def _inside(folder: Path, path: Path, follow_links: bool) -> Path:
@@ -84,11 +84,12 @@ def _read_regular(target: Path, path: Path, max_bytes: int) -> bytes:
         return file.read(max_bytes)
 
 
-def _finite(value: Any) -> Any:  # Any: whatever JSON holds
+def finite(value: Any) -> Any:  # Any: whatever JSON holds
+    """The same value with None for NaN and infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -33,9 +33,10 @@ from softprompt.storage.peft_config import PEFT_TYPE
 PLAN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
+BOARD_NAME = "tensorboard"
 _PLAN_MARK = "softprompt_run"  # the key that makes a run.json ours; its value is the format's version
 _PLAN_VERSION = 1
-_OURS = (*ADAPTER_FILES, PICKLE_NAME, PLAN_NAME, METRICS_NAME, CHECKPOINTS_NAME)
+_OURS = (*ADAPTER_FILES, PICKLE_NAME, PLAN_NAME, METRICS_NAME, CHECKPOINTS_NAME, BOARD_NAME)
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -69,6 +70,14 @@ class RunFolder:
         else:
             run._prepare_to_start(overwrite)
         return run
+
+    @classmethod
+    def check_free(cls, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """What `create` would refuse, told before anything slow is begun. Touches nothing.
+
+        Raises: ExistsError, StorageError.
+        """
+        cls(Path(path))._check_start(overwrite)
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """The resolved plan, and later the results, as `run.json`; replaces the one before.
@@ -129,24 +138,36 @@ class RunFolder:
         _drop_unfinished_line(self.path / METRICS_NAME)
 
     def _prepare_to_start(self, overwrite: bool) -> None:
-        if os.path.lexists(self.path) and not self.path.is_dir():
-            raise ExistsError(f"{self.path} is a file; a run needs a folder: choose another name")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            self._clear(overwrite)
+        self._check_start(overwrite)
+        if self.path.is_dir():
+            self._clear()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make {self.path}: {error.strerror}; choose another folder") from error
 
-    def _clear(self, overwrite: bool) -> None:
+    def _check_start(self, overwrite: bool) -> None:
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise ExistsError(f"{self.path} is a file; a run needs a folder: choose another name")
+        nearest = next(place for place in (self.path, *self.path.absolute().parents) if os.path.lexists(place))
+        if not nearest.is_dir():
+            raise StorageError(f"cannot make {self.path}: {nearest} is not a folder; choose another folder")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise StorageError(f"cannot make {self.path}: {nearest} is not writable; choose another folder")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            self._check_replaceable(overwrite)
+
+    def _check_replaceable(self, overwrite: bool) -> None:
         if not overwrite:
-            raise ExistsError(f"{self.path} exists; resume it (--resume), replace it (--overwrite) or choose another")
+            raise ExistsError(f"{self.path} exists; replace it on purpose (--overwrite), or choose another")
         if not self._is_recognised():
             names = ", ".join(sorted(item.name for item in self.path.iterdir())[:5])
             raise ExistsError(
                 f"{self.path} holds {names} and is neither a run nor an adapter, so it is not overwritten; "
                 "choose another folder"
             )
+
+    def _clear(self) -> None:
         self._remove_partials()
         for name in _OURS:
             _remove(self.path / name)

@@ -1,0 +1,57 @@
+"""One tiny base on disk, three small data sets of its words, and prompts trained on them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import succeed
+from material import QUICK, TEMPLATE, chat, review, save_base, sentence, write_csv, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("material")
+
+
+@pytest.fixture(scope="session")
+def base_folder(place: Path) -> Path:
+    return save_base(place / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def other_base_folder(place: Path) -> Path:
+    """The same shapes, other weights."""
+    return save_base(place / "other-llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def texts(place: Path) -> Path:
+    return write_csv(place / "texts.csv", [{"act": str(i), "prompt": sentence(i)} for i in range(40)])
+
+
+@pytest.fixture(scope="session")
+def reviews(place: Path) -> Path:
+    return write_jsonl(place / "reviews.jsonl", [review(i) for i in range(40)])
+
+
+@pytest.fixture(scope="session")
+def chats(place: Path) -> Path:
+    return write_jsonl(place / "chats.jsonl", [chat(i) for i in range(20)])
+
+
+@pytest.fixture(scope="session")
+def library(place: Path, base_folder: Path, texts: Path, reviews: Path) -> Path:
+    """`coach` on plain text, `critic` on labelled reviews; read only."""
+    train = ("train", "--base", base_folder, *QUICK, "--rows", 24)
+    succeed(*train, "--data", texts, "--text-column", "prompt", "--out", place / "library" / "coach")
+    succeed(*train, "--data", reviews, *TEMPLATE, "--out", place / "library" / "critic")
+    return place / "library"
+
+
+@pytest.fixture
+def untouched(tmp_path: Path) -> Iterator[Path]:
+    """A place for --out that must not be there when the test ends, nor anything beside it."""
+    yield tmp_path / "out" / "run"
+    assert not (tmp_path / "out").exists(), "something half-written was left"
