@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
@@ -44,11 +44,10 @@ Optimizers = list[torch.optim.Optimizer]
 class Plan:
     """Everything that decides the run."""
 
-    steps: int = 2400  # optimiser steps
-    stop: int = 0  # the step after which to end early, whatever the rates; 0: at the end
+    steps: int = 2600  # optimiser steps
     workers: int = 2  # processes, one thread each
     batch_tokens: int = 2048  # tokens of one worker's part of a batch at most, pads included
-    cut_share: float = 0.0  # documents whose tokens are made in two parts
+    cut_share: float = 0.1  # documents whose tokens are made in two parts
     max_tokens: int = 192  # tokens of one document at most; longer ones are cut
     hidden: int = 256
     layers: int = 4
@@ -56,20 +55,10 @@ class Plan:
     matrix_rate: float = 0.02  # Muon, the layers' matrices
     other_rate: float = 3e-3  # AdamW, embeddings, norms and biases
     warmup: int = 40  # steps
-    name_weight: float = 1.0  # what the first token of a verdict's or category's name weighs in the loss
+    name_weight: float = 12.0  # of the first token of a verdict's or category's name in the loss: one token in eighty
     decay: float = 0.6  # share of the steps, at the end, over which the rate falls to zero
     num_shards: int = NUM_SHARDS
     seed: int = SEED
-    start: str = ""  # folder of a base to train on; empty: random weights and a new tokenizer
-
-
-# At first every token weighs the same; then the names of verdicts, one token in eighty, weigh more; the last stage also
-# shows texts whose tokens were made in two parts.
-STAGES = (
-    Plan(steps=2400, stop=900),
-    Plan(steps=1800, stop=750, name_weight=12.0, decay=0.7),
-    Plan(steps=650, name_weight=12.0, decay=0.8, cut_share=0.1),
-)
 
 
 @dataclass(frozen=True)
@@ -146,9 +135,7 @@ def batch_loss(
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, plan: Plan) -> BloomForCausalLM:
-    """A Bloom with random weights, or the one that the plan starts from."""
-    if plan.start:
-        return BloomForCausalLM.from_pretrained(plan.start, dtype=torch.float32)
+    """A Bloom with random weights."""
     torch.manual_seed(plan.seed)
     config = BloomConfig(
         vocab_size=len(tokenizer),
@@ -210,8 +197,8 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Train in place; gives each step's number and loss."""
     optimizers, parameters = build_optimizers(model, plan), list(model.parameters())
-    source = batches(rows, plan.batch_tokens, Random(f"{plan.seed}-on" if plan.start else plan.seed))
-    for step in range(plan.stop or plan.steps):
+    source = batches(rows, plan.batch_tokens, Random(plan.seed))
+    for step in range(plan.steps):
         set_rates(optimizers, step, plan)
         shares = [next(source) for _ in range(plan.workers)]
         loss, weight = batch_loss(model, rows, shares[rank], plan.name_weight)
@@ -267,7 +254,7 @@ def work(
         save(model, tokenizer, out)
         unseen = validation_loss(model, encode(tokenizer, shard(plan.num_shards, plan.seed), plan), plan)
         result = {
-            "steps": plan.stop or plan.steps,
+            "steps": plan.steps,
             "wall_s": round(time.monotonic() - started),
             "loss": recent,
             "loss_unseen": unseen,
@@ -276,12 +263,9 @@ def work(
 
 
 def run(plan: Plan, out: Path, save_every: int) -> None:
-    """One stage, from the text to the folder."""
+    """From the text to the folder."""
     started = time.monotonic()
-    if plan.start:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(plan.start)
-    else:
-        tokenizer = train_tokenizer(corpus(plan.seed, NUM_TOKENIZER_SHARDS))
+    tokenizer = train_tokenizer(corpus(plan.seed, NUM_TOKENIZER_SHARDS))
     rows = encode(tokenizer, corpus(plan.seed, plan.num_shards), plan)
     num_parameters = build_model(tokenizer, plan).num_parameters()
     counts = f"{len(rows)} documents, {len(rows.ids)} tokens, {num_parameters} parameters"
@@ -292,25 +276,21 @@ def run(plan: Plan, out: Path, save_every: int) -> None:
         spawn(work, (rows, tokenizer_folder, plan, out, save_every, exchange), nprocs=plan.workers)
 
 
-def _parse() -> tuple[tuple[Plan, ...], Path, int]:
-    """The stages of the shipped base, or the single one that the flags describe once --steps is given."""
+def _parse() -> tuple[Plan, Path, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in asdict(Plan()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=argparse.SUPPRESS)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints at OUT; 0: only the end")
     given = vars(parser.parse_args())
     out, save_every = given.pop("out"), given.pop("save_every")
-    if given and "steps" not in given:
-        parser.error("a stage of your own needs --steps; without any flag the three stages of the shipped base are run")
-    return (Plan(**given),) if given else STAGES, out, save_every
+    return Plan(**given), out, save_every
 
 
 def main() -> None:
-    plans, out, save_every = _parse()
+    plan, out, save_every = _parse()
     torch.set_num_threads(1)
-    for index, plan in enumerate(plans):
-        run(replace(plan, start=str(out)) if index else plan, out, save_every)
+    run(plan, out, save_every)
 
 
 if __name__ == "__main__":
