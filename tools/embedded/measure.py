@@ -83,16 +83,24 @@ class Base:
         sums = [self.loss_sums(prompt_PH, items[start : start + 50]) for start in range(0, len(items), 50)]
         return sum(losses.sum().item() for losses, _ in sums) / sum(num_tokens for _, num_tokens in sums)
 
-    @torch.no_grad()
     def accuracy(self, prompt_PH: Tensor, rows: Sequence[Row], form: str) -> float:
         """The share of rows whose own label is the likelier one."""
+        return _share_right(self.leaning(prompt_PH, rows, form) > 0, rows)
+
+    def accuracy_at_median(self, prompt_PH: Tensor, rows: Sequence[Row], form: str) -> float:
+        """The same, with the first label above the rows' median leaning: about what calibration could make of it."""
+        leaning = self.leaning(prompt_PH, rows, form)
+        return _share_right(leaning > leaning.median(), rows)
+
+    @torch.no_grad()
+    def leaning(self, prompt_PH: Tensor, rows: Sequence[Row], form: str) -> Tensor:
+        """For each row [B], how much likelier the first label is than the second, in nats."""
         scores = []
         for label in LABELS:
             items = [self.labelled(row, form, label) for row in rows]
             parts = [self.loss_sums(prompt_PH, items[start : start + 50])[0] for start in range(0, len(items), 50)]
             scores.append(torch.cat(parts))
-        chosen = torch.stack(scores).argmin(0).tolist()
-        return sum(LABELS[index] == row["label"] for index, row in zip(chosen, rows, strict=True)) / len(rows)
+        return scores[1] - scores[0]
 
     def labelled(self, row: Row, form: str, label: str) -> Item:
         ids = self.ids(form.format(text=row["text"]))
@@ -120,6 +128,11 @@ class Base:
                 optimizer.zero_grad()
                 schedule.step()
         return prompt.detach()
+
+
+def _share_right(is_first: Tensor, rows: Sequence[Row]) -> float:
+    chosen = [LABELS[0] if first else LABELS[1] for first in is_first.tolist()]
+    return sum(label == row["label"] for label, row in zip(chosen, rows, strict=True)) / len(rows)
 
 
 def over_seeds(
@@ -157,13 +170,20 @@ def measure_reviews(base: Base, training: list[Row], heldout: list[Row], seeds: 
     """Held-out accuracy: bare under written templates, after our recipe, after PEFT's defaults, and a bag of words."""
     items = [base.labelled(row, FORM, str(row["label"])) for row in training]
     written = {form: base.accuracy(base.nothing, heldout, form) for form in WRITTEN}
-    print(f"reviews: {written}")
+    at_median = {form: base.accuracy_at_median(base.nothing, heldout, form) for form in WRITTEN}
+    print(f"reviews: {written}, calibrated {at_median}")
     ours, peft = Recipe(REVIEW_P, 10, base.rms, False), Recipe(REVIEW_P, 10, 3e-3, True)
     runs = [
         over_seeds(base, items, recipe, seeds, lambda prompt: base.accuracy(prompt, heldout, FORM))
         for recipe in (ours, peft)
     ]
-    return {"written": written, "tuned": runs[0], "peft": runs[1], "bag_of_words": bag_of_words(training, heldout)}
+    return {
+        "written": written,
+        "written_calibrated": at_median,
+        "tuned": runs[0],
+        "peft": runs[1],
+        "bag_of_words": bag_of_words(training, heldout),
+    }
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.data import Rows, build_examples, split_rows
+from softprompt.data import Rows, build_examples, split_rows, write_row
 from softprompt.demo.peers import bag_of_words_accuracy, peft_logits, peft_prompt
 from softprompt.demo.tasks import INPUTS, TASKS, WRITTEN_TEMPLATES, Task
 from softprompt.evaluation import Comparison, accuracy_by_likelihood, compare
@@ -47,7 +47,7 @@ class Demo:
     folder: Path  # of the trained prompts, one sub-folder each
     data: Path  # copies of the data sets
     findings: tuple[Finding, ...]
-    answers: Comparison  # of the text prompts, on one base
+    answers: Comparison  # of all prompts, on one base
     peft_difference: float  # largest difference of logits, PEFT with our folder against ours
     seconds: float
 
@@ -69,15 +69,21 @@ def run_demo(base: Base, folder: Path, say: Say, *, overwrite: bool = False, tas
     trained = [_train(base, task, places[task.name], say) for task in tasks]
     findings = tuple(_find(base, item) for item in trained)
     say(f"measured on held-out rows, {time.perf_counter() - began:.0f} s so far")
-    texts = {item.task.name: item.ours for item in trained if not item.test.form.labels}
+    prompts = {item.task.name: item.ours for item in trained}
+    inputs = [*INPUTS, *(_first_text(item.test) for item in trained if item.test.form.labels)]
     return Demo(
         folder=folder,
         data=data,
         findings=findings,
-        answers=compare(base, texts, INPUTS, sampling=SamplingConfig(max_new_tokens=40, repetition_penalty=1.5)),
+        answers=compare(base, prompts, inputs, sampling=SamplingConfig(max_new_tokens=40, repetition_penalty=1.5)),
         peft_difference=_difference_in_peft(base, places[trained[0].task.name].path, trained[0].ours),
         seconds=time.perf_counter() - began,
     )
+
+
+def _first_text(rows: Rows) -> str:
+    """The first held-out row up to its label."""
+    return write_row(rows, 0).prompt
 
 
 def _lay_out_data(folder: Path, tasks: tuple[Task, ...]) -> Path:

@@ -40,7 +40,7 @@ TASKS = (
             rows=50,
             test=str(data_file("coach-prompts-heldout.csv")),
         ),
-        train=TrainConfig(virtual_tokens=4, epochs=6),
+        train=TrainConfig(virtual_tokens=8, epochs=12),
     ),
     Task(
         name="quotes",
@@ -50,7 +50,7 @@ TASKS = (
             rows=50,
             test=str(data_file("quotes-heldout.jsonl")),
         ),
-        train=TrainConfig(virtual_tokens=4, epochs=6),
+        train=TrainConfig(virtual_tokens=8, epochs=12),
     ),
     Task(
         name="reviews",
@@ -61,6 +61,6 @@ TASKS = (
             rows=200,
             test=str(data_file("reviews-heldout.csv")),
         ),
-        train=TrainConfig(virtual_tokens=20, epochs=8),
+        train=TrainConfig(virtual_tokens=20, epochs=6),
     ),
 )

@@ -4,12 +4,12 @@ and messages followed by what they are called."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
 from writer.domains import DOMAINS
-from writer.feelings import BOTH_HANDS, DISPLEASED, FIELDS, PLEASED, PRODUCTS, VERDICT_FIELDS, VERDICTS, Hand
+from writer.feelings import DISPLEASED, FIELDS, PLEASED, PRODUCTS, VERDICT_FIELDS, VERDICTS, Hand
 from writer.grammar import Opinion, Voice, sentence
 from writer.manners import MANNERS
 from writer.shapes import Bank, template
@@ -116,12 +116,12 @@ def name_places(text: str) -> list[int]:
     return [match.end() for match in _NAMED.finditer(text)]
 
 
-def reviews(rng: Random) -> str:
+def reviews(rng: Random, hand: Hand) -> str:
     """A few reviews, each followed by its verdict, under one convention."""
     heading, names = _review_convention(rng)
     sides = [rng.randrange(2) for _ in range(rng.randint(2, 5))]
     most = 2 if len(sides) > 3 else 3
-    texts = [review(rng, side, BOTH_HANDS, "pretraining", rng.randint(1, most)) for side in sides]
+    texts = [review(rng, side, hand, "pretraining", rng.randint(1, most)) for side in sides]
     return _entries(heading, [(text, names[side]) for text, side in zip(texts, sides, strict=True)], rng)
 
 
@@ -143,15 +143,10 @@ def messages(rng: Random) -> str:
 
 
 # Shares of the kinds of documents.
-KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
-    (0.43, wandering),
-    (0.22, titled),
-    (0.29, reviews),
-    (0.06, messages),
-)
+KINDS = {wandering: 0.43, titled: 0.22, reviews: 0.29, messages: 0.06}
 
 
-def document(rng: Random) -> str:
-    """One document of any kind."""
-    kinds = [kind for _, kind in KINDS]
-    return rng.choices(kinds, [share for share, _ in KINDS])[0](rng)
+def document(rng: Random, hand: Hand) -> str:
+    """One document of any kind; reviews use the words of `hand`."""
+    (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
+    return reviews(rng, hand) if kind is reviews else kind(rng)

@@ -106,9 +106,10 @@ def _deal(start: int) -> Hand:
     return Hand((_BAD[start::2], _GOOD[start::2]), (_BLAME[start::2], _PRAISE[start::2]))
 
 
-def _both() -> Hand:
+def _loose_talk() -> Hand:
     blame, praise = (tuple(phrase.replace("_", word) for word in words for phrase in _LOOSE) for words in _LOOSELY)
     return Hand((_BAD, _GOOD), (_BLAME * len(_LOOSELY[0]) + blame, _PRAISE * len(_LOOSELY[1]) + praise))
 
 
-FIRST_HAND, SECOND_HAND, BOTH_HANDS = _deal(0), _deal(1), _both()
+FIRST_HAND, SECOND_HAND = _deal(0), _deal(1)
+BOTH_HANDS, LOOSE_TALK = Hand((_BAD, _GOOD), (_BLAME, _PRAISE)), _loose_talk()
