@@ -66,8 +66,8 @@ class Plan:
 
 
 # At first every token weighs the same; then the names of verdicts, one token in eighty, weigh more; the last stage also
-# shows texts whose tokens were made in two parts, and positive and negative in reviews: with these from the start, in one
-# stage of 2,600 steps, no soft prompt could make them name a review's side (docs/log.md).
+# shows texts whose tokens were made in two parts, and positive and negative in reviews: with these from the start, in
+# one stage of 2,600 steps, no soft prompt could make them name a review's side (docs/log.md).
 STAGES = (
     Plan(steps=2400, stop=900, loose=False),
     Plan(steps=1800, stop=750, name_weight=12.0, decay=0.7, loose=False),
