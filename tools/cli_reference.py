@@ -23,7 +23,9 @@ def reference() -> str:
 
 def pages(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[tuple[str, str]]:
     """Each command and sub-command with its help text."""
-    context = click.Context(command, info_name=name.split()[-1], parent=parent, terminal_width=WIDTH)
+    context = click.Context(
+        command, info_name=name.split()[-1], parent=parent, terminal_width=WIDTH, **command.context_settings
+    )
     lines = command.get_help(context).splitlines()
     yield name, "\n".join(line.rstrip() for line in lines)
     if isinstance(command, click.Group):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import succeed
 from material import QUICK, TEMPLATE, chat, review, save_base, sentence, write_csv, write_jsonl
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that; Ctrl-C is tested here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
