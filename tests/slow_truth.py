@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from softprompt.base import Base
@@ -50,6 +51,24 @@ def plain_greedy(
         if own[-1] in base.stop_ids:
             break
     return own[len(ids) :], log_probs, scores
+
+
+class TrueDouble(TorchFunctionMode):
+    """Inside it float64 stays float64: families that compute a norm or a softmax in float32 do not.
+
+    Without it two exact ways to one result differ by float32's rounding inside the family's own modules.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
+            if func is torch.Tensor.float or (
+                func in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args[1:]
+            ):
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:

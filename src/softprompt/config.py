@@ -73,6 +73,7 @@ class TrainConfig:
     batch_rows: int = option(8, "Rows per optimiser step.")
     batch_tokens: int | None = option(None, "Tokens per optimiser step at most, instead of --batch-rows.")
     micro_batch_rows: int | None = option(None, "Rows per forward pass; default: fitted to the memory.")
+    checkpoint_layers: bool = option(False, "Keep each layer's input only and run the layer twice: less memory.")
     relative_learning_rate: float | None = option(None, "Learning rate times the embeddings' RMS; default 0.3.")
     learning_rate: float | None = option(None, "Absolute learning rate, instead of the relative one.")
     schedule: Schedule = option("linear", "Decay of the learning rate: linear or cosine to 0, or constant.")

@@ -1,12 +1,15 @@
 """Loss and prompt gradient of a step equal torch's autograd over plain concatenation, row by row, in every family."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
-from slow_truth import TOLERANCE, plain_nats, relative_error
-from test_families_logits import FLOAT32_INSIDE
+from slow_truth import TOLERANCE, TrueDouble, plain_nats, relative_error
 from tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.families import forward_of
+from softprompt.families.packing import Packing
 from softprompt.splice import Row
 from softprompt.training.step import accumulate_gradient
 
@@ -41,15 +44,39 @@ def true_step(base, rows):
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_loss_and_gradient_equal_plain_concatenation(family, dtype):
     base = build_base(family, dtype=dtype)
+    assert forward_of(base).packing.carrier, forward_of(base).packing.note
+    with TrueDouble() if dtype is torch.float64 else nullcontext():
+        check_every_split(base, forward_of(base), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_padded_rows_have_the_same_loss_and_gradient(family):
+    """The way of a base that cannot run packed rows."""
+    base = build_base(family, dtype=torch.float64)
+    with TrueDouble():
+        check_every_split(base, replace(forward_of(base), packing=Packing(None, "for this test")), 1e-9)
+
+
+def check_every_split(base, forward, tolerance):
     rows = training_rows()
     true_nats, true_gradients = true_step(base, rows)
-    tolerance = 1e-6 if dtype == torch.float64 and family in FLOAT32_INSIDE else TOLERANCE[dtype]
     for micro_batch_rows in (1, 2, 5):
         prompts = fresh_prompts(base)
-        nats = sum(accumulate_gradient(base, forward_of(base), prompts, rows, micro_batch_rows))
+        nats = sum(accumulate_gradient(base, forward, prompts, rows, micro_batch_rows))
         assert nats == pytest.approx(true_nats, rel=tolerance)
         for ours, truth in zip(prompts, true_gradients, strict=True):
             assert relative_error(ours.grad, truth) < tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("micro_batch_rows", [2, 5])
+def test_checkpointing_changes_no_bit(family, micro_batch_rows):
+    base = build_base(family)
+    kept, run_again = fresh_prompts(base), fresh_prompts(base)
+    list(accumulate_gradient(base, forward_of(base), kept, training_rows(), micro_batch_rows))
+    list(accumulate_gradient(base, forward_of(base), run_again, training_rows(), micro_batch_rows, checkpoint=True))
+    for one, other in zip(kept, run_again, strict=True):
+        assert torch.equal(one.grad, other.grad)
 
 
 def test_a_wrong_prompt_has_another_gradient(tiny_llama):

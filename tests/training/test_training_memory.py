@@ -37,7 +37,7 @@ def test_the_batch_is_split_the_run_says_so_and_the_sums_stay(tiny_llama64, text
     split = train(tiny_llama64, texts, config(), sink=lambda e: slices.append(e) if isinstance(e, SliceDone) else None)
     assert split.plan.micro_batch_rows == 3  # four fifths of what is free
     assert any("memory allows 3 of 8 rows at a time" in note for note in split.notes)
-    assert len(slices) == 3 + 3 + 2
+    assert len(slices) == 3 + 3 + 2 + 3  # micro-batches, and each step's pass back through the prompt
     assert split.losses == pytest.approx(whole.losses, rel=1e-9)
     torch.testing.assert_close(split.prompt.tensor, whole.prompt.tensor, rtol=1e-5, atol=1e-6)
 
@@ -81,9 +81,9 @@ class FakeDevice:
     def __init__(self, real, max_rows):
         self.real, self.max_rows, self.sizes = real, max_rows, []
 
-    def __call__(self, base, forward, prompts, rows, micro_batch_rows):
+    def __call__(self, base, forward, prompts, rows, micro_batch_rows, checkpoint):
         self.sizes.append(micro_batch_rows)
-        for number, nats in enumerate(self.real(base, forward, prompts, rows, micro_batch_rows)):
+        for number, nats in enumerate(self.real(base, forward, prompts, rows, micro_batch_rows, checkpoint)):
             if micro_batch_rows > self.max_rows and number == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             yield nats

@@ -1,6 +1,12 @@
 """What an architecture needs to run over embeddings."""
 
 from softprompt.families.forward import Forward, forward_of, new_cache
+from softprompt.families.head import Head
 from softprompt.families.known import KNOWN_FAMILIES
+from softprompt.families.packed import KeysValues, PackedRows, Segment
+from softprompt.families.products import Matrix, Products
 
-__all__ = ["KNOWN_FAMILIES", "Forward", "forward_of", "new_cache"]
+__all__ = [
+    "KNOWN_FAMILIES", "Forward", "Head", "KeysValues", "Matrix", "PackedRows", "Products", "Segment", "forward_of",
+    "new_cache",
+]  # fmt: skip

@@ -1,52 +1,87 @@
 """One frozen model as two functions: embeddings to hidden states, hidden states to logits.
 
 The split lets the loss compute logits only where a target is. It is checked against the model's own forward when it is
-made; a model for which it does not hold runs whole (its hidden states are its logits).
+made; a model for which it does not hold runs whole (its hidden states are its logits). So are packed rows: a base that
+does not give them the answers of rows run one by one runs padded rows.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from softprompt.base import Base
 from softprompt.errors import BaseModelError
+from softprompt.families import activation
+from softprompt.families.head import Head, head_of
 from softprompt.families.known import KNOWN_FAMILIES
+from softprompt.families.own_attention import PackedCache
+from softprompt.families.packed import PackedMask, PackedRows
+from softprompt.families.packing import Carrier, Packing, find_packing
+from softprompt.families.products import Products
 
 _PROBE_IDS = (3, 1, 4, 1, 5)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; 16-bit dtypes take the default below
 _TOLERANCE_16_BIT = 0.1
+_TOLERANCE_FLOAT32_INSIDE = 1e-5  # some families compute their softmax in float32, even in a float64 base
+_UNKNOWN = Packing(None, "rows run padded by length")
 
 
 @dataclass(frozen=True)
 class Forward:
     """How one base runs. B batch, S slots (pads included), H embedding width, D hidden width, V vocabulary."""
 
-    backbone: Callable[..., Any]  # Any: transformers' model outputs
-    head: Callable[[Tensor], Tensor]  # [..., D] -> [..., V]
+    backbone: nn.Module
+    head: Head
     takes_positions: bool  # False: the family derives positions from the mask (ALiBi)
+    packing: Packing = _UNKNOWN
 
     def hidden_states(
         self, embeds_BSH: Tensor, mask_BM: Tensor, positions_BS: Tensor, cache: Cache | None = None
     ) -> Tensor:
         """Last hidden states [B, S, D], after the final norm. `mask_BM` also covers what lies in the cache."""
-        positions = {"position_ids": positions_BS} if self.takes_positions else {}
         kept = {"past_key_values": cache} if cache is not None else {}
-        output = self.backbone(
-            inputs_embeds=embeds_BSH, attention_mask=mask_BM, use_cache=cache is not None, **positions, **kept
-        )
-        hidden: Tensor = output[0]
-        return hidden
+        return self._run(embeds_BSH, positions_BS, attention_mask=mask_BM, use_cache=cache is not None, **kept)
+
+    def packed_hidden_states(self, embeds_SH: Tensor, positions_S: Tensor, rows: PackedRows) -> Tensor:
+        """Last hidden states [S, D] of packed rows; only for a base whose `packing` has a carrier."""
+        assert self.packing.carrier is not None, self.packing.note
+        return self._packed(self.packing.carrier, embeds_SH[None], positions_S[None], rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         return self.head(hidden)
+
+    def bytes_to_arrange(self) -> int:
+        """Memory that `arrange` would take; 0 where it would not help, or has been done."""
+        return self.head.products.bytes_to_arrange(self.backbone, self.head.weight)
+
+    def arrange(self) -> None:
+        """Keep the weights as this processor multiplies them fastest, besides the weights themselves."""
+        self.head.products.arrange(self.backbone, self.head.weight)
+
+    def _packed(self, carrier: Carrier, embeds_1SH: Tensor, positions_1S: Tensor, rows: PackedRows) -> Tensor:
+        brought: dict[str, Any] = {"past_key_values": PackedCache(rows)}
+        if carrier == "mask":
+            brought = {"attention_mask": PackedMask.of(rows, embeds_1SH)}
+        return self._run(embeds_1SH, positions_1S, use_cache=False, **brought)[0]
+
+    def _run(self, embeds: Tensor, positions: Tensor, **arguments: Any) -> Tensor:
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        with self.head.products.active():
+            hidden: Tensor = self.backbone(inputs_embeds=embeds, **arguments)[0]
+        return hidden
+
+
+_FORWARDS: WeakKeyDictionary[Base, Forward] = WeakKeyDictionary()
 
 
 def forward_of(base: Base) -> Forward:
@@ -55,14 +90,9 @@ def forward_of(base: Base) -> Forward:
     A family that is not on the tested list is also checked for causality and for rows that ignore their padding.
     Raises BaseModelError where it fails.
     """
-    model = base.model
-    head = _head(base)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    split = Forward(model.base_model, head, takes_positions) if head is not None else None
-    chosen = split if split is not None and _equals_model(base, split) else Forward(model, _same, takes_positions)
-    if model.config.model_type not in KNOWN_FAMILIES:
-        _check_unknown(base, chosen)
-    return chosen
+    if base not in _FORWARDS:
+        _FORWARDS[base] = _found(base)
+    return _FORWARDS[base]
 
 
 def new_cache() -> DynamicCache:
@@ -71,26 +101,33 @@ def new_cache() -> DynamicCache:
     return DynamicCache()
 
 
-def _same(logits: Tensor) -> Tensor:
-    return logits
+@torch.no_grad()
+def _found(base: Base) -> Forward:
+    model = base.model
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    products = Products()
+    activation.install(model)
+    whole = Forward(model, Head(products=products), takes_positions)
+    head = head_of(base, products)
+    split = Forward(model.base_model, head, takes_positions) if head is not None else None
+    chosen = split if split is not None and _same_logits(base, split, whole) else whole
+    if model.config.model_type not in KNOWN_FAMILIES:
+        _check_unknown(base, chosen)
+    return replace(chosen, packing=_packing(base, chosen))
 
 
-def _head(base: Base) -> Callable[[Tensor], Tensor] | None:
-    """The output embeddings with what some families do to the logits behind them (Gemma, Cohere, Granite)."""
-    linear = base.model.get_output_embeddings()
-    if linear is None or base.model.base_model is base.model:
-        return None
-    config = base.model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+def _packing(base: Base, forward: Forward) -> Packing:
+    def is_close(ours: Tensor, reference: Tensor) -> bool:
+        return _close(ours, reference, {torch.float64: _TOLERANCE_FLOAT32_INSIDE})
 
-    def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = linear(hidden)
-        logits = logits * scale if scale != 1.0 else logits
-        return torch.tanh(logits / cap) * cap if cap is not None else logits
+    def run_packed(carrier: Carrier, embeds: Tensor, positions: Tensor, rows: PackedRows) -> Tensor:
+        return forward.logits(forward._packed(carrier, embeds, positions, rows))
 
-    return head
+    def run_plain(embeds: Tensor) -> Tensor:
+        positions = torch.arange(embeds.shape[1], device=base.device)[None]
+        return forward.logits(forward.hidden_states(embeds, torch.ones_like(positions), positions))[0]
+
+    return find_packing(base, run_packed, run_plain, is_close)
 
 
 def _probe(base: Base, ids: tuple[int, ...] = _PROBE_IDS, pads: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,14 +138,11 @@ def _probe(base: Base, ids: tuple[int, ...] = _PROBE_IDS, pads: int = 0) -> tupl
     return torch.cat([nothing, embeds], dim=1), mask, positions
 
 
-@torch.no_grad()
-def _equals_model(base: Base, split: Forward) -> bool:
+def _same_logits(base: Base, split: Forward, whole: Forward) -> bool:
     inputs = _probe(base)
-    whole = Forward(base.model, _same, split.takes_positions)
     return _close(split.logits(split.hidden_states(*inputs)), whole.hidden_states(*inputs))
 
 
-@torch.no_grad()
 def _check_unknown(base: Base, forward: Forward) -> None:
     def logits(ids: tuple[int, ...], pads: int = 0) -> Tensor:
         return forward.logits(forward.hidden_states(*_probe(base, ids, pads)))[:, pads:]
@@ -120,8 +154,8 @@ def _check_unknown(base: Base, forward: Forward) -> None:
         raise BaseModelError(f"base {base.name!r} ({kind}) answers differently under padding; it is not supported yet")
 
 
-def _close(ours: Tensor, reference: Tensor) -> bool:
+def _close(ours: Tensor, reference: Tensor, tolerances: Mapping[torch.dtype, float] = _TOLERANCE) -> bool:
     if ours.shape != reference.shape:
         return False
-    tolerance = _TOLERANCE.get(reference.dtype, _TOLERANCE_16_BIT)
+    tolerance = {**_TOLERANCE, **tolerances}.get(reference.dtype, _TOLERANCE_16_BIT)
     return bool((ours - reference).abs().max() <= tolerance * reference.abs().max().clamp(min=1e-3))

@@ -1,7 +1,8 @@
 """Summed negative log-likelihood over targets, in chunks, its gradient taken in the same pass.
 
 Never more than one chunk of logits exists: [targets x vocabulary] of a batch would be gigabytes for a large
-vocabulary. The head is frozen, so the only gradient is that of the hidden states.
+vocabulary. The head is frozen, so the only gradient is that of the hidden states. A head that is one plain matrix goes
+block by block of its rows instead (`softprompt.loss.blocked`).
 
 N targets, D hidden width, V vocabulary.
 """
@@ -9,18 +10,21 @@ N targets, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from softprompt.families import Head
+from softprompt.loss.blocked import blocked_nll
+
 _CHUNK_BYTES = 64 * 2**20  # of float32 logits
 
-Head = Callable[[Tensor], Tensor]
+AnyHead = Head | Callable[[Tensor], Tensor]
 
 
 def weighted_nll(
-    head: Head, hidden_ND: Tensor, target_ids_N: Tensor, weights_N: Tensor, num_classes: int
+    head: AnyHead, hidden_ND: Tensor, target_ids_N: Tensor, weights_N: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """The sum of weight times negative log-likelihood, with gradient, and each target's own nats [N], without.
 
@@ -30,24 +34,21 @@ def weighted_nll(
     return total, nll
 
 
-def nll(head: Head, hidden_ND: Tensor, target_ids_N: Tensor, num_classes: int) -> Tensor:
+def nll(head: AnyHead, hidden_ND: Tensor, target_ids_N: Tensor, num_classes: int) -> Tensor:
     """Each target's negative log-likelihood in nats [N], without gradient."""
     with torch.no_grad():
+        if _is_one_matrix(head):
+            return blocked_nll(head, hidden_ND, target_ids_N, None)[0]
         return torch.cat([_logits_nll(head(h), ids) for h, ids in _chunks(hidden_ND, target_ids_N, num_classes)])
 
 
 class _WeightedNll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, ids: Tensor, weights: Tensor, head: Head, num_classes: int
+        ctx: Any, hidden: Tensor, ids: Tensor, weights: Tensor, head: AnyHead, num_classes: int
     ) -> tuple[Tensor, Tensor]:  # Any: autograd's context
-        grads, losses = [], []
-        for (h, chunk_ids), w in zip(_chunks(hidden, ids, num_classes), _split(weights, num_classes), strict=True):
-            grad, loss = _chunk_gradient(head, h, chunk_ids, w)
-            grads.append(grad)
-            losses.append(loss)
-        nll_N = torch.cat(losses)
-        ctx.save_for_backward(torch.cat(grads))
+        grad, nll_N = _gradient(head, hidden, ids, weights, num_classes)
+        ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * weights).sum(), nll_N
 
@@ -57,7 +58,24 @@ class _WeightedNll(torch.autograd.Function):
         return grad_hidden * grad_total.to(grad_hidden.dtype), None, None, None, None
 
 
-def _chunk_gradient(head: Head, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _is_one_matrix(head: AnyHead) -> TypeGuard[Head]:
+    return isinstance(head, Head) and head.weight is not None
+
+
+def _gradient(head: AnyHead, hidden: Tensor, ids: Tensor, weights: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Gradient [N, D] of the weighted sum, and nats [N]."""
+    if _is_one_matrix(head):
+        nats, grad = blocked_nll(head, hidden, ids, weights)
+        assert grad is not None
+        return grad, nats
+    parts = [
+        _chunk_gradient(head, h, chunk_ids, w)
+        for (h, chunk_ids), w in zip(_chunks(hidden, ids, num_classes), _split(weights, num_classes), strict=True)
+    ]
+    return torch.cat([grad for grad, _ in parts]), torch.cat([losses for _, losses in parts])
+
+
+def _chunk_gradient(head: AnyHead, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
         losses = _logits_nll(head(leaf), ids)

@@ -15,7 +15,7 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.families import Forward
 from softprompt.loss.chunked import nll
-from softprompt.splice import Row, concatenate
+from softprompt.splice import Prefix, Row, can_share_prefix, run_prompts, target_states
 from softprompt.types import Example
 
 _SLOTS_PER_BATCH = 4_096  # pads included
@@ -38,12 +38,15 @@ def score_examples(base: Base, forward: Forward, examples: Sequence[Example], pr
     return [_row_score(example, loss) for example, loss in zip(examples, losses, strict=True)]
 
 
+@torch.no_grad()
 def target_nlls(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> list[dict[int, float]]:
     """For each row, the nats of each target by its index among the row's ids. Rows are batched by length."""
     result: list[dict[int, float]] = [{} for _ in rows]
+    prefix = run_prompts(base, forward, prompts) if prompts and can_share_prefix(forward) else None
     lengths = [len(row.ids) + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
     for batch in _by_length(lengths):
-        for index, losses in zip(batch, _batch_nlls(base, forward, [rows[i] for i in batch], prompts), strict=True):
+        some = [rows[index] for index in batch]
+        for index, losses in zip(batch, _batch_nlls(base, forward, some, prompts, prefix), strict=True):
             result[index] = losses
     return result
 
@@ -70,12 +73,11 @@ def _by_length(lengths: list[int]) -> list[list[int]]:
     return batches
 
 
-@torch.no_grad()
-def _batch_nlls(base: Base, forward: Forward, rows: list[Row], prompts: Sequence[Tensor]) -> list[dict[int, float]]:
-    spliced = concatenate(base, rows, prompts, align="left")
-    hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS)
-    wanted = spliced.targets
-    losses = nll(forward.logits, hidden.flatten(0, 1)[wanted.slots], wanted.ids, base.vocab_size).tolist()
+def _batch_nlls(
+    base: Base, forward: Forward, rows: list[Row], prompts: Sequence[Tensor], prefix: Prefix | None
+) -> list[dict[int, float]]:
+    hidden, wanted = target_states(base, forward, rows, prompts, prefix)
+    losses = nll(forward.head, hidden, wanted.ids, base.vocab_size).tolist()
     result: list[dict[int, float]] = [{} for _ in rows]
     for owner, column, loss in zip(wanted.rows.tolist(), wanted.columns.tolist(), losses, strict=True):
         result[owner][column] = loss

@@ -23,19 +23,9 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.splice.rows import Row
+from softprompt.splice.targets import Targets, find_targets
 
 Alignment = Literal["right", "left"]
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Where a loss is wanted, in row order. All [N], int64 but for the weights, on the base's device."""
-
-    ids: Tensor  # the token to predict
-    slots: Tensor  # flat index (row * S + slot) of the hidden state that predicts it
-    rows: Tensor  # its row
-    columns: Tensor  # its index among the row's ids
-    weights: Tensor  # of its loss, float64
 
 
 @dataclass(frozen=True)
@@ -90,24 +80,10 @@ def _mask_and_positions(lengths: list[int], first_slots: list[int], num_slots: i
 def _targets(
     rows: Sequence[Row], lengths: list[int], first_slots: list[int], num_slots: int, device: torch.device
 ) -> Targets:
-    ids, slots, owners, columns, weights = [], [], [], [], []
-    for index, (row, length, first) in enumerate(zip(rows, lengths, first_slots, strict=True)):
-        text_start = index * num_slots + first + length - len(row.ids)
-        for column, weight in enumerate(row.targets or ()):
-            if weight:
-                ids.append(row.ids[column])
-                slots.append(text_start + column - 1)
-                owners.append(index)
-                columns.append(column)
-                weights.append(float(weight))
+    """Slots are flat: row * S + slot."""
 
-    def whole(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
+    def slot_of(index: int, column: int) -> int:
+        text_start = index * num_slots + first_slots[index] + lengths[index] - len(rows[index].ids)
+        return text_start + column - 1
 
-    return Targets(
-        ids=whole(ids),
-        slots=whole(slots),
-        rows=whole(owners),
-        columns=whole(columns),
-        weights=torch.tensor(weights, dtype=torch.float64, device=device),
-    )
+    return find_targets(rows, slot_of, device)

@@ -56,6 +56,7 @@ class TrainingLoop:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=self.plan.num_steps,
         )
+        self._rows = [training_row(example, config.eos_weight) for example in self.examples]
         self._validations_without_gain = 0
 
     def events(self) -> Iterator[Event]:
@@ -74,40 +75,42 @@ class TrainingLoop:
 
     def _step(self, indices: Sequence[int], epoch: float) -> Iterator[Event]:
         began = self.clock()
-        rows = [training_row(self.examples[i], self.plan.config.eos_weight) for i in indices]
+        rows = [self._rows[index] for index in indices]
         num_tokens = sum(len(row.ids) for row in rows)
-        nats = 0.0
+        nats = torch.zeros(())
         for nats_so_far in self._gradient(rows):
             nats = nats_so_far
             yield SliceDone(step=self.step, num_tokens=num_tokens)
         learning_rate = float(self._schedule.get_last_lr()[0])
-        grad_norm = self._update()
+        loss, grad_norm = torch.stack([nats, self._update().to(nats)]).tolist()  # the step's one wait for the device
         counted = sum(num_targets(row) for row in rows)
         yield StepDone(
-            step=self.step, epoch=epoch, loss=nats / counted, learning_rate=learning_rate, grad_norm=grad_norm,
+            step=self.step, epoch=epoch, loss=loss / counted, learning_rate=learning_rate, grad_norm=grad_norm,
             num_rows=len(rows), num_tokens=num_tokens, num_targets=counted, seconds=self.clock() - began,
         )  # fmt: skip
 
-    def _gradient(self, rows: Sequence[Row]) -> Iterator[float]:
+    def _gradient(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """The step's gradient, yielding its nats so far; where a CUDA device runs out of memory, again in halves."""
         while True:
             self._optimizer.zero_grad(set_to_none=True)
             size = self.plan.micro_batch_rows
             try:
-                yield from accumulate(accumulate_gradient(self.base, self.forward, [self.prompt], rows, size))
+                checkpoint = self.plan.config.checkpoint_layers
+                slices = accumulate_gradient(self.base, self.forward, [self.prompt], rows, size, checkpoint)
+                yield from accumulate(slices)
                 return
             except torch.OutOfMemoryError:
                 if self.plan.micro_batch_rows == 1:
                     raise
                 self.plan = with_micro_batch_rows(self.plan, self.plan.micro_batch_rows // 2)
 
-    def _update(self) -> float:
+    def _update(self) -> Tensor:
         limit = self.plan.config.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_([self.prompt], math.inf if limit is None else limit)
+        norm: Tensor = torch.nn.utils.clip_grad_norm_([self.prompt], math.inf if limit is None else limit)
         self._optimizer.step()
         self._schedule.step()
         self.step += 1
-        return float(norm)
+        return norm
 
     def _checkpoint_is_due(self, epoch_ended: bool) -> bool:
         every = self.plan.config.validate_every

@@ -13,6 +13,8 @@ import torch
 from softprompt.base import Base
 from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
 from softprompt.data.batches import plan_epoch
+from softprompt.families import Forward
+from softprompt.splice import can_share_prefix
 from softprompt.types import ExampleSet
 
 _VERSIONS_OF = ("softprompt", "torch", "transformers")
@@ -28,6 +30,7 @@ class Plan:
     epochs: tuple[tuple[tuple[int, ...], ...], ...]  # per epoch, per step: the rows' indices
     num_steps: int
     micro_batch_rows: int
+    layout: str  # packed, or padded where the base cannot run packed rows
     dtype: str
     device: str
     num_threads: int
@@ -38,7 +41,7 @@ class Plan:
         return {**record, "versions": versions(), "machine": platform.machine()}
 
 
-def make_plan(base: Base, data: ExampleSet, config: TrainConfig) -> Plan:
+def make_plan(base: Base, forward: Forward, data: ExampleSet, config: TrainConfig) -> Plan:
     """Resolve learning rate, steps and order. `micro_batch_rows` is the whole batch until the memory is known."""
     lengths = [len(example.ids) for example in data.examples]
     epochs = tuple(_epoch(lengths, config, epoch) for epoch in range(config.epochs))
@@ -51,6 +54,7 @@ def make_plan(base: Base, data: ExampleSet, config: TrainConfig) -> Plan:
         epochs=epochs,
         num_steps=min(num_steps, config.max_steps or num_steps),
         micro_batch_rows=min(config.micro_batch_rows or longest_step, longest_step),
+        layout="packed" if can_share_prefix(forward) else "padded",
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         num_threads=torch.get_num_threads(),

@@ -3,11 +3,16 @@
 The loss of a step is the weighted sum of its targets' negative log-likelihoods, divided once by the sum of the weights
 (their number, where all weigh 1). Rows name their prompt, so several prompts may train on one base at once; each is
 divided by its own sum.
+
+The prompts run through the base once per step, however many micro-batches there are: the micro-batches give the
+gradient by the prompts' keys and values, and one backward pass of the prompts alone carries their sum on. By the chain
+rule that is the gradient of the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,22 +20,36 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.families import Forward
 from softprompt.loss import weighted_nll
-from softprompt.splice import Row, concatenate
+from softprompt.splice import Prefix, Row, can_share_prefix, run_prompts, target_states
 
 
 def accumulate_gradient(
-    base: Base, forward: Forward, prompts: Sequence[Tensor], rows: Sequence[Row], micro_batch_rows: int
-) -> Iterator[float]:
+    base: Base,
+    forward: Forward,
+    prompts: Sequence[Tensor],
+    rows: Sequence[Row],
+    micro_batch_rows: int,
+    checkpoint: bool = False,
+) -> Iterator[Tensor]:
     """Add a step's gradient to the prompts' `.grad`, one micro-batch at a time; yields each one's summed nats.
 
-    Rows of like length go together, so that little of a micro-batch is padding.
+    The sums stay on the device, so that nothing waits for it.
+
+    Rows of like length go together, so that little of a padded micro-batch is padding. `checkpoint` keeps each layer's
+    input only.
     """
-    row_weights = _row_weights(rows, len(prompts))
+    weights = torch.tensor(_row_weights(rows, len(prompts)), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    for first in range(0, len(order), micro_batch_rows):
-        chosen = order[first : first + micro_batch_rows]
-        weights = torch.tensor([row_weights[index] for index in chosen], dtype=torch.float64)
-        yield _micro_batch(base, forward, prompts, [rows[index] for index in chosen], weights)
+    batches = [order[first : first + micro_batch_rows] for first in range(0, len(order), micro_batch_rows)]
+    shared = can_share_prefix(forward) and len(batches) > 1
+    prefix = run_prompts(base, forward, prompts) if shared else None
+    leaves = _leaves(prefix) if prefix is not None else None
+    for chosen in batches:
+        some = [rows[index] for index in chosen]
+        yield _micro_batch(base, forward, prompts, some, weights[chosen], leaves, checkpoint)
+    if prefix is not None and leaves is not None:
+        _carry_on(prefix, leaves)
+        yield torch.zeros((), dtype=torch.float64, device=base.device)
 
 
 def num_targets(row: Row) -> int:
@@ -47,15 +66,38 @@ def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[float]:
 
 
 def _micro_batch(
-    base: Base, forward: Forward, prompts: Sequence[Tensor], rows: Sequence[Row], row_weights_B: Tensor
-) -> float:
-    spliced = concatenate(base, rows, prompts, align="left")
-    hidden_BSD = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS)
-    wanted = spliced.targets
+    base: Base,
+    forward: Forward,
+    prompts: Sequence[Tensor],
+    rows: Sequence[Row],
+    row_weights_B: Tensor,
+    prefix: Prefix | None,
+    checkpoint: bool,
+) -> Tensor:
+    hidden_ND, wanted = target_states(base, forward, rows, prompts, prefix, checkpoint)
     weights = row_weights_B.to(base.device)[wanted.rows] * wanted.weights
     weights = weights.to(torch.promote_types(base.dtype, torch.float32))
-    total, nats = weighted_nll(
-        forward.logits, hidden_BSD.flatten(0, 1)[wanted.slots], wanted.ids, weights, base.vocab_size
-    )
+    total, nats = weighted_nll(forward.head, hidden_ND, wanted.ids, weights, base.vocab_size)
     total.backward()
-    return float(nats.double().sum())
+    return nats.double().sum()
+
+
+def _leaves(prefix: Prefix) -> Prefix:
+    """The prefix as the start of a graph: gradients end in it."""
+    states = {module: (_leaf(key), _leaf(value)) for module, (key, value) in prefix.states.items()}
+    return replace(prefix, states=states, last_hidden_KD=_leaf(prefix.last_hidden_KD))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(True)
+
+
+def _carry_on(prefix: Prefix, leaves: Prefix) -> None:
+    """Carry the gradients that the micro-batches left in the leaves on into the prompts."""
+    pairs = [*zip(_tensors(prefix), _tensors(leaves), strict=True)]
+    reached = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
+    torch.autograd.backward([tensor for tensor, _ in reached], [grad for _, grad in reached])
+
+
+def _tensors(prefix: Prefix) -> list[Tensor]:
+    return [*(tensor for pair in prefix.states.values() for tensor in pair), prefix.last_hidden_KD]

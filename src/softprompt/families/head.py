@@ -1,0 +1,54 @@
+"""The output embeddings, with what some families do to the logits behind them (Gemma, Cohere, Granite).
+
+D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.base import Base
+from softprompt.families.products import Products
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states to logits. `linear` None: the model runs whole, and its hidden states are its logits."""
+
+    linear: nn.Module | None = None
+    scale: float = 1.0
+    cap: float | None = None  # logits become cap * tanh(logits / cap)
+    products: Products = field(default_factory=Products)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        if self.linear is None:
+            return hidden
+        with self.products.active():
+            return self.bend(self.linear(hidden))
+
+    def bend(self, products: Tensor) -> Tensor:
+        """Logits of the plain products of hidden states and output embeddings."""
+        logits = products * self.scale if self.scale != 1.0 else products
+        return torch.tanh(logits / self.cap) * self.cap if self.cap is not None else logits
+
+    @property
+    def weight(self) -> Tensor | None:
+        """[V, D], where the head is one plain frozen matrix that may be used in blocks of rows."""
+        linear = self.linear
+        has_more = getattr(linear, "bias", None) is not None or hasattr(linear, "_hf_hook")
+        return linear.weight.detach() if type(linear) is nn.Linear and not has_more else None
+
+
+def head_of(base: Base, products: Products) -> Head | None:
+    """The head of a model whose backbone can run without it; None where it cannot."""
+    linear = base.model.get_output_embeddings()
+    if linear is None or base.model.base_model is base.model:
+        return None
+    config = base.model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(linear, scale, getattr(config, "final_logit_softcapping", None), products)

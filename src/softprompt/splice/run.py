@@ -1,0 +1,52 @@
+"""Run spliced rows through a base: packed where the base can, else concatenated and padded.
+
+N targets, D hidden width, K prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softprompt.base import Base
+from softprompt.families import Forward
+from softprompt.splice.concatenate import concatenate
+from softprompt.splice.pack import Prefix, pack, pack_prompts
+from softprompt.splice.rows import Row
+from softprompt.splice.targets import Targets
+
+
+def can_share_prefix(forward: Forward) -> bool:
+    """Whether the base runs packed rows, and so a soft prompt once for many of them."""
+    return forward.packing.carrier is not None
+
+
+def run_prompts(base: Base, forward: Forward, prompts: Sequence[Tensor]) -> Prefix:
+    """One pass of the soft prompts [P, H]: what any number of rows need of them. Gradients flow through it."""
+    packed, ranges = pack_prompts(base, prompts)
+    hidden = forward.packed_hidden_states(packed.embeds_SH, packed.positions_S, packed.rows)
+    last = torch.tensor([first + length - 1 for first, length in ranges], device=hidden.device)
+    assert packed.rows.kept is not None
+    return Prefix(ranges, packed.rows.kept, hidden[last])
+
+
+def target_states(
+    base: Base,
+    forward: Forward,
+    rows: Sequence[Row],
+    prompts: Sequence[Tensor],
+    prefix: Prefix | None = None,
+    checkpoint: bool = False,
+) -> tuple[Tensor, Targets]:
+    """The hidden states [N, D] that predict the rows' targets, and the targets."""
+    if not can_share_prefix(forward):
+        spliced = concatenate(base, rows, prompts, align="left")
+        hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS).flatten(0, 1)
+        return hidden[spliced.targets.slots], spliced.targets
+    packed = pack(base, rows, prompts, prefix, checkpoint)
+    hidden = forward.packed_hidden_states(packed.embeds_SH, packed.positions_S, packed.rows)
+    if prefix is not None:
+        hidden = torch.cat([prefix.last_hidden_KD, hidden])
+    return hidden[packed.targets.slots], packed.targets
