@@ -23,9 +23,10 @@ from softprompt.families import activation
 from softprompt.families.head import Head, head_of
 from softprompt.families.known import KNOWN_FAMILIES
 from softprompt.families.own_attention import PackedCache
-from softprompt.families.packed import PackedMask, PackedRows
-from softprompt.families.packing import Carrier, Packing, find_packing
+from softprompt.families.packed import Carrier, PackedMask, PackedRows
+from softprompt.families.packing import Packing, find_packing
 from softprompt.families.products import Products
+from softprompt.families.rotation import length_of_fixed_rotation
 
 _PROBE_IDS = (3, 1, 4, 1, 5)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; 16-bit dtypes take the default below
@@ -42,6 +43,7 @@ class Forward:
     head: Head
     takes_positions: bool  # False: the family derives positions from the mask (ALiBi)
     packing: Packing = _UNKNOWN
+    alone_beyond: int | None = None  # a longer row changes its company's positions, and runs by itself
 
     def hidden_states(
         self, embeds_BSH: Tensor, mask_BM: Tensor, positions_BS: Tensor, cache: Cache | None = None
@@ -113,7 +115,7 @@ def _found(base: Base) -> Forward:
     chosen = split if split is not None and _same_logits(base, split, whole) else whole
     if model.config.model_type not in KNOWN_FAMILIES:
         _check_unknown(base, chosen)
-    return replace(chosen, packing=_packing(base, chosen))
+    return replace(chosen, packing=_packing(base, chosen), alone_beyond=length_of_fixed_rotation(model))
 
 
 def _packing(base: Base, forward: Forward) -> Packing:

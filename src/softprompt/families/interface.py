@@ -16,25 +16,25 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softprompt.families.attention import Scores, attend
-from softprompt.families.packed import PackedMask
+from softprompt.families.packed import Carrier, PackedMask
 
 _PREFIX = "softprompt_"
 _BEFORE = ("sdpa", "eager")  # the implementations that we stand in front of
 _CHANGES_SCORES = ("s_aux", "position_bias", "sinks", "head_mask")  # arguments that packed attention has no part for
 
 
-def install(model: PreTrainedModel) -> bool:
-    """Stand in front of the model's attention; False where its implementation is none that we know."""
+def install(model: PreTrainedModel) -> Carrier | None:
+    """Stand in front of the model's attention; None where its implementation is none that we know."""
     before = model.config._attn_implementation
     if before.startswith(_PREFIX):
-        return True
+        return "mask"
     if before not in _BEFORE:
-        return False
+        return None
     name = _PREFIX + before
     AttentionInterface.register(name, _in_front_of(before))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
     model.config._attn_implementation_internal = name
-    return True
+    return "mask"
 
 
 def remove(model: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb as f
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon_alibi
 
 from softprompt.families.attention import Scores, attend
-from softprompt.families.packed import PackedMask, PackedRows
+from softprompt.families.packed import Carrier, PackedMask, PackedRows
 
 Method = Callable[..., Any]  # a module's method, with the module as its first argument
 
@@ -37,14 +37,15 @@ class PackedCache(DynamicCache):
         return 1, 0
 
 
-def install(model: PreTrainedModel) -> bool:
-    """Put our function before each attention module's own; False where the family has none here."""
-    modules = [module for module in model.modules() if type(module).__name__ in _METHODS]
-    for module in modules:
-        name, method = _METHODS[type(module).__name__]
-        if name not in vars(module):
-            setattr(module, name, MethodType(method, module))
-    return bool(modules)
+def install(model: PreTrainedModel) -> Carrier | None:
+    """Put our function before each attention module's own; None where the family has none here."""
+    carrier: Carrier | None = None
+    for module in model.modules():
+        name, method = _METHODS.get(type(module).__name__, (None, None))
+        if name is not None and method is not None:
+            carrier = "cache" if name == "forward" else "mask"
+            vars(module).setdefault(name, MethodType(method, module))
+    return carrier
 
 
 def remove(model: PreTrainedModel) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Carrier = Literal["mask", "cache"]  # the argument of the forward that brings the rows to the attention
 Made = TypeVar("Made")
 KeysValues = tuple[Tensor, Tensor]  # each [h, tokens, d]
 

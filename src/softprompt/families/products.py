@@ -32,6 +32,9 @@ _WORTH_ONEDNN = 2**19  # numbers of a weight: oneDNN compiles a kernel for every
 _THREAD = threading.local()
 
 
+Storage = tuple[int, tuple[int, ...], tuple[int, ...]]  # where a weight lies: address, shape, strides
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One frozen weight [O, I]; `forward` and `backward` hold it as oneDNN wants it, else it runs as it is."""
@@ -59,8 +62,8 @@ class Products:
     """How the products of one base run."""
 
     def __init__(self) -> None:
-        self._arranged: dict[int, Matrix] = {}  # by the weight's address
-        self._heads: dict[int, list[Matrix]] = {}
+        self._arranged: dict[Storage, Matrix] = {}
+        self._heads: dict[Storage, list[Matrix]] = {}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -81,9 +84,9 @@ class Products:
         for module in _linear_layers(layers):
             weight = module.weight.detach()
             matrix = weight if isinstance(module, nn.Linear) else weight.t()
-            self._arranged[weight.data_ptr()] = _arranged(matrix)
+            self._arranged[_storage(weight)] = arranged(matrix)
         if head is not None and can_arrange(head):
-            self._heads[head.data_ptr()] = [_arranged(block) for block in head.split(_ROW_BLOCK)]
+            self._heads[_storage(head)] = [arranged(block) for block in head.split(_ROW_BLOCK)]
 
     def bytes_to_arrange(self, layers: nn.Module, head: Tensor | None) -> int:
         """What `arrange` would take; 0 where it has been done."""
@@ -92,14 +95,17 @@ class Products:
             weights.append(head)
         return 0 if self._arranged else sum(2 * weight.numel() * weight.element_size() for weight in weights)
 
+    def is_arranged(self, weight: Tensor) -> bool:
+        return bool(self._arranged) and _storage(weight) in self._arranged
+
     def matrix(self, weight: Tensor, is_transposed: bool = False) -> Matrix:
         """The matrix [O, I] of a weight, which is stored as [I, O] where `is_transposed`."""
-        found = self._arranged.get(weight.data_ptr())
+        found = self._arranged.get(_storage(weight))
         return found if found is not None else Matrix(weight.t() if is_transposed else weight)
 
     def row_blocks(self, head: Tensor, size: int) -> list[Matrix]:
         """The head [V, D] in blocks of rows, about `size` each."""
-        found = self._heads.get(head.data_ptr())
+        found = self._heads.get(_storage(head))
         return found if found is not None else [Matrix(block) for block in head.split(size)]
 
 
@@ -117,8 +123,16 @@ def can_arrange(weight: Tensor) -> bool:
 
 
 def _linear_layers(layers: nn.Module) -> list[nn.Linear | Conv1D]:
-    found = [module for module in layers.modules() if isinstance(module, nn.Linear | Conv1D)]
-    return [module for module in found if can_arrange(module.weight)]
+    """Those that multiply as torch's and transformers' own do; a subclass may do it in a way of its own."""
+    return [
+        module
+        for module in layers.modules()
+        if isinstance(module, nn.Linear | Conv1D) and type(module) in (nn.Linear, Conv1D) and can_arrange(module.weight)
+    ]
+
+
+def _storage(weight: Tensor) -> Storage:
+    return weight.data_ptr(), tuple(weight.shape), weight.stride()
 
 
 @cache
@@ -138,7 +152,7 @@ def _takes_onednn(weight: Tensor) -> bool:
     return is_plain and weight.numel() >= _WORTH_ONEDNN and float32_takes_onednn()
 
 
-def _arranged(matrix: Tensor) -> Matrix:
+def arranged(matrix: Tensor) -> Matrix:
     reorder = torch.ops.mkldnn._reorder_linear_weight
     return Matrix(matrix, reorder(matrix.contiguous(), _ROW_BLOCK), reorder(matrix.t().contiguous(), _ROW_BLOCK))
 
@@ -176,7 +190,7 @@ class _FrozenProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if found is None else found
 
     def _answer(self, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor | None:
-        is_known = _takes_onednn(weight) or weight.data_ptr() in self.products._arranged
+        is_known = _takes_onednn(weight) or self.products.is_arranged(weight)
         is_free = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dim() != 1))
         if not is_known or is_free or rows.dtype is not weight.dtype or rows.numel() == 0:
             return None

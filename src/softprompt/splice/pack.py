@@ -101,7 +101,7 @@ def _ranges(lengths: Sequence[int], first: int) -> tuple[Range, ...]:
 def _positions(segments: Sequence[Segment], device: torch.device) -> Tensor:
     before = [segment.prefix[1] if segment.prefix is not None else 0 for segment in segments]
     parts = [torch.arange(start, start + s.length) for start, s in zip(before, segments, strict=True)]
-    return torch.cat(parts).to(device)
+    return torch.cat([torch.arange(0), *parts]).to(device)
 
 
 def _cast(prompt: Tensor, like: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ N targets, D hidden width, K prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -41,12 +43,27 @@ def target_states(
     checkpoint: bool = False,
 ) -> tuple[Tensor, Targets]:
     """The hidden states [N, D] that predict the rows' targets, and the targets."""
-    if not can_share_prefix(forward):
+    is_long = _longest(rows, prompts) > (forward.alone_beyond or math.inf)
+    if is_long and len(rows) > 1:
+        return _one_by_one(base, forward, rows, prompts)
+    if is_long or not can_share_prefix(forward):
         spliced = concatenate(base, rows, prompts, align="left")
         hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS).flatten(0, 1)
         return hidden[spliced.targets.slots], spliced.targets
     packed = pack(base, rows, prompts, prefix, checkpoint)
-    hidden = forward.packed_hidden_states(packed.embeds_SH, packed.positions_S, packed.rows)
-    if prefix is not None:
-        hidden = torch.cat([prefix.last_hidden_KD, hidden])
-    return hidden[packed.targets.slots], packed.targets
+    parts = [prefix.last_hidden_KD] if prefix is not None else []
+    if len(packed.embeds_SH):
+        parts.append(forward.packed_hidden_states(packed.embeds_SH, packed.positions_S, packed.rows))
+    return torch.cat(parts)[packed.targets.slots], packed.targets
+
+
+def _longest(rows: Sequence[Row], prompts: Sequence[Tensor]) -> int:
+    return max(len(row.ids) + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows)
+
+
+def _one_by_one(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> tuple[Tensor, Targets]:
+    """Where a long row would change its company (`Forward.alone_beyond`)."""
+    parts = [target_states(base, forward, [row], prompts) for row in rows]
+    numbered = [replace(targets, rows=targets.rows + number) for number, (_, targets) in enumerate(parts)]
+    joined = {item.name: torch.cat([getattr(targets, item.name) for targets in numbered]) for item in fields(Targets)}
+    return torch.cat([hidden for hidden, _ in parts]), Targets(**joined)

@@ -19,7 +19,7 @@ class Targets:
     """Where a loss is wanted, in row order. All [N], int64 but for the weights, on the base's device."""
 
     ids: Tensor  # the token to predict
-    slots: Tensor  # index of the hidden state that predicts it, among a layout's hidden states
+    slots: Tensor  # index of the hidden state that predicts it, among those of one forward
     rows: Tensor  # its row
     columns: Tensor  # its index among the row's ids
     weights: Tensor  # of its loss, float64

@@ -96,7 +96,8 @@ def _carry_on(prefix: Prefix, leaves: Prefix) -> None:
     """Carry the gradients that the micro-batches left in the leaves on into the prompts."""
     pairs = [*zip(_tensors(prefix), _tensors(leaves), strict=True)]
     reached = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
-    torch.autograd.backward([tensor for tensor, _ in reached], [grad for _, grad in reached])
+    if reached:
+        torch.autograd.backward([tensor for tensor, _ in reached], [grad for _, grad in reached])
 
 
 def _tensors(prefix: Prefix) -> list[Tensor]:
