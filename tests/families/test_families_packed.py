@@ -48,9 +48,9 @@ def states(base, rows, prompts, passes, **options):
 
 
 @torch.no_grad()
-def plain_answers(model):
+def plain_answers(model, length=9):
     """Without our arguments: two rows, then one of them padded in front, each whole and as a step behind a cache."""
-    ids = torch.tensor([random_ids(9, 1), random_ids(9, 2)])
+    ids = torch.tensor([random_ids(length, 1), random_ids(length, 2)])
     padded = torch.ones_like(ids)
     padded[1, :4] = 0
     found = []
@@ -82,11 +82,12 @@ def test_the_model_computes_as_before(family, dtype):
     [("llama", {}), ("gemma2", {}), ("opt", {}), ("gpt2", {}), ("gpt2", {"reorder_and_upcast_attn": True})],
     ids=["llama", "gemma2", "opt", "gpt2", "gpt2_upcast"],
 )
-def test_a_model_with_eager_attention_computes_as_before(family, changes):
-    base = build_base(family, dtype=torch.bfloat16, attn_implementation="eager", **changes)
-    before = plain_answers(base.model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_model_with_eager_attention_computes_as_before(family, changes, dtype):
+    base = build_base(family, dtype=dtype, attn_implementation="eager", **changes)
+    before = plain_answers(base.model, 60)
     forward_of(base)
-    assert same_bits(plain_answers(base.model), before)
+    assert same_bits(plain_answers(base.model, 60), before)
 
 
 @torch.no_grad()
@@ -201,6 +202,21 @@ def test_rotations_that_depend_on_the_rows_length_stay_exact(family, changes, le
         hidden, _ = target_states(base, forward, [own], prompts, prefix)
         truth = plain_logits(base, own.ids, prompts[0])[6:-1]
     assert relative_error(forward.logits(hidden), truth) < 1e-9
+
+
+@torch.no_grad()
+@PASSES
+@pytest.mark.parametrize(
+    ("lengths", "prompt_lengths"), [((5, 30), (7,)), ((5, 6), (7, 40))], ids=["long_row", "long_prompt"]
+)
+def test_long_company_does_not_change_a_short_rows_rotation(lengths, prompt_lengths, passes):
+    base = build_base("phi3", dtype=torch.float64, rope_parameters=LONG_ROPE, original_max_position_embeddings=16)
+    rows = [row(length, 0, seed=length) for length in lengths]
+    prompts = [random_prompt(base, length, seed=length) for length in prompt_lengths]
+    with TrueDouble():
+        hidden, _ = states(base, rows, prompts, passes)
+        truth = torch.cat([plain_logits(base, each.ids, prompts[0])[6:-1] for each in rows])
+    assert relative_error(forward_of(base).logits(hidden), truth) < 1e-9
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ def install(model: PreTrainedModel) -> Carrier | None:
     before = model.config._attn_implementation
     if before.startswith(_PREFIX):
         return "mask"
-    if before not in _BEFORE:
-        return None
+    if before not in _BEFORE or (before == "eager" and getattr(model.config, "reorder_and_upcast_attn", False)):
+        return None  # GPT-2's upcasting asks for the name "eager"
     name = _PREFIX + before
     AttentionInterface.register(name, _in_front_of(before))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])

@@ -32,6 +32,10 @@ class PackedCache(DynamicCache):
         super().__init__()
         self.rows = rows
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """A module that fills it does not know packed rows, and would give wrong answers."""
+        raise NotImplementedError("this attention does not know packed rows")
+
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """One key, none before it: the model's own causal mask, which nobody reads, stays small."""
         return 1, 0

@@ -58,7 +58,9 @@ def target_states(
 
 
 def _longest(rows: Sequence[Row], prompts: Sequence[Tensor]) -> int:
-    return max(len(row.ids) + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows)
+    """Of the rows with their prompts, and of all prompts, which run in the same forward."""
+    whole = [len(row.ids) + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
+    return max(whole + [prompt.shape[0] for prompt in prompts])
 
 
 def _one_by_one(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> tuple[Tensor, Targets]:
