@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from softprompt.families.grouping import Group, Grouping, grouping_of
 from softprompt.families.packed import PackedRows
 
+Biases = tuple[Tensor, Tensor | None]  # who sees whom [G, 1, n, m], and a position bias [G, h, 1, m]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -53,10 +55,10 @@ class _PackedAttention(torch.autograd.Function):
         grouping = _grouping(rows, query, key)
         outs = []
         for number, group in enumerate(grouping.groups):
-            values = _take(value, group.keys, group.shape[0])
-            shares, _ = _shares(query, key, group, _bias(rows, number, group, scores, query), scores)
+            queries, keys, values = _gathered(query, key, value, group)
+            shares, _ = _shares(queries, keys, group, _biases(rows, number, group, scores, query), scores)
             outs.append(_give(torch.bmm(_by_key_head(shares.to(value.dtype), len(values)), values), group, query))
-        return torch.cat(outs)[grouping.places_S] if len(outs) > 1 else outs[0][grouping.places_S]
+        return torch.cat(outs)[grouping.places_S]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -65,8 +67,8 @@ class _PackedAttention(torch.autograd.Function):
         wide = torch.promote_types(key.dtype, torch.float32)
         grad_query, grad_key, grad_value = [], torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for number, group in enumerate(grouping.groups):
-            bias = _bias(ctx.rows, number, group, ctx.scores, query)
-            parts = _group_gradients(grad_out, query, key, value, group, bias, ctx.scores)
+            biases = _biases(ctx.rows, number, group, ctx.scores, query)
+            parts = _group_gradients(grad_out, query, key, value, group, biases, ctx.scores)
             grad_query.append(_give(parts[0], group, query))
             grad_key.index_add_(0, group.keys, _give(parts[1], group, key).to(wide))
             grad_value.index_add_(0, group.keys, _give(parts[2], group, value).to(wide))
@@ -75,15 +77,14 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _group_gradients(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, group: Group, bias: Tensor, scores: Scores
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, group: Group, biases: Biases, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, each per head of each run."""
     count = group.shape[0]
-    keys, values = _take(key, group.keys, count), _take(value, group.keys, count)
-    queries = _by_key_head(_take(query, group.queries, count), len(keys))
+    queries, keys, values = _gathered(query, key, value, group)
     grad = _take(grad_out, group.queries, count).view(count, -1, *group.shape[1:2], grad_out.shape[-1])
     grad = _by_key_head((grad * group.is_real_Gn[:, None, :, None].to(grad.dtype)).flatten(0, 1), len(keys))
-    shares, slopes = _shares(query, key, group, bias, scores)
+    shares, slopes = _shares(queries, keys, group, biases, scores)
     grad_shares = torch.bmm(grad, values.transpose(1, 2)).view_as(shares).to(shares.dtype)
     grad_scores = torch.ops.aten._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
     grad_scores = (grad_scores if slopes is None else grad_scores.mul_(slopes)).mul_(scores.scale)
@@ -92,38 +93,49 @@ def _group_gradients(
     return torch.bmm(narrow, keys), torch.bmm(narrow.transpose(1, 2), queries), grad_value
 
 
-def _shares(query: Tensor, key: Tensor, group: Group, bias: Tensor, scores: Scores) -> tuple[Tensor, Tensor | None]:
+def _gathered(query: Tensor, key: Tensor, value: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """A group's queries [G * k, h / k * n, d], keys and values [G * k, m, d]."""
+    count = group.shape[0]
+    keys, values = _take(key, group.keys, count), _take(value, group.keys, count)
+    return _by_key_head(_take(query, group.queries, count), len(keys)), keys, values
+
+
+def _shares(
+    queries: Tensor, keys: Tensor, group: Group, biases: Biases, scores: Scores
+) -> tuple[Tensor, Tensor | None]:
     """Softmax of the scores [G * h, n, m], and the slope of the capped scores where there is a cap."""
     count, num_queries, num_keys = group.shape
-    queries, keys = _take(query, group.queries, count), _take(key, group.keys, count)
+    mask, position_bias = biases
     if scores.upcast:
-        queries, keys = queries.to(bias.dtype), keys.to(bias.dtype)
-    products = torch.bmm(_by_key_head(queries, len(keys)), keys.transpose(1, 2))
-    raw = products.to(bias.dtype).mul_(scores.scale).view(count, -1, num_queries, num_keys)
+        queries, keys = queries.to(mask.dtype), keys.to(mask.dtype)
+    products = torch.bmm(queries, keys.transpose(1, 2))
+    raw = products.to(mask.dtype).mul_(scores.scale).view(count, -1, num_queries, num_keys)
     slopes = None
     if scores.softcap is not None:
         bent = torch.tanh(raw / scores.softcap)
         raw, slopes = bent * scores.softcap, (1 - bent.square()).flatten(0, 1)
-    return torch.softmax(raw.add_(bias), dim=-1).flatten(0, 1), slopes
+    if position_bias is not None:
+        raw.add_(position_bias)
+    return torch.softmax(raw.add_(mask), dim=-1).flatten(0, 1), slopes
 
 
 def _grouping(rows: PackedRows, query: Tensor, key: Tensor) -> Grouping:
     return rows.once("grouping", lambda: grouping_of(rows, key.shape[0] - query.shape[0], query.device))
 
 
-def _bias(rows: PackedRows, number: int, group: Group, scores: Scores, like: Tensor) -> Tensor:
-    """What is added to a group's scores: [G, 1, n, m], or [G, h, n, m] with a position bias; made once per pass."""
+def _biases(rows: PackedRows, number: int, group: Group, scores: Scores, like: Tensor) -> Biases:
+    """What is added to a group's scores, made once per pass."""
 
-    def make() -> Tensor:
+    def make() -> Biases:
         distance = group.query_positions_Gn[:, :, None] - group.key_positions_Gm[:, None]
         hidden = distance < 0 if scores.window is None else (distance < 0) | (distance >= scores.window)
         wide = torch.promote_types(like.dtype, torch.float32)
         nothing = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
         mask = nothing.masked_fill(hidden, -torch.inf)[:, None]
         if scores.position_bias is None:
-            return mask
+            return mask, None
         known = group.key_positions_Gm.clamp(max=scores.position_bias.shape[-1] - 1)
-        return mask + scores.position_bias[:, known].transpose(0, 1)[:, :, None]
+        return mask, scores.position_bias[:, known].transpose(0, 1)[:, :, None]
 
     return rows.once(("bias", number, scores.window, scores.position_bias is None), make)
 

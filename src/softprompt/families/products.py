@@ -1,12 +1,13 @@
 """Products with the frozen weights of a base, by the fastest exact way that torch has on this processor.
 
 Two things are lost on CPUs by plain calls (figures in `docs/performance.md`). torch sends float32 products on x86 to
-MKL, which on a processor that is not Intel's uses half of its AVX-512 units; oneDNN, which torch carries too, uses all.
+MKL, which on a Zen 5 reached half the rate of oneDNN, which torch carries too.
 And oneDNN arranges a bfloat16 weight anew for every product; a frozen weight can be kept in its arrangement, at the
 price of a copy for the forward and one for the backward direction (`Products.arrange`).
 
-What runs depends on the processor and on `arrange` alone, so one machine always gives the same bits. Nothing is
-installed: inside `Products.active()` this thread's calls of torch's linear functions are seen and answered.
+What runs depends on the processor and on `arrange` alone: float32 is never arranged, and bfloat16 gave the same bits
+arranged and not wherever it was looked at. Nothing is installed: inside `Products.active()` this thread's calls of
+torch's linear functions are seen and answered.
 
 T tokens, I inputs, O outputs.
 """
@@ -30,7 +31,6 @@ from transformers.pytorch_utils import Conv1D
 _ROW_BLOCK = 2_048  # rows of an arranged head that are multiplied at once
 _WORTH_ONEDNN = 2**19  # numbers of a weight: oneDNN compiles a kernel for every new number of rows, 0.3 ms each
 _THREAD = threading.local()
-
 
 Storage = tuple[int, tuple[int, ...], tuple[int, ...]]  # where a weight lies: address, shape, strides
 

@@ -180,7 +180,7 @@ def _arranged(forward: Forward, plan: Plan, data: ExampleSet) -> tuple[str, ...]
     if not 0 < needed <= free_bytes(torch.device("cpu")) * _ARRANGED_SHARE or planned < _TOKENS_WORTH_ARRANGING:
         return ()
     forward.arrange()
-    return (f"weights kept once more as this CPU multiplies them fastest ({needed / 2**20:.0f} MiB)",)
+    return (f"weights kept twice more, as this CPU multiplies them fastest ({needed / 2**20:.0f} MiB)",)
 
 
 def _fitted(
