@@ -18,6 +18,8 @@ from softprompt.errors import ConfigError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
 Schedule = Literal["linear", "cosine", "constant"]
+Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
+Criterion = Literal["loss", "accuracy", "f1_macro", "exact_match", "f1", "rouge_l", "chrf"]
 
 DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
 EMBEDDED_BASE = "embedded"
@@ -66,6 +68,10 @@ class TrainConfig:
     """How one soft prompt is trained."""
 
     virtual_tokens: int = option(20, "Length P of the soft prompt (vectors).")
+    reparameterisation: Reparameterisation = option(
+        "none", "Train through a residual MLP or a low-rank change of the start; folded into the prompt at the end."
+    )
+    bottleneck: int = option(32, "Width of the residual MLP, or rank, of --reparameterisation.")
     init: Start = option("data", "Start: data, text, vocab, labels, random or peft (PEFT's own N(0,1)).")
     init_text: str | None = option(None, "The instruction for --init text.")
     epochs: int = option(6, "Passes over the training rows.")
@@ -83,7 +89,9 @@ class TrainConfig:
     eos: bool = option(True, "Teach the prompt to end: supervise EOS after each row.")
     eos_weight: float = option(0.3, "Weight of that EOS in the loss; a text token weighs 1.")
     validate_every: int | None = option(None, "Steps between validations; default: each epoch.")
-    patience: int | None = option(None, "Stop after this many validations without a better loss.")
+    best_by: Criterion = option("loss", "What chooses the best checkpoint: the validation loss or a task score on it.")
+    patience: int | None = option(None, "Stop after this many validations without a better one.")
+    save_every: int | None = option(None, "Steps between checkpoints to resume from, beside each epoch and validation.")
     seed: int = option(0, "Seed of start, shuffle and order.")
 
     def __post_init__(self) -> None:
@@ -93,7 +101,8 @@ class TrainConfig:
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, and finite")
         _require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
-        for name in ("max_steps", "batch_tokens", "micro_batch_rows", "validate_every", "patience"):
+        _require(self.bottleneck >= 1, "bottleneck", self.bottleneck, "at least 1")
+        for name in ("max_steps", "batch_tokens", "micro_batch_rows", "validate_every", "patience", "save_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         for name in ("relative_learning_rate", "learning_rate", "max_grad_norm", "eos_weight"):

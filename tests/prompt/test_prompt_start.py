@@ -134,7 +134,7 @@ def test_a_scaled_embedding_is_taken_as_the_model_gives_it_out():
 
 
 def test_nearest_tokens_find_the_token_whose_embedding_it_is(tiny_llama, monkeypatch):
-    monkeypatch.setattr("softprompt.prompt.nearest._VOCABULARY_CHUNK", 10)
+    monkeypatch.setattr("softprompt.prompt.vocabulary._TOKENS_PER_CHUNK", 10)
     tensor, _ = start(tiny_llama, "text", 3)
     found = nearest_tokens(SoftPrompt(3 * tensor), tiny_llama, count=2)  # the angle counts, not the length
     assert [item.tokens[0][0] for item in found] == ["w10", "w11", "w12"]

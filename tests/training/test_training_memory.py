@@ -81,9 +81,9 @@ class FakeDevice:
     def __init__(self, real, max_rows):
         self.real, self.max_rows, self.sizes = real, max_rows, []
 
-    def __call__(self, base, forward, prompts, rows, micro_batch_rows, checkpoint):
+    def __call__(self, base, forward, prompts, rows, micro_batch_rows, *more):
         self.sizes.append(micro_batch_rows)
-        for number, nats in enumerate(self.real(base, forward, prompts, rows, micro_batch_rows, checkpoint)):
+        for number, nats in enumerate(self.real(base, forward, prompts, rows, micro_batch_rows, *more)):
             if micro_batch_rows > self.max_rows and number == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             yield nats

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
+from ready import ready_run
 from slow_truth import TOLERANCE, TrueDouble, plain_logits, relative_error
 from tiny_bases import BOS, EOS, build_base, build_model, random_ids, random_prompt
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, get_linear_schedule_with_warmup
@@ -13,7 +14,7 @@ from softprompt.families import forward_of
 from softprompt.loss import score_examples
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row, concatenate
-from softprompt.training import prepare, train
+from softprompt.training import train
 
 FAMILIES = ("bloom", "llama", "gpt2")
 IGNORED = -100
@@ -59,15 +60,15 @@ def test_the_same_weights_have_the_same_logits(family, dtype):
 
 def peft_run(family, ready):
     """The plan's batches through PEFT, right padding, targets as labels, torch's AdamW, linear decay."""
-    loop = ready.loop
-    model = peft_model(family, loop.start, torch.float64)
+    trial = ready.trial
+    model = peft_model(family, trial.start, torch.float64)
     weight = model.prompt_encoder["default"].embedding.weight
-    optimizer = torch.optim.AdamW([weight], lr=loop.plan.learning_rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, loop.plan.num_steps)
+    optimizer = torch.optim.AdamW([weight], lr=trial.plan.learning_rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, trial.plan.num_steps)
     losses = []
-    for step in (step for epoch in loop.plan.epochs for step in epoch):
-        examples = [loop.examples[index] for index in step]
-        loss = peft_loss(model, examples, len(loop.start))
+    for step in (step for epoch in trial.plan.epochs for step in epoch):
+        examples = [trial.examples[index] for index in step]
+        loss = peft_loss(model, examples, len(trial.start))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -93,11 +94,11 @@ def test_the_same_start_rows_labels_and_optimiser_are_the_same_run(family, texts
     )
     with TrueDouble():
         result = train(base, texts, settings)
-        losses, weight = peft_run(family, prepare(base, texts, settings))
+        losses, weight = peft_run(family, ready_run(base, texts, settings))
     assert result.plan.layout == "packed"
     assert result.losses == pytest.approx(losses, rel=1e-6)
     assert relative_error(result.prompt.tensor.double(), weight) < 1e-6
-    assert relative_error(prepare(base, texts, settings).loop.start.double(), weight) > 0.02  # the control: it moved
+    assert relative_error(ready_run(base, texts, settings).trial.start.double(), weight) > 0.02  # the control: it moved
 
 
 class PlannedTrainer(Trainer):
@@ -132,7 +133,7 @@ def test_the_notebook_preset_is_the_notebooks_trainer(texts, held_out, tmp_path)
     """PEFT's own start, transformers.Trainer and its collator, 3e-3: the preset takes the same steps."""
     base = build_base("bloom")
     settings = TrainConfig(**{**NOTEBOOK_PRESET, "seed": 7, "epochs": 4})
-    loop = prepare(base, texts, settings).loop
+    trial = ready_run(base, texts, settings).trial
     torch.manual_seed(7)
     model = get_peft_model(build_model("bloom"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     tokenizer = base.tokenizer
@@ -141,10 +142,10 @@ def test_the_notebook_preset_is_the_notebooks_trainer(texts, held_out, tmp_path)
         output_dir=str(tmp_path), learning_rate=3e-3, num_train_epochs=4, per_device_train_batch_size=8, use_cpu=True,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    rows = [{"input_ids": list(example.ids)} for example in loop.examples]
+    rows = [{"input_ids": list(example.ids)} for example in trial.examples]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = PlannedTrainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=collator, epochs=loop.plan.epochs
+        model=model, args=arguments, train_dataset=rows, data_collator=collator, epochs=trial.plan.epochs
     )
     # Today's Trainer divides a step's sum by the targets of the bare rows, one less per row than PEFT sums over;
     # the notebook's Trainer took their mean.
@@ -154,10 +155,10 @@ def test_the_notebook_preset_is_the_notebooks_trainer(texts, held_out, tmp_path)
     theirs = SoftPrompt(model.prompt_encoder["default"].embedding.weight)
     assert len(result.losses) == len(trainer.step_losses) == 12
     assert result.losses == pytest.approx(trainer.step_losses, abs=1e-4)
-    examples = prepare(base, held_out, settings).loop.examples
+    examples = ready_run(base, held_out, settings).trial.examples
     ours, others, start = (
         sum(score.text_nats for score in score_examples(base, forward_of(base), examples, tensor)) / len(examples)
-        for tensor in (result.prompt.tensor, theirs.tensor, loop.start)
+        for tensor in (result.prompt.tensor, theirs.tensor, trial.start)
     )
     assert ours == pytest.approx(others, abs=1e-3)
     assert abs(start - others) > 5e-3  # the control: the run did something
@@ -203,6 +204,6 @@ def test_a_prompt_made_for_another_base_of_the_same_width_is_told_apart_by_its_r
 
 def test_bos_is_never_a_target_though_pefts_recipe_makes_it_one(texts):
     base = build_base("llama")
-    loop = prepare(base, texts, TrainConfig(virtual_tokens=4)).loop
-    assert all(example.ids[0] == BOS and not example.target_mask[0] for example in loop.examples)
-    assert all(all(example.target_mask[1:]) for example in loop.examples)
+    trial = ready_run(base, texts, TrainConfig(virtual_tokens=4)).trial
+    assert all(example.ids[0] == BOS and not example.target_mask[0] for example in trial.examples)
+    assert all(all(example.target_mask[1:]) for example in trial.examples)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from ready import ready_run
 from slow_truth import plain_nats
 from tiny_bases import LIMIT, build_base, random_ids, random_prompt
 from transformers import (
@@ -21,7 +22,7 @@ from softprompt.families import forward_of
 from softprompt.loss import score_examples
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
-from softprompt.training import Checkpoint, SliceDone, StepDone, prepare, train
+from softprompt.training import Checkpoint, SliceDone, StepDone, train
 from softprompt.training.step import accumulate_gradient
 
 SHORT = {"virtual_tokens": 4, "epochs": 2, "batch_rows": 8, "micro_batch_rows": 8}
@@ -51,7 +52,7 @@ def test_the_base_is_bit_identical_after_everything_and_only_the_prompt_moved(fa
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in base.model.parameters())
     assert modules == [type(module) for module in base.model.modules()]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.model.modules())
-    start, _ = prepare(base, texts, config()).loop.start, None
+    start, _ = ready_run(base, texts, config()).trial.start, None
     assert not torch.equal(result.prompt.tensor, start)
 
 
@@ -107,7 +108,7 @@ def test_the_end_weighs_what_it_is_told_to(tiny_llama64):
 def test_driven_slice_by_slice_with_other_work_in_between_it_is_the_same_run(tiny_llama, texts, held_out):
     settings = config(micro_batch_rows=3)
     straight = train(tiny_llama, texts, settings, validation=held_out)
-    loop = prepare(tiny_llama, texts, settings, validation=held_out).loop
+    loop = ready_run(tiny_llama, texts, settings, validation=held_out).loop
     answers, losses, num_slices = set(), [], 0
     for event in loop.events():
         num_slices += isinstance(event, SliceDone)
@@ -117,7 +118,7 @@ def test_driven_slice_by_slice_with_other_work_in_between_it_is_the_same_run(tin
     assert num_slices > 2 * len(losses)
     assert len(answers) == 1
     assert tuple(losses) == straight.losses
-    assert torch.equal(loop.best.tensor, straight.prompt.tensor)
+    assert torch.equal(loop.trials[0].best.tensor, straight.prompt.tensor)
 
 
 def test_the_best_prompt_by_validation_is_kept_and_patience_ends_the_run(tiny_llama, texts, held_out):
@@ -157,7 +158,7 @@ def test_without_validation_the_last_step_is_kept_and_the_run_says_so(tiny_llama
     result = train(tiny_llama, texts, config(), sink=lambda event: last.append(event))
     assert "no validation rows: the last step is kept" in result.notes
     assert (result.kept_step, result.validation_losses) == (len(result.losses), ())
-    assert torch.equal(result.prompt.tensor, last[-1].prompt.tensor)
+    assert torch.equal(result.prompt.tensor, last[-1].prompts[None].tensor)
 
 
 def test_max_steps_ends_the_run_and_its_schedule(tiny_llama, texts):
@@ -191,10 +192,10 @@ def test_learning_rates_are_those_of_transformers(tiny_llama, texts, schedule, w
 
 
 def test_the_learning_rate_is_relative_to_the_embeddings_or_absolute(tiny_llama, texts):
-    assert prepare(tiny_llama, texts, config(relative_learning_rate=0.5)).loop.plan.learning_rate == pytest.approx(
+    assert ready_run(tiny_llama, texts, config(relative_learning_rate=0.5)).trial.plan.learning_rate == pytest.approx(
         0.5 * tiny_llama.embedding_rms
     )
-    assert prepare(tiny_llama, texts, config(learning_rate=3e-3)).loop.plan.learning_rate == 3e-3
+    assert ready_run(tiny_llama, texts, config(learning_rate=3e-3)).trial.plan.learning_rate == 3e-3
     with pytest.raises(ConfigError, match="exclude each other"):
         config(learning_rate=1.0, relative_learning_rate=1.0)
 
@@ -205,10 +206,10 @@ def test_clipping_scales_the_gradient_and_reports_its_norm(tiny_llama, texts):
     def watch(loop):
         for event in loop.events():
             if isinstance(event, StepDone):
-                seen.append((event.grad_norm, float(loop.prompt.grad.norm())))
+                seen.append((event.grad_norm, float(loop.trials[0]._parameters.leaves["prompt"].grad.norm())))
 
-    watch(prepare(tiny_llama, texts, config(max_steps=3, max_grad_norm=1e-3)).loop)
-    watch(prepare(tiny_llama, texts, config(max_steps=3)).loop)
+    watch(ready_run(tiny_llama, texts, config(max_steps=3, max_grad_norm=1e-3)).loop)
+    watch(ready_run(tiny_llama, texts, config(max_steps=3)).loop)
     clipped, free = seen[:3], seen[3:]
     assert all(norm > 1e-3 and left == pytest.approx(1e-3, rel=1e-2) for norm, left in clipped)
     assert all(norm == pytest.approx(left, rel=1e-6) for norm, left in free)
@@ -226,10 +227,10 @@ def test_a_step_is_counted_per_target_once(tiny_llama, texts):
 
 
 def test_batches_by_tokens_hold_no_more_than_that(tiny_llama, texts):
-    loop = prepare(tiny_llama, texts, config(batch_tokens=40)).loop
-    for steps in loop.plan.epochs:
+    trial = ready_run(tiny_llama, texts, config(batch_tokens=40)).trial
+    for steps in trial.plan.epochs:
         assert sorted(index for step in steps for index in step) == list(range(21))
-        assert all(sum(len(loop.examples[i].ids) for i in step) <= 40 for step in steps)
+        assert all(sum(len(trial.examples[i].ids) for i in step) <= 40 for step in steps)
 
 
 def stop_after(num_steps):
@@ -263,7 +264,7 @@ def test_an_interrupt_before_the_first_step_gives_the_start(tiny_llama, texts):
 
     result = train(tiny_llama, texts, config(), sink=sink)
     assert (result.kept_step, result.losses) == (0, ())
-    assert torch.equal(result.prompt.tensor, prepare(tiny_llama, texts, config()).loop.start)
+    assert torch.equal(result.prompt.tensor, ready_run(tiny_llama, texts, config()).trial.start)
 
 
 def test_further_training_starts_from_the_prompt_and_names_its_parent(tiny_llama, texts):
@@ -300,16 +301,16 @@ def test_what_cannot_be_trained_is_refused(tiny_llama, texts):
 
 
 def test_a_truncated_row_has_no_end_and_a_whole_one_has(tiny_llama):
-    ready = prepare(tiny_llama, [" ".join(["w5"] * 200), "w6 w7"], config(virtual_tokens=10))
-    cut, whole = ready.data.examples
+    ready = ready_run(tiny_llama, [" ".join(["w5"] * 200), "w6 w7"], config(virtual_tokens=10))
+    cut, whole = ready.data[0].examples
     assert (len(cut.ids), cut.has_eos, whole.has_eos) == (LIMIT - 10, False, True)
 
 
 def test_a_bfloat16_base_trains_a_float32_prompt(texts):
     base = build_base("llama", dtype=torch.bfloat16)
-    loop = prepare(base, texts, config()).loop
+    loop = ready_run(base, texts, config()).loop
     losses = [event.loss for event in loop.events() if isinstance(event, StepDone)]
-    assert loop.prompt.dtype == torch.float32
+    assert loop.trials[0].prompt().dtype == torch.float32
     assert all(math.isfinite(loss) for loss in losses)
     truth = train(build_base("llama"), texts, config()).losses
     assert losses == pytest.approx(truth, abs=0.05)

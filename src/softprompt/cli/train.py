@@ -59,7 +59,7 @@ def command(
         def prepared(ready: Prepared) -> None:
             recorder.begin(ready)
             _say_prepared(base, ready, init_from)
-            progress.begin(ready.loop.plan.num_steps)
+            progress.begin(ready.trial.plan.num_steps)
 
         result = train(
             base, split.train, config, validation=split.validation, start=start, sink=sink, prepared=prepared
@@ -97,10 +97,10 @@ def _start(init_from: str | None, library: str | None, base: Base, config: Train
 
 
 def _say_prepared(base: Base, ready: Prepared, init_from: str | None) -> None:
-    plan = ready.loop.plan
+    plan = ready.trial.plan
     say(trainable_line(base, plan.config.virtual_tokens))
-    for report in [ready.data.report, *([ready.validation.report] if ready.validation is not None else [])]:
-        for line in report_lines(report):
+    for examples in (*ready.data, *ready.validation):
+        for line in report_lines(examples.report) if examples is not None else ():
             say(line)
     start = plan.config.init if init_from is None else f"prompt {init_from}"
     say(
@@ -146,7 +146,7 @@ class _Recorder:
 
     def begin(self, ready: Prepared) -> None:
         self._folder = RunFolder.create(self._place, overwrite=self._overwrite)
-        self._plan = {"plan": ready.loop.plan.to_json(), "notes": list(ready.notes), **self._facts}
+        self._plan = {"plan": ready.trial.plan.to_json(), "notes": list(ready.notes), **self._facts}
         self._folder.write_plan(self._plan)
         self._board = _board(self._place) if self._wants_board else None
 

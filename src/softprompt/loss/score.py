@@ -33,9 +33,19 @@ class RowScore:
 
 def score_examples(base: Base, forward: Forward, examples: Sequence[Example], prompt: Tensor | None) -> list[RowScore]:
     """One score per example, in order, under one prompt [P, H] or, with None, under the bare base."""
-    rows = [_scored_row(example, prompt is not None) for example in examples]
-    losses = target_nlls(base, forward, rows, [] if prompt is None else [prompt])
-    return [_row_score(example, loss) for example, loss in zip(examples, losses, strict=True)]
+    pairs = [(example, None if prompt is None else 0) for example in examples]
+    return score_under(base, forward, pairs, [] if prompt is None else [prompt])
+
+
+def score_under(
+    base: Base, forward: Forward, examples: Sequence[tuple[Example, int | None]], prompts: Sequence[Tensor]
+) -> list[RowScore]:
+    """One score per example, in order, each under the prompt [P, H] that it names, or under the bare base."""
+    used = sorted({index for _, index in examples if index is not None})
+    place = {index: number for number, index in enumerate(used)}
+    rows = [_scored_row(example, None if index is None else place[index]) for example, index in examples]
+    losses = target_nlls(base, forward, rows, [prompts[index] for index in used])
+    return [_row_score(example, loss) for (example, _), loss in zip(examples, losses, strict=True)]
 
 
 @torch.no_grad()
@@ -51,9 +61,9 @@ def target_nlls(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequ
     return result
 
 
-def _scored_row(example: Example, has_prompt: bool) -> Row:
+def _scored_row(example: Example, prompt: int | None) -> Row:
     wanted = [text or eos for text, eos in zip(example.text_mask, example.eos_mask, strict=True)]
-    return Row(example.ids, 0 if has_prompt else None, wanted)
+    return Row(example.ids, prompt, wanted)
 
 
 def _row_score(example: Example, losses: dict[int, float]) -> RowScore:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from softprompt.base import Base
+from softprompt.prompt.direction import cosines
 from softprompt.prompt.soft_prompt import SoftPrompt
-
-_VOCABULARY_CHUNK = 16_384
+from softprompt.prompt.vocabulary import vocabulary_chunks
 
 
 @dataclass(frozen=True)
@@ -23,26 +22,13 @@ class NearestTokens:
 
 def nearest_tokens(prompt: SoftPrompt, base: Base, count: int = 5) -> list[NearestTokens]:
     """For each of the P virtual tokens, the `count` nearest of the V vocabulary tokens by cosine similarity."""
-    similarity_PV = torch.cat([_cosine(prompt.tensor, chunk) for chunk in _vocabulary(base)], dim=1)
+    similarity_PV = torch.cat([cosines(prompt.tensor, chunk) for chunk in vocabulary_chunks(base)], dim=1)
     best = similarity_PV.topk(min(count, similarity_PV.shape[1]), dim=1)
     norms = prompt.tensor.norm(dim=1).tolist()
     return [
         NearestTokens(norm, tuple((_token_text(base, i), s) for i, s in zip(ids, values, strict=True)))
         for norm, ids, values in zip(norms, best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def _vocabulary(base: Base) -> list[Tensor]:
-    size = min(len(base.tokenizer), base.vocab_size)
-    return [
-        base.embed(torch.arange(first, min(first + _VOCABULARY_CHUNK, size))).float().cpu()
-        for first in range(0, size, _VOCABULARY_CHUNK)
-    ]
-
-
-def _cosine(prompt_PH: Tensor, table_VH: Tensor) -> Tensor:
-    normal = torch.nn.functional.normalize
-    return normal(prompt_PH, dim=1) @ normal(table_VH, dim=1).T
 
 
 def _token_text(base: Base, token: int) -> str:

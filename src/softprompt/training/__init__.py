@@ -1,21 +1,34 @@
 """Train soft prompts on a frozen base. Knows neither the engine, nor the server, nor the disk."""
 
-from softprompt.training.events import Checkpoint, Event, SliceDone, StepDone
+from softprompt.training.events import Checkpoint, Dropped, Event, ResumePoint, SliceDone, StepDone
 from softprompt.training.memory import peak_bytes
 from softprompt.training.plan import Plan
-from softprompt.training.train import Data, Prepared, Sink, TrainResult, prepare, train
+from softprompt.training.prepare import Candidate, Data, Prepared, prepare
+from softprompt.training.ranks import Alone, Ranks
+from softprompt.training.state import RunState
+from softprompt.training.train import Sink, TrainResult, train, train_together
+from softprompt.training.trial import Score, Trial
 
 __all__ = [
+    "Alone",
+    "Candidate",
     "Checkpoint",
     "Data",
+    "Dropped",
     "Event",
     "Plan",
     "Prepared",
+    "Ranks",
+    "ResumePoint",
+    "RunState",
+    "Score",
     "Sink",
     "SliceDone",
     "StepDone",
     "TrainResult",
+    "Trial",
     "peak_bytes",
     "prepare",
     "train",
+    "train_together",
 ]

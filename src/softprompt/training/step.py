@@ -30,16 +30,18 @@ def accumulate_gradient(
     rows: Sequence[Row],
     micro_batch_rows: int,
     checkpoint: bool = False,
+    mine: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Add a step's gradient to the prompts' `.grad`, one micro-batch at a time; yields each one's summed nats.
+    """Add a step's gradient to the prompts' `.grad`, one micro-batch at a time; yields each one's nats by prompt [K].
 
     The sums stay on the device, so that nothing waits for it.
 
     Rows of like length go together, so that little of a padded micro-batch is padding. `checkpoint` keeps each layer's
-    input only.
+    input only. `mine` are the rows that this process runs, where others run the rest: the loss of all is divided by the
+    targets of all, so that the sum over the processes is the whole.
     """
     weights = torch.tensor(_row_weights(rows, len(prompts)), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    order = sorted(range(len(rows)) if mine is None else mine, key=lambda index: len(rows[index].ids))
     batches = [order[first : first + micro_batch_rows] for first in range(0, len(order), micro_batch_rows)]
     shared = can_share_prefix(forward) and len(batches) > 1
     prefix = run_prompts(base, forward, prompts) if shared else None
@@ -49,7 +51,7 @@ def accumulate_gradient(
         yield _micro_batch(base, forward, prompts, some, weights[chosen], leaves, checkpoint)
     if prefix is not None and leaves is not None:
         _carry_on(prefix, leaves)
-        yield torch.zeros((), dtype=torch.float64, device=base.device)
+        yield torch.zeros(len(prompts), dtype=torch.float64, device=base.device)
 
 
 def num_targets(row: Row) -> int:
@@ -79,7 +81,8 @@ def _micro_batch(
     weights = weights.to(torch.promote_types(base.dtype, torch.float32))
     total, nats = weighted_nll(forward.head, hidden_ND, wanted.ids, weights, base.vocab_size)
     total.backward()
-    return nats.double().sum()
+    owners = torch.tensor([row.prompt for row in rows], device=base.device)[wanted.rows]
+    return torch.zeros(len(prompts), dtype=torch.float64, device=base.device).index_add(0, owners, nats.double())
 
 
 def _leaves(prefix: Prefix) -> Prefix:

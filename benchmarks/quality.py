@@ -1,0 +1,150 @@
+"""What prompts reach by which recipe: the table of docs/quality.md.
+
+    python benchmarks/quality.py ../shared/data --out build/quality
+
+Every recipe trains on the same rows for the same epochs. The grid is tried with two seeds first; the dozen that
+validate best are tried with five, and of those the best by validation is the one to reach. All scores are of the test
+rows: nats per text token (or per token of the label), and accuracy by label likelihood where there are labels.
+`--recipe '{"relative_learning_rate": 1}'` measures another recipe too; `--skip-grid` leaves the grid out.
+What was measured is kept in --out, one JSON file per case, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from quality_cases import Case, Settings, grid, make_case, peers
+
+from softprompt import SoftPrompt, TrainConfig
+from softprompt.data import build_examples
+from softprompt.evaluation import accuracy_by_likelihood, mean_loss
+from softprompt.families import forward_of
+from softprompt.loss import score_examples
+from softprompt.training import Candidate, train_together
+
+CASES = (
+    "quotes-25", "quotes-200", "roles-50", "sst2-200", "embedded-quotes-25", "embedded-coach-50", "embedded-reviews-50",
+    "embedded-reviews-200",
+)  # fmt: skip
+EPOCHS = 6
+SEEDS = (0, 1, 2, 3, 4)
+FIRST_SEEDS, FINALISTS = SEEDS[:2], 12
+AT_ONCE = 8
+
+Score = dict[str, float | None]
+Scores = dict[str, Score]  # by seed
+
+
+class Measured:
+    """Scores of a case by recipe and seed, kept in a file."""
+
+    def __init__(self, case: Case, file: Path) -> None:
+        self.case, self._file = case, file
+        self.scores: dict[str, Scores] = json.loads(file.read_text()) if file.exists() else {}
+
+    def measure(self, recipes: dict[str, Settings], seeds: tuple[int, ...]) -> None:
+        """Train what is not known yet, several prompts in one pass, and score it."""
+        wanted = [(name, seed) for name in recipes for seed in seeds if str(seed) not in self.scores.get(name, {})]
+        for first in range(0, len(wanted), AT_ONCE):
+            some = wanted[first : first + AT_ONCE]
+            configs = [TrainConfig(**{"epochs": EPOCHS, **recipes[name], "seed": seed}) for name, seed in some]
+            candidates = [
+                Candidate(data=self.case.train, config=config, name=str(index)) for index, config in enumerate(configs)
+            ]
+            results = train_together(self.case.base, candidates)
+            for (name, seed), result in zip(some, results, strict=True):
+                self.scores.setdefault(name, {})[str(seed)] = score(self.case, result.prompt)
+            self._file.write_text(json.dumps(self.scores, indent=1))
+            print(f"{self.case.name}: {first + len(some)} of {len(wanted)}", flush=True)
+
+    def bare(self) -> Score:
+        if "no prompt" not in self.scores:
+            self.scores["no prompt"] = {"0": score(self.case, None)}
+        return self.scores["no prompt"]["0"]
+
+    def mean(self, name: str, figure: str) -> float:
+        return statistics.mean(self.values(name, figure))
+
+    def values(self, name: str, figure: str) -> list[float]:
+        return [value for item in self.scores[name].values() if (value := item[figure]) is not None]
+
+
+def score(case: Case, prompt: SoftPrompt | None) -> Score:
+    forward = forward_of(case.base)
+    tensor = None if prompt is None else prompt.tensor
+    losses = {}
+    for part, rows in (("validation", case.validation), ("test", case.test)):
+        examples = build_examples(case.base, rows, eos=False, max_length=case.base.max_length - 20).examples
+        losses[part] = mean_loss(score_examples(case.base, forward, examples, tensor))
+    hits = accuracy_by_likelihood(case.base, forward, case.test, prompt) if case.has_labels else None
+    return {**losses, "accuracy": hits}
+
+
+def run_grid(measured: Measured) -> str:
+    """The grid's best recipe by validation."""
+    recipes = dict(grid(measured.case.instruction))
+    measured.measure(recipes, FIRST_SEEDS)
+    ranked = sorted(recipes, key=lambda name: measured.mean(name, "validation"))[:FINALISTS]
+    measured.measure({name: recipes[name] for name in ranked}, SEEDS)
+    return min(ranked, key=lambda name: measured.mean(name, "validation"))
+
+
+def show(measured: Measured, names: list[str], best: str | None) -> None:
+    bare = measured.bare()["test"]
+    reach = measured.mean(best, "test") if best is not None else None
+    print(f"\n{measured.case.name} ({len(measured.case.train)} rows; no prompt: {line(measured, 'no prompt')})\n")
+    print("| recipe | test loss | accuracy | way to the grid's best |\n| --- | --- | --- | --- |")
+    for name in [*names, *([best] if best is not None else [])]:
+        way = "" if reach is None else f"{(bare - measured.mean(name, 'test')) / (bare - reach):.2f}"
+        loss, accuracy = (spread(measured.values(name, figure)) for figure in ("test", "accuracy"))
+        print(f"| {name} | {loss} | {accuracy} | {way} |")
+
+
+def line(measured: Measured, name: str) -> str:
+    accuracy = measured.values(name, "accuracy")
+    return f"{measured.mean(name, 'test'):.3f}" + (f", accuracy {accuracy[0]:.3f}" if accuracy else "")
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    flags = parse()
+    flags.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in flags.cases.split(","):
+            case = make_case(name, flags.material, Path(scratch))
+            measured = Measured(case, flags.out / f"{name}.json")
+            measured.bare()
+            others = {text: json.loads(text) for text in flags.recipe}
+            named = {
+                **({} if flags.skip_peers else peers(case.instruction)),
+                "ours, P=4": {"virtual_tokens": 4}, "ours, P=20": {"virtual_tokens": 20}, **others,
+            }  # fmt: skip
+            measured.measure(named, SEEDS[: flags.seeds])
+            show(measured, list(named), None if flags.skip_grid else run_grid(measured))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "material", type=Path, help="folder with models/, english-quotes/, awesome-chatgpt-prompts/, sst2/"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--recipe", action="append", default=[], help="settings as JSON, to measure beside the default")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--skip-grid", action="store_true")
+    parser.add_argument("--skip-peers", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

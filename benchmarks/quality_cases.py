@@ -1,0 +1,161 @@
+"""The sets and settings of `benchmarks/quality.py`: which rows, on which base, under which recipes."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from softprompt import Base, DataConfig, load_base, read_rows
+from softprompt.data import Rows
+from softprompt.data.labels import with_labels
+from softprompt.demo.tasks import REVIEW_COMPLETION, REVIEW_TEMPLATE
+from softprompt.embedded import data_file
+
+Settings = dict[str, Any]
+
+SST2_NAMES = {"0": "negative", "1": "positive"}
+HELD_OUT = 200  # rows that choose among the grid, and as many again that score
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows that are trained on, that choose, and that score; no row is in two of them."""
+
+    name: str
+    base: Base
+    train: Rows
+    validation: Rows
+    test: Rows
+    instruction: str  # what a written start would say
+
+    @property
+    def has_labels(self) -> bool:
+        return bool(self.train.form.labels)
+
+
+def make_case(name: str, material: Path, scratch: Path) -> Case:
+    """A case by name; `material` is the folder with the real model and data."""
+    kind, _, count = name.rpartition("-")
+    return _MAKERS[kind](name, int(count), material, scratch)
+
+
+def _quotes(name: str, count: int, material: Path, scratch: Path) -> Case:
+    rows = _plain(material / "english-quotes" / "quotes.jsonl", "quote")
+    return _cut(name, _stories(material), rows, count, "Here is a wise quote about life and love:")
+
+
+def _roles(name: str, count: int, material: Path, scratch: Path) -> Case:
+    rows = _plain(material / "awesome-chatgpt-prompts" / "prompts.csv", "prompt")
+    return _cut(name, _stories(material), rows, count, "I want you to act as a")
+
+
+def _sst2(name: str, count: int, material: Path, scratch: Path) -> Case:
+    train = _labelled(_sst2_csv(material / "sst2" / "train.txt", scratch / "train.csv", count + HELD_OUT))
+    test = _labelled(_sst2_csv(material / "sst2" / "dev.txt", scratch / "dev.csv", HELD_OUT))
+    return Case(
+        name, _stories(material), train.take(range(count)), train.take(range(count, count + HELD_OUT)), test,
+        "Say whether the review is positive or negative.",
+    )  # fmt: skip
+
+
+def _embedded_quotes(name: str, count: int, material: Path, scratch: Path) -> Case:
+    train, held_out = _plain(data_file("quotes.jsonl"), "quote"), _plain(data_file("quotes-heldout.jsonl"), "quote")
+    return _halved(name, train, held_out, count, "Here is a wise quote about life and love:")
+
+
+def _coach(name: str, count: int, material: Path, scratch: Path) -> Case:
+    train = _plain(data_file("coach-prompts.csv"), "prompt")
+    held_out = _plain(data_file("coach-prompts-heldout.csv"), "prompt")
+    return _halved(name, train, held_out, count, "I want you to act as a")
+
+
+def _reviews(name: str, count: int, material: Path, scratch: Path) -> Case:
+    train, held_out = _labelled(data_file("reviews.csv")), _labelled(data_file("reviews-heldout.csv"))
+    return _halved(name, train, held_out, count, "Say whether the review is positive or negative.")
+
+
+def _halved(name: str, train: Rows, held_out: Rows, count: int, instruction: str) -> Case:
+    """The embedded sets: even held-out rows choose, odd ones score."""
+    chooses, scores = held_out.take(range(0, len(held_out), 2)), held_out.take(range(1, len(held_out), 2))
+    return Case(name, _embedded(), train.take(range(count)), chooses, scores, instruction)
+
+
+def _cut(name: str, base: Base, rows: Rows, count: int, instruction: str) -> Case:
+    ends = list(itertools.accumulate([0, count, HELD_OUT, HELD_OUT]))
+    train, validation, test = (rows.take(range(a, min(b, len(rows)))) for a, b in itertools.pairwise(ends))
+    return Case(name, base, train, validation, test, instruction)
+
+
+def _plain(source: Path, column: str) -> Rows:
+    return read_rows(DataConfig(data=str(source), text_column=column, shuffle=True))
+
+
+def _labelled(source: Path) -> Rows:
+    config = DataConfig(data=str(source), template=REVIEW_TEMPLATE, completion=REVIEW_COMPLETION)
+    return with_labels(read_rows(config))
+
+
+@cache
+def _stories(material: Path) -> Base:
+    return load_base(str(material / "models" / "stories260K-llama"), dtype="float32")
+
+
+@cache
+def _embedded() -> Base:
+    return load_base("embedded", dtype="float32")
+
+
+def _sst2_csv(source: Path, target: Path, num_rows: int) -> Path:
+    """The first rows of each class, in turn, so that both are as many."""
+    rows: dict[str, list[str]] = {"0": [], "1": []}
+    for line in source.read_text(encoding="utf-8", errors="replace").splitlines():
+        label, _, text = line.partition(" ")
+        rows[label].append(text)
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for pair in list(zip(rows["0"], rows["1"], strict=False))[: num_rows // 2]:
+            writer.writerows([[text, SST2_NAMES[label]] for label, text in zip("01", pair, strict=True)])
+    return target
+
+
+_MAKERS = {
+    "quotes": _quotes,
+    "roles": _roles,
+    "sst2": _sst2,
+    "embedded-quotes": _embedded_quotes,
+    "embedded-coach": _coach,
+    "embedded-reviews": _reviews,
+}
+
+
+def peers(instruction: str) -> dict[str, Settings]:
+    """Other people's recipes at the notebook's length; the Trainer's linear decay and clipping at 1."""
+    trainer = {"virtual_tokens": 4, "schedule": "linear", "max_grad_norm": 1.0, "eos": False}
+    return {
+        "PEFT's defaults (20 tokens)": {**trainer, "virtual_tokens": 20, "init": "peft", "learning_rate": 5e-5},
+        "the notebook's settings": {**trainer, "init": "peft", "learning_rate": 3e-3},
+        "PEFT, vocabulary start, 3e-3": {**trainer, "init": "vocab", "learning_rate": 3e-3},
+    }
+
+
+def grid(instruction: str) -> Iterator[tuple[str, Settings]]:
+    """The fixed grid: start x rate x schedule x length; all else as by default."""
+    starts = {
+        "vocab": {"init": "vocab"},
+        "data": {"init": "data"},
+        "text": {"init": "text", "init_text": instruction},
+        "peft": {"init": "peft"},
+    }
+    rates = {f"{rate:g} x RMS": {"relative_learning_rate": rate} for rate in (0.03, 0.1, 0.3, 1.0, 3.0)}
+    rates["3e-3"] = {"learning_rate": 3e-3}
+    for (start, a), (rate, b), schedule, length in itertools.product(
+        starts.items(), rates.items(), ("constant", "linear"), (4, 20)
+    ):
+        settings = {**a, **b, "schedule": schedule, "virtual_tokens": length}
+        yield f"{start}, {rate}, {schedule}, P={length}", settings

@@ -1,0 +1,190 @@
+"""One soft prompt in training: its plan, parameters, optimiser, and what is best so far. The loop drives several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from softprompt.prompt import SoftPrompt
+from softprompt.splice import Row
+from softprompt.training.events import Checkpoint
+from softprompt.training.parameters import make_parameters
+from softprompt.training.plan import Plan
+from softprompt.training.state import within
+from softprompt.types import Example, PromptRecord
+
+Score = Callable[[SoftPrompt], float]
+
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+
+
+class Trial:
+    """A candidate on its way. `start` [P, H] has the device and dtype that it trains in; a higher `score` is better."""
+
+    def __init__(
+        self, *, name: str | None, plan: Plan, examples: Sequence[Example], validation: Sequence[Example],
+        start: Tensor, record: PromptRecord, score: Score | None = None, group: int = 0,
+    ) -> None:  # fmt: skip
+        self.name, self.plan, self.examples, self.validation = name, plan, examples, validation
+        self.start, self.record, self.score, self.group = start, record, score, group
+        self.step = 0
+        self.is_dropped = False
+        self.best: SoftPrompt | None = None
+        self.best_step = 0
+        self.best_value = math.inf  # of the best validation, lower for better
+        self.losses: list[float] = []  # nats per counted target, one per step
+        self.validations: list[tuple[int, float | None, float | None]] = []  # step, nats per text token, score
+        self._validations_without_gain = 0
+        self._rows = [training_row(example, plan.config.eos_weight) for example in examples]
+        self._steps = [
+            (rows, epoch + (index + 1) / len(steps))
+            for epoch, steps in enumerate(plan.epochs)
+            for index, rows in enumerate(steps)
+        ][: plan.num_steps]
+        self._ends_of_epochs = {step for step, (_, epoch) in enumerate(self._steps, start=1) if epoch == int(epoch)}
+        self._make_optimizer()
+
+    def _make_optimizer(self) -> None:
+        config, peak = self.plan.config, self.plan.learning_rate
+        self._parameters = make_parameters(config, self.start, self.plan.embedding_rms)
+        groups = [
+            {"params": [leaf], "lr": peak * self._parameters.rate_scales[name]}
+            for name, leaf in self._parameters.leaves.items()
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=config.weight_decay)
+        self._schedule = get_scheduler(
+            _SCHEDULERS[config.schedule],
+            self._optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=self.plan.num_steps,
+        )
+
+    @property
+    def is_over(self) -> bool:
+        patience = self.plan.config.patience
+        tired = patience is not None and self._validations_without_gain >= patience
+        return self.is_dropped or tired or self.step >= self.plan.num_steps
+
+    @property
+    def progress(self) -> float:
+        """The share of its steps that is done."""
+        return self.step / self.plan.num_steps
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come, for the prompt's own vectors."""
+        return self.plan.learning_rate * float(self._schedule.lr_lambdas[0](self.step))
+
+    def prompt(self) -> Tensor:
+        """The prompt [P, H] as it stands, no part of any graph."""
+        with torch.no_grad():
+            return self._parameters.fold().detach().clone()
+
+    def snapshot(self) -> SoftPrompt:
+        return SoftPrompt(self.prompt(), self.record)
+
+    def next_rows(self) -> tuple[list[Row], float]:
+        """The rows of the step to come and the epochs done after it."""
+        indices, epoch = self._steps[self.step]
+        return [self._rows[index] for index in indices], epoch
+
+    def update(self, gradient_PH: Tensor) -> Tensor:
+        """One optimiser step; the gradient's norm over all parameters, before clipping."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._parameters.fold().backward(gradient_PH)
+        limit = self.plan.config.max_grad_norm
+        leaves = list(self._parameters.leaves.values())
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(leaves, math.inf if limit is None else limit)
+        self._optimizer.step()
+        self._schedule.step()
+        self.step += 1
+        return norm
+
+    @property
+    def validation_is_due(self) -> bool:
+        every = self.plan.config.validate_every
+        by_steps = every is not None and self.step % every == 0
+        return by_steps or (self._ended_epoch and every is None) or self.step == self.plan.num_steps
+
+    @property
+    def saving_is_due(self) -> bool:
+        every = self.plan.config.save_every
+        by_steps = every is not None and self.step % every == 0
+        return by_steps or self._ended_epoch or self.validation_is_due
+
+    @property
+    def _ended_epoch(self) -> bool:
+        return self.step in self._ends_of_epochs
+
+    def remember(self, loss: float | None) -> Checkpoint:
+        """Judge the prompt as it stands by its validation loss, or by the caller's score where there is one."""
+        prompt = self.snapshot()
+        score = self.score(prompt) if self.score is not None else None
+        self.validations.append((self.step, loss, score))
+        value = -score if score is not None else loss
+        is_best = value is None or value < self.best_value
+        if is_best:
+            self.best, self.best_step = prompt, self.step
+            self.best_value = math.inf if value is None else value
+        self._validations_without_gain = 0 if is_best else self._validations_without_gain + 1
+        return Checkpoint(
+            step=self.step, prompt=prompt, validation_loss=loss, is_best=is_best, score=score, candidate=self.name
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """The state that is no tensor, as JSON."""
+        return {
+            "step": self.step, "dropped": self.is_dropped, "best_step": self.best_step,
+            "best_value": None if math.isinf(self.best_value) else self.best_value,
+            "validations_without_gain": self._validations_without_gain,
+            "losses": list(self.losses), "validations": [list(item) for item in self.validations],
+        }  # fmt: skip
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state that is tensors: parameters, AdamW's moments, the best prompt."""
+        found = {f"parameter/{name}": leaf.detach().cpu().clone() for name, leaf in self._parameters.leaves.items()}
+        for name, leaf in self._parameters.leaves.items():
+            kept = self._optimizer.state.get(leaf, {})
+            found |= {f"{moment}/{name}": kept[moment].detach().cpu().clone() for moment in _MOMENTS if moment in kept}
+        return found if self.best is None else {**found, "best": self.best.tensor}
+
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `facts()` and `tensors()` of the same trial."""
+        self.step, self.is_dropped, self.best_step = facts["step"], facts["dropped"], facts["best_step"]
+        self.best_value = math.inf if facts["best_value"] is None else facts["best_value"]
+        self._validations_without_gain = facts["validations_without_gain"]
+        self.losses = list(facts["losses"])
+        self.validations = [(step, loss, score) for step, loss, score in facts["validations"]]
+        self.best = SoftPrompt(tensors["best"], self.record) if "best" in tensors else None
+        with torch.no_grad():
+            for name, value in within("parameter/", tensors).items():
+                self._parameters.leaves[name].copy_(value)
+        self._restore_optimizer(tensors)
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        for moment in _MOMENTS:
+            for name, value in within(f"{moment}/", tensors).items():
+                leaf = self._parameters.leaves[name]
+                self._optimizer.state[leaf][moment] = (
+                    value.clone() if moment == "step" else value.to(leaf.device).clone()
+                )
+        self._schedule.last_epoch = self.step
+        for group, rate, factor in zip(
+            self._optimizer.param_groups, self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True
+        ):  # fmt: skip
+            group["lr"] = rate * factor(self.step)
+
+
+def training_row(example: Example, eos_weight: float) -> Row:
+    """The example's row under prompt 0, its EOS weighing as much as `eos_weight` text tokens."""
+    weights = [
+        eos_weight if is_eos else float(counted)
+        for counted, is_eos in zip(example.target_mask, example.eos_mask, strict=True)
+    ]
+    return Row(example.ids, 0, weights)
