@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from softprompt.evaluation import Comparison, compare
     from softprompt.prompt import SoftPrompt
     from softprompt.storage import Library, load_prompt, save_prompt
-    from softprompt.training import TrainResult, train
+    from softprompt.training import Candidate, TrainResult, train, train_together
 
 _HOME = {
     "Answer": "engine",
     "Base": "base",
     "BaseConfig": "config",
+    "Candidate": "training",
     "Comparison": "evaluation",
     "DataConfig": "config",
     "Library": "storage",
@@ -43,12 +44,14 @@ _HOME = {
     "save_prompt": "storage",
     "split_rows": "data",
     "train": "training",
+    "train_together": "training",
 }
 
 __all__ = [
     "Answer",
     "Base",
     "BaseConfig",
+    "Candidate",
     "Comparison",
     "DataConfig",
     "Library",
@@ -69,6 +72,7 @@ __all__ = [
     "save_prompt",
     "split_rows",
     "train",
+    "train_together",
 ]
 
 

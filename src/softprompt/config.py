@@ -41,6 +41,9 @@ class BaseConfig:
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     dtype: Dtype = option("auto", "Weights' dtype; auto is bfloat16 where the machine is fast at it, else float32.")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    device_map: str | None = option(
+        None, "Spread a big base over all devices: auto, balanced, balanced_low_0 or sequential."
+    )
     trust_remote_code: bool = option(False, "Run the model code that the base's own repository carries.")
     offline: bool = option(False, "Never ask the Hub; use local files only.")
     max_length: int | None = option(None, "Positions to use (tokens); needed where a family has no limit of its own.")

@@ -11,6 +11,7 @@ SoftpromptError
 │   ├── AdapterError   an adapter folder that must not be loaded
 │   └── ExistsError    a folder that would be overwritten
 ├── MemoryLimitError   not even one row fits (MemoryError)
+├── RankError          another process of the same run has ended (RuntimeError)
 └── MissingDependencyError  an optional package is needed (ImportError)
 
 A message says what was wrong, the value, and what to do. The command line prints it as one line and exits with code 2.
@@ -59,6 +60,10 @@ class ExistsError(StorageError, FileExistsError):
 
 class MemoryLimitError(SoftpromptError, MemoryError):
     """One row alone needs more memory than the machine allows."""
+
+
+class RankError(SoftpromptError, RuntimeError):
+    """Another of the processes that train one run has ended early; this one cannot go on alone."""
 
 
 class MissingDependencyError(SoftpromptError, ImportError):

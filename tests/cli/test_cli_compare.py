@@ -216,7 +216,96 @@ def test_fifty_prompts_take_no_more_memory_than_two_beyond_their_own_size(base_f
     assert fifty - two < 4 * 2**20 + own
 
 
+class TestTaskScores:
+    def test_tables_json_and_markdown_say_the_same(self, compare, tmp_path):
+        flags = ("--score", "rouge_l", "--score", "chrf", "--markdown", tmp_path / "report.md")
+        found = compare(*flags, "--json", prompts=("critic",)).json
+        shown = compare(*flags, prompts=("critic",))
+        report = (tmp_path / "report.md").read_text()
+        assert [(item["name"], item["prompt"]) for item in found["scores"]] == [
+            ("rouge_l", None), ("rouge_l", "critic"), ("chrf", None), ("chrf", "critic"),
+        ]  # fmt: skip
+        for item in found["scores"]:
+            assert (item["held_out"], item["num_rows"], item["num_available"]) == ("reviews.jsonl", 16, 16)
+        assert "chrf of greedy answers on reviews.jsonl: 16 rows" in shown.out
+        line = f"| critic | {found['scores'][3]['value']:.3f} | {found['scores'][3]['difference']:+.3f} |"
+        assert line in report
+        assert line.split("|")[2] in shown.out.partition("chrf of greedy")[2]
+        assert "note:" not in shown.err
+
+    def test_fewer_rows_are_said(self, compare):
+        ran = compare("--score", "chrf", "--score-rows", 5, prompts=("critic",))
+        assert "note: the first 5 of 16 rows of reviews.jsonl are scored (--score-rows)\n" in ran.err
+        assert "chrf of greedy answers on reviews.jsonl: 5 of 16 rows" in ran.out
+
+    def test_a_typed_limit_of_tokens_holds_for_scores_and_the_default_does_not(self, compare, tmp_path):
+        words = " ".join(f"w{5 + i % 90}" for i in range(60))
+        data = write_jsonl(tmp_path / "long.jsonl", [{"text": "w8", "label": words}])
+        flags = ("--data", data, *TEMPLATE, "--score", "chrf", "--json")
+        values = [
+            compare(*flags, *limit, prompts=("coach",)).json["scores"][0]["value"]
+            for limit in ((), ("--max-new-tokens", 50), ("--max-new-tokens", 1))
+        ]
+        assert values[0] != values[1] != values[2]
+
+    def test_classes_and_confusion(self, compare, tmp_path):
+        flags = ("--markdown", tmp_path / "report.md")
+        found = compare(*flags, "--json", prompts=("critic",)).json["accuracies"][1]
+        out = compare(*flags, prompts=("critic",)).out
+        report = (tmp_path / "report.md").read_text()
+        assert [item["label"] for item in found["classes"]] == [" w90", " w91"]
+        assert sum(item["support"] for item in found["classes"]) == sum(map(sum, found["confusion"])) == 16
+        assert (found["calibrated"], found["by_likelihood"]) == (
+            False, (found["confusion"][0][0] + found["confusion"][1][1]) / 16,
+        )  # fmt: skip
+        assert f"Classes of reviews.jsonl by critic: macro F1 {found['f1_macro']:.1%}" in report
+        for label, row in zip(("w90", "w91"), found["confusion"], strict=True):
+            assert f"| {label} | {row[0]} | {row[1]} |" in report
+            assert [label, *map(str, row)] in [line.split() for line in out.splitlines()]
+        assert "calibrated" not in out + report
+
+    def test_calibrated_figures_say_so(self, compare, tmp_path):
+        flags = ("--calibrate", "--markdown", tmp_path / "report.md")
+        found = compare(*flags, "--json", prompts=("critic",)).json
+        assert [item["calibrated"] for item in found["accuracies"]] == [True, True]
+        assert found["scores"] == []
+        assert "Accuracy on reviews.jsonl: 16 rows, calibrated" in compare(*flags, prompts=("critic",)).out
+        assert (tmp_path / "report.md").read_text().count("calibrated") == 1 + 2 + 2
+        plain = compare("--json", prompts=("critic",)).json
+        assert plain["accuracies"] != found["accuracies"]
+        assert plain["losses"] == found["losses"]
+
+    @pytest.mark.parametrize(("num_labels", "is_shown"), [(12, True), (13, False)])
+    def test_a_matrix_of_many_classes_stands_in_the_report_alone(self, compare, tmp_path, num_labels, is_shown):
+        rows = [{"text": sentence(i), "label": f"w{40 + i % num_labels} w7"} for i in range(2 * num_labels)]
+        data = write_jsonl(tmp_path / "many.jsonl", rows)
+        flags = ("--data", data, *TEMPLATE, "--markdown", tmp_path / "report.md")
+        ran = compare(*flags, prompts=("coach",))
+        assert "Classes of many.jsonl by coach" in ran.out
+        assert ("Confusion of many.jsonl by coach" in " ".join(ran.out.split())) == is_shown
+        assert ("too large to be shown here stand in --markdown and --json" in ran.out) != is_shown
+        report = (tmp_path / "report.md").read_text()
+        assert "Confusion of many.jsonl by coach" in report
+        assert f"| {num_labels} w{39 + num_labels} w7 |" in report  # too wide for names: the columns are numbered
+
+    def test_chats(self, compare, chats):
+        flags = ("--data", chats, "--messages-column", "messages", "--score", "f1", "--json")
+        assert [item["num_rows"] for item in compare(*flags).json["scores"]] == [20, 20, 20]
+
+
 class TestRefusals:
+    @pytest.mark.parametrize(
+        ("flags", "complaint"),
+        [
+            (("--score", "f1"), "score 'f1' compares answers with completions, and there is none in the held-out rows"),
+            (("--calibrate",), "calibrate needs labels, and the held-out rows have none (texts.csv)"),
+            (("--score", "f1", "--score-rows", 0), "score_rows is 0; it must be at least 1"),
+            (("--score", "bleu"), "'bleu' is not one of 'exact_match', 'f1', 'rouge_l', 'chrf'"),
+        ],
+    )
+    def test_a_score_that_cannot_be_had(self, base_folder, library, flags, complaint):
+        assert complaint in run("compare", "--base", base_folder, "--prompt", library / "coach", *flags).complaint
+
     def test_a_prompt_twice(self, base_folder, library):
         again = library / ".." / library.name / "coach"
         flags = ("--prompt", library / "coach", "--prompt", again, *INPUTS)

@@ -134,7 +134,7 @@ class TestPreset:
 
 class TestHeldOut:
     def test_validation_by_share_chooses_the_checkpoint(self, train):
-        ran, folder = train("--validation", "0.25", "--validate-every", 1, "--json")
+        ran, folder = train("--validation", "0.25", "--validate-every", 1, "--keep-checkpoints", 9, "--json")
         losses = dict(ran.json["validation_losses"])
         assert ran.json["kept_step"] == min(losses, key=losses.__getitem__)
         assert torch.equal(

@@ -1,10 +1,14 @@
-"""Accuracy: by likelihood as by brute force, generated as by a plain greedy loop, the interval Wilson's."""
+"""Accuracy: by likelihood as by brute force, calibrated as in the paper, generated as by a plain greedy loop, the
+interval Wilson's.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 from slow_truth import plain_greedy, plain_nats
 from tiny_bases import LIMIT, random_ids, random_prompt
 
@@ -111,3 +115,88 @@ def test_a_text_longer_than_the_base_loses_its_start(tiny_llama):
     prompt = SoftPrompt(random_prompt(tiny_llama, 4))
     found = accuracy(tiny_llama, forward_of(tiny_llama), "set", rows, "p", prompt)
     assert found.by_likelihood == 0.5  # the four end alike, so they are all taken for the same
+
+
+def test_classes_and_confusion_are_of_the_likeliest_labels(tiny_llama, prompt):
+    rows = labelled(18)
+    truth = brute_force(tiny_llama, rows, prompt)
+    found = accuracy(tiny_llama, forward_of(tiny_llama), "set", rows, "p", prompt)
+    assert tuple(item.label for item in found.classes) == LABELS
+    for true, row in enumerate(found.confusion):
+        assert row == tuple(sum(truth[i] == guess for i in range(18) if i % 3 == true) for guess in range(3))
+    assert sum(found.confusion[i][i] for i in range(3)) / 18 == found.by_likelihood
+    assert found.f1_macro == pytest.approx(f1_score([i % 3 for i in range(18)], truth, average="macro"))
+    assert not found.calibrated
+
+
+class TestCalibration:
+    """Against the arithmetic of the paper, on likelihoods by one plain forward per row and label."""
+
+    def likelihood(self, base, text, label, prompt):
+        before, own = base.bos_ids + base.encode(text), base.encode(label)
+        targets = (False,) * len(before) + (True,) * len(own)
+        return math.exp(
+            -float(plain_nats(base, before + own, targets, None if prompt is None else prompt.tensor).sum())
+        )
+
+    def shares(self, base, text, prompt):
+        found = [self.likelihood(base, text, label, prompt) for label in LABELS]
+        return [one / sum(found) for one in found]
+
+    def slow_choice(self, base, text, content_free, prompt):
+        free = [self.shares(base, other, prompt) for other in content_free]
+        means = [sum(column) / len(free) for column in zip(*free, strict=True)]
+        weighed = [share / mean for share, mean in zip(self.shares(base, text, prompt), means, strict=True)]
+        return weighed.index(max(weighed))
+
+    def test_is_the_papers_arithmetic_and_changes_choices(self, tiny_llama, prompt):
+        rows = labelled(18)
+        texts = [f"w5 {record['text']} w6" for record in rows.records]
+        free = ("w5 N/A w6", "w5  w6")
+        truth = [self.slow_choice(tiny_llama, text, free, prompt) for text in texts]
+        forward = forward_of(tiny_llama)
+        assert likeliest_labels(tiny_llama, forward, texts, LABELS, prompt, content_free=free) == truth
+        found = accuracy(tiny_llama, forward, "set", rows, "p", prompt, calibrate=True)
+        assert found.calibrated
+        assert found.wrong_rows == tuple(i for i, guess in enumerate(truth) if guess != i % 3)
+        plain = accuracy(tiny_llama, forward, "set", rows, "p", prompt)
+        assert (found.confusion, found.generated) != (plain.confusion, plain.generated)
+        assert found.generated == plain.generated
+
+    def test_both_content_free_inputs_and_their_prompt_count(self, tiny_llama):
+        """Controls: the first input alone, and another prompt's likelihoods, choose otherwise somewhere."""
+        prompt, forward = SoftPrompt(random_prompt(tiny_llama, 4, 0)), forward_of(tiny_llama)
+        texts = [f"w5 w{token} w6" for token in range(5, 90)]
+        free = ("w5 w7 w6", "w5  w6")
+        both = likeliest_labels(tiny_llama, forward, texts, LABELS, prompt, content_free=free)
+        assert both != likeliest_labels(tiny_llama, forward, texts, LABELS, prompt, content_free=free[:1])
+        other = SoftPrompt(random_prompt(tiny_llama, 4, 1))
+        assert both != likeliest_labels(tiny_llama, forward, texts, LABELS, other, content_free=free)
+
+    def test_a_label_that_leads_whatever_the_text_loses_its_lead(self, tiny_llama):
+        """Every text equals the content-free one but for its likelihoods' ratio: the leader flips."""
+        forward = forward_of(tiny_llama)
+        texts = [f"w5 w{token} w6" for token in range(5, 90)]
+        plain = likeliest_labels(tiny_llama, forward, texts, LABELS, None)
+        leader = max(set(plain), key=plain.count)
+        first = next(i for i, label in enumerate(plain) if label == leader)
+        others = [text for i, text in enumerate(texts) if plain[i] == leader and i != first]
+        flipped = likeliest_labels(tiny_llama, forward, others, LABELS, None, content_free=texts[first : first + 1])
+        assert set(flipped) - {leader}
+
+    def test_an_unlikely_label_does_not_divide_by_nothing(self, tiny_llama):
+        long = "".join(f" w{token}" for token in random_ids(70, 1))
+        forward = forward_of(tiny_llama)
+        with np.errstate(all="raise"):
+            likeliest_labels(tiny_llama, forward, ["w5"], (" w56", long), None, content_free=("w6",))
+
+    def test_a_template_that_is_empty_without_its_field(self, tiny_gpt2):
+        """tiny_gpt2 has no BOS: the empty input leaves the bare base nothing to predict from."""
+        records = [{"text": f"w{7 + i}", "label": f"w{90 + i % 2}"} for i in range(6)]
+        rows = with_labels(rows_from_records(records, template="{text}", completion=" {label}"))
+        forward, prompt = forward_of(tiny_gpt2), SoftPrompt(random_prompt(tiny_gpt2, 4))
+        texts = [record["text"] for record in records]
+        for contender in (None, prompt):
+            found = accuracy(tiny_gpt2, forward, "set", rows, "p", contender, calibrate=True)
+            truth = likeliest_labels(tiny_gpt2, forward, texts, (" w90", " w91"), contender, content_free=("N/A",))
+            assert found.wrong_rows == tuple(i for i, guess in enumerate(truth) if guess != i % 2)

@@ -24,7 +24,7 @@ def run(tmp_path: Path, make_prompt: MakePrompt) -> RunFolder:
     run.write_plan({"epochs": 2})
     for step in (2, 10):
         run.append_metrics({"step": step, "loss": 1 / step})
-        run.save_checkpoint(step, make_prompt(seed=step))
+        run.save_checkpoint(step, {None: make_prompt(seed=step)}, {}, {})
     run.finish(make_prompt(seed=10))
     return run
 
@@ -40,7 +40,7 @@ def test_a_runs_life(run: RunFolder, make_prompt: MakePrompt) -> None:
 
 
 def test_a_checkpoint_and_the_end_may_be_written_again(run: RunFolder, make_prompt: MakePrompt) -> None:
-    run.save_checkpoint(10, make_prompt(seed=11))
+    run.save_checkpoint(10, {None: make_prompt(seed=11)}, {}, {})
     run.finish(make_prompt(seed=11))
     run.write_plan({"epochs": 3})
     for path in (run.path, run.checkpoints()[-1].path):
@@ -51,7 +51,7 @@ def test_a_checkpoint_and_the_end_may_be_written_again(run: RunFolder, make_prom
 def test_an_unfinished_run_is_no_adapter_and_names_its_checkpoints(tmp_path: Path, make_prompt: MakePrompt) -> None:
     run = RunFolder.create(tmp_path / "x")
     run.write_plan({})
-    run.save_checkpoint(3, make_prompt())
+    run.save_checkpoint(3, {None: make_prompt()}, {}, {})
     with pytest.raises(AdapterError, match=r"but 'checkpoints/step-3' below it has: give .*/x/checkpoints/step-3"):
         load_prompt(run.path)
 

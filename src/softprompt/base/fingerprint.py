@@ -47,7 +47,8 @@ def _samples(model: PreTrainedModel, folder: str | None) -> Iterator[tuple[str, 
     stored = _Checkpoint(folder, model.base_model_prefix)
     for name, parameter in model.named_parameters():  # a tied parameter comes once
         short = _short_name(name, model.base_model_prefix)
-        source = parameter if parameter.dtype in _ROUNDS_ALIKE else stored.find(short, parameter)
+        is_at_hand = parameter.dtype in _ROUNDS_ALIKE and not parameter.is_meta  # meta: offloaded by Accelerate
+        source = parameter if is_at_hand else stored.find(short, parameter)
         yield short, list(parameter.shape), _sample(source)
 
 

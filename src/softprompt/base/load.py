@@ -6,6 +6,7 @@ it is tested on folders and against an HTTP double, never yet on the real Hub.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,9 +29,10 @@ from softprompt.base.model import Base
 from softprompt.base.tokens import bos_ids_of, eos_id_of, stop_ids_of
 from softprompt.config import EMBEDDED_BASE, BaseConfig, make_config
 from softprompt.embedded import base_folder
-from softprompt.errors import BaseModelError, ConfigError
+from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
 
 UNLIMITED_LENGTH = 2_048  # for families without a limit of their own (ALiBi), unless --max-length says otherwise
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _BIDIRECTIONAL = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
 
@@ -39,11 +41,12 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
     """A frozen base from a Hub id, a folder or `"embedded"`; `settings` are the fields of BaseConfig.
 
     Raises BaseModelError where there is nothing to load or it is no decoder-only language model, and ConfigError for
-    a dtype, device or length that cannot be had.
+    a dtype, device, device map or length that cannot be had.
     """
     config = base if isinstance(base, BaseConfig) else make_config(BaseConfig, {"base": base, **settings})
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    spread = _spread(config)
     source = _source(config.base)
     where: dict[str, Any] = {
         "revision": config.revision,
@@ -58,12 +61,12 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
         AutoModelForCausalLM.from_pretrained,
         config.base,
         source,
-        {**where, "dtype": dtype, "output_loading_info": True},
+        {**where, **spread, "dtype": dtype, "output_loading_info": True},
     )
     _refuse_incomplete(info, config.base)
     _refuse_adapter(model, config.base)
     return freeze_base(
-        model.to(device),
+        model if spread else model.to(device),
         tokenizer,
         name=base_name(config.base),
         folder=_folder(source, **where),
@@ -98,6 +101,22 @@ def freeze_base(
         eos_id=eos_id_of(tokenizer),
         stop_ids=stop_ids_of(model, tokenizer),
     )
+
+
+def _spread(config: BaseConfig) -> dict[str, Any]:  # Any: loading options
+    """What makes transformers spread the base through Accelerate; nothing where one device holds it."""
+    if config.device_map is None:
+        return {}
+    if config.device_map not in _DEVICE_MAPS:
+        raise ConfigError(f"device_map {config.device_map!r} is unknown; use {', '.join(_DEVICE_MAPS)}")
+    if config.device != "auto":
+        raise ConfigError(
+            f"device_map {config.device_map!r} spreads the base over all devices, but device is {config.device!r}; "
+            "give one of the two"
+        )
+    if find_spec("accelerate") is None:
+        raise MissingDependencyError("device_map needs accelerate; pip install 'softprompt[distributed]'")
+    return {"device_map": config.device_map}
 
 
 def base_name(base: str) -> str:
@@ -189,8 +208,15 @@ def describe(base: Base) -> str:
     threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
     return (
         f"{base.name}: {base.model.config.model_type}, {base.num_parameters:,} parameters, all frozen; "
-        f"{dtype} on {base.device}{threads}; {base.max_length:,} positions"
+        f"{dtype} on {_places(base)}{threads}; {base.max_length:,} positions"
     )
+
+
+def _places(base: Base) -> str:
+    """Its device, or all that it is spread over; a number is a GPU's."""
+    spread: dict[str, Any] = getattr(base.model, "hf_device_map", None) or {}
+    places = dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in spread.values())
+    return ", ".join(places) or str(base.device)
 
 
 def trainable_line(base: Base, num_virtual_tokens: int) -> str:

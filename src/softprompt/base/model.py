@@ -34,7 +34,10 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        """Where token ids and prompts meet. Of a base that is spread over devices, the input embeddings'."""
+        hook = getattr(self.embedding, "_hf_hook", None)  # Accelerate's; the weight may lie elsewhere between calls
+        place = getattr(hook, "execution_device", None)
+        return self.embedding.weight.device if place is None else torch.device(place)
 
     @property
     def dtype(self) -> torch.dtype:

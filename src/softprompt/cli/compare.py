@@ -12,18 +12,23 @@ import click
 from softprompt.cli.console import load, print_json, print_table, say, warnings_as_lines
 from softprompt.cli.heldout import recorded_sets
 from softprompt.cli.inputs import named_prompts, parse_fields
-from softprompt.cli.options import config_of, options_of
+from softprompt.cli.options import config_of, given_flags, options_of
 from softprompt.config import BaseConfig, DataConfig, SamplingConfig
 from softprompt.data import Rows, read_rows
 from softprompt.data.labels import with_labels
 from softprompt.errors import ConfigError
 from softprompt.evaluation import (
     Comparison,
+    ScoreConfig,
     accuracy_tables,
     answer_tables,
+    class_tables,
     compare,
+    confusion_tables,
+    is_small,
     loss_tables,
     memory_line,
+    score_tables,
     to_markdown,
 )
 from softprompt.storage import load_prompt
@@ -37,6 +42,7 @@ _FORM_FLAGS = ("text_column", "template", "completion", "messages_column")
 @options_of(BaseConfig)
 @options_of(SamplingConfig)
 @options_of(DataConfig, optional=True, leave_out=("validation", "test"))
+@options_of(ScoreConfig, leave_out=("score_tokens",))
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Adapter folder or name; may be repeated.")
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
 @click.option("--input", "texts", multiple=True, help="A text to continue; may be repeated.")
@@ -51,8 +57,12 @@ def command(
     """Answer the same inputs with the bare base and each prompt, and show held-out figures.
 
     Held-out rows are those that each prompt's training set aside; --data names another set to read instead.
+
+    --score reads greedy answers, as long as the longest completion unless --max-new-tokens says less; each score is a
+    mean over rows from 0 to 1. exact_match and f1 (of words) are SQuAD's, which leave out case, punctuation and
+    articles; rouge_l is the F-measure of the longest common subsequence of words; chrf the F2 of character n-grams.
     """
-    sampling = config_of(SamplingConfig, flags)
+    sampling, scoring = config_of(SamplingConfig, flags), _scoring(flags)
     base_config = config_of(BaseConfig, flags)
     folders = named_prompts(prompts, library)
     inputs: list[str | dict[str, str]] = [*texts, *([parse_fields(fields)] if fields else [])]
@@ -67,7 +77,8 @@ def command(
     )
     if not inputs and not held_out:
         raise ConfigError("nothing to compare: give --input, --field or --data")
-    found = compare(base, loaded, inputs, held_out=held_out, sampling=sampling)
+    found = compare(base, loaded, inputs, held_out=held_out, sampling=sampling, scoring=scoring)
+    _say_cut_sets(found)
     if markdown is not None:
         write_file(Path(markdown), to_markdown(found).encode())
         say(f"written to {markdown}")
@@ -87,10 +98,26 @@ def show_answers(found: Comparison) -> None:
 
 
 def show_figures(found: Comparison) -> None:
-    """Held-out losses, accuracies and memory."""
-    for table in [*loss_tables(found), *accuracy_tables(found)]:
+    """Held-out losses, accuracies, classes, task scores and memory."""
+    matrices = confusion_tables(found)
+    small = [table for table in matrices if is_small(table)]
+    for table in [*loss_tables(found), *accuracy_tables(found), *class_tables(found), *small, *score_tables(found)]:
         print_table(*table, figures=True)
+    if len(small) < len(matrices):
+        click.echo("Confusion matrices too large to be shown here stand in --markdown and --json.")
     click.echo(memory_line(found))
+
+
+def _scoring(flags: Mapping[str, Any]) -> ScoreConfig:
+    """--max-new-tokens, where it was typed, holds for scored answers too."""
+    config = config_of(ScoreConfig, flags)
+    return replace(config, score_tokens=flags["max_new_tokens"]) if "max_new_tokens" in given_flags() else config
+
+
+def _say_cut_sets(found: Comparison) -> None:
+    for name in dict.fromkeys(item.held_out for item in found.scores if item.num_rows < item.num_available):
+        item = next(score for score in found.scores if score.held_out == name)
+        say(f"note: the first {item.num_rows:,} of {item.num_available:,} rows of {name} are scored (--score-rows)")
 
 
 def _given_set(flags: Mapping[str, Any], forms: Sequence[InputForm], seed: int, offline: bool) -> dict[str, Rows]:

@@ -39,6 +39,13 @@ def config_of(kind: type[ConfigT], flags: Mapping[str, Any]) -> ConfigT:
     return make_config(kind, {name: value for name, value in flags.items() if name in names})
 
 
+def require_flags(flags: Mapping[str, Any], *names: str) -> None:
+    """What click does for a required flag, where it is required in some cases only. Raises click.UsageError."""
+    for name in names:
+        if flags[name] is None:
+            raise click.UsageError(f"Missing option '--{name}'.")
+
+
 def given_flags() -> set[str]:
     """Names of the flags that the user typed, as opposed to defaults."""
     context = click.get_current_context()

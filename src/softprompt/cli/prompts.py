@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
 from softprompt.cli.console import load, print_json, print_table, say, warnings_as_lines
 from softprompt.cli.options import config_of, options_of
-from softprompt.config import BaseConfig
-from softprompt.prompt import SoftPrompt, nearest_tokens
+from softprompt.cli.prompt_inspection import (
+    check_flags,
+    held_out_rows,
+    inspect,
+    shape_text,
+    show_inspection,
+    with_leave_out,
+)
+from softprompt.cli.prompt_similarity import prompts_of, say_other_bases, show_similarity, similarity_json
+from softprompt.config import BaseConfig, DataConfig
+from softprompt.prompt import mean_embedding, similar_pairs
 from softprompt.storage import Library, load_prompt, pull_prompt, push_prompt, resolve_prompt
 
 _library = click.option("--library", type=click.Path(), required=True, help="Folder of adapters.")
@@ -35,8 +43,8 @@ def list_prompts(library: str, as_json: bool) -> None:
         print_json([asdict(entry) for entry in entries])
         return
     rows = [
-        [entry.name, _shape(entry.num_virtual_tokens, entry.hidden_size), entry.base_name or "", entry.created or "",
-         f"{entry.num_bytes:,}", (entry.content_hash or "")[:12], entry.problem or "ok"]
+        [entry.name, shape_text(entry.num_virtual_tokens, entry.hidden_size), entry.base_name or "",
+         entry.created or "", f"{entry.num_bytes:,}", (entry.content_hash or "")[:12], entry.problem or "ok"]
         for entry in entries
     ]  # fmt: skip
     print_table(f"{library}: {len(rows)} prompts", ["name", "shape", "base", "created", "bytes", "hash", "state"], rows)
@@ -46,23 +54,49 @@ def list_prompts(library: str, as_json: bool) -> None:
 @click.argument("prompt")
 @_maybe_library
 @options_of(BaseConfig, optional=True)
+@click.option("--leave-out", is_flag=True, help="With --base: the held-out loss without each virtual token.")
+@click.option(
+    "--leave-out-rows", type=click.IntRange(min=1), default=100, show_default=True,
+    help="Held-out rows to score at most.",
+)  # fmt: skip
+@options_of(DataConfig, optional=True, leave_out=("validation", "test", "shuffle"))
 @_force
 @_json
-def show(prompt: str, library: str | None, force: bool, as_json: bool, **flags: Any) -> None:
-    """A prompt's record and norms and, with --base, the nearest tokens of each virtual token."""
+def show(
+    prompt: str, library: str | None, leave_out: bool, leave_out_rows: int, force: bool, as_json: bool, **flags: Any
+) -> None:
+    """A prompt's record, norms and drift from its start and, with --base, the nearest tokens of each virtual token.
+
+    --leave-out reads the rows that the prompt's training set aside; --data names another set to read instead.
+    """
+    check_flags(flags, leave_out=leave_out)
     base = load(config_of(BaseConfig, flags)) if flags["base"] is not None else None
     with warnings_as_lines():
         soft = load_prompt(resolve_prompt(prompt, library), base, force=force)
-    near = nearest_tokens(soft, base) if base is not None else []
-    norms = soft.tensor.norm(dim=1).tolist()
-    if as_json:
-        facts = {"content_hash": soft.content_hash, "shape": list(soft.tensor.shape), "norms": norms}
-        print_json({**facts, "record": soft.record.to_json(), "nearest": [asdict(item) for item in near]})
-        return
-    print_table(prompt, ["fact", "value"], _facts(soft))
-    tokens = ["  ".join(f"{text!r} {similarity:.2f}" for text, similarity in item.tokens) for item in near]
-    rows = [[f"{i}", f"{norm:.3f}", tokens[i] if tokens else "(give --base)"] for i, norm in enumerate(norms)]
-    print_table("Virtual tokens", ["", "norm", "nearest tokens (cosine similarity)"], rows)
+    found = inspect(soft, base)
+    if leave_out and base is not None:
+        found = with_leave_out(found, base, held_out_rows(soft, prompt, flags, leave_out_rows))
+    show_inspection(prompt, found, as_json=as_json)
+
+
+@command.command("similarity")
+@click.argument("names", nargs=-1)
+@_library
+@options_of(BaseConfig, optional=True)
+@_force
+@_json
+def show_similarities(names: tuple[str, ...], library: str, force: bool, as_json: bool, **flags: Any) -> None:
+    """How alike the prompts of a library are, or those of NAMES, whatever the order of their virtual tokens.
+
+    Each virtual token is matched with the most similar one of the other prompt; 1 is the same set of vectors. With
+    --base the mean embedding of its vocabulary is subtracted first.
+    """
+    base = load(config_of(BaseConfig, flags)) if flags["base"] is not None else None
+    with warnings_as_lines():
+        prompts = prompts_of(Library(library), names, base, force=force)
+    say_other_bases(prompts)
+    pairs = similar_pairs(prompts, mean_embedding(base) if base is not None else None)
+    print_json(similarity_json(prompts, pairs, base)) if as_json else show_similarity(prompts, pairs, base)
 
 
 @command.command("check")
@@ -150,28 +184,3 @@ def pull(repo_id: str, name: str, library: str, revision: str | None, offline: b
             repo_id, Library(library).place(name), revision=revision, offline=offline, overwrite=overwrite
         )
     say(f"pulled to {place}")
-
-
-def _shape(num_virtual_tokens: int | None, hidden_size: int | None) -> str:
-    return "" if num_virtual_tokens is None else f"{num_virtual_tokens} x {hidden_size}"
-
-
-def _facts(soft: SoftPrompt) -> list[list[str]]:
-    record, run = soft.record, soft.record.run
-    facts = {
-        "shape": _shape(soft.num_virtual_tokens, soft.hidden_size),
-        "hash": soft.content_hash,
-        "base": record.base_name or "unknown",
-        "base fingerprint": record.base_fingerprint or "unknown",
-        "input form": record.form.kind if record.form.template is None else repr(record.form.template),
-        "trained further from": record.parent or "",
-        "data": Path(str(run.get("source", ""))).name,
-        "steps": str(run.get("kept_step", "")),
-        "training loss": _curve(run.get("losses")),
-    }
-    return [[name, value] for name, value in facts.items() if value]
-
-
-def _curve(losses: Any) -> str:  # Any: a record is JSON, and may be a stranger's
-    known = [loss for loss in losses if isinstance(loss, float)] if isinstance(losses, list) else []
-    return f"{known[0]:.3f} at the first step, {known[-1]:.3f} at the last (nats per target)" if known else ""

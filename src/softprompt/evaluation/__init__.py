@@ -1,5 +1,6 @@
-"""Compare prompts with the bare base: what they say, held-out loss, accuracy."""
+"""Compare prompts with the bare base: what they say, held-out loss, accuracy, task scores."""
 
+from softprompt.evaluation.classes import ClassScore
 from softprompt.evaluation.classification import (
     Accuracy,
     accuracies,
@@ -8,29 +9,56 @@ from softprompt.evaluation.classification import (
     likeliest_labels,
 )
 from softprompt.evaluation.compare import BARE, Answered, Comparison, Input, compare
+from softprompt.evaluation.criterion import CRITERIA, criterion
 from softprompt.evaluation.heldout import HeldOutLoss, Interval, held_out_losses, mean_loss
+from softprompt.evaluation.leave_out import LeaveOneOut, LeftOut, leave_one_out
 from softprompt.evaluation.markdown import to_markdown
-from softprompt.evaluation.tables import Table, accuracy_tables, answer_tables, loss_tables, memory_line
+from softprompt.evaluation.tables import (
+    Table,
+    accuracy_tables,
+    answer_tables,
+    class_tables,
+    confusion_tables,
+    is_small,
+    loss_tables,
+    memory_line,
+    score_tables,
+)
+from softprompt.evaluation.task_scores import ScoreConfig, TaskScore
+from softprompt.evaluation.text_scores import TextScore
 
 __all__ = [
     "BARE",
+    "CRITERIA",
     "Accuracy",
     "Answered",
+    "ClassScore",
     "Comparison",
     "HeldOutLoss",
     "Input",
     "Interval",
+    "LeaveOneOut",
+    "LeftOut",
+    "ScoreConfig",
     "Table",
+    "TaskScore",
+    "TextScore",
     "accuracies",
     "accuracy",
     "accuracy_by_likelihood",
     "accuracy_tables",
     "answer_tables",
+    "class_tables",
     "compare",
+    "confusion_tables",
+    "criterion",
     "held_out_losses",
+    "is_small",
+    "leave_one_out",
     "likeliest_labels",
     "loss_tables",
     "mean_loss",
     "memory_line",
+    "score_tables",
     "to_markdown",
 ]

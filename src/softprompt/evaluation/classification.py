@@ -2,6 +2,12 @@
 
 A label's likelihood is the sum over its tokens, EOS excluded, in the context that training gave it. A context that is
 longer than the base allows loses its start, as in training.
+
+Calibrated, it is divided by the label's likelihood where the template's fields say nothing ("N/A" and ""): contextual
+calibration, Zhao et al. 2021, "Calibrate Before Use", arXiv 2102.09690, where probabilities among the labels are
+averaged over those inputs. Each contender is calibrated by its own likelihoods.
+
+N texts, K labels.
 """
 
 from __future__ import annotations
@@ -9,19 +15,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+import numpy as np
+from scipy import special, stats
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.data import Rows, label_ids, write_rows
+from softprompt.data import Rows, fill_template, label_ids, template_fields, write_rows
 from softprompt.engine import Request, generate
-from softprompt.errors import DataError, LengthError
+from softprompt.errors import DataError
+from softprompt.evaluation.classes import (
+    ClassScore,
+    Confusion,
+    class_scores,
+    confusion_matrix,
+    macro_f1,
+    share_right,
+)
+from softprompt.evaluation.fit import room_for_text, without_start
 from softprompt.evaluation.heldout import CONFIDENCE, Interval
 from softprompt.families import Forward
 from softprompt.loss import target_nlls
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
 
+CONTENT_FREE = ("N/A", "")  # what fills every field of a template that is to say nothing
 _ROWS_PER_GENERATION = 64
 
 
@@ -36,20 +53,31 @@ class Accuracy:
     interval: Interval  # of `by_likelihood` (Wilson), at 95 %
     generated: float  # share of rows whose greedy answer is the label
     wrong_rows: tuple[int, ...]  # source indices, by likelihood
+    calibrated: bool  # whether the likelihoods were; `generated` never is
+    f1_macro: float  # mean F1 over the labels that occur, by likelihood
+    classes: tuple[ClassScore, ...]  # one per label, by likelihood
+    confusion: Confusion  # rows of data by true label, then by likeliest label, both in the order of `classes`
 
 
 @dataclass(frozen=True)
-class _Labelled:
+class LabelledRows:
     """The rows of a set that have a label; empty ones are left out, as they are from a loss."""
 
     texts: tuple[str, ...]  # what stands before the label
     own: tuple[int, ...]  # the number of each row's own label
     indices: tuple[int, ...]  # in the source
     labels: tuple[str, ...]
+    content_free: tuple[str, ...]  # the template with nothing in its fields
 
 
 def accuracies(
-    base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], sets: Mapping[str, Rows], max_length: int
+    base: Base,
+    forward: Forward,
+    prompts: Mapping[str, SoftPrompt],
+    sets: Mapping[str, Rows],
+    max_length: int,
+    *,
+    calibrate: bool = False,
 ) -> list[Accuracy]:
     """The bare base and each prompt on each set that has labels; sets without are left out.
 
@@ -58,7 +86,7 @@ def accuracies(
     labelled = {name: rows for name, rows in sets.items() if rows.form.labels}
     contenders: list[tuple[str | None, SoftPrompt | None]] = [(None, None), *prompts.items()]
     return [
-        accuracy(base, forward, set_name, rows, name, prompt, max_length)
+        accuracy(base, forward, set_name, rows, name, prompt, max_length, calibrate=calibrate)
         for set_name, rows in labelled.items()
         for name, prompt in contenders
     ]
@@ -72,29 +100,42 @@ def accuracy(
     name: str | None,
     prompt: SoftPrompt | None,
     max_length: int | None = None,
+    *,
+    calibrate: bool = False,
 ) -> Accuracy:
     """One contender on one labelled set. Raises DataError for a row whose completion is none of the form's labels."""
-    known = _labelled(rows)
-    limit = _limit(base, prompt, max_length)
-    hits = _hits(base, forward, known, prompt, limit)
-    said = _generated_labels(base, forward, known, prompt, limit)
-    num_rows = len(hits)
-    wilson = stats.binomtest(sum(hits), num_rows).proportion_ci(CONFIDENCE, method="wilson")
+    known = labelled_rows(rows)
+    found = _likeliest(base, forward, known, prompt, max_length, calibrate)
+    said = _generated_labels(base, forward, known, prompt, room_for_text(base, prompt, max_length))
+    confusion = confusion_matrix(known.own, found, len(known.labels))
+    classes = class_scores(known.labels, confusion)
+    wrong = [index for index, own, guess in zip(known.indices, known.own, found, strict=True) if own != guess]
+    num_rows = len(found)
+    wilson = stats.binomtest(num_rows - len(wrong), num_rows).proportion_ci(CONFIDENCE, method="wilson")
     return Accuracy(
         held_out=set_name,
         prompt=name,
         num_rows=num_rows,
-        by_likelihood=sum(hits) / num_rows,
+        by_likelihood=share_right(confusion),
         interval=Interval(float(wilson.low), float(wilson.high)),
         generated=sum(a == b for a, b in zip(said, known.own, strict=True)) / num_rows,
-        wrong_rows=tuple(index for index, hit in zip(known.indices, hits, strict=True) if not hit),
+        wrong_rows=tuple(wrong),
+        calibrated=calibrate,
+        f1_macro=macro_f1(classes, confusion),
+        classes=classes,
+        confusion=confusion,
     )
 
 
 def accuracy_by_likelihood(base: Base, forward: Forward, rows: Rows, prompt: SoftPrompt | None) -> float:
     """Share of rows whose own label is the likeliest. Raises as `accuracy` does."""
-    hits = _hits(base, forward, _labelled(rows), prompt, _limit(base, prompt, None))
-    return sum(hits) / len(hits)
+    return share_right(label_confusion(base, forward, labelled_rows(rows), prompt))
+
+
+def label_confusion(base: Base, forward: Forward, known: LabelledRows, prompt: SoftPrompt | None) -> Confusion:
+    """Rows of data by their own label, then by the likeliest one, uncalibrated."""
+    found = _likeliest(base, forward, known, prompt, None, False)
+    return confusion_matrix(known.own, found, len(known.labels))
 
 
 def likeliest_labels(
@@ -104,17 +145,22 @@ def likeliest_labels(
     labels: Sequence[str],
     prompt: SoftPrompt | None,
     max_length: int | None = None,
+    content_free: Sequence[str] = (),
 ) -> list[int]:
-    """For each text, the number of the label with the highest summed log-likelihood after it."""
-    limit = _limit(base, prompt, max_length)
-    rows = [_label_row(base, text, label, prompt, limit) for text in texts for label in labels]
-    losses = target_nlls(base, forward, rows, [prompt.tensor] if prompt is not None else [])
-    nats = [sum(loss.values()) for loss in losses]
-    per_text = [nats[first : first + len(labels)] for first in range(0, len(nats), len(labels))]
-    return [scores.index(min(scores)) for scores in per_text]
+    """For each text, the number of the label with the highest summed log-likelihood after it.
+
+    With `content_free` texts, calibrated by what the labels have after those.
+    """
+    limit = room_for_text(base, prompt, max_length)
+    scores_NK = _log_likelihoods(base, forward, texts, labels, prompt, limit)
+    if content_free:
+        free_NK = _log_likelihoods(base, forward, content_free, labels, prompt, limit)
+        scores_NK = scores_NK - _log_summed_shares(free_NK)
+    return [int(number) for number in scores_NK.argmax(axis=1)]
 
 
-def _labelled(rows: Rows) -> _Labelled:
+def labelled_rows(rows: Rows) -> LabelledRows:
+    """The rows that have one of the form's labels. Raises DataError for a stranger, and where no row is left."""
     labels = rows.form.labels
     kept = [(position, row) for position, row in enumerate(write_rows(rows)) if not row.is_empty]
     for position, row in kept:
@@ -124,45 +170,63 @@ def _labelled(rows: Rows) -> _Labelled:
             )
     if not kept:
         raise DataError(f"{rows.source}: all {len(rows):,} rows are empty; there is nothing to classify")
-    return _Labelled(
+    return LabelledRows(
         texts=tuple(row.prompt for _, row in kept),
         own=tuple(labels.index(row.text) for _, row in kept),
         indices=tuple(rows.indices[position] for position, _ in kept),
         labels=labels,
+        content_free=_content_free(rows),
     )
 
 
-def _hits(base: Base, forward: Forward, known: _Labelled, prompt: SoftPrompt | None, limit: int) -> list[bool]:
-    found = likeliest_labels(base, forward, known.texts, known.labels, prompt, limit)
-    return [a == b for a, b in zip(found, known.own, strict=True)]
+def _content_free(rows: Rows) -> tuple[str, ...]:
+    template = rows.form.template
+    assert template is not None, rows.form
+    names = template_fields(template)
+    return tuple(fill_template(template, dict.fromkeys(names, filling)) for filling in CONTENT_FREE)
 
 
-def _limit(base: Base, prompt: SoftPrompt | None, max_length: int | None) -> int:
-    """Tokens of text that fit, special ones included."""
-    own = base.max_length - (prompt.num_virtual_tokens if prompt is not None else 0)
-    return own if max_length is None else min(own, max_length)
+def _likeliest(
+    base: Base,
+    forward: Forward,
+    known: LabelledRows,
+    prompt: SoftPrompt | None,
+    max_length: int | None,
+    calibrate: bool,
+) -> list[int]:
+    # Where nothing stands before a label, a base without BOS has nothing to predict it from.
+    usable = [text for text in known.content_free if base.bos_ids or base.encode(text)]
+    content_free = usable if calibrate else []
+    return likeliest_labels(base, forward, known.texts, known.labels, prompt, max_length, content_free)
 
 
-def _context(base: Base, text: str, room: int) -> tuple[int, ...]:
-    """BOS and the end of the text, `room` ids at most."""
-    ids = base.encode(text)
-    kept = room - len(base.bos_ids)
-    if kept < 1:
-        raise LengthError(f"{room} tokens leave no room for a text before its label; use fewer virtual tokens")
-    return base.bos_ids + ids[-kept:]
+def _log_likelihoods(
+    base: Base, forward: Forward, texts: Sequence[str], labels: Sequence[str], prompt: SoftPrompt | None, limit: int
+) -> np.ndarray:
+    """[N, K]: each label's summed log-likelihood after each text."""
+    rows = [_label_row(base, text, label, prompt, limit) for text in texts for label in labels]
+    losses = target_nlls(base, forward, rows, [prompt.tensor] if prompt is not None else [])
+    return -np.array([sum(loss.values()) for loss in losses]).reshape(len(texts), len(labels))
+
+
+def _log_summed_shares(scores_NK: np.ndarray) -> np.ndarray:
+    """[K]: the log of each label's probability among the labels, summed over the texts."""
+    logs_K: np.ndarray = special.logsumexp(special.log_softmax(scores_NK, axis=1), axis=0)
+    return logs_K
 
 
 def _label_row(base: Base, text: str, label: str, prompt: SoftPrompt | None, limit: int) -> Row:
     own = label_ids(base, text, label)
-    before = _context(base, text, limit - len(own))
+    before = without_start(base, base.bos_ids + base.encode(text), limit - len(own))
     return Row(before + own, None if prompt is None else 0, (False,) * len(before) + (True,) * len(own))
 
 
 def _generated_labels(
-    base: Base, forward: Forward, known: _Labelled, prompt: SoftPrompt | None, limit: int
+    base: Base, forward: Forward, known: LabelledRows, prompt: SoftPrompt | None, limit: int
 ) -> list[int | None]:
     longest = 1 + max(len(label_ids(base, known.texts[0], label)) for label in known.labels)
-    requests = [Request(_context(base, text, limit - longest), prompt) for text in known.texts]
+    contexts = [without_start(base, base.bos_ids + base.encode(text), limit - longest) for text in known.texts]
+    requests = [Request(ids, prompt) for ids in contexts]
     batches = [requests[i : i + _ROWS_PER_GENERATION] for i in range(0, len(requests), _ROWS_PER_GENERATION)]
     sampling = SamplingConfig(max_new_tokens=longest)
     answers = [answer for batch in batches for answer in generate(base, batch, sampling, forward=forward)]

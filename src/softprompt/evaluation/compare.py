@@ -14,6 +14,7 @@ from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError
 from softprompt.evaluation.classification import Accuracy, accuracies
 from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
+from softprompt.evaluation.task_scores import ScoreConfig, TaskScore, check_scores, task_scores
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.files import finite
@@ -46,6 +47,7 @@ class Comparison:
     base_bytes: int  # parameters of the one base
     prompt_bytes: int  # all prompts together
     peak_bytes: int  # peak resident size of this process
+    scores: tuple[TaskScore, ...] = ()  # of greedy answers, where they were asked for
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only; the bare base is named `base` among the answers, and NaN is null."""
@@ -66,28 +68,33 @@ def compare(
     *,
     held_out: Mapping[str, Rows] | None = None,
     sampling: SamplingConfig | None = None,
+    scoring: ScoreConfig | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Answers for every input, and held-out loss, perplexity and accuracy for every set, base first.
 
+    `scoring` adds scores of greedy answers to the sets that have completions or chats, and calibrates the accuracy.
+
     An input is raw text, or fields that each prompt's own template takes (the bare base gets the first template among
     the prompts). Raises DataError or LengthError for an input or a set that cannot be used, ConfigError for a prompt
-    called `base`.
+    called `base` and for a score that no set suits, MissingDependencyError for a score without torchmetrics.
     """
     if BARE in prompts:
         raise ConfigError(f"a prompt is called {BARE!r}, which is the bare base's name; call it otherwise")
+    scoring, sets = scoring or ScoreConfig(), dict(held_out or {})
+    check_scores(scoring, sets)
     forward = forward_of(base)
     room = _room(base, prompts)
-    sets = dict(held_out or {})
     examples = {name: build_examples(base, rows, eos=True, max_length=room) for name, rows in sets.items()}
     return Comparison(
         base_name=base.name,
         prompts={name: prompt.num_virtual_tokens for name, prompt in prompts.items()},
         answered=tuple(_answer_all(base, forward, prompts, inputs, sampling or SamplingConfig())),
         losses=tuple(held_out_losses(base, forward, prompts, examples, seed)),
-        accuracies=tuple(accuracies(base, forward, prompts, sets, room)),
+        accuracies=tuple(accuracies(base, forward, prompts, sets, room, calibrate=scoring.calibrate)),
         base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
         prompt_bytes=sum(prompt.num_bytes for prompt in prompts.values()),
+        scores=tuple(task_scores(base, forward, prompts, sets, scoring, room, seed)),
         peak_bytes=peak_bytes(),
     )
 

@@ -101,17 +101,21 @@ def _measured(
 
 def paired_interval(ours: Sequence[RowScore], bare: Sequence[RowScore], seed: int) -> Interval | None:
     """Percentile bootstrap over rows of the difference in nats per token; None for a single row."""
-    if len(ours) < 2:
-        return None
-    gaps = np.array([a.text_nats - b.text_nats for a, b in zip(ours, bare, strict=True)])
-    counts = np.array([score.num_text for score in ours])
+    gaps = [a.text_nats - b.text_nats for a, b in zip(ours, bare, strict=True)]
+    return bootstrap_interval(gaps, [score.num_text for score in ours], seed)
 
-    def per_token(gap: np.ndarray, count: np.ndarray, axis: int) -> np.ndarray:
+
+def bootstrap_interval(gaps: Sequence[float], counts: Sequence[int], seed: int) -> Interval | None:
+    """Percentile bootstrap over rows of summed gaps divided by summed counts; None for a single row."""
+    if len(gaps) < 2:
+        return None
+
+    def per_count(gap: np.ndarray, count: np.ndarray, axis: int) -> np.ndarray:
         ratio: np.ndarray = gap.sum(axis=axis) / np.maximum(count.sum(axis=axis), 1)
         return ratio
 
     found = stats.bootstrap(
-        (gaps, counts), per_token, paired=True, vectorized=True, n_resamples=NUM_RESAMPLES,
+        (np.array(gaps), np.array(counts)), per_count, paired=True, vectorized=True, n_resamples=NUM_RESAMPLES,
         confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return Interval(float(found.low), float(found.high))

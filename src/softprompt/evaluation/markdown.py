@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 
 from softprompt.evaluation.compare import Comparison
-from softprompt.evaluation.tables import Table, accuracy_tables, answer_tables, loss_tables, memory_line
+from softprompt.evaluation.tables import (
+    Table,
+    accuracy_tables,
+    answer_tables,
+    class_tables,
+    confusion_tables,
+    loss_tables,
+    memory_line,
+    score_tables,
+)
 
 # What Markdown and its dialects may read as more than text, addresses that they make links of included.
 _MARKS = re.compile(r"[\\`*_{}\[\]<>#|!&~$@^]|:(?=//)|(?<=www)\.")
@@ -13,7 +22,8 @@ _MARKS = re.compile(r"[\\`*_{}\[\]<>#|!&~$@^]|:(?=//)|(?<=www)\.")
 
 def to_markdown(comparison: Comparison) -> str:
     """Answers side by side, then the held-out figures; whatever an input, an answer or a name holds is text."""
-    tables = [*answer_tables(comparison), *loss_tables(comparison), *accuracy_tables(comparison)]
+    figures = (loss_tables, accuracy_tables, class_tables, confusion_tables, score_tables)
+    tables = [*answer_tables(comparison), *(table for of in figures for table in of(comparison))]
     title = f"# {_text(comparison.base_name)}: before and after"
     return "\n\n".join([title, *map(_section, tables), memory_line(comparison)]) + "\n"
 

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from rich.cells import cell_len
+
+from softprompt.evaluation.classes import Confusion
 from softprompt.evaluation.classification import Accuracy
 from softprompt.evaluation.compare import BARE, Comparison
-from softprompt.evaluation.heldout import HeldOutLoss
+from softprompt.evaluation.heldout import HeldOutLoss, Interval
+from softprompt.evaluation.task_scores import TaskScore
 
 _NOTHING = "-"
+MAX_SHOWN_CLASSES = 12  # of a confusion matrix on a terminal
+_MATRIX_WIDTH = 66  # columns of a narrow terminal beside the names of the rows
 
 
 class Table(NamedTuple):
@@ -43,9 +49,36 @@ def accuracy_tables(comparison: Comparison) -> list[Table]:
     """One table per labelled held-out set."""
     groups = [list(group) for _, group in groupby(comparison.accuracies, key=lambda item: item.held_out)]
     columns = ["prompt", "by likelihood", "95 % interval", "generated"]
+    return [Table(_accuracy_title(group[0]), columns, [_accuracy_row(a) for a in group]) for group in groups]
+
+
+def class_tables(comparison: Comparison) -> list[Table]:
+    """One table per labelled held-out set and contender, one row per label."""
+    columns = ["label", "precision", "recall", "F1", "rows"]
+    return [Table(_class_title(item), columns, _class_rows(item)) for item in comparison.accuracies]
+
+
+def confusion_tables(comparison: Comparison) -> list[Table]:
+    """One table per labelled held-out set and contender: a row per true label, a column per predicted one.
+
+    The columns are headed by the labels, or by the labels' numbers where those are too wide for a terminal.
+    """
+    return [_confusion_table(item) for item in comparison.accuracies]
+
+
+def is_small(matrix: Table) -> bool:
+    """Whether a confusion matrix is for a terminal: few classes, and not too wide."""
+    return len(matrix.rows) <= MAX_SHOWN_CLASSES and _fits(matrix)
+
+
+def score_tables(comparison: Comparison) -> list[Table]:
+    """One table per held-out set and score of generated text."""
+    groups = [list(group) for _, group in groupby(comparison.scores, key=lambda item: (item.held_out, item.name))]
     return [
         Table(
-            f"Accuracy on {group[0].held_out}: {group[0].num_rows:,} rows", columns, [_accuracy_row(a) for a in group]
+            _score_title(group[0]),
+            ["prompt", group[0].name, "change", "95 % interval", "better/worse"],
+            [_score_row(item) for item in group],
         )
         for group in groups
     ]
@@ -67,7 +100,7 @@ def _loss_title(loss: HeldOutLoss) -> str:
 
 def _loss_row(loss: HeldOutLoss) -> list[str]:
     rows = _NOTHING if loss.prompt is None else f"{len(loss.better_rows)}/{len(loss.worse_rows)}"
-    interval = _NOTHING if loss.interval is None else f"{loss.interval.low:+.3f} to {loss.interval.high:+.3f}"
+    interval = _signed(loss.interval)
     figures = [_figure(loss.loss, ".3f"), _figure(loss.perplexity, ",.1f")]
     return [loss.prompt or BARE, *figures, _change(loss), interval, rows]
 
@@ -79,9 +112,70 @@ def _change(loss: HeldOutLoss) -> str:
     return f"{loss.difference:+.3f}" + (f" ({loss.difference / bare:+.1%})" if bare > 0 else "")
 
 
+def _signed(interval: Interval | None) -> str:
+    return _NOTHING if interval is None else f"{interval.low:+.3f} to {interval.high:+.3f}"
+
+
+def _accuracy_title(item: Accuracy) -> str:
+    return f"Accuracy on {item.held_out}: {item.num_rows:,} rows{_calibrated(item)}"
+
+
+def _calibrated(item: Accuracy) -> str:
+    return ", calibrated" if item.calibrated else ""
+
+
 def _accuracy_row(item: Accuracy) -> list[str]:
     interval = f"{item.interval.low:.1%} to {item.interval.high:.1%}"
     return [item.prompt or BARE, f"{item.by_likelihood:.1%}", interval, f"{item.generated:.1%}"]
+
+
+def _class_title(item: Accuracy) -> str:
+    contender = item.prompt or BARE
+    return f"Classes of {item.held_out} by {contender}: macro F1 {item.f1_macro:.1%}{_calibrated(item)}"
+
+
+def _class_rows(item: Accuracy) -> list[list[str]]:
+    return [
+        [_shown_label(scores.label), *(f"{share:.1%}" for share in (scores.precision, scores.recall, scores.f1)),
+         f"{scores.support:,}"]
+        for scores in item.classes
+    ]  # fmt: skip
+
+
+def _confusion_table(item: Accuracy) -> Table:
+    title = f"Confusion of {item.held_out} by {item.prompt or BARE}{_calibrated(item)}"
+    labels = [_shown_label(scores.label) for scores in item.classes]
+    named = _matrix(title, labels, labels, item.confusion)
+    if _fits(named):
+        return named
+    numbers = [str(number) for number in range(1, len(labels) + 1)]
+    numbered = [f"{number} {label}" for number, label in zip(numbers, labels, strict=True)]
+    return _matrix(title, numbered, numbers, item.confusion)
+
+
+def _matrix(title: str, names: Sequence[str], heads: Sequence[str], counts: Confusion) -> Table:
+    rows = [[name, *map(str, row)] for name, row in zip(names, counts, strict=True)]
+    return Table(title, ["true / predicted", *heads], rows)
+
+
+def _fits(matrix: Table) -> bool:
+    cells = list(zip(matrix.columns, *matrix.rows, strict=True))[1:]
+    return sum(2 + max(map(cell_len, column)) for column in cells) <= _MATRIX_WIDTH
+
+
+def _shown_label(label: str) -> str:
+    return label.strip() or repr(label)
+
+
+def _score_title(item: TaskScore) -> str:
+    of_all = f" of {item.num_available:,}" if item.num_available > item.num_rows else ""
+    return f"{item.name} of greedy answers on {item.held_out}: {item.num_rows:,}{of_all} rows"
+
+
+def _score_row(item: TaskScore) -> list[str]:
+    rows = _NOTHING if item.prompt is None else f"{len(item.better_rows)}/{len(item.worse_rows)}"
+    change = _NOTHING if item.difference is None else f"{item.difference:+.3f}"
+    return [item.prompt or BARE, f"{item.value:.3f}", change, _signed(item.interval), rows]
 
 
 def _figure(value: float, form: str) -> str:

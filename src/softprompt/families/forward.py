@@ -80,7 +80,7 @@ class Forward:
             arguments["position_ids"] = positions
         with self.head.products.active():
             hidden: Tensor = self.backbone(inputs_embeds=embeds, **arguments)[0]
-        return hidden
+        return hidden.to(embeds.device)  # where the layers are spread over devices, from the last one's
 
 
 _FORWARDS: WeakKeyDictionary[Base, Forward] = WeakKeyDictionary()

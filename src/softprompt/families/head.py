@@ -28,7 +28,7 @@ class Head:
         if self.linear is None:
             return hidden
         with self.products.active():
-            return self.bend(self.linear(hidden))
+            return self.bend(self.linear(hidden)).to(hidden.device)  # the head may lie on another device
 
     def bend(self, products: Tensor) -> Tensor:
         """Logits of the plain products of hidden states and output embeddings."""

@@ -6,9 +6,11 @@ fingerprint.
 """
 
 from softprompt.storage.adapter import UnknownBaseWarning, load_prompt, save_prompt
+from softprompt.storage.checkpoints import Checkpoint, SavedState
 from softprompt.storage.hub import pull_prompt, push_prompt
 from softprompt.storage.library import Check, Library, LibraryEntry, check_name, resolve_prompt
-from softprompt.storage.runs import Checkpoint, RunFolder
+from softprompt.storage.prompt_set import is_set, load_set, save_set
+from softprompt.storage.runs import RunFolder
 
 __all__ = [
     "Check",
@@ -16,11 +18,15 @@ __all__ = [
     "Library",
     "LibraryEntry",
     "RunFolder",
+    "SavedState",
     "UnknownBaseWarning",
     "check_name",
+    "is_set",
     "load_prompt",
+    "load_set",
     "pull_prompt",
     "push_prompt",
     "resolve_prompt",
     "save_prompt",
+    "save_set",
 ]

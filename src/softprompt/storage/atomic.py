@@ -48,7 +48,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], *, replace: bool = False) -> None:
-    """Make `folder` with exactly these files; its parents are made too.
+    """Make `folder` with exactly these files (`a/b` is a file in a sub-folder); its parents are made too.
 
     With `replace`, a folder that is there is moved aside first and deleted last: a process killed between the two
     renames leaves the old one whole as `.NAME.<hex>.old`.
@@ -61,8 +61,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, replace: bool = Fa
         try:
             staging.mkdir(parents=True)
             for name, data in files.items():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 _write_durably(staging / name, data, folder / name)
-            _sync_folder(staging)
+            for inner in {(staging / name).parent for name in files} | {staging}:
+                _sync_folder(inner)
             _move_into_place(staging, place, replace)
             _sync_folder(place.parent)
         finally:

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from torch import Tensor
 
 from softprompt.errors import AdapterError, ExistsError, StorageError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import save_prompt, save_prompt_into
 from softprompt.storage.atomic import PARTIAL_SUFFIX, append_line, write_file
+from softprompt.storage.checkpoints import (
+    Checkpoint,
+    SavedState,
+    forget_after,
+    list_checkpoints,
+    load_latest,
+    save_checkpoint,
+)
 from softprompt.storage.files import (
     ADAPTER_FILES,
     CONFIG_NAME,
@@ -29,22 +38,17 @@ from softprompt.storage.files import (
     read_file,
 )
 from softprompt.storage.peft_config import PEFT_TYPE
+from softprompt.storage.prompt_set import SET_NAME
 
 PLAN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
+CANDIDATES_NAME = "candidates"
+KEPT_CHECKPOINTS = 3
 BOARD_NAME = "tensorboard"
 _PLAN_MARK = "softprompt_run"  # the key that makes a run.json ours; its value is the format's version
 _PLAN_VERSION = 1
-_OURS = (*ADAPTER_FILES, PICKLE_NAME, PLAN_NAME, METRICS_NAME, CHECKPOINTS_NAME, BOARD_NAME)
-_STEP_FOLDER = re.compile(r"step-(\d+)")
-
-
-class Checkpoint(NamedTuple):
-    """One saved step of a run."""
-
-    step: int  # optimiser steps done
-    path: Path  # an adapter folder
+_OURS = (*ADAPTER_FILES, PICKLE_NAME, PLAN_NAME, METRICS_NAME, CHECKPOINTS_NAME, CANDIDATES_NAME, SET_NAME, BOARD_NAME)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ class RunFolder:
         """
         cls(Path(path))._check_start(overwrite)
 
+    def has_begun(self) -> bool:
+        """Whether a run was begun here, so that there is something to go on with."""
+        return _PLAN_MARK in _peek(self.path, PLAN_NAME)
+
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """The resolved plan, and later the results, as `run.json`; replaces the one before.
 
@@ -110,20 +118,39 @@ class RunFolder:
         whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
         return [json.loads(line) for line in whole.splitlines()]
 
-    def save_checkpoint(self, step: int, prompt: SoftPrompt) -> Path:
-        """The prompt after `step` optimiser steps as an adapter of its own; the same step again replaces it.
+    def save_checkpoint(
+        self, step: int, prompts: Mapping[str | None, SoftPrompt], facts: Mapping[str, Any],
+        tensors: Mapping[str, Tensor], *, keep: int = KEPT_CHECKPOINTS,
+    ) -> Path:  # fmt: skip
+        """The prompts after `step` optimiser steps and the run's state; see `storage.checkpoints`.
 
         Raises: StorageError.
         """
-        assert step >= 0, step
-        return save_prompt(prompt, self.path / CHECKPOINTS_NAME / f"step-{step}", overwrite=True)
+        return save_checkpoint(self.path / CHECKPOINTS_NAME, step, prompts, facts, tensors, keep=keep)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Saved steps, earliest first."""
-        folder = self.path / CHECKPOINTS_NAME
-        items = folder.iterdir() if folder.is_dir() else ()
-        found = ((_STEP_FOLDER.fullmatch(item.name), item) for item in items)
-        return sorted(Checkpoint(int(match[1]), item) for match, item in found if match)
+        return list_checkpoints(self.path / CHECKPOINTS_NAME)
+
+    def load_latest(self) -> tuple[SavedState | None, tuple[str, ...]]:
+        """The latest sound checkpoint's state, if there is any, and a sentence for each broken one behind it."""
+        return load_latest(self.path / CHECKPOINTS_NAME)
+
+    def go_back_to(self, step: int) -> None:
+        """Forget metrics and checkpoints behind `step`: a resumed run makes them again.
+
+        Raises: StorageError.
+        """
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        write_file(self.path / METRICS_NAME, b"".join(dump_object(line, indent=None) + b"\n" for line in lines))
+        forget_after(self.path / CHECKPOINTS_NAME, step)
+
+    def save_candidate(self, name: str, prompt: SoftPrompt) -> Path:
+        """One of several prompts that were trained together, as an adapter of its own in `candidates/`.
+
+        Raises: StorageError.
+        """
+        return save_prompt(prompt, self.path / CANDIDATES_NAME / name, overwrite=True)
 
     def finish(self, prompt: SoftPrompt) -> Path:
         """Put the chosen prompt's adapter files into the run's folder, which then loads as an adapter.
@@ -154,7 +181,7 @@ class RunFolder:
             raise StorageError(f"cannot make {self.path}: {nearest} is not a folder; choose another folder")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise StorageError(f"cannot make {self.path}: {nearest} is not writable; choose another folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(not item.name.endswith(PARTIAL_SUFFIX) for item in self.path.iterdir()):
             self._check_replaceable(overwrite)
 
     def _check_replaceable(self, overwrite: bool) -> None:
@@ -180,8 +207,9 @@ class RunFolder:
         )
 
     def _remove_partials(self) -> None:
-        for leftover in self.path.glob(f".*{PARTIAL_SUFFIX}"):
-            _remove(leftover)
+        for folder in (self.path, self.path / CHECKPOINTS_NAME):
+            for leftover in (*folder.glob(f".*{PARTIAL_SUFFIX}"), *folder.glob(".step-*.old")):
+                _remove(leftover)
 
 
 def _peek(folder: Path, name: str) -> dict[str, Any]:

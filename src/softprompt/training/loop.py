@@ -7,6 +7,7 @@ Between two slices anything else may run on the same base. It knows neither disk
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -20,7 +21,7 @@ from softprompt.splice import Row
 from softprompt.training.events import Dropped, Event, ResumePoint, SliceDone, StepDone
 from softprompt.training.halving import losers
 from softprompt.training.plan import with_micro_batch_rows
-from softprompt.training.ranks import Alone, Ranks, share
+from softprompt.training.ranks import Alone, Ranks, most_shared, share
 from softprompt.training.state import RunState, within
 from softprompt.training.step import accumulate_gradient, num_targets
 from softprompt.training.trial import Trial
@@ -107,14 +108,26 @@ class TrainingLoop:
             try:
                 yield from accumulate(
                     accumulate_gradient(
-                        self.base, self.forward, prompts, rows, self.micro_batch_rows, self.checkpoint_layers, mine
+                        self.base,
+                        self.forward,
+                        prompts,
+                        rows,
+                        self.micro_batch_rows,
+                        self.checkpoint_layers,
+                        mine,
+                        self._least_batches(len(rows)),
                     )
                 )
                 return
             except torch.OutOfMemoryError:
-                if self.micro_batch_rows == 1:
+                if self.micro_batch_rows == 1 or self.ranks.in_step:  # in step, the others wait in this very forward
                     raise
                 self._split(self.micro_batch_rows // 2)
+
+    def _least_batches(self, num_rows: int) -> int:
+        if not self.ranks.in_step:
+            return 0
+        return math.ceil(most_shared(num_rows, self.ranks) / self.micro_batch_rows)
 
     def _split(self, rows: int) -> None:
         self.micro_batch_rows = rows

@@ -26,14 +26,15 @@ _CGROUPS = (
 )
 
 
-def fit_rows(run_one_row: Callable[[], None], wanted_rows: int, device: torch.device) -> int:
+def fit_rows(run_one_row: Callable[[], None], wanted_rows: int, device: torch.device, num_sharing: int = 1) -> int:
     """Rows per micro-batch, at most `wanted_rows`, from the measured peak of the longest row.
 
+    `num_sharing` processes do the same on this machine, and on a CPU take from the same memory.
     Raises MemoryLimitError where even one row takes more than there is.
     """
     if device.type == "mps":
         return wanted_rows
-    free = free_bytes(device)
+    free = free_bytes(device) // (num_sharing if device.type == "cpu" else 1)
     peak = _measured_peak(run_one_row, device)
     rows = int(free * _USABLE_SHARE // max(peak, 1))
     if rows < 1:

@@ -15,14 +15,14 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.config import TrainConfig
 from softprompt.data import Rows, build_examples, rows_from_texts
-from softprompt.errors import ConfigError, LengthError, PromptError, StorageError
+from softprompt.errors import ConfigError, LengthError, MemoryLimitError, PromptError, StorageError
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt, StartTexts, starting_tensor
 from softprompt.splice import can_share_prefix
 from softprompt.training.loop import TrainingLoop
 from softprompt.training.memory import fit_rows, free_bytes
 from softprompt.training.plan import Plan, make_plan, with_micro_batch_rows
-from softprompt.training.ranks import Alone, Ranks
+from softprompt.training.ranks import Alone, Ranks, least, most_shared
 from softprompt.training.state import RunState
 from softprompt.training.step import accumulate_gradient
 from softprompt.training.trial import Score, Trial, training_row
@@ -73,18 +73,19 @@ def prepare(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Prepared:
     """A loop that is ready to run, with the memory measured. Raises as `train` does."""
-    forward = forward_of(base)
+    forward, ranks = forward_of(base), ranks or Alone()
+    _check_in_step(base, forward, ranks)
     reader = _Reader(base)
     made = [_trial(base, forward, candidate, reader) for candidate in candidates]
     trials, data = [trial for trial, _, _, _ in made], tuple(data for _, data, _, _ in made)
     notes = [note for _, _, _, some in made for note in some]
-    notes += [forward.packing.note, *_arranged(forward, trials)]
-    rows, split = _micro_batch_rows(base, forward, trials)
+    notes += [forward.packing.note, *_arranged(forward, trials, ranks)]
+    rows, split = _micro_batch_rows(base, forward, trials, ranks)
     for trial in trials:
         trial.plan = with_micro_batch_rows(trial.plan, rows)
     loop = TrainingLoop(
         base=base, forward=forward, trials=trials, micro_batch_rows=rows, clock=clock, halving=halving,
-        checkpoint_layers=any(trial.plan.config.checkpoint_layers for trial in trials), ranks=ranks or Alone(),
+        checkpoint_layers=any(trial.plan.config.checkpoint_layers for trial in trials), ranks=ranks,
         identity=_identity(base, trials, [examples.data_hash for examples in data]),
     )  # fmt: skip
     if resume is not None:
@@ -188,11 +189,20 @@ def _check_checkpointing(forward: Forward, config: TrainConfig) -> None:
         raise ConfigError(f"checkpoint_layers works on packed rows only; {forward.packing.note}")
 
 
-def _arranged(forward: Forward, trials: Sequence[Trial]) -> tuple[str, ...]:
+def _check_in_step(base: Base, forward: Forward, ranks: Ranks) -> None:
+    if ranks.in_step and forward.alone_beyond is not None:
+        raise ConfigError(
+            f"base {base.name!r} turns its positions by the longest row, so ranks cannot run it in step; "
+            "train it without FSDP, with device_map 'auto' say"
+        )
+
+
+def _arranged(forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> tuple[str, ...]:
     """Keep the weights as the CPU multiplies them fastest, where the run is long enough and the memory ample."""
     planned = sum(_planned_tokens(trial) for trial in trials)
-    needed = forward.bytes_to_arrange()
-    if not 0 < needed <= free_bytes(torch.device("cpu")) * _ARRANGED_SHARE or planned < _TOKENS_WORTH_ARRANGING:
+    needed = 0 if ranks.in_step else forward.bytes_to_arrange()
+    free = free_bytes(torch.device("cpu")) // ranks.num_on_this_machine
+    if not 0 < needed <= free * _ARRANGED_SHARE or planned < _TOKENS_WORTH_ARRANGING * ranks.count:
         return ()
     forward.arrange()
     return (f"weights kept twice more, as this CPU multiplies them fastest ({needed / 2**20:.0f} MiB)",)
@@ -202,16 +212,31 @@ def _planned_tokens(trial: Trial) -> int:
     return sum(len(trial.examples[index].ids) for steps in trial.plan.epochs for step in steps for index in step)
 
 
-def _micro_batch_rows(base: Base, forward: Forward, trials: Sequence[Trial]) -> tuple[int, tuple[str, ...]]:
-    """Rows per forward pass, of all trials together: what was asked for, else what the memory holds."""
+def _micro_batch_rows(
+    base: Base, forward: Forward, trials: Sequence[Trial], ranks: Ranks
+) -> tuple[int, tuple[str, ...]]:
+    """Rows per forward pass, of all trials together: what was asked for, else what every rank's memory holds."""
     asked = [trial.plan.config.micro_batch_rows for trial in trials if trial.plan.config.micro_batch_rows is not None]
-    whole = sum(trial.plan.micro_batch_rows for trial in trials)
+    whole = most_shared(sum(trial.plan.micro_batch_rows for trial in trials), ranks)
     if asked:
         return min(*asked, whole), ()
-    rows = fit_rows(lambda: _run_longest_row(base, forward, trials), whole, base.device)
+    rows = _fitted_rows(base, forward, trials, whole, ranks)
     if rows == whole:
         return rows, ()
     return rows, (f"memory allows {rows} of {whole} rows at a time: each step is split, its sums stay the same",)
+
+
+def _fitted_rows(base: Base, forward: Forward, trials: Sequence[Trial], whole: int, ranks: Ranks) -> int:
+    """As many on every rank; where one cannot hold a row, all of them say so."""
+    refusal = MemoryLimitError("one row does not fit into another rank's memory; use fewer processes or shorter rows")
+    try:
+        rows = fit_rows(lambda: _run_longest_row(base, forward, trials), whole, base.device, ranks.num_on_this_machine)
+    except MemoryLimitError as error:
+        rows, refusal = 0, error
+    rows = least(rows, ranks)
+    if rows < 1:
+        raise refusal
+    return rows
 
 
 def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> None:

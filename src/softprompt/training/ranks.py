@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 ItemT = TypeVar("ItemT")
@@ -19,6 +20,14 @@ class Ranks(Protocol):
     @property
     def count(self) -> int: ...
 
+    @property
+    def num_on_this_machine(self) -> int:
+        """How many of them share this machine's memory."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether each rank holds but a part of the base: then all must run as many forwards, at the same time."""
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks; the same bits everywhere. Every rank must call it."""
 
@@ -28,6 +37,8 @@ class Alone:
 
     rank = 0
     count = 1
+    num_on_this_machine = 1
+    in_step = False
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """There is nothing to add."""
@@ -40,6 +51,19 @@ def share(items: Sequence[ItemT], sizes: Sequence[int], ranks: Ranks) -> list[It
     largest_first = sorted(range(len(items)), key=lambda index: (-sizes[index], index))
     mine = [index for place, index in enumerate(largest_first) if _dealt_to(place, ranks.count) == ranks.rank]
     return [items[index] for index in sorted(mine)]
+
+
+def most_shared(num_items: int, ranks: Ranks) -> int:
+    """How many items the rank with the most of them gets."""
+    return -(-num_items // ranks.count)
+
+
+def least(value: int, ranks: Ranks) -> int:
+    """The least of all ranks' values. Every rank must call it."""
+    values = torch.zeros(ranks.count, dtype=torch.float64)
+    values[ranks.rank] = value
+    ranks.sum([values])
+    return int(values.min())
 
 
 def _dealt_to(place: int, count: int) -> int:

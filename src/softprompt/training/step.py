@@ -31,6 +31,7 @@ def accumulate_gradient(
     micro_batch_rows: int,
     checkpoint: bool = False,
     mine: Sequence[int] | None = None,
+    least_batches: int = 0,
 ) -> Iterator[Tensor]:
     """Add a step's gradient to the prompts' `.grad`, one micro-batch at a time; yields each one's nats by prompt [K].
 
@@ -38,17 +39,21 @@ def accumulate_gradient(
 
     Rows of like length go together, so that little of a padded micro-batch is padding. `checkpoint` keeps each layer's
     input only. `mine` are the rows that this process runs, where others run the rest: the loss of all is divided by the
-    targets of all, so that the sum over the processes is the whole.
+    targets of all, so that the sum over the processes is the whole. `least_batches` is how many micro-batches to run at
+    least, where the processes run in step: those that have no row left run one without targets, which adds zero.
     """
     weights = torch.tensor(_row_weights(rows, len(prompts)), dtype=torch.float64)
     order = sorted(range(len(rows)) if mine is None else mine, key=lambda index: len(rows[index].ids))
     batches = [order[first : first + micro_batch_rows] for first in range(0, len(order), micro_batch_rows)]
-    shared = can_share_prefix(forward) and len(batches) > 1
+    num_idle = max(least_batches - len(batches), 0)
+    shared = can_share_prefix(forward) and len(batches) + num_idle > 1
     prefix = run_prompts(base, forward, prompts) if shared else None
     leaves = _leaves(prefix) if prefix is not None else None
     for chosen in batches:
         some = [rows[index] for index in chosen]
         yield _micro_batch(base, forward, prompts, some, weights[chosen], leaves, checkpoint)
+    for _ in range(num_idle):
+        yield _micro_batch(base, forward, prompts, [_idle_row(rows)], weights[:1], leaves, checkpoint)
     if prefix is not None and leaves is not None:
         _carry_on(prefix, leaves)
         yield torch.zeros(len(prompts), dtype=torch.float64, device=base.device)
@@ -57,6 +62,10 @@ def accumulate_gradient(
 def num_targets(row: Row) -> int:
     """Tokens of a row whose loss counts."""
     return sum(1 for weight in row.targets or () if weight)
+
+
+def _idle_row(rows: Sequence[Row]) -> Row:
+    return replace(min(rows, key=lambda row: len(row.ids)), targets=None)
 
 
 def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[float]:

@@ -159,7 +159,7 @@ class Trial:
         self.step, self.is_dropped, self.best_step = facts["step"], facts["dropped"], facts["best_step"]
         self.best_value = math.inf if facts["best_value"] is None else facts["best_value"]
         self._validations_without_gain = facts["validations_without_gain"]
-        self.losses = list(facts["losses"])
+        self.losses = [math.nan if loss is None else loss for loss in facts["losses"]]
         self.validations = [(step, loss, score) for step, loss, score in facts["validations"]]
         self.best = SoftPrompt(tensors["best"], self.record) if "best" in tensors else None
         with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.families import Forward
 from softprompt.loss import score_under
-from softprompt.training.ranks import Ranks, share
+from softprompt.training.ranks import Ranks, most_shared, share
 from softprompt.training.trial import Trial
 from softprompt.types import Example
 
@@ -30,14 +30,20 @@ class ValidationSlice:
 
 
 def validation_slices(base: Base, forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> Iterator[ValidationSlice]:
-    """The trials' validation rows that are this rank's, each under its own prompt."""
+    """The trials' validation rows that are this rank's, each under its own prompt.
+
+    Where the ranks run in step, a row at a time: as many forwards everywhere, the spare ones for nothing.
+    """
     prompts = [trial.prompt() for trial in trials]
     pairs = [(example, index) for index, trial in enumerate(trials) for example in trial.validation]
-    for chosen in _cut(share(pairs, [len(example.ids) for example, _ in pairs], ranks)):
+    mine = share(pairs, [len(example.ids) for example, _ in pairs], ranks)
+    for chosen in [[pair] for pair in mine] if ranks.in_step else _cut(mine):
         sums_K2 = torch.zeros(len(trials), 2, dtype=torch.float64)
         for (_, index), score in zip(chosen, score_under(base, forward, chosen, prompts), strict=True):
             sums_K2[index] += torch.tensor([score.text_nats, score.num_text], dtype=torch.float64)
         yield ValidationSlice(sums_K2.to(base.device), sum(len(example.ids) for example, _ in chosen))
+    for _ in range(most_shared(len(pairs), ranks) - len(mine) if ranks.in_step else 0):
+        score_under(base, forward, pairs[:1], prompts)
 
 
 def _cut(pairs: Sequence[tuple[Example, int]]) -> list[list[tuple[Example, int]]]:

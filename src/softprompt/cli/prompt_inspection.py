@@ -1,0 +1,191 @@
+"""What `softprompt prompts show` shows of one prompt: record, virtual tokens, and what each of these is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from softprompt.base import Base
+from softprompt.cli.console import print_json, print_table, say
+from softprompt.cli.heldout import recorded_sets
+from softprompt.cli.options import config_of, given_flags
+from softprompt.config import DataConfig
+from softprompt.data import Rows, build_examples, read_rows
+from softprompt.errors import ConfigError
+from softprompt.evaluation import Interval, LeaveOneOut, leave_one_out
+from softprompt.families import forward_of
+from softprompt.prompt import Drift, NearestTokens, SoftPrompt, drift_from_json, nearest_tokens
+
+_FORM_FLAGS = {"text_column", "template", "completion", "messages_column"}
+
+
+class HeldOut(NamedTuple):
+    """The rows that a prompt is read on."""
+
+    title: str  # the name of their file or data set
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One prompt from inside. What needs a base, a record or held-out rows is None or empty without."""
+
+    prompt: SoftPrompt
+    norms: tuple[float, ...]  # Euclidean, one per virtual token
+    relative_norms: tuple[float, ...]  # the same over the RMS norm of the base's embeddings
+    drift: tuple[Drift, ...]  # from where training started
+    nearest: tuple[NearestTokens, ...]
+    held_out: str | None = None  # the set that the tokens were left out on
+    leave_out: LeaveOneOut | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only, but for losses that are not finite."""
+        return {
+            "content_hash": self.prompt.content_hash,
+            "shape": list(self.prompt.tensor.shape),
+            "norms": self.norms,
+            "relative_norms": self.relative_norms,
+            "drift": [token.to_json() for token in self.drift],
+            "nearest": [asdict(item) for item in self.nearest],
+            "leave_out": {"held_out": self.held_out, **asdict(self.leave_out)} if self.leave_out is not None else None,
+            "record": self.prompt.record.to_json(),
+        }
+
+
+def inspect(prompt: SoftPrompt, base: Base | None) -> Inspection:
+    """All but the held-out losses."""
+    norms = tuple(prompt.tensor.norm(dim=1).tolist())
+    usual = base.embedding_rms * math.sqrt(base.hidden_size) if base is not None else None
+    return Inspection(
+        prompt=prompt,
+        norms=norms,
+        relative_norms=tuple(norm / usual for norm in norms) if usual else (),
+        drift=drift_from_json(prompt.record.run.get("drift"), prompt.num_virtual_tokens),
+        nearest=tuple(nearest_tokens(prompt, base)) if base is not None else (),
+    )
+
+
+def with_leave_out(found: Inspection, base: Base, held_out: HeldOut) -> Inspection:
+    """The same with the held-out loss without each virtual token. Raises DataError, LengthError."""
+    room = base.max_length - found.prompt.num_virtual_tokens
+    examples = build_examples(base, held_out.rows, eos=True, max_length=room).examples
+    say(f"scoring {1 + len(found.norms)} prompts on {len(examples):,} rows of {held_out.title}")
+    worth = leave_one_out(base, forward_of(base), examples, found.prompt)
+    return replace(found, held_out=held_out.title, leave_out=worth)
+
+
+def check_flags(flags: Mapping[str, Any], *, leave_out: bool) -> None:
+    """Raises ConfigError for flags about held-out rows that nothing would read."""
+    if leave_out and flags["base"] is None:
+        raise ConfigError("--leave-out computes losses and needs the base; give --base")
+    about_rows = {item.name for item in dataclass_fields(DataConfig)} & given_flags()
+    idle = about_rows if flags["data"] is None else set()
+    if not leave_out:
+        idle = about_rows | ({"leave_out_rows"} & given_flags())
+    if idle:
+        needed = "--data" if leave_out else "--leave-out"
+        raise ConfigError(f"--{min(idle).replace('_', '-')} has no meaning without {needed}; add {needed}")
+
+
+def held_out_rows(prompt: SoftPrompt, name: str, flags: Mapping[str, Any], max_rows: int) -> HeldOut:
+    """The first `max_rows` rows of --data, else of those that the prompt's training set aside.
+
+    Raises ConfigError where there are neither, DataError for rows that cannot be used.
+    """
+    if flags["data"] is not None:
+        rows = _given_rows(flags, prompt)
+        sets = {Path(rows.source).name: rows}
+    else:
+        sets = recorded_sets({name: prompt}, offline=flags["offline"])
+    if not sets:
+        raise ConfigError(f"--leave-out has no rows: the record of {name} leads to no held-out set; give --data")
+    ((title, rows),) = sets.items()
+    return HeldOut(title, rows.take(range(min(max_rows, len(rows)))))
+
+
+def _given_rows(flags: Mapping[str, Any], prompt: SoftPrompt) -> Rows:
+    """In the prompt's own template unless another form is asked for."""
+    config, form = config_of(DataConfig, flags), prompt.record.form
+    if form.kind == "template" and not _FORM_FLAGS & given_flags():
+        config = replace(config, template=form.template, completion=form.completion)
+    return read_rows(config, offline=flags["offline"])
+
+
+def show_inspection(name: str, found: Inspection, *, as_json: bool) -> None:
+    """The inspection on stdout, as tables or as JSON."""
+    if as_json:
+        print_json(found.to_json())
+        return
+    print_table(name, ["fact", "value"], _facts(found.prompt))
+    columns = _token_columns(found)
+    rows = [[str(token), *cells] for token, cells in enumerate(zip(*columns.values(), strict=True))]
+    print_table("Virtual tokens", ["", *columns], rows)
+    if found.leave_out is not None:
+        _show_leave_out(found.leave_out, found.held_out or "")
+
+
+def shape_text(num_virtual_tokens: int | None, hidden_size: int | None) -> str:
+    """A prompt's shape as text; nothing where it is unknown."""
+    return "" if num_virtual_tokens is None else f"{num_virtual_tokens} x {hidden_size}"
+
+
+def _facts(prompt: SoftPrompt) -> list[list[str]]:
+    record, run = prompt.record, prompt.record.run
+    facts = {
+        "shape": shape_text(prompt.num_virtual_tokens, prompt.hidden_size),
+        "hash": prompt.content_hash,
+        "base": record.base_name or "unknown",
+        "base fingerprint": record.base_fingerprint or "unknown",
+        "input form": record.form.kind if record.form.template is None else repr(record.form.template),
+        "trained further from": record.parent or "",
+        "data": Path(str(run.get("source", ""))).name,
+        "steps": str(run.get("kept_step", "")),
+        "training loss": _curve(run.get("losses")),
+    }
+    return [[name, value] for name, value in facts.items() if value]
+
+
+def _curve(losses: Any) -> str:  # Any: a record is JSON, and may be a stranger's
+    known = [loss for loss in losses if isinstance(loss, float)] if isinstance(losses, list) else []
+    return f"{known[0]:.3f} at the first step, {known[-1]:.3f} at the last (nats per target)" if known else ""
+
+
+def _token_columns(found: Inspection) -> dict[str, list[str]]:
+    """Column title -> one cell per virtual token; columns about which nothing is known are left out."""
+    nearest = ["  ".join(f"{text!r} {cosine:.2f}" for text, cosine in item.tokens) for item in found.nearest]
+    columns = {
+        "norm": [f"{norm:.3f}" for norm in found.norms],
+        "x embedding": [f"{norm:.2f}" for norm in found.relative_norms],
+        "moved by": [_moved(token) for token in found.drift],
+        "cosine to start": [f"{token.cosine:.3f}" for token in found.drift],
+        "nearest tokens (cosine similarity)": nearest or ["(give --base)"] * len(found.norms),
+    }
+    return {title: cells for title, cells in columns.items() if cells}
+
+
+def _moved(token: Drift) -> str:
+    return f"{token.distance:.3f}" + (f" ({token.relative:.1%})" if token.relative is not None else "")
+
+
+def _show_leave_out(worth: LeaveOneOut, held_out: str) -> None:
+    rows = [["none", f"{worth.loss:.3f}", "", ""]]
+    rows += [
+        [f"{item.token}", f"{item.loss:.3f}", f"{item.difference:+.3f}", _interval(item.interval)]
+        for item in worth.left_out
+    ]
+    columns = ["left out", "nats/token", "change", "95 % interval"]
+    print_table("Loss without each virtual token", columns, rows, figures=True)
+    click.echo(
+        f"Held-out loss on {held_out}: {worth.num_rows:,} rows, {worth.num_tokens:,} text tokens; "
+        "a change above 0 is what the token is worth"
+    )
+
+
+def _interval(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.low:+.3f} to {interval.high:+.3f}"

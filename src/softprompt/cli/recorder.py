@@ -1,0 +1,116 @@
+"""Writes a training run's folder as events come. Nothing is touched before `begin`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import MissingDependencyError
+from softprompt.prompt import SoftPrompt
+from softprompt.storage import RunFolder, save_set
+from softprompt.storage.runs import BOARD_NAME
+from softprompt.training import Checkpoint, Dropped, Event, Prepared, ResumePoint, StepDone, TrainResult
+
+Facts = Mapping[str, Any]
+
+
+class Recorder:
+    """One run's folder. `facts` go into `run.json`; those of a prompt's own rows go into its record too."""
+
+    def __init__(
+        self, place: Path, facts: Facts, *, overwrite: bool, resume: bool, keep_checkpoints: int, tensorboard: bool
+    ) -> None:
+        self.place = place
+        self._facts = facts
+        self._overwrite, self._resume = overwrite, resume
+        self._keep = keep_checkpoints
+        self._wants_board = tensorboard
+        self._steps: list[tuple[float, float, int]] = []  # epoch, loss, targets
+
+    def begin(self, ready: Prepared) -> None:
+        self._folder = RunFolder.create(self.place, resume=self._resume, overwrite=self._overwrite)
+        self._folder.go_back_to(ready.loop.step)
+        self._steps = [
+            (line["epoch"], line["loss"], line["num_targets"])
+            for line in self._folder.read_metrics()
+            if line["kind"] == "step"
+        ]
+        self._plan = {**_plans(ready), "notes": list(ready.notes), **self._facts}
+        self._folder.write_plan(self._plan)
+        self._board = _board(self.place) if self._wants_board else None
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, (StepDone, Checkpoint, Dropped)):
+            self._folder.append_metrics(event.to_json())
+        if isinstance(event, StepDone):
+            self._steps.append((event.epoch, event.loss, event.num_targets))
+        if isinstance(event, ResumePoint):
+            state = event.state
+            self._folder.save_checkpoint(event.step, event.prompts, state.to_json(), state.tensors, keep=self._keep)
+        if self._board is not None:
+            _show_on_board(self._board, event)
+
+    def finish(
+        self, kept: TrainResult, others: Sequence[TrainResult], facts: Facts, folder: str = "", is_set: bool = False
+    ) -> None:
+        """The chosen prompt's adapter, and those of the candidates that it was chosen from, each with its record."""
+        place = RunFolder(self.place / folder)
+        place.path.mkdir(exist_ok=True)
+        saved = [place.save_candidate(_own_name(result), _with_facts(result, facts)) for result in others]
+        if is_set:
+            save_set(place.path, [path.relative_to(place.path).as_posix() for path in saved])
+        place.finish(_with_facts(kept, facts))
+
+    def end(self, outcome: Facts) -> None:
+        """The results, in `run.json`: from now on there is nothing to resume, unless it was interrupted."""
+        self._folder.write_plan({**self._plan, **outcome})
+        if self._board is not None:
+            self._board.close()
+
+    def epoch_loss(self, which: int) -> float:
+        """Nats per target over one epoch (0 the first, -1 the last, as far as it went)."""
+        epochs = [math.ceil(epoch) for epoch, _, _ in self._steps]
+        chosen = [step for step, epoch in zip(self._steps, epochs, strict=True) if epoch == epochs[which]]
+        return sum(loss * targets for _, loss, targets in chosen) / sum(targets for _, _, targets in chosen)
+
+
+def _own_name(result: TrainResult) -> str:
+    """Without its task's name."""
+    return str(result.name).rpartition("/")[2]
+
+
+def _plans(ready: Prepared) -> dict[str, Any]:
+    if ready.trial.name is None:
+        return {"plan": ready.trial.plan.to_json()}
+    return {"candidates": {str(trial.name): {"plan": trial.plan.to_json()} for trial in ready.loop.trials}}
+
+
+def _with_facts(result: TrainResult, facts: Facts) -> SoftPrompt:
+    record = replace(result.prompt.record, run={**result.prompt.record.run, **facts})
+    return SoftPrompt(result.prompt.tensor, record)
+
+
+def require_tensorboard(wanted: bool) -> None:
+    """Raises MissingDependencyError where TensorBoard is asked for and not there."""
+    if wanted and find_spec("tensorboard") is None:
+        raise MissingDependencyError("--tensorboard needs the package tensorboard; pip install tensorboard")
+
+
+def _board(folder: Path) -> Any:  # Any: tensorboard's SummaryWriter, untyped
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / BOARD_NAME))
+
+
+def _show_on_board(board: Any, event: Event) -> None:  # Any: as above
+    if isinstance(event, (StepDone, Checkpoint)):
+        prefix = f"{event.candidate}/" if event.candidate is not None else ""
+    if isinstance(event, StepDone):
+        board.add_scalar(f"{prefix}loss/train", event.loss, event.step)
+        board.add_scalar(f"{prefix}learning_rate", event.learning_rate, event.step)
+    if isinstance(event, Checkpoint) and event.validation_loss is not None:
+        board.add_scalar(f"{prefix}loss/validation", event.validation_loss, event.step)

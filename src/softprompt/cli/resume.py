@@ -1,0 +1,61 @@
+"""The settings of a run that goes on: those that it was begun with, but for the few that may change on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import ConfigError
+from softprompt.storage import RunFolder
+
+# What says where things are and how they are computed, not what is computed.
+MAY_CHANGE = frozenset(
+    {"base", "data", "validation", "test", "init_from", "library", "device", "dtype", "offline", "trust_remote_code",
+     "micro_batch_rows", "checkpoint_layers", "tensorboard", "keep_checkpoints", "processes"}
+)  # fmt: skip
+_PATHS = ("base", "data", "validation", "test", "init_from", "library")
+
+Settings = dict[str, Any]
+
+
+def recorded_settings(flags: Mapping[str, Any]) -> Settings:
+    """What `run.json` keeps of a run's flags, to go on with."""
+    return {**flags, "folder": os.getcwd()}
+
+
+def resumed_settings(out: str, flags: Mapping[str, Any], given: Collection[str]) -> Settings:
+    """The flags that the run in `out` was begun with, and those `given` that may change.
+
+    Raises: ConfigError where a flag that may not change is given with another value.
+    """
+    recorded = RunFolder(Path(out)).read_plan().get("settings")
+    if not isinstance(recorded, dict):
+        raise ConfigError(f"{out} does not say how it was begun, so it cannot be resumed; train further: --init-from")
+    for name in sorted(set(given) & set(recorded) - MAY_CHANGE):
+        if flags[name] != recorded[name]:
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"--{flag} is {flags[name]!r}, but the run in {out} was begun with {recorded[name]!r}; leave it out to "
+                "resume, or train anew into another folder"
+            )
+    changed = {name: flags[name] for name in set(given) & MAY_CHANGE}
+    return {**flags, **_found_again(recorded), **changed}
+
+
+def is_finished(out: str) -> bool:
+    """Whether the run in `out` came to its end."""
+    result = RunFolder(Path(out)).read_plan().get("result")
+    return isinstance(result, dict) and not result.get("interrupted")
+
+
+def _found_again(recorded: Mapping[str, Any]) -> Settings:
+    """Relative paths as seen from where the run was begun, if they are still there."""
+    folder = Path(str(recorded.get("folder", "")))
+    settings = {name: value for name, value in recorded.items() if name != "folder"}
+    for name in _PATHS:
+        path = settings.get(name)
+        if isinstance(path, str) and (folder / path).exists():
+            settings[name] = str(folder / path)
+    return settings

@@ -1,0 +1,232 @@
+"""What `train` and `sweep` share: train the candidates of one or more tasks in one pass, and record them.
+
+A task is a set of rows; every candidate trains on every task, and the best of each task is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+from softprompt.base import Base
+from softprompt.base.load import trainable_line
+from softprompt.cli.console import print_json, print_table, say
+from softprompt.cli.progress import TrainingProgress
+from softprompt.cli.recorder import Recorder
+from softprompt.config import DataConfig, TrainConfig
+from softprompt.data import Split, held_out_record, report_lines
+from softprompt.errors import ConfigError
+from softprompt.evaluation import criterion
+from softprompt.prompt import SoftPrompt
+from softprompt.storage import RunFolder
+from softprompt.training import (
+    Alone,
+    Candidate,
+    Event,
+    Prepared,
+    Ranks,
+    RunState,
+    TrainResult,
+    train_together,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The rows that one prompt is wanted for. `name` is empty where there is one task only."""
+
+    name: str
+    data: DataConfig
+    split: Split
+
+    def facts(self) -> dict[str, Any]:
+        """Where its rows came from, and which were held out."""
+        test = held_out_record(self.split.test) if self.split.test is not None else None
+        return {"data": {**asdict(self.data), "folder": os.getcwd()}, "test": test}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that is trained in one pass."""
+
+    base: Base
+    tasks: Sequence[Task]
+    configs: Mapping[str, TrainConfig]  # of each candidate by name; "" for the only one
+    start: SoftPrompt | None = None
+    start_name: str | None = None
+    halving: bool = False
+    keeps_all: bool = False  # all candidates vote: none is dropped, and none is the best
+
+    def candidates(self) -> list[Candidate]:
+        return [
+            self._candidate(group, task, name, config)
+            for group, task in enumerate(self.tasks)
+            for name, config in self.configs.items()
+        ]
+
+    def _candidate(self, group: int, task: Task, name: str, config: TrainConfig) -> Candidate:
+        validation = task.split.validation
+        score = None
+        if config.best_by != "loss" and validation is not None:
+            score = criterion(self.base, validation, config.best_by)
+        return Candidate(
+            name="/".join(part for part in (task.name, name) if part) or None, data=task.split.train, config=config,
+            validation=validation, start=self.start, score=score, group=group,
+        )  # fmt: skip
+
+    @property
+    def is_one_prompt(self) -> bool:
+        return len(self.tasks) * len(self.configs) == 1
+
+
+def check_choice(job: Job) -> None:
+    """Raises ConfigError where there is nothing to choose among candidates by."""
+    missing = [task.data.data for task in job.tasks if task.split.validation is None]
+    if len(job.configs) > 1 and missing and not job.keeps_all:
+        raise ConfigError(
+            f"{missing[0]} has no validation rows to choose among {len(job.configs)} candidates by; "
+            "give --validation 0.2, say, or a file"
+        )
+
+
+def run_job(
+    job: Job, recorder: Recorder, *, resume: bool = False, ranks: Ranks | None = None, as_json: bool = False
+) -> None:
+    """Train, record, say and print. Ends with exit code 130 where it was interrupted. Raises as `train_together`."""
+    check_choice(job)
+    writes = (ranks or Alone()).rank == 0
+    with TrainingProgress() as progress:
+
+        def sink(event: Event) -> None:
+            if writes:
+                recorder.take(event)
+                progress.take(event)
+
+        def prepared(ready: Prepared) -> None:
+            if writes:
+                recorder.begin(ready)
+                _say_prepared(job, ready)
+                progress.begin(max(trial.plan.num_steps for trial in ready.loop.trials))
+
+        results = train_together(
+            job.base, job.candidates(), halving=job.halving, sink=sink, prepared=prepared, ranks=ranks,
+            resume=_saved_state(recorder, resume),
+        )  # fmt: skip
+    if writes:
+        outcome = _record(job, recorder, results)
+        _say_results(job, recorder, results)
+        if as_json:
+            print_json({"out": str(recorder.place), **outcome})
+    if results[0].interrupted:
+        raise click.exceptions.Exit(130)
+
+
+def _saved_state(recorder: Recorder, resume: bool) -> RunState | None:
+    folder = RunFolder(recorder.place)
+    if not resume or not folder.has_begun():
+        return None
+    saved, problems = folder.load_latest()
+    for problem in problems:
+        say(f"note: {problem}")
+    return None if saved is None else RunState.from_json(saved.facts, saved.tensors)
+
+
+def best_of(results: Sequence[TrainResult]) -> TrainResult:
+    """The best by validation; the first of equals."""
+    return min(results, key=lambda result: result.value)
+
+
+def _by_task(job: Job, results: Sequence[TrainResult]) -> list[tuple[Task, Sequence[TrainResult]]]:
+    each = len(job.configs)
+    return [(task, results[index * each : (index + 1) * each]) for index, task in enumerate(job.tasks)]
+
+
+def _record(job: Job, recorder: Recorder, results: Sequence[TrainResult]) -> dict[str, Any]:
+    for task, rivals in _by_task(job, results):
+        others = rivals if len(rivals) > 1 else ()
+        recorder.finish(best_of(rivals), others, task.facts(), task.name, is_set=job.keeps_all)
+    if job.is_one_prompt:
+        found = {"content_hash": results[0].prompt.content_hash, **_outcome(results[0])}
+        recorder.end({"plan": results[0].plan.to_json(), "result": _outcome(results[0])})
+        return found
+    kept = {task.name: best_of(rivals).name for task, rivals in _by_task(job, results)}
+    interrupted = results[0].interrupted
+    outcome = {"kept": kept if any(kept) else kept[""], "interrupted": interrupted}
+    candidates = {str(each.name): {"plan": each.plan.to_json(), "result": _outcome(each)} for each in results}
+    recorder.end({"candidates": candidates, "result": outcome})
+    return {**outcome, "candidates": {name: each["result"] for name, each in candidates.items()}}
+
+
+def _outcome(result: TrainResult) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "steps": len(result.losses),
+        "kept_step": result.kept_step,
+        "interrupted": result.interrupted,
+        "losses": list(result.losses),
+        "validation_losses": [list(pair) for pair in result.validation_losses],
+    }
+    if result.scores:
+        found["scores"] = [list(pair) for pair in result.scores]
+    if result.name is not None:
+        found |= {"value": result.value, "dropped_after": result.dropped_after}
+    return found
+
+
+def _say_prepared(job: Job, ready: Prepared) -> None:
+    plan = ready.trial.plan
+    say(trainable_line(job.base, plan.config.virtual_tokens))
+    seen: list[object] = []
+    for examples in (*ready.data, *ready.validation):
+        if examples is not None and not any(examples is known for known in seen):
+            seen.append(examples)
+            for line in report_lines(examples.report):
+                say(line)
+    if job.is_one_prompt:
+        start = plan.config.init if job.start_name is None else f"prompt {job.start_name}"
+        say(
+            f"{plan.num_steps} steps, start {start}, learning rate {plan.learning_rate:.3g} "
+            f"({plan.learning_rate / plan.embedding_rms:.3g} x embedding RMS), {plan.config.schedule}, "
+            f"seed {plan.config.seed}"
+        )
+    else:
+        say(f"{len(ready.loop.trials)} prompts train together, {plan.num_steps} steps the first of them")
+    for note in ready.notes:
+        say(f"note: {note}")
+
+
+def _say_results(job: Job, recorder: Recorder, results: Sequence[TrainResult]) -> None:
+    first = results[0]
+    if first.interrupted:
+        kept = f"the prompt of step {first.kept_step} is" if job.is_one_prompt else "the prompts so far are"
+        say(f"interrupted; {kept} kept; go on with: softprompt train --resume --out {recorder.place}")
+    if not job.is_one_prompt:
+        for task, rivals in _by_task(job, results):
+            _show_candidates(task, rivals)
+        say(f"saved to {recorder.place}")
+        return
+    if first.losses:
+        began, ended = recorder.epoch_loss(0), recorder.epoch_loss(-1)
+        say(f"loss {began:.3f} in the first epoch, {ended:.3f} in the last (nats per target)")
+    say(f"kept step {first.kept_step} of {len(first.losses)}, saved to {recorder.place}")
+
+
+def _show_candidates(task: Task, rivals: Sequence[TrainResult]) -> None:
+    best = best_of(rivals)
+    rows = [
+        [
+            str(result.name) + (" (kept)" if result is best else ""),
+            f"{abs(result.value):.4f}" if result.validation_losses else "",
+            f"{result.plan.learning_rate:.3g}",
+            f"{result.plan.config.virtual_tokens}",
+            result.plan.config.init,
+            f"{result.plan.config.seed}",
+            f"{result.kept_step} of {len(result.losses)}" + ("" if result.dropped_after is None else ", dropped"),
+        ]
+        for result in sorted(rivals, key=lambda result: result.value)
+    ]
+    columns = ["candidate", "validation", "learning rate", "tokens", "start", "seed", "step"]
+    print_table(task.name or "Candidates", columns, rows, figures=True)
