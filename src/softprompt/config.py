@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from softprompt.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
-Schedule = Literal["linear", "cosine", "constant"]
+Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
 Criterion = Literal["loss", "accuracy", "f1_macro", "exact_match", "f1", "rouge_l", "chrf"]
 
@@ -85,7 +85,9 @@ class TrainConfig:
     checkpoint_layers: bool = option(False, "Keep each layer's input only and run the layer twice: less memory.")
     relative_learning_rate: float | None = option(None, "Learning rate times the embeddings' RMS; default 0.3.")
     learning_rate: float | None = option(None, "Absolute learning rate, instead of the relative one.")
-    schedule: Schedule = option("linear", "Decay of the learning rate: linear or cosine to 0, or constant.")
+    schedule: Schedule = option(
+        "linear", "Learning rate: linear or cosine decay to 0, constant, or constant and in the last third linear to 0."
+    )
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float | None = option(None, "Clip the gradient's norm (per step, loss per target); default: off.")
@@ -175,13 +177,18 @@ def make_config(kind: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:
 
     Raises: ConfigError.
     """
-    names = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]  # every ConfigT is a dataclass
-    for key in settings:
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
-            raise ConfigError(f"{kind.__name__} has no setting {key!r}{hint}")
+    check_settings(kind, settings)
     return kind(**settings)
+
+
+def check_settings(kind: type[Any], names: Iterable[str]) -> None:
+    """Raises ConfigError, with the nearest valid name, for one that is none of the config's settings."""
+    known = [item.name for item in dataclasses.fields(kind)]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+            raise ConfigError(f"{kind.__name__} has no setting {name!r}{hint}")
 
 
 def _require(holds: bool, name: str, value: object, range_text: str) -> None:

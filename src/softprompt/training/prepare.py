@@ -217,9 +217,10 @@ def _micro_batch_rows(
 ) -> tuple[int, tuple[str, ...]]:
     """Rows per forward pass, of all trials together: what was asked for, else what every rank's memory holds."""
     asked = [trial.plan.config.micro_batch_rows for trial in trials if trial.plan.config.micro_batch_rows is not None]
-    whole = most_shared(sum(trial.plan.micro_batch_rows for trial in trials), ranks)
+    planned = sum(trial.plan.micro_batch_rows for trial in trials)
     if asked:
-        return min(*asked, whole), ()
+        return min(*asked, planned), ()
+    whole = most_shared(planned, ranks)
     rows = _fitted_rows(base, forward, trials, whole, ranks)
     if rows == whole:
         return rows, ()

@@ -20,7 +20,13 @@ from softprompt.types import Example, PromptRecord
 
 Score = Callable[[SoftPrompt], float]
 
-_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_SCHEDULERS = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",
+    "stable-decay": "warmup_stable_decay",  # Hu et al. 2024, MiniCPM, arXiv 2404.06395
+}
+_DECAY_SHARE = 1 / 3  # of the steps, of "stable-decay"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
@@ -63,6 +69,7 @@ class Trial:
             self._optimizer,
             num_warmup_steps=config.warmup_steps,
             num_training_steps=self.plan.num_steps,
+            scheduler_specific_kwargs=_schedule_details(config.schedule, self.plan.num_steps),
         )
 
     @property
@@ -179,6 +186,12 @@ class Trial:
             self._optimizer.param_groups, self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True
         ):  # fmt: skip
             group["lr"] = rate * factor(self.step)
+
+
+def _schedule_details(schedule: str, num_steps: int) -> dict[str, Any]:
+    if schedule != "stable-decay":
+        return {}
+    return {"num_decay_steps": math.ceil(num_steps * _DECAY_SHARE), "decay_type": "linear"}
 
 
 def training_row(example: Example, eos_weight: float) -> Row:

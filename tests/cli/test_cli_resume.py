@@ -1,0 +1,223 @@
+"""A run that is stopped, in whatever way, and goes on is the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from command_line import ENVIRONMENT, run, succeed
+from killable import Forks
+from material import save_base, sentence, write_csv
+
+from softprompt.storage import RunFolder, load_prompt
+from softprompt.storage.checkpoints import STATE_NAME, STATE_TENSORS_NAME
+
+NUM_KILLS = 20
+TIMED = ("seconds",)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Some seconds of training on a base that is quickly loaded, with a checkpoint after every fifth step."""
+    place = tmp_path_factory.mktemp("resume")
+    base = save_base(place / "tiny-llama")
+    data = write_csv(place / "texts.csv", [{"prompt": sentence(i)} for i in range(40)])
+    return (
+        "train", "--base", base, "--data", data, "--text-column", "prompt", "--virtual-tokens", 3, "--dtype", "float32",
+        "--rows", 24, "--validation", "6", "--epochs", 40, "--batch-rows", 4, "--save-every", 5, "--schedule", "cosine",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "run"
+    succeed(*flags, "--out", out)
+    return out
+
+
+def adapter_bytes(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def untimed(folder):
+    """The metrics but for how long a step took."""
+    return [
+        {key: value for key, value in line.items() if key not in TIMED} for line in RunFolder(folder).read_metrics()
+    ]
+
+
+def assert_same_run(found, wanted):
+    assert adapter_bytes(found) == adapter_bytes(wanted)
+    assert untimed(found) == untimed(wanted)
+    mine, theirs = RunFolder(found).read_plan(), RunFolder(wanted).read_plan()
+    assert mine["result"] == theirs["result"]
+    assert [c.step for c in RunFolder(found).checkpoints()] == [c.step for c in RunFolder(wanted).checkpoints()]
+
+
+@pytest.mark.medium
+def test_killed_at_twenty_random_moments_it_is_the_same_to_the_bit(flags, straight, tmp_path):
+    """In rounds: each run is killed and resumed until it ends. The seed of the moments is in the message."""
+    seed = random.SystemRandom().randrange(2**32)
+    moments = random.Random(seed)
+    num_killed = inside = 0
+    with Forks() as forks:
+        while num_killed < NUM_KILLS:
+            out, log = tmp_path / f"run-{num_killed}", tmp_path / "log"
+            for _ in range(NUM_KILLS):
+                child = forks.start([*flags, "--out", out, "--resume"], str(log))
+                time.sleep(moments.uniform(0.05, 0.8))
+                os.kill(child, signal.SIGKILL)
+                if forks.wait() != -signal.SIGKILL:
+                    break
+                num_killed += 1
+                inside += RunFolder(out).has_begun()
+            if not (out / "adapter_config.json").exists():
+                forks.start([*flags, "--out", out, "--resume"], str(log))
+                assert forks.wait() == 0, (seed, log.read_text())
+            assert_same_run(out, straight), seed
+            assert "Traceback" not in log.read_text(), (seed, log.read_text())
+    assert inside >= NUM_KILLS // 4, (seed, inside)  # else the moments miss what they are for
+
+
+@pytest.mark.medium
+def test_interrupted_and_resumed_with_nothing_but_the_folder(flags, straight, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    with Forks() as forks:
+        child = forks.start([*flags, "--out", out], str(log))
+        while not (out / "checkpoints" / "step-10").exists():
+            time.sleep(0.01)
+        os.kill(child, signal.SIGINT)
+        assert forks.wait() == 130, log.read_text()
+    assert f"go on with: softprompt train --resume --out {out}" in log.read_text()
+    said = succeed("train", "--resume", "--out", out).err
+    assert "resumed after step" in said
+    assert_same_run(out, straight)
+    assert "is finished; there is nothing to resume" in succeed("train", "--resume", "--out", out).err
+
+
+@pytest.mark.medium
+def test_a_full_disk_says_so_and_the_last_good_checkpoint_goes_on(flags, straight, tmp_path):
+    disk, result = tmp_path / "disk", tmp_path / "result"
+    disk.mkdir()
+    command = " ".join(map(str, flags))
+    script = f"""
+set -e
+mount -t tmpfs -o size=72k none {disk}
+code=0; python -m softprompt {command} --out {disk}/run 2> {tmp_path}/first || code=$?
+test $code = 2
+ls {disk}/run/checkpoints > {tmp_path}/kept
+mount -o remount,size=10m {disk}
+python -m softprompt {command} --out {disk}/run --resume 2> {tmp_path}/second
+cp -r {disk}/run {result}
+"""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("a small disk needs a mount namespace (unshare -Urm)")
+    environment = {**ENVIRONMENT, "PATH": f"{os.path.dirname(os.sys.executable)}:{os.environ['PATH']}"}
+    ran = subprocess.run(["unshare", "-Urm", "sh", "-c", script], capture_output=True, text=True, env=environment)
+    first = (tmp_path / "first").read_text()
+    assert ran.returncode == 0, (ran.stderr, first, (tmp_path / "second").exists())
+    assert "no space left on the disk" in first.splitlines()[-1]
+    assert "Traceback" not in first
+    assert "step-" in (tmp_path / "kept").read_text()
+    assert "resumed after step" in (tmp_path / "second").read_text()
+    assert_same_run(result, straight)
+
+
+@pytest.fixture
+def half_way(flags, tmp_path):
+    """A run as a kill leaves it in its middle: made of a shorter run's folder, which has no result."""
+    out = tmp_path / "half"
+    succeed(*flags, "--out", out, "--keep-checkpoints", 100)
+    run_folder = RunFolder(out)
+    for step, path in run_folder.checkpoints():
+        if step > 20:
+            shutil.rmtree(path)
+    plan = run_folder.read_plan()
+    del plan["result"]
+    run_folder.write_plan(plan)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "softprompt.json"):
+        (out / name).unlink()
+    return out
+
+
+class TestSettings:
+    def test_the_whole_command_again_goes_on(self, flags, half_way, straight):
+        said = succeed(*flags, "--out", half_way, "--resume").err
+        assert "resumed after step 20" in said
+        assert adapter_bytes(half_way) == adapter_bytes(straight)
+
+    def test_what_would_make_it_another_run_is_refused(self, flags, half_way):
+        said = run(*flags, "--out", half_way, "--resume", "--seed", 1).complaint
+        assert said.startswith("--seed is 1, but the run in")
+        assert "was begun with 0" in said
+
+    def test_other_rows_are_refused(self, half_way, tmp_path):
+        others = write_csv(tmp_path / "others.csv", [{"prompt": sentence(i + 1)} for i in range(40)])
+        assert "of another run" in run("train", "--out", half_way, "--resume", "--data", others).complaint
+
+    def test_moved_rows_and_another_split_are_the_same_run(self, flags, half_way, straight, tmp_path):
+        moved = shutil.copy(flags[flags.index("--data") + 1], tmp_path / "moved.csv")
+        succeed("train", "--out", half_way, "--resume", "--data", moved, "--micro-batch-rows", 3)
+        assert torch.allclose(load_prompt(half_way).tensor, load_prompt(straight).tensor, rtol=1e-2, atol=1e-3)
+
+    def test_resume_and_overwrite_exclude_each_other(self, flags, half_way):
+        assert "exclude each other" in run(*flags, "--out", half_way, "--resume", "--overwrite").complaint
+
+    def test_without_a_run_it_begins_one_and_needs_its_flags(self, flags, tmp_path):
+        assert "Missing option '--base'" in run("train", "--out", tmp_path / "new", "--resume").complaint
+        succeed(*flags, "--epochs", 1, "--out", tmp_path / "new", "--resume")
+        (tmp_path / "thesis").mkdir()
+        (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+        assert "exists" in run(*flags, "--out", tmp_path / "thesis", "--resume").complaint
+
+    def test_a_run_of_an_older_release_is_refused(self, half_way):
+        plan = json.loads((half_way / "run.json").read_text())
+        del plan["settings"]
+        (half_way / "run.json").write_text(json.dumps(plan))
+        assert "does not say how it was begun" in run("train", "--out", half_way, "--resume").complaint
+
+
+class TestBrokenCheckpoints:
+    @pytest.mark.parametrize("spoil", ["cut", "missing", "json"])
+    def test_the_one_before_is_taken(self, spoil, half_way, straight):
+        latest = RunFolder(half_way).checkpoints()[-1].path
+        tensors = latest / STATE_TENSORS_NAME
+        if spoil == "cut":
+            tensors.write_bytes(tensors.read_bytes()[:-1])
+        elif spoil == "missing":
+            tensors.unlink()
+        else:
+            (latest / STATE_NAME).write_text("{")
+        said = succeed("train", "--out", half_way, "--resume").err
+        assert "the checkpoint before it is taken" in said
+        assert "resumed after step 15" in said
+        assert adapter_bytes(half_way) == adapter_bytes(straight)
+
+    def test_none_is_left_and_it_begins_again(self, half_way, straight):
+        shutil.rmtree(half_way / "checkpoints")
+        assert "resumed after" not in succeed("train", "--out", half_way, "--resume", "--keep-checkpoints", 3).err
+        assert_same_run(half_way, straight)
+
+
+@pytest.mark.medium
+def test_candidates_are_killed_and_resumed_together(flags, tmp_path):
+    several = [*flags, "--candidates", 4, "--epochs", 12]
+    succeed(*several, "--out", tmp_path / "straight")
+    out, log = tmp_path / "killed", tmp_path / "log"
+    with Forks() as forks:
+        child = forks.start([*several, "--out", out], str(log))
+        while not (out / "checkpoints" / "step-15").exists():
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+        assert forks.wait() == -signal.SIGKILL
+    succeed(*several, "--out", out, "--resume")
+    assert_same_run(out, tmp_path / "straight")
+    for name in ("c0", "c1", "c2", "c3"):
+        assert adapter_bytes(out / "candidates" / name) == adapter_bytes(tmp_path / "straight" / "candidates" / name)
