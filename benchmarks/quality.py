@@ -46,7 +46,7 @@ class Measured:
         self.case, self._file = case, file
         self.scores: dict[str, Scores] = json.loads(file.read_text()) if file.exists() else {}
 
-    def measure(self, recipes: dict[str, Settings], seeds: tuple[int, ...]) -> None:
+    def measure(self, recipes: dict[str, Settings], seeds: tuple[int, ...], with_accuracy: bool = False) -> None:
         """Train what is not known yet, several prompts in one pass, and score it."""
         wanted = [(name, seed) for name in recipes for seed in seeds if str(seed) not in self.scores.get(name, {})]
         for first in range(0, len(wanted), AT_ONCE):
@@ -57,13 +57,13 @@ class Measured:
             ]
             results = train_together(self.case.base, candidates)
             for (name, seed), result in zip(some, results, strict=True):
-                self.scores.setdefault(name, {})[str(seed)] = score(self.case, result.prompt)
+                self.scores.setdefault(name, {})[str(seed)] = score(self.case, result.prompt, with_accuracy)
             self._file.write_text(json.dumps(self.scores, indent=1))
             print(f"{self.case.name}: {first + len(some)} of {len(wanted)}", flush=True)
 
     def bare(self) -> Score:
         if "no prompt" not in self.scores:
-            self.scores["no prompt"] = {"0": score(self.case, None)}
+            self.scores["no prompt"] = {"0": score(self.case, None, with_accuracy=True)}
         return self.scores["no prompt"]["0"]
 
     def mean(self, name: str, figure: str) -> float:
@@ -73,14 +73,14 @@ class Measured:
         return [value for item in self.scores[name].values() if (value := item[figure]) is not None]
 
 
-def score(case: Case, prompt: SoftPrompt | None) -> Score:
+def score(case: Case, prompt: SoftPrompt | None, with_accuracy: bool) -> Score:
     forward = forward_of(case.base)
     tensor = None if prompt is None else prompt.tensor
     losses = {}
     for part, rows in (("validation", case.validation), ("test", case.test)):
         examples = build_examples(case.base, rows, eos=False, max_length=case.base.max_length - 20).examples
         losses[part] = mean_loss(score_examples(case.base, forward, examples, tensor))
-    hits = accuracy_by_likelihood(case.base, forward, case.test, prompt) if case.has_labels else None
+    hits = accuracy_by_likelihood(case.base, forward, case.test, prompt) if with_accuracy and case.has_labels else None
     return {**losses, "accuracy": hits}
 
 
@@ -128,7 +128,7 @@ def main() -> None:
                 **({} if flags.skip_peers else peers(case.instruction)),
                 "ours, P=4": {"virtual_tokens": 4}, "ours, P=20": {"virtual_tokens": 20}, **others,
             }  # fmt: skip
-            measured.measure(named, SEEDS[: flags.seeds])
+            measured.measure(named, SEEDS[: flags.seeds], with_accuracy=True)
             show(measured, list(named), None if flags.skip_grid else run_grid(measured))
 
 

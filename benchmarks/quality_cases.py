@@ -19,7 +19,7 @@ from softprompt.embedded import data_file
 Settings = dict[str, Any]
 
 SST2_NAMES = {"0": "negative", "1": "positive"}
-HELD_OUT = 200  # rows that choose among the grid, and as many again that score
+HELD_OUT = 200  # rows that choose among the grid, and as many again that score, where there are so many
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def _halved(name: str, train: Rows, held_out: Rows, count: int, instruction: str
 
 
 def _cut(name: str, base: Base, rows: Rows, count: int, instruction: str) -> Case:
-    ends = list(itertools.accumulate([0, count, HELD_OUT, HELD_OUT]))
-    train, validation, test = (rows.take(range(a, min(b, len(rows)))) for a, b in itertools.pairwise(ends))
+    held_out = min(HELD_OUT, (len(rows) - count) // 2)
+    ends = itertools.accumulate([0, count, held_out, held_out])
+    train, validation, test = (rows.take(range(a, b)) for a, b in itertools.pairwise(ends))
     return Case(name, base, train, validation, test, instruction)
 
 

@@ -3,6 +3,7 @@
     python benchmarks/training.py                       # bloomz-560m's shape, seeded random weights
     python benchmarks/training.py --cases p4-float32,p4-default --rounds 1
     python benchmarks/training.py --shape small --steps 2 --rounds 1
+    python benchmarks/training.py --cases k8-batch8,k8-batch1   # several prompts in one pass, see training_together.py
 
 Each run is a child process of its own: loading counts in its peak memory and not in its time. A token is a text token
 of a row, neither a pad nor a virtual one. The share is what a step must compute (see `count_flops`) per second, of what
@@ -51,6 +52,7 @@ from training_cases import (
     matrix_rates,
     run_loop,
 )
+from training_together import TOGETHER, TogetherCase, judge_together, run_together, table_of_together
 
 IGNORED = -100  # transformers' label for "no loss here"
 # Relative, of a group's first step; bfloat16's gradient is only reported.
@@ -98,6 +100,7 @@ def main() -> None:
     flags = parse()
     if flags.child:
         kinds = {"model": make_model, "matrix": matrix_rates, "ours": run_ours, "peer": run_peer}
+        kinds["together"] = run_together
         answer_child(flags.child, kinds)
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -106,10 +109,25 @@ def main() -> None:
         bench = Bench(flags, folder, call_child(__file__, **request))
         say(f"{flags.shape}: {bench.model['num_parameters']:,} parameters, auto is {bench.model['auto']}")
         groups = {name: measure_group(bench, name) for name in dict.fromkeys(case.group for case in flags.cases)}
-    report = {**describe(bench), "groups": groups, "cases": [judge(bench, case, groups) for case in flags.cases]}
-    print_table(report["cases"], has_targets=flags.shape == "bloom")
+        together = [measure_together(bench, case) for case in flags.together]
+    cases = [judge(bench, case, groups) for case in flags.cases]
+    report = {**describe(bench), "groups": groups, "cases": cases, "together": together}
+    if cases:
+        print_table(cases, has_targets=flags.shape == "bloom")
+    if together:
+        print(table_of_together(together))
     print(json.dumps(report))
     sys.exit(any("error" in run for group in groups.values() for runs in group["runs"].values() for run in runs))
+
+
+def measure_together(bench: Bench, case: TogetherCase) -> Request:
+    """The case's prompts in one pass and one after another, in turn."""
+    runs: dict[bool, list[Request]] = {True: [], False: []}
+    for number in range(1, bench.flags.rounds + 1):
+        for together, found in runs.items():
+            found.append(bench.call("together", case=case.name, together=together))
+            say(f"{case.name} round {number}: {'together' if together else 'one by one'} {found[-1]['seconds']:.1f} s")
+    return judge_together(case, runs[True], runs[False])
 
 
 def measure_group(bench: Bench, name: str) -> Request:
@@ -391,7 +409,9 @@ def say(line: str) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="bloom")
-    parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="names, comma-separated")
+    parser.add_argument(
+        "--cases", default=",".join(case.name for case in (*CASES, *TOGETHER)), help="names, comma-separated"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="only the epoch's first batches")
     parser.add_argument("--warmup-steps", type=int, help="untimed steps, an epoch at most; default 1, small 6")
@@ -399,13 +419,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model-folder", type=Path, help="keep the model here, and take it from here if it is there")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    known = {case.name: case for case in CASES}
+    known: dict[str, Case | TogetherCase] = {case.name: case for case in (*CASES, *TOGETHER)}
     if flags.rounds < 1 or (flags.steps is not None and flags.steps < 1):
         parser.error("--rounds and --steps are 1 or more")
     unknown = [name for name in flags.cases.split(",") if name not in known]
     if unknown:
         parser.error(f"unknown case {unknown[0]!r}; known are {', '.join(known)}")
-    flags.cases = [known[name] for name in flags.cases.split(",")]
+    chosen = [known[name] for name in flags.cases.split(",")]
+    flags.cases = [case for case in chosen if isinstance(case, Case)]
+    flags.together = [case for case in chosen if isinstance(case, TogetherCase)]
     flags.warmup_steps = WARMUP_STEPS[flags.shape] if flags.warmup_steps is None else flags.warmup_steps
     return flags
 

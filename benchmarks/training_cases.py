@@ -266,23 +266,24 @@ def make_loop(base: Any, group: Group, batch_rows: int = BATCH_ROWS) -> Any:  # 
     softprompt is imported in here and nowhere else, so that the peer's process does not carry it.
     """
     from softprompt import SoftPrompt, TrainConfig
-    from softprompt.training import prepare
-    from softprompt.types import PromptRecord
+    from softprompt.training import Candidate, prepare
 
     config = TrainConfig(
         virtual_tokens=group.virtual_tokens, epochs=6, batch_rows=batch_rows, eos=False, init="vocab", seed=SEED,
         learning_rate=3e-3, max_grad_norm=1.0,
     )  # fmt: skip
-    start = SoftPrompt(make_start(group.virtual_tokens, base.hidden_size), PromptRecord())
-    return prepare(base, _example_set(group, base.vocab_size), config, start=start).loop
+    start = SoftPrompt(make_start(group.virtual_tokens, base.hidden_size))
+    data = make_example_set(make_rows(group, base.vocab_size), group.num_labelled)
+    return prepare(base, [Candidate(data=data, config=config, start=start)]).loop
 
 
-def _example_set(group: Group, vocab: int) -> Any:  # Any: ExampleSet
+def make_example_set(rows: Sequence[tuple[int, ...]], num_labelled: int | None = None) -> Any:  # Any: ExampleSet
+    """Rows of ids as examples; `num_labelled` is how many of their last tokens count, None all."""
     from softprompt.types import DataReport, Example, ExampleSet, InputForm
 
     examples = []
-    for index, ids in enumerate(make_rows(group, vocab)):
-        first = 0 if group.num_labelled is None else len(ids) - group.num_labelled
+    for index, ids in enumerate(rows):
+        first = 0 if num_labelled is None else len(ids) - num_labelled
         mask = tuple(position >= first for position in range(len(ids)))
         examples.append(Example(ids=ids, target_mask=mask, num_special=0, has_eos=False, row=index))
     report = DataReport(source="random ids", num_read=len(examples), num_used=len(examples))
@@ -291,9 +292,14 @@ def _example_set(group: Group, vocab: int) -> Any:  # Any: ExampleSet
 
 def run_loop(loop: Any, batches: Batches) -> Request:  # Any: TrainingLoop
     """One epoch of these batches from the loop's start; the wall time of it and of each step."""
-    from softprompt.training import StepDone
+    from softprompt.training import StepDone, Trial
 
-    loop = replace(loop, plan=replace(loop.plan, epochs=(batches,), num_steps=len(batches)))
+    prepared = loop.trials[0]
+    plan = replace(prepared.plan, epochs=(batches,), num_steps=len(batches))
+    trial = Trial(
+        name=None, plan=plan, examples=prepared.examples, validation=(), start=prepared.start, record=prepared.record
+    )
+    loop = replace(loop, trials=[trial])
     steps: list[StepDone] = []
     ends = [time.perf_counter()]
     for event in loop.events():
@@ -305,7 +311,7 @@ def run_loop(loop: Any, batches: Batches) -> Request:  # Any: TrainingLoop
         "step_seconds": differences(ends),
         "losses": [step.loss for step in steps],
         "grad_norms": [step.grad_norm for step in steps],
-        "micro_batch_rows": loop.plan.micro_batch_rows,
+        "micro_batch_rows": loop.micro_batch_rows,
     }
 
 

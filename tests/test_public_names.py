@@ -18,6 +18,7 @@ CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, ScoreConfig]
 FLAGS = {
     "train": [BaseConfig, DataConfig, TrainConfig],
     "compare": [BaseConfig, SamplingConfig, DataConfig, ScoreConfig],
+    "sweep": [BaseConfig],
     "generate": [BaseConfig, SamplingConfig],
 }
 OWN_FLAGS = {
@@ -35,11 +36,17 @@ OWN_FLAGS = {
         "vary",
         "halving",
         "ensemble",
+        "processes",
     },
-    "compare": {"prompts", "library", "texts", "fields", "force", "markdown", "as_json"},
+    "compare": {"prompts", "sets", "library", "texts", "fields", "force", "markdown", "as_json"},
+    "sweep": {"file", "out", "overwrite", "resume", "keep_checkpoints", "tensorboard", "as_json", "processes"},
     "generate": {"texts", "prompt", "library", "fields", "force", "as_json"},
 }
-SOMETIMES_NEEDED = {"compare": ("data",), "train": ("base", "data")}  # a run that is resumed knows them
+SOMETIMES_NEEDED = {  # a run that is resumed knows them, and so may a sweep's file
+    "compare": ("data",),
+    "train": ("base", "data"),
+    "sweep": ("base",),
+}
 
 
 def test_the_names():
@@ -139,6 +146,7 @@ def test_a_command_line_without_flags_gives_the_configs_own_defaults(name):
     given = {"--base": "x", "--data": "x", "--out": "x", "--prompt": "x/y"}
     known = {option for parameter in command.params for option in parameter.opts}
     arguments = [part for flag, value in given.items() if flag in known for part in (flag, value)]
+    arguments += ["x.toml"] if name == "sweep" else []
     context = command.make_context(name, arguments)
     for kind in FLAGS[name]:
         required = {"base": "x"} if kind is BaseConfig else {"data": "x"} if kind is DataConfig else {}

@@ -66,7 +66,7 @@ class Base:
     @cached_property
     def embedding_rms(self) -> float:
         """Root mean square of the input-embedding table as the model's embedding gives it out."""
-        return embedding_rms(self.embedding)
+        return embedding_rms(self.embedding, self.device)
 
     @cached_property
     def fingerprint(self) -> str:

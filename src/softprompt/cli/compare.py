@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from softprompt.evaluation import (
     class_tables,
     compare,
     confusion_tables,
+    ensemble_tables,
     is_small,
     loss_tables,
     memory_line,
     score_tables,
     to_markdown,
 )
-from softprompt.storage import load_prompt
+from softprompt.prompt import SoftPrompt
+from softprompt.storage import load_prompt, load_set
 from softprompt.storage.atomic import write_file
 from softprompt.types import InputForm
 
@@ -43,7 +45,9 @@ _FORM_FLAGS = ("text_column", "template", "completion", "messages_column")
 @options_of(SamplingConfig)
 @options_of(DataConfig, optional=True, leave_out=("validation", "test"))
 @options_of(ScoreConfig, leave_out=("score_tokens",))
-@click.option("--prompt", "prompts", multiple=True, required=True, help="Adapter folder or name; may be repeated.")
+@click.option("--prompt", "prompts", multiple=True, help="Adapter folder or name; may be repeated.")
+@click.option("--ensemble", "sets", multiple=True, metavar="SET",
+              help="Folder or name of prompts that vote, saved by --ensemble; may be repeated.")  # fmt: skip
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
 @click.option("--input", "texts", multiple=True, help="A text to continue; may be repeated.")
 @click.option("--field", "fields", multiple=True, metavar="NAME=TEXT", help="A field of the prompts' template.")
@@ -51,8 +55,8 @@ _FORM_FLAGS = ("text_column", "template", "completion", "messages_column")
 @click.option("--markdown", type=click.Path(dir_okay=False), help="Also write the comparison to this Markdown file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def command(
-    prompts: tuple[str, ...], library: str | None, texts: tuple[str, ...], fields: tuple[str, ...], force: bool,
-    markdown: str | None, as_json: bool, **flags: Any,
+    prompts: tuple[str, ...], sets: tuple[str, ...], library: str | None, texts: tuple[str, ...],
+    fields: tuple[str, ...], force: bool, markdown: str | None, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Answer the same inputs with the bare base and each prompt, and show held-out figures.
 
@@ -64,20 +68,22 @@ def command(
     """
     sampling, scoring = config_of(SamplingConfig, flags), _scoring(flags)
     base_config = config_of(BaseConfig, flags)
+    if not prompts and not sets:
+        raise click.UsageError("Missing option '--prompt' or '--ensemble'.")
     folders = named_prompts(prompts, library)
+    set_folders = _beside(folders, named_prompts(sets, library))
     inputs: list[str | dict[str, str]] = [*texts, *([parse_fields(fields)] if fields else [])]
     base = load(base_config)
     with warnings_as_lines():
         loaded = {name: load_prompt(folder, base, force=force) for name, folder in folders.items()}
-    forms = [prompt.record.form for prompt in loaded.values()]
-    held_out = (
-        _given_set(flags, forms, sampling.seed, base_config.offline)
-        if flags["data"] is not None
-        else recorded_sets(loaded, offline=base_config.offline)
-    )
+        ensembles = {name: load_set(folder, base, force=force) for name, folder in set_folders.items()}
+    voters = {f"{name}/{own}": each for name, members in ensembles.items() for own, each in members.items()}
+    held_out = _held_out({**loaded, **voters}, flags, sampling.seed, base_config.offline)
     if not inputs and not held_out:
         raise ConfigError("nothing to compare: give --input, --field or --data")
-    found = compare(base, loaded, inputs, held_out=held_out, sampling=sampling, scoring=scoring)
+    found = compare(
+        base, loaded, inputs, held_out=held_out, ensembles=ensembles, sampling=sampling, scoring=scoring
+    )  # fmt: skip
     _say_cut_sets(found)
     if markdown is not None:
         write_file(Path(markdown), to_markdown(found).encode())
@@ -101,11 +107,17 @@ def show_figures(found: Comparison) -> None:
     """Held-out losses, accuracies, classes, task scores and memory."""
     matrices = confusion_tables(found)
     small = [table for table in matrices if is_small(table)]
-    for table in [*loss_tables(found), *accuracy_tables(found), *class_tables(found), *small, *score_tables(found)]:
+    before = (loss_tables, accuracy_tables, ensemble_tables, class_tables)
+    for table in [*(table for of in before for table in of(found)), *small, *score_tables(found)]:
         print_table(*table, figures=True)
     if len(small) < len(matrices):
         click.echo("Confusion matrices too large to be shown here stand in --markdown and --json.")
     click.echo(memory_line(found))
+
+
+def _beside(prompts: Collection[str], sets: Mapping[str, Path]) -> dict[str, Path]:
+    """The sets under names of their own: one whose best prompt is compared too, or has a prompt's name, says so."""
+    return {f"{name} (vote)" if name in prompts else name: folder for name, folder in sets.items()}
 
 
 def _scoring(flags: Mapping[str, Any]) -> ScoreConfig:
@@ -118,6 +130,12 @@ def _say_cut_sets(found: Comparison) -> None:
     for name in dict.fromkeys(item.held_out for item in found.scores if item.num_rows < item.num_available):
         item = next(score for score in found.scores if score.held_out == name)
         say(f"note: the first {item.num_rows:,} of {item.num_available:,} rows of {name} are scored (--score-rows)")
+
+
+def _held_out(prompts: Mapping[str, SoftPrompt], flags: Mapping[str, Any], seed: int, offline: bool) -> dict[str, Rows]:
+    if flags["data"] is None:
+        return recorded_sets(prompts, offline=offline)
+    return _given_set(flags, [prompt.record.form for prompt in prompts.values()], seed, offline)
 
 
 def _given_set(flags: Mapping[str, Any], forms: Sequence[InputForm], seed: int, offline: bool) -> dict[str, Rows]:

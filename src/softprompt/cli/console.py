@@ -61,6 +61,11 @@ def print_table(
     _results().print(table)
 
 
+def results_width() -> int:
+    """Columns that stdout has for a result."""
+    return _results().width
+
+
 def load(config: BaseConfig) -> Base:
     """Load a base and say what was loaded, with `auto` resolved."""
     from transformers.utils import logging

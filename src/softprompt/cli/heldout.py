@@ -48,9 +48,10 @@ def _recorded(run: Mapping[str, Any]) -> _Recorded:  # Any: a record is JSON, an
     known = {item.name for item in dataclass_fields(DataConfig)}
     try:
         settings = {key: value for key, value in run["data"].items() if key in known}
+        seed = run["data"].get("seed", run["plan"]["config"]["seed"])
         folder = Path(run["data"]["folder"])
         moved = {key: _from_folder(settings.get(key), folder) for key in ("data", "test", "validation")}
-        return _Recorded(DataConfig(**{**settings, **moved}), run["plan"]["config"]["seed"], run["test"]["hash"])
+        return _Recorded(DataConfig(**{**settings, **moved}), seed, run["test"]["hash"])
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError("its record does not say from where they came; give --data") from error
 

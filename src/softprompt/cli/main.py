@@ -12,6 +12,7 @@ from contextlib import suppress
 import click
 
 from softprompt.errors import SoftpromptError
+from softprompt.launch import environment
 
 _COMMANDS = {
     "train": ("softprompt.cli.train", "Train a soft prompt on a frozen base."),
@@ -19,8 +20,10 @@ _COMMANDS = {
         "softprompt.cli.compare",
         "Answer the same inputs with the bare base and each prompt; held-out figures.",
     ),
+    "sweep": ("softprompt.cli.sweep", "Train many prompts together, of one task or several, as a file says."),
     "generate": ("softprompt.cli.generate", "Answer texts, with a soft prompt or bare."),
     "prompts": ("softprompt.cli.prompts", "List, show, check, import, export, remove, push or pull prompts."),
+    "runs": ("softprompt.cli.runs", "List training runs, or show one with its curves."),
     "demo": (
         "softprompt.cli.demo",
         "The main job on the embedded base: train three prompts, compare before and after.",
@@ -92,7 +95,9 @@ def _run() -> int:
 
 
 def _refused(message: str) -> int:
-    _say(message)
+    """Of several processes that a launcher has started, which all refuse alike, the first one speaks."""
+    if environment.speaks():
+        _say(message)
     return 2
 
 

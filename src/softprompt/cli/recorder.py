@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,15 @@ class Recorder:
 
     def begin(self, ready: Prepared) -> None:
         self._folder = RunFolder.create(self.place, resume=self._resume, overwrite=self._overwrite)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        begun = self._folder.read_plan().get("begun") if self._resume else now
         self._folder.go_back_to(ready.loop.step)
         self._steps = [
             (line["epoch"], line["loss"], line["num_targets"])
             for line in self._folder.read_metrics()
             if line["kind"] == "step"
         ]
-        self._plan = {**_plans(ready), "notes": list(ready.notes), **self._facts}
+        self._plan = {"begun": begun, **_plans(ready), "notes": list(ready.notes), **self._facts}
         self._folder.write_plan(self._plan)
         self._board = _board(self.place) if self._wants_board else None
 

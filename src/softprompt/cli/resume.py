@@ -13,8 +13,9 @@ from softprompt.storage import RunFolder
 # What says where things are and how they are computed, not what is computed.
 MAY_CHANGE = frozenset(
     {"base", "data", "validation", "test", "init_from", "library", "device", "dtype", "offline", "trust_remote_code",
-     "micro_batch_rows", "checkpoint_layers", "tensorboard", "keep_checkpoints", "processes"}
+     "micro_batch_rows", "checkpoint_layers", "tensorboard", "keep_checkpoints", "device_map"}
 )  # fmt: skip
+SWEEP_KEY = "sweep"  # of the plan: what the file of a sweep says
 _PATHS = ("base", "data", "validation", "test", "init_from", "library")
 
 Settings = dict[str, Any]
@@ -25,12 +26,16 @@ def recorded_settings(flags: Mapping[str, Any]) -> Settings:
     return {**flags, "folder": os.getcwd()}
 
 
-def resumed_settings(out: str, flags: Mapping[str, Any], given: Collection[str]) -> Settings:
-    """The flags that the run in `out` was begun with, and those `given` that may change.
+def resumed_settings(out: str, flags: Mapping[str, Any], given: Collection[str], *, command: str = "train") -> Settings:
+    """The flags that the run in `out` was begun with by `command`, and those `given` that may change.
 
-    Raises: ConfigError where a flag that may not change is given with another value.
+    Raises: ConfigError where a flag that may not change is given with another value, and for another command's run.
     """
-    recorded = RunFolder(Path(out)).read_plan().get("settings")
+    plan = RunFolder(Path(out)).read_plan()
+    begun_by = "sweep" if SWEEP_KEY in plan else "train"
+    if begun_by != command:
+        raise ConfigError(f"{out} is a run of softprompt {begun_by}; resume it with that")
+    recorded = plan.get("settings")
     if not isinstance(recorded, dict):
         raise ConfigError(f"{out} does not say how it was begun, so it cannot be resumed; train further: --init-from")
     for name in sorted(set(given) & set(recorded) - MAY_CHANGE):

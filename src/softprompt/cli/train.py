@@ -10,17 +10,18 @@ import click
 
 from softprompt.base import Base
 from softprompt.cli.candidates import VARIED, vary
-from softprompt.cli.console import load, say, warnings_as_lines
+from softprompt.cli.console import say, warnings_as_lines
 from softprompt.cli.options import config_of, given_flags, options_of, require_flags
 from softprompt.cli.recorder import Recorder, require_tensorboard
 from softprompt.cli.resume import is_finished, recorded_settings, resumed_settings
-from softprompt.cli.training_run import Job, Task, run_job
+from softprompt.cli.several_processes import in_processes, load_among
+from softprompt.cli.training_run import Job, Task, run_job, run_options
 from softprompt.config import PRESETS, BaseConfig, DataConfig, TrainConfig
 from softprompt.data import split_rows
 from softprompt.errors import ConfigError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage import RunFolder, load_prompt, resolve_prompt
-from softprompt.storage.runs import KEPT_CHECKPOINTS
+from softprompt.training import Ranks
 
 
 @click.command("train")
@@ -36,14 +37,11 @@ from softprompt.storage.runs import KEPT_CHECKPOINTS
               help="What differs between candidates; may be repeated.")  # fmt: skip
 @click.option("--halving/--no-halving", default=True, help="Drop the weaker candidates as the training goes on.")
 @click.option("--ensemble", is_flag=True, help="Keep all candidates as a set that votes, instead of the best.")
-@click.option("--out", required=True, type=click.Path(), help="The run's folder: adapter, run.json, metrics.jsonl.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out where it stopped, or begin it.")
-@click.option("--keep-checkpoints", type=click.IntRange(min=1), default=KEPT_CHECKPOINTS, show_default=True,
-              help="Checkpoints to keep, the latest.")  # fmt: skip
-@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events into --out/tensorboard.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def command(out: str, overwrite: bool, resume: bool, as_json: bool, preset: str | None, **flags: Any) -> None:
+@run_options
+@in_processes
+def command(
+    out: str, overwrite: bool, resume: bool, as_json: bool, preset: str | None, ranks: Ranks, **flags: Any
+) -> None:
     """Train a soft prompt on a frozen base."""
     goes_on = resume and RunFolder(Path(out)).has_begun()
     if goes_on and is_finished(out):
@@ -58,8 +56,8 @@ def command(out: str, overwrite: bool, resume: bool, as_json: bool, preset: str 
     require_tensorboard(flags["tensorboard"])
     configs = _candidates(config, flags)
     split = split_rows(data_config, seed=config.seed, offline=base_config.offline)
-    base = load(base_config)
-    task = Task(name="", data=data_config, split=split)
+    base = load_among(base_config, ranks)
+    task = Task(name="", data=data_config, seed=config.seed, split=split)
     job = Job(
         base=base, tasks=[task], configs=configs, start=_start(flags, base, config), start_name=flags["init_from"],
         halving=flags["halving"] and not flags["ensemble"], keeps_all=flags["ensemble"],
@@ -68,7 +66,7 @@ def command(out: str, overwrite: bool, resume: bool, as_json: bool, preset: str 
         Path(out), {**task.facts(), "settings": recorded_settings(flags)}, overwrite=overwrite, resume=goes_on,
         keep_checkpoints=flags["keep_checkpoints"], tensorboard=flags["tensorboard"],
     )  # fmt: skip
-    run_job(job, recorder, resume=goes_on, as_json=as_json)
+    run_job(job, recorder, resume=goes_on, ranks=ranks, as_json=as_json)
 
 
 def _candidates(config: TrainConfig, flags: Mapping[str, Any]) -> dict[str, TrainConfig]:

@@ -15,6 +15,7 @@ import click
 from softprompt.base import Base
 from softprompt.base.load import trainable_line
 from softprompt.cli.console import print_json, print_table, say
+from softprompt.cli.options import Function
 from softprompt.cli.progress import TrainingProgress
 from softprompt.cli.recorder import Recorder
 from softprompt.config import DataConfig, TrainConfig
@@ -23,6 +24,7 @@ from softprompt.errors import ConfigError
 from softprompt.evaluation import criterion
 from softprompt.prompt import SoftPrompt
 from softprompt.storage import RunFolder
+from softprompt.storage.runs import KEPT_CHECKPOINTS
 from softprompt.training import (
     Alone,
     Candidate,
@@ -34,6 +36,20 @@ from softprompt.training import (
     train_together,
 )
 
+_RUN_OPTIONS = (
+    click.option(
+        "--out", required=True, type=click.Path(), help="The run's folder: adapter, run.json, metrics.jsonl."
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out."),
+    click.option("--resume", is_flag=True, help="Go on with the run in --out where it stopped, or begin it."),
+    click.option(
+        "--keep-checkpoints", type=click.IntRange(min=1), default=KEPT_CHECKPOINTS, show_default=True,
+        help="Checkpoints to keep, the latest.",
+    ),
+    click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events into --out/tensorboard."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -41,12 +57,13 @@ class Task:
 
     name: str
     data: DataConfig
+    seed: int  # that dealt the rows
     split: Split
 
     def facts(self) -> dict[str, Any]:
         """Where its rows came from, and which were held out."""
         test = held_out_record(self.split.test) if self.split.test is not None else None
-        return {"data": {**asdict(self.data), "folder": os.getcwd()}, "test": test}
+        return {"data": {**asdict(self.data), "seed": self.seed, "folder": os.getcwd()}, "test": test}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +77,7 @@ class Job:
     start_name: str | None = None
     halving: bool = False
     keeps_all: bool = False  # all candidates vote: none is dropped, and none is the best
+    command: str = "train"  # and its arguments: what goes on with the job where it was interrupted
 
     def candidates(self) -> list[Candidate]:
         return [
@@ -80,7 +98,14 @@ class Job:
 
     @property
     def is_one_prompt(self) -> bool:
-        return len(self.tasks) * len(self.configs) == 1
+        return [each.name for each in self.tasks] == [""] and list(self.configs) == [""]
+
+
+def run_options(function: Function) -> Function:
+    """The flags that say where and how a run is recorded."""
+    for decorate in reversed(_RUN_OPTIONS):
+        function = decorate(function)
+    return function
 
 
 def check_choice(job: Job) -> None:
@@ -89,7 +114,7 @@ def check_choice(job: Job) -> None:
     if len(job.configs) > 1 and missing and not job.keeps_all:
         raise ConfigError(
             f"{missing[0]} has no validation rows to choose among {len(job.configs)} candidates by; "
-            "give --validation 0.2, say, or a file"
+            "give a validation share (0.2, say) or file"
         )
 
 
@@ -118,7 +143,7 @@ def run_job(
         )  # fmt: skip
     if writes:
         outcome = _record(job, recorder, results)
-        _say_results(job, recorder, results)
+        _say_results(job, recorder, results, shows=not as_json)
         if as_json:
             print_json({"out": str(recorder.place), **outcome})
     if results[0].interrupted:
@@ -198,13 +223,13 @@ def _say_prepared(job: Job, ready: Prepared) -> None:
         say(f"note: {note}")
 
 
-def _say_results(job: Job, recorder: Recorder, results: Sequence[TrainResult]) -> None:
+def _say_results(job: Job, recorder: Recorder, results: Sequence[TrainResult], shows: bool) -> None:
     first = results[0]
     if first.interrupted:
         kept = f"the prompt of step {first.kept_step} is" if job.is_one_prompt else "the prompts so far are"
-        say(f"interrupted; {kept} kept; go on with: softprompt train --resume --out {recorder.place}")
+        say(f"interrupted; {kept} kept; go on with: softprompt {job.command} --resume --out {recorder.place}")
     if not job.is_one_prompt:
-        for task, rivals in _by_task(job, results):
+        for task, rivals in _by_task(job, results) if shows else ():
             _show_candidates(task, rivals)
         say(f"saved to {recorder.place}")
         return
@@ -218,7 +243,7 @@ def _show_candidates(task: Task, rivals: Sequence[TrainResult]) -> None:
     best = best_of(rivals)
     rows = [
         [
-            str(result.name) + (" (kept)" if result is best else ""),
+            str(result.name).rpartition("/")[2] + (" (kept)" if result is best else ""),
             f"{abs(result.value):.4f}" if result.validation_losses else "",
             f"{result.plan.learning_rate:.3g}",
             f"{result.plan.config.virtual_tokens}",

@@ -10,6 +10,7 @@ from softprompt.evaluation.classification import (
 )
 from softprompt.evaluation.compare import BARE, Answered, Comparison, Input, compare
 from softprompt.evaluation.criterion import CRITERIA, criterion
+from softprompt.evaluation.ensemble import Ensembles, vote, vote_accuracies, vote_accuracy
 from softprompt.evaluation.heldout import HeldOutLoss, Interval, held_out_losses, mean_loss
 from softprompt.evaluation.leave_out import LeaveOneOut, LeftOut, leave_one_out
 from softprompt.evaluation.markdown import to_markdown
@@ -19,6 +20,7 @@ from softprompt.evaluation.tables import (
     answer_tables,
     class_tables,
     confusion_tables,
+    ensemble_tables,
     is_small,
     loss_tables,
     memory_line,
@@ -34,6 +36,7 @@ __all__ = [
     "Answered",
     "ClassScore",
     "Comparison",
+    "Ensembles",
     "HeldOutLoss",
     "Input",
     "Interval",
@@ -52,6 +55,7 @@ __all__ = [
     "compare",
     "confusion_tables",
     "criterion",
+    "ensemble_tables",
     "held_out_losses",
     "is_small",
     "leave_one_out",
@@ -61,4 +65,7 @@ __all__ = [
     "memory_line",
     "score_tables",
     "to_markdown",
+    "vote",
+    "vote_accuracies",
+    "vote_accuracy",
 ]

@@ -7,16 +7,17 @@ Calibrated, it is divided by the label's likelihood where the template's fields 
 calibration, Zhao et al. 2021, "Calibrate Before Use", arXiv 2102.09690, where probabilities among the labels are
 averaged over those inputs. Each contender is calibrated by its own likelihoods.
 
-N texts, K labels.
+M prompts, N texts, K labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import special, stats
+from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
@@ -44,19 +45,20 @@ _ROWS_PER_GENERATION = 64
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One prompt (or, with `prompt` None, the bare base) on one labelled held-out set."""
+    """One prompt (or, with `prompt` None, the bare base; or several that vote) on one labelled held-out set."""
 
     held_out: str
-    prompt: str | None
+    prompt: str | None  # its name, or that of the set of prompts
     num_rows: int
     by_likelihood: float  # share of rows whose own label is the likeliest
     interval: Interval  # of `by_likelihood` (Wilson), at 95 %
-    generated: float  # share of rows whose greedy answer is the label
+    generated: float | None  # share of rows whose greedy answer is the label; None for a vote
     wrong_rows: tuple[int, ...]  # source indices, by likelihood
     calibrated: bool  # whether the likelihoods were; `generated` never is
     f1_macro: float  # mean F1 over the labels that occur, by likelihood
     classes: tuple[ClassScore, ...]  # one per label, by likelihood
     confusion: Confusion  # rows of data by true label, then by likeliest label, both in the order of `classes`
+    members: Mapping[str, float] = field(default_factory=dict)  # of a vote: each prompt's own `by_likelihood`
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,21 @@ def accuracy(
     known = labelled_rows(rows)
     found = _likeliest(base, forward, known, prompt, max_length, calibrate)
     said = _generated_labels(base, forward, known, prompt, room_for_text(base, prompt, max_length))
+    generated = sum(a == b for a, b in zip(said, known.own, strict=True)) / len(said)
+    return measured(set_name, name, known, found, generated, calibrated=calibrate)
+
+
+def measured(
+    set_name: str,
+    name: str | None,
+    known: LabelledRows,
+    found: Sequence[int],
+    generated: float | None,
+    *,
+    calibrated: bool,
+    members: Mapping[str, float] | None = None,
+) -> Accuracy:
+    """The figures of a contender that takes each row for the label whose number is in `found`."""
     confusion = confusion_matrix(known.own, found, len(known.labels))
     classes = class_scores(known.labels, confusion)
     wrong = [index for index, own, guess in zip(known.indices, known.own, found, strict=True) if own != guess]
@@ -118,12 +135,13 @@ def accuracy(
         num_rows=num_rows,
         by_likelihood=share_right(confusion),
         interval=Interval(float(wilson.low), float(wilson.high)),
-        generated=sum(a == b for a, b in zip(said, known.own, strict=True)) / num_rows,
+        generated=generated,
         wrong_rows=tuple(wrong),
-        calibrated=calibrate,
+        calibrated=calibrated,
         f1_macro=macro_f1(classes, confusion),
         classes=classes,
         confusion=confusion,
+        members=members or {},
     )
 
 
@@ -151,12 +169,32 @@ def likeliest_labels(
 
     With `content_free` texts, calibrated by what the labels have after those.
     """
-    limit = room_for_text(base, prompt, max_length)
-    scores_NK = _log_likelihoods(base, forward, texts, labels, prompt, limit)
-    if content_free:
-        free_NK = _log_likelihoods(base, forward, content_free, labels, prompt, limit)
-        scores_NK = scores_NK - _log_summed_shares(free_NK)
+    (scores_NK,) = label_scores(base, forward, texts, labels, [prompt], max_length, content_free)
     return [int(number) for number in scores_NK.argmax(axis=1)]
+
+
+def label_scores(
+    base: Base,
+    forward: Forward,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    prompts: Sequence[SoftPrompt | None],
+    max_length: int | None = None,
+    content_free: Sequence[str] = (),
+) -> np.ndarray:
+    """[M, N, K]: under each prompt, each label's summed log-likelihood after each text; all in one pass.
+
+    With `content_free` texts, less what the labels have after those (see above).
+    """
+    scores_MNK = _log_likelihoods(base, forward, texts, labels, prompts, max_length)
+    if content_free:
+        scores_MNK -= _log_summed_shares(_log_likelihoods(base, forward, content_free, labels, prompts, max_length))
+    return scores_MNK
+
+
+def usable_content_free(base: Base, known: LabelledRows) -> list[str]:
+    """Where nothing stands before a label, a base without BOS has nothing to predict it from."""
+    return [text for text in known.content_free if base.bos_ids or base.encode(text)]
 
 
 def labelled_rows(rows: Rows) -> LabelledRows:
@@ -194,31 +232,40 @@ def _likeliest(
     max_length: int | None,
     calibrate: bool,
 ) -> list[int]:
-    # Where nothing stands before a label, a base without BOS has nothing to predict it from.
-    usable = [text for text in known.content_free if base.bos_ids or base.encode(text)]
-    content_free = usable if calibrate else []
+    content_free = usable_content_free(base, known) if calibrate else []
     return likeliest_labels(base, forward, known.texts, known.labels, prompt, max_length, content_free)
 
 
 def _log_likelihoods(
-    base: Base, forward: Forward, texts: Sequence[str], labels: Sequence[str], prompt: SoftPrompt | None, limit: int
+    base: Base,
+    forward: Forward,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    prompts: Sequence[SoftPrompt | None],
+    max_length: int | None,
 ) -> np.ndarray:
-    """[N, K]: each label's summed log-likelihood after each text."""
-    rows = [_label_row(base, text, label, prompt, limit) for text in texts for label in labels]
-    losses = target_nlls(base, forward, rows, [prompt.tensor] if prompt is not None else [])
-    return -np.array([sum(loss.values()) for loss in losses]).reshape(len(texts), len(labels))
+    """[M, N, K]: under each prompt, each label's summed log-likelihood after each text."""
+    rows: list[Row] = []
+    tensors: list[Tensor] = []
+    for prompt in prompts:
+        place = None if prompt is None else len(tensors)
+        tensors += [] if prompt is None else [prompt.tensor]
+        limit = room_for_text(base, prompt, max_length)
+        rows += [_label_row(base, text, label, place, limit) for text in texts for label in labels]
+    losses = target_nlls(base, forward, rows, tensors)
+    return -np.array([sum(loss.values()) for loss in losses]).reshape(len(prompts), len(texts), len(labels))
 
 
-def _log_summed_shares(scores_NK: np.ndarray) -> np.ndarray:
-    """[K]: the log of each label's probability among the labels, summed over the texts."""
-    logs_K: np.ndarray = special.logsumexp(special.log_softmax(scores_NK, axis=1), axis=0)
-    return logs_K
+def _log_summed_shares(scores_MNK: np.ndarray) -> np.ndarray:
+    """[M, 1, K]: the log of each label's probability among the labels, summed over the texts."""
+    logs_M1K: np.ndarray = special.logsumexp(special.log_softmax(scores_MNK, axis=-1), axis=-2, keepdims=True)
+    return logs_M1K
 
 
-def _label_row(base: Base, text: str, label: str, prompt: SoftPrompt | None, limit: int) -> Row:
+def _label_row(base: Base, text: str, label: str, prompt: int | None, limit: int) -> Row:
     own = label_ids(base, text, label)
     before = without_start(base, base.bos_ids + base.encode(text), limit - len(own))
-    return Row(before + own, None if prompt is None else 0, (False,) * len(before) + (True,) * len(own))
+    return Row(before + own, prompt, (False,) * len(before) + (True,) * len(own))
 
 
 def _generated_labels(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from softprompt.base import Base
@@ -13,6 +13,7 @@ from softprompt.data import Rows, build_examples, input_ids
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError
 from softprompt.evaluation.classification import Accuracy, accuracies
+from softprompt.evaluation.ensemble import Ensembles, check_ensembles, vote_accuracies
 from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
 from softprompt.evaluation.task_scores import ScoreConfig, TaskScore, check_scores, task_scores
 from softprompt.families import Forward, forward_of
@@ -45,9 +46,10 @@ class Comparison:
     losses: tuple[HeldOutLoss, ...]
     accuracies: tuple[Accuracy, ...]
     base_bytes: int  # parameters of the one base
-    prompt_bytes: int  # all prompts together
+    prompt_bytes: int  # all prompts together, those that vote included
     peak_bytes: int  # peak resident size of this process
     scores: tuple[TaskScore, ...] = ()  # of greedy answers, where they were asked for
+    ensembles: Mapping[str, int] = field(default_factory=dict)  # name -> prompts that vote
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only; the bare base is named `base` among the answers, and NaN is null."""
@@ -67,6 +69,7 @@ def compare(
     inputs: Sequence[Input] = (),
     *,
     held_out: Mapping[str, Rows] | None = None,
+    ensembles: Ensembles | None = None,
     sampling: SamplingConfig | None = None,
     scoring: ScoreConfig | None = None,
     seed: int = 0,
@@ -74,34 +77,58 @@ def compare(
     """Answers for every input, and held-out loss, perplexity and accuracy for every set, base first.
 
     `scoring` adds scores of greedy answers to the sets that have completions or chats, and calibrates the accuracy.
+    `ensembles` (name -> prompts by name) vote on the labels of the sets that have some, beside the prompts.
 
     An input is raw text, or fields that each prompt's own template takes (the bare base gets the first template among
     the prompts). Raises DataError or LengthError for an input or a set that cannot be used, ConfigError for a prompt
-    called `base` and for a score that no set suits, MissingDependencyError for a score without torchmetrics.
+    called `base`, an ensemble called as a prompt, and a score or an ensemble that no set suits, MissingDependencyError
+    for a score without torchmetrics.
     """
-    if BARE in prompts:
-        raise ConfigError(f"a prompt is called {BARE!r}, which is the bare base's name; call it otherwise")
+    ensembles = ensembles or {}
     scoring, sets = scoring or ScoreConfig(), dict(held_out or {})
+    _check_contenders(prompts, ensembles)
     check_scores(scoring, sets)
+    check_ensembles(ensembles, sets)
     forward = forward_of(base)
-    room = _room(base, prompts)
+    voters = [prompt for members in ensembles.values() for prompt in members.values()]
+    room = _room(base, [*prompts.values(), *voters])
     examples = {name: build_examples(base, rows, eos=True, max_length=room) for name, rows in sets.items()}
     return Comparison(
         base_name=base.name,
         prompts={name: prompt.num_virtual_tokens for name, prompt in prompts.items()},
         answered=tuple(_answer_all(base, forward, prompts, inputs, sampling or SamplingConfig())),
         losses=tuple(held_out_losses(base, forward, prompts, examples, seed)),
-        accuracies=tuple(accuracies(base, forward, prompts, sets, room, calibrate=scoring.calibrate)),
+        accuracies=_accuracies(base, forward, prompts, ensembles, sets, room, scoring.calibrate),
         base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
-        prompt_bytes=sum(prompt.num_bytes for prompt in prompts.values()),
+        prompt_bytes=sum(prompt.num_bytes for prompt in [*prompts.values(), *voters]),
         scores=tuple(task_scores(base, forward, prompts, sets, scoring, room, seed)),
+        ensembles={name: len(members) for name, members in ensembles.items()},
         peak_bytes=peak_bytes(),
     )
 
 
-def _room(base: Base, prompts: Mapping[str, SoftPrompt]) -> int:
+def _check_contenders(prompts: Mapping[str, SoftPrompt], ensembles: Ensembles) -> None:
+    if BARE in prompts or BARE in ensembles:
+        raise ConfigError(f"a prompt is called {BARE!r}, which is the bare base's name; call it otherwise")
+    both = sorted(prompts.keys() & ensembles.keys())
+    if both:
+        raise ConfigError(f"a prompt and an ensemble are both called {both[0]!r}; call one otherwise")
+
+
+def _room(base: Base, prompts: Sequence[SoftPrompt]) -> int:
     """Tokens a held-out row may have, the same for all contenders, so that all are read on the same tokens."""
-    return base.max_length - max((prompt.num_virtual_tokens for prompt in prompts.values()), default=0)
+    return base.max_length - max((prompt.num_virtual_tokens for prompt in prompts), default=0)
+
+
+def _accuracies(
+    base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], ensembles: Ensembles, sets: Mapping[str, Rows],
+    room: int, calibrate: bool,
+) -> tuple[Accuracy, ...]:  # fmt: skip
+    """Set by set: the bare base, the prompts, the ensembles."""
+    found = accuracies(base, forward, prompts, sets, room, calibrate=calibrate)
+    found += vote_accuracies(base, forward, ensembles, sets, room, calibrate=calibrate)
+    order = list(sets)
+    return tuple(sorted(found, key=lambda item: order.index(item.held_out)))
 
 
 def _answer_all(

@@ -11,6 +11,7 @@ from softprompt.evaluation.tables import (
     answer_tables,
     class_tables,
     confusion_tables,
+    ensemble_tables,
     loss_tables,
     memory_line,
     score_tables,
@@ -22,7 +23,7 @@ _MARKS = re.compile(r"[\\`*_{}\[\]<>#|!&~$@^]|:(?=//)|(?<=www)\.")
 
 def to_markdown(comparison: Comparison) -> str:
     """Answers side by side, then the held-out figures; whatever an input, an answer or a name holds is text."""
-    figures = (loss_tables, accuracy_tables, class_tables, confusion_tables, score_tables)
+    figures = (loss_tables, accuracy_tables, ensemble_tables, class_tables, confusion_tables, score_tables)
     tables = [*answer_tables(comparison), *(table for of in figures for table in of(comparison))]
     title = f"# {_text(comparison.base_name)}: before and after"
     return "\n\n".join([title, *map(_section, tables), memory_line(comparison)]) + "\n"

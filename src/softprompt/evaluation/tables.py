@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.cells import cell_len
@@ -52,6 +53,12 @@ def accuracy_tables(comparison: Comparison) -> list[Table]:
     return [Table(_accuracy_title(group[0]), columns, [_accuracy_row(a) for a in group]) for group in groups]
 
 
+def ensemble_tables(comparison: Comparison) -> list[Table]:
+    """One table per labelled held-out set and ensemble: what each of its prompts reaches alone."""
+    votes = [item for item in comparison.accuracies if item.members]
+    return [Table(_ensemble_title(item), ["member", "by likelihood"], _member_rows(item)) for item in votes]
+
+
 def class_tables(comparison: Comparison) -> list[Table]:
     """One table per labelled held-out set and contender, one row per label."""
     columns = ["label", "precision", "recall", "F1", "rows"]
@@ -86,7 +93,7 @@ def score_tables(comparison: Comparison) -> list[Table]:
 
 def memory_line(comparison: Comparison) -> str:
     """What the comparison held in memory."""
-    count = len(comparison.prompts)
+    count = len(comparison.prompts) + sum(comparison.ensembles.values())
     return (
         f"One base of {comparison.base_bytes / 2**20:,.1f} MiB, {count} prompt{'' if count == 1 else 's'} of "
         f"{comparison.prompt_bytes / 2**10:,.1f} KiB{'' if count == 1 else ' together'}; "
@@ -126,7 +133,17 @@ def _calibrated(item: Accuracy) -> str:
 
 def _accuracy_row(item: Accuracy) -> list[str]:
     interval = f"{item.interval.low:.1%} to {item.interval.high:.1%}"
-    return [item.prompt or BARE, f"{item.by_likelihood:.1%}", interval, f"{item.generated:.1%}"]
+    generated = _NOTHING if item.generated is None else f"{item.generated:.1%}"
+    return [item.prompt or BARE, f"{item.by_likelihood:.1%}", interval, generated]
+
+
+def _ensemble_title(item: Accuracy) -> str:
+    mean = sum(item.members.values()) / len(item.members)
+    return f"Members of {item.prompt} on {item.held_out}: {len(item.members)} vote, {mean:.1%} on average"
+
+
+def _member_rows(item: Accuracy) -> list[list[str]]:
+    return [[Path(name).name, f"{share:.1%}"] for name, share in item.members.items()]
 
 
 def _class_title(item: Accuracy) -> str:

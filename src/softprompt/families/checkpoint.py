@@ -22,13 +22,13 @@ from softprompt.families.products import Products, current
 
 def install(model: PreTrainedModel) -> None:
     """Put the question before each decoder layer's forward."""
-    for layer in _layers(model):
+    for layer in decoder_layers(model):
         if "forward" not in vars(layer):
             layer.forward = MethodType(_forward, layer)
 
 
 def remove(model: PreTrainedModel) -> None:
-    for layer in _layers(model):
+    for layer in decoder_layers(model):
         vars(layer).pop("forward", None)
 
 
@@ -48,7 +48,8 @@ def _wanted(value: object) -> bool:
     return isinstance(value, PackedMask | PackedCache) and value.rows.checkpoint
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers in order; none where a family keeps them otherwise."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

@@ -26,7 +26,7 @@ from softprompt.storage.files import CONFIG_NAME, PICKLE_NAME, RECORD_NAME, SAFE
 if TYPE_CHECKING:
     from softprompt.base import Base
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MARKS = (CONFIG_NAME, RECORD_NAME, SAFETENSORS_NAME, PICKLE_NAME, "run.json")  # one of them makes a folder ours
 
 
@@ -198,7 +198,7 @@ def check_name(name: str) -> str:
 
     Raises: StorageError.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise StorageError(
             f"{name!r} is not a prompt's name; a name is 1 to 64 letters, digits, '.', '_' or '-', "
             "the first one a letter or digit"

@@ -1,14 +1,15 @@
 """A training run's folder: `run.json`, `metrics.jsonl`, `checkpoints/step-N/`, and at the end the adapter's files.
 
-It knows files and nothing of how training goes.
+A run for several tasks has a sub-folder with an adapter for each, which its plan names under `tasks`. It knows files
+and nothing of how training goes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import save_prompt, save_prompt_into
 from softprompt.storage.atomic import PARTIAL_SUFFIX, append_line, write_file
 from softprompt.storage.checkpoints import (
+    STATE_NAME,
+    STATE_TENSORS_NAME,
     Checkpoint,
     SavedState,
     forget_after,
@@ -37,6 +40,7 @@ from softprompt.storage.files import (
     parse_object,
     read_file,
 )
+from softprompt.storage.library import NAME, check_name
 from softprompt.storage.peft_config import PEFT_TYPE
 from softprompt.storage.prompt_set import SET_NAME
 
@@ -46,9 +50,11 @@ CHECKPOINTS_NAME = "checkpoints"
 CANDIDATES_NAME = "candidates"
 KEPT_CHECKPOINTS = 3
 BOARD_NAME = "tensorboard"
+TASKS_KEY = "tasks"  # of the plan: an object whose keys are the tasks' names
 _PLAN_MARK = "softprompt_run"  # the key that makes a run.json ours; its value is the format's version
 _PLAN_VERSION = 1
 _OURS = (*ADAPTER_FILES, PICKLE_NAME, PLAN_NAME, METRICS_NAME, CHECKPOINTS_NAME, CANDIDATES_NAME, SET_NAME, BOARD_NAME)
+_NAMES_TAKEN = frozenset({*_OURS, STATE_NAME, STATE_TENSORS_NAME})
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,17 @@ class RunFolder:
         return run
 
     @classmethod
-    def check_free(cls, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """What `create` would refuse, told before anything slow is begun. Touches nothing.
+    def check_free(cls, path: str | os.PathLike[str], *, overwrite: bool = False, tasks: Iterable[str] = ()) -> None:
+        """What `create` would refuse, told before anything slow is begun, and a folder in the place of a task's.
 
-        Raises: ExistsError, StorageError.
+        Touches nothing. Raises: ExistsError, StorageError.
         """
-        cls(Path(path))._check_start(overwrite)
+        run = cls(Path(path))
+        run._check_start(overwrite)
+        earlier = [task.path for task in run._tasks()]
+        for place in (run.path / name for name in tasks):
+            if os.path.lexists(place) and place not in earlier:
+                raise ExistsError(f"{place} exists and is not of the run in {path}; call the task otherwise")
 
     def has_begun(self) -> bool:
         """Whether a run was begun here, so that there is something to go on with."""
@@ -113,10 +124,14 @@ class RunFolder:
         append_line(self.path / METRICS_NAME, dump_object(metrics, indent=None))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of `metrics.jsonl`, in order; none where nothing was written."""
+        """Every whole line of `metrics.jsonl`, in order; none where nothing was written.
+
+        Raises: AdapterError for a line that is no JSON object.
+        """
         file = self.path / METRICS_NAME
         whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = whole.split(b"\n") if whole else []
+        return [parse_object(line, f"line {number:,} of {file}") for number, line in enumerate(lines, start=1)]
 
     def save_checkpoint(
         self, step: int, prompts: Mapping[str | None, SoftPrompt], facts: Mapping[str, Any],
@@ -195,9 +210,20 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
+        for task in self._tasks():
+            task._clear()
+            with suppress(OSError):  # something of the user's is in it
+                task.path.rmdir()
         self._remove_partials()
         for name in _OURS:
             _remove(self.path / name)
+
+    def _tasks(self) -> list[RunFolder]:
+        """The sub-folders of a run for several tasks."""
+        named = _peek(self.path, PLAN_NAME).get(TASKS_KEY)
+        names = [name for name in named if is_part_name(name)] if isinstance(named, dict) else []
+        places = [self.path / name for name in names]
+        return [RunFolder(place) for place in places if place.is_dir() and not place.is_symlink()]
 
     def _is_recognised(self) -> bool:
         return (
@@ -210,6 +236,22 @@ class RunFolder:
         for folder in (self.path, self.path / CHECKPOINTS_NAME):
             for leftover in (*folder.glob(f".*{PARTIAL_SUFFIX}"), *folder.glob(".step-*.old")):
                 _remove(leftover)
+
+
+def check_part_name(name: str) -> str:
+    """A name that a task or a candidate of a run may have, given back: it names a folder among the run's own.
+
+    Raises: StorageError.
+    """
+    if not is_part_name(name):
+        check_name(name)
+        raise StorageError(f"{name!r} is what a file or folder of every run is called; choose another name")
+    return name
+
+
+def is_part_name(name: str) -> bool:
+    """Whether `check_part_name` allows the name."""
+    return NAME.fullmatch(name) is not None and name not in _NAMES_TAKEN
 
 
 def _peek(folder: Path, name: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def prepare(
     made = [_trial(base, forward, candidate, reader) for candidate in candidates]
     trials, data = [trial for trial, _, _, _ in made], tuple(data for _, data, _, _ in made)
     notes = [note for _, _, _, some in made for note in some]
-    notes += [forward.packing.note, *_arranged(forward, trials, ranks)]
+    notes += [forward.packing.note, *_company(ranks), *_arranged(forward, trials, ranks)]
     rows, split = _micro_batch_rows(base, forward, trials, ranks)
     for trial in trials:
         trial.plan = with_micro_batch_rows(trial.plan, rows)
@@ -197,6 +197,13 @@ def _check_in_step(base: Base, forward: Forward, ranks: Ranks) -> None:
         )
 
 
+def _company(ranks: Ranks) -> tuple[str, ...]:
+    if ranks.count == 1:
+        return ()
+    whole = "each with a part of the base's layers" if ranks.in_step else "each with the whole base"
+    return (f"{ranks.count} processes share the rows of a step, {whole}",)
+
+
 def _arranged(forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> tuple[str, ...]:
     """Keep the weights as the CPU multiplies them fastest, where the run is long enough and the memory ample."""
     planned = sum(_planned_tokens(trial) for trial in trials)
@@ -215,11 +222,14 @@ def _planned_tokens(trial: Trial) -> int:
 def _micro_batch_rows(
     base: Base, forward: Forward, trials: Sequence[Trial], ranks: Ranks
 ) -> tuple[int, tuple[str, ...]]:
-    """Rows per forward pass, of all trials together: what was asked for, else what every rank's memory holds."""
+    """Rows per forward pass, of all trials together: what was asked for, else what every rank's memory holds.
+
+    All ranks meet here: what they have read until now, none has begun to write.
+    """
     asked = [trial.plan.config.micro_batch_rows for trial in trials if trial.plan.config.micro_batch_rows is not None]
     planned = sum(trial.plan.micro_batch_rows for trial in trials)
     if asked:
-        return min(*asked, planned), ()
+        return least(min(*asked, planned), ranks), ()
     whole = most_shared(planned, ranks)
     rows = _fitted_rows(base, forward, trials, whole, ranks)
     if rows == whole:

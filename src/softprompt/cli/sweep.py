@@ -1,0 +1,132 @@
+"""softprompt sweep"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from softprompt.cli.console import say
+from softprompt.cli.options import config_of, given_flags, options_of
+from softprompt.cli.recorder import Recorder, require_tensorboard
+from softprompt.cli.resume import MAY_CHANGE, SWEEP_KEY, is_finished, recorded_settings, resumed_settings
+from softprompt.cli.several_processes import in_processes, load_among
+from softprompt.cli.sweep_file import Sweep, read_sweep
+from softprompt.cli.training_run import Job, Task, run_job, run_options
+from softprompt.config import BaseConfig
+from softprompt.data import split_rows
+from softprompt.errors import ConfigError, StorageError
+from softprompt.storage import RunFolder
+from softprompt.storage.runs import TASKS_KEY, check_part_name
+from softprompt.training import Ranks
+
+Settings = dict[str, Any]
+
+
+@click.command("sweep")
+@click.argument("file", type=click.Path(), metavar="SWEEP.toml")
+@options_of(BaseConfig, optional=True)
+@run_options
+@in_processes
+def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, ranks: Ranks, **flags: Any) -> None:
+    """Train the prompts of a sweep file together on one frozen base, and keep the best by validation.
+
+    All rows of all prompts go through one forward and one backward pass per step; each prompt has its own optimiser,
+    schedule, patience and best checkpoint, and becomes what it would have become alone. SWEEP.toml has the sections
+    [base], [data] and [train] with the settings of `softprompt train`, [grid] with lists of values to combine,
+    [candidates.NAME] with candidates by name, and [tasks.NAME] with the data of several tasks; `halving` and
+    `ensemble` are as with `train`. Flags override [base]. The prompt kept for a task lies in --out/NAME, or in --out
+    where the tasks have no names.
+    """
+    sweep = read_sweep(Path(file))
+    _check_names(file, sweep)
+    goes_on = resume and RunFolder(Path(out)).has_begun()
+    if goes_on and is_finished(out):
+        say(f"the run in {out} is finished; there is nothing to resume")
+        return
+    flags = _resumed(file, sweep, out, flags) if goes_on else _with_base(sweep.base, flags)
+    if flags["base"] is None:
+        raise ConfigError(f"{file} names no base; give one: --base, or base = in its [base]")
+    base_config = config_of(BaseConfig, flags)
+    if not goes_on:
+        RunFolder.check_free(out, overwrite=overwrite, tasks=[name for name in sweep.tasks if name])
+    require_tensorboard(flags["tensorboard"])
+    tasks = _tasks(sweep, offline=base_config.offline)
+    job = Job(
+        base=load_among(base_config, ranks), tasks=tasks, configs=sweep.candidates,
+        halving=sweep.halving and not sweep.ensemble, keeps_all=sweep.ensemble, command=f"sweep {file}",
+    )  # fmt: skip
+    recorder = Recorder(
+        Path(out), {**_facts(tasks), SWEEP_KEY: sweep.to_json(), "settings": recorded_settings(flags)},
+        overwrite=overwrite, resume=goes_on, keep_checkpoints=flags["keep_checkpoints"],
+        tensorboard=flags["tensorboard"],
+    )  # fmt: skip
+    run_job(job, recorder, resume=goes_on, ranks=ranks, as_json=as_json)
+
+
+def _check_names(file: str, sweep: Sweep) -> None:
+    for section, names in (("tasks", sweep.tasks), ("candidates", sweep.candidates)):
+        for name in () if list(names) == [""] else names:
+            try:
+                check_part_name(name)
+            except StorageError as error:
+                raise ConfigError(f"{file} [{section}]: {error}") from error
+
+
+def _with_base(base: Mapping[str, Any], flags: Settings) -> Settings:
+    """The file's settings of the base, where no flag is given."""
+    given = given_flags()
+    return {**flags, **{name: value for name, value in base.items() if name not in given}}
+
+
+def _tasks(sweep: Sweep, *, offline: bool) -> list[Task]:
+    return [
+        Task(name=name, data=data, seed=sweep.seed, split=split_rows(data, seed=sweep.seed, offline=offline))
+        for name, data in sweep.tasks.items()
+    ]
+
+
+def _facts(tasks: Sequence[Task]) -> dict[str, Any]:
+    if not tasks[0].name:
+        return tasks[0].facts()
+    return {TASKS_KEY: {task.name: task.facts() for task in tasks}}
+
+
+def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
+    """The flags that the run was begun with, those given anew, and what the file says anew of the base."""
+    plan = RunFolder(Path(out)).read_plan()
+    begun = plan.get(SWEEP_KEY)
+    if isinstance(begun, dict):
+        _check_same(file, sweep.to_json(), begun, out)
+        known = begun.get("base", {})
+        changed = {name: value for name, value in sweep.base.items() if known.get(name) != value}
+        flags = _with_base(changed, flags)
+        return resumed_settings(out, flags, given_flags() | set(changed), command="sweep")
+    return resumed_settings(out, flags, (), command="sweep")
+
+
+def _check_same(file: str, now: Mapping[str, Any], begun: Mapping[str, Any], out: str) -> None:
+    """Raises ConfigError where the file means another sweep than the one begun, the base's settings aside."""
+    for section in ("tasks", "candidates"):
+        names, known = list(now[section]), list(begun.get(section, ()))
+        if names != known:
+            _refuse(file, out, f"has the {section} {', '.join(names)}", ", ".join(known))
+    here, there = (dict(_leaves(sweep)) for sweep in (now, begun))
+    for path, value in here.items():
+        if path[0] != "base" and path[-1] not in MAY_CHANGE and value != there.get(path):
+            _refuse(file, out, f"says {'.'.join(filter(None, path))} = {value!r}", repr(there.get(path)))
+
+
+def _refuse(file: str, out: str, now: str, begun: str) -> NoReturn:
+    raise ConfigError(
+        f"{file} {now}, but the sweep in {out} was begun with {begun or 'none by name'}; resume it with the file as it "
+        "was, or begin anew in another folder"
+    )
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:  # Any: JSON
+    if not isinstance(value, Mapping):
+        return [(path, value)]
+    return [leaf for key, item in value.items() for leaf in _leaves(item, (*path, key))]

@@ -1,0 +1,249 @@
+"""A sweep's file: which prompts are trained together on which rows, as TOML. No torch here.
+
+    halving = true            # drop the weaker candidates as the training goes on
+    ensemble = false          # keep all candidates as a set that votes
+    [base]                    # of BaseConfig
+    [data]                    # of DataConfig, for every task
+    [train]                   # of TrainConfig, for every candidate
+    [grid]                    # lists of TrainConfig's values: every combination is a candidate
+    [candidates.NAME]         # a candidate by name, beside or instead of the grid
+    [tasks.NAME]              # a task by name, over [data]; every candidate trains on every task
+
+Paths are relative to the file's folder. A more specific section replaces what it excludes in a shared one: a task's
+`template` takes the place of a shared `text_column`, a candidate's `learning_rate` that of a `relative_learning_rate`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from softprompt.cli.sweep_grid import grid_of
+from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig, check_settings, make_config
+from softprompt.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Table = dict[str, Any]  # Any: whatever TOML holds
+ConfigT = TypeVar("ConfigT")
+
+_SECTIONS = ("base", "data", "train", "grid", "candidates", "tasks")
+_SWITCHES = {"halving": True, "ensemble": False}  # and their defaults
+_PARTS = ("validation", "test")  # a share, a number of rows or a file
+# What a setting takes the place of in a shared section.
+_REPLACED_BY: Mapping[str, tuple[str, ...]] = {
+    "learning_rate": ("relative_learning_rate",),
+    "relative_learning_rate": ("learning_rate",),
+    "text_column": ("template", "completion", "messages_column"),
+    "messages_column": ("template", "completion", "text_column"),
+    "template": ("text_column", "messages_column"),
+    "completion": ("text_column", "messages_column"),
+}
+_TYPE_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a sweep's file says. Names are empty where there is one task, or one candidate, that has none."""
+
+    base: Mapping[str, Any]  # those settings of BaseConfig that the file gives
+    tasks: Mapping[str, DataConfig]
+    candidates: Mapping[str, TrainConfig]
+    halving: bool
+    ensemble: bool
+    seed: int  # of [train]: deals the rows of every task, alike for all candidates
+
+    def to_json(self) -> dict[str, Any]:
+        """For `run.json`, with every setting, given or not."""
+        return asdict(self)
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep that a TOML file describes.
+
+    Raises: ConfigError, naming file, section and key, for what cannot be meant.
+    """
+    tables = _read_tables(path)
+    base = _settings(BaseConfig, tables["base"], f"{path} [base]")
+    train = _settings(TrainConfig, tables["train"], f"{path} [train]")
+    candidates = _candidates(path, tables, train)
+    if tables["ensemble"] and len(candidates) < 2:
+        raise ConfigError(f"{path}: ensemble needs several candidates to vote, and there is one; give a grid of seeds")
+    return Sweep(
+        base={**base, **({"base": _base_place(base["base"], path.parent)} if "base" in base else {})},
+        tasks=_tasks(path, tables),
+        candidates=candidates,
+        halving=tables["halving"],
+        ensemble=tables["ensemble"],
+        seed=train.get("seed", TrainConfig.seed),
+    )
+
+
+def _read_tables(path: Path) -> Table:
+    """The file's sections and switches, each of them there and of its type."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the sweep file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML: {' '.join(str(error).split())}") from error
+    known = (*_SWITCHES, *_SECTIONS)
+    for name in found:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise ConfigError(f"{path} has no key {name!r}; {hint}")
+    for name in _SECTIONS:
+        _require_table(found.get(name, {}), f"{path} [{name}]")
+    for name, default in _SWITCHES.items():
+        found[name] = _typed(bool, found.get(name, default), f"{path}: {name}")
+    return {**{name: {} for name in _SECTIONS}, **found}
+
+
+def _candidates(path: Path, tables: Table, train: Table) -> dict[str, TrainConfig]:
+    found: dict[str, Table] = grid_of(_grid_values(tables["grid"], f"{path} [grid]"))
+    for name, table in tables["candidates"].items():
+        where = f"{path} [candidates.{name}]"
+        if name in found:
+            raise ConfigError(f"{where} is called as a candidate of the grid is; call it otherwise")
+        found[name] = _settings(TrainConfig, table, where)
+    places = {name: f"{path}, candidate {name}" for name in found}
+    if not found:
+        found, places = {"": {}}, {"": f"{path} [train]"}
+    return {name: _config(TrainConfig, _over(train, own), places[name]) for name, own in found.items()}
+
+
+def _grid_values(grid: Table, where: str) -> dict[str, list[Any]]:
+    _check_names(TrainConfig, grid, where)
+    hints = typing.get_type_hints(TrainConfig)
+    return {key: _grid_list(hints[key], values, f"{where}: {key}") for key, values in grid.items()}
+
+
+def _grid_list(hint: Any, values: object, where: str) -> list[Any]:
+    if not isinstance(values, list):
+        raise ConfigError(f"{where} is {values!r}; it must be a list of values to try, [{values!r}] say")
+    if not values:
+        raise ConfigError(f"{where} is an empty list; give the values to try, or leave it out")
+    typed = [_typed(hint, value, where) for value in values]
+    for index, value in enumerate(typed):
+        if value in typed[:index]:
+            raise ConfigError(f"{where} names {value!r} twice; give each value once")
+    return typed
+
+
+def _tasks(path: Path, tables: Table) -> dict[str, DataConfig]:
+    shared = _data_settings(tables["data"], f"{path} [data]", path.parent)
+    if not tables["tasks"]:
+        return {"": _data_config(shared, f"{path} [data]")}
+    return {
+        name: _data_config(_over(shared, _data_settings(table, where, path.parent)), where)
+        for name, table in tables["tasks"].items()
+        for where in [f"{path} [tasks.{name}]"]
+    }
+
+
+def _data_settings(table: object, where: str, folder: Path) -> Table:
+    given = _require_table(table, where)
+    shares = {name: str(given[name]) for name in _PARTS if type(given.get(name)) in (int, float)}
+    found = _settings(DataConfig, {**given, **shares}, where)
+    if "data" in found:
+        found["data"] = _data_place(found["data"], folder)
+    for name in _PARTS:
+        if name in found and not _is_number(found[name]):
+            found[name] = str(folder / os.path.expanduser(found[name]))
+    return found
+
+
+def _data_config(settings: Table, where: str) -> DataConfig:
+    if "data" not in settings:
+        raise ConfigError(f'{where} names no data; give the file or Hub set to learn from: data = "rows.csv"')
+    return _config(DataConfig, settings, where)
+
+
+def _data_place(name: str, folder: Path) -> str:
+    """A path as seen from the file's folder; what nothing is called, here or there, may be a Hub id and stays."""
+    place = folder / os.path.expanduser(name)
+    may_be_on_the_hub = name.count("/") == 1 and not place.exists() and not Path(name).exists()
+    return name if may_be_on_the_hub else str(place)
+
+
+def _base_place(name: str, folder: Path) -> str:
+    """A base's folder as seen from the file's folder, if it is there; else a Hub id, or a base by name."""
+    place = folder / os.path.expanduser(name)
+    return str(place) if name != EMBEDDED_BASE and place.is_dir() else name
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _over(shared: Table, own: Table) -> Table:
+    """`own` settings over `shared` ones, less those that they take the place of."""
+    replaced = {name for key in own for name in _REPLACED_BY.get(key, ())}
+    if own.get("init", "text") != "text":
+        replaced.add("init_text")
+    return {**{name: value for name, value in shared.items() if name not in replaced}, **own}
+
+
+def _settings(kind: type[Any], table: object, where: str) -> Table:
+    """A section's settings, each of them known and of its type."""
+    found = _require_table(table, where)
+    _check_names(kind, found, where)
+    hints = typing.get_type_hints(kind)
+    return {name: _typed(hints[name], value, f"{where}: {name}") for name, value in found.items()}
+
+
+def _config(kind: type[ConfigT], settings: Table, where: str) -> ConfigT:
+    try:
+        return make_config(kind, settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_names(kind: type[Any], table: Table, where: str) -> None:
+    try:
+        check_settings(kind, table)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _require_table(value: object, where: str) -> Table:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is {value!r}; it must be a section of settings")
+    return value
+
+
+def _typed(hint: Any, value: object, where: str) -> Any:  # Any: a type hint in, a value of that type out
+    """The value, a whole number as a float where that is wanted. Raises ConfigError for another type."""
+    kinds = _alternatives(hint)
+    if type(value) in kinds or value in _choices(hint):
+        return value
+    if type(value) is int and float in kinds:
+        return float(value)
+    wanted = [_TYPE_NAMES[kind] for kind in kinds] or [f"one of {', '.join(map(repr, _choices(hint)))}"]
+    raise ConfigError(f"{where} is {value!r}; it must be {' or '.join(wanted)}")
+
+
+def _alternatives(hint: Any) -> list[type]:
+    """The plain types that a hint allows."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return [kind for part in typing.get_args(hint) for kind in _alternatives(part)]
+    return [hint] if hint in _TYPE_NAMES else []
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()

@@ -1,0 +1,197 @@
+"""The ranks of a run over Accelerate: who this process is, its device, how sums are made, and who speaks.
+
+Which rows are whose, and what is summed, is the training room's business. Accelerate is optional and is imported only
+where a launcher started more than one process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from datetime import timedelta
+from functools import reduce
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from softprompt.base.device import resolve_dtype
+from softprompt.config import BaseConfig
+from softprompt.errors import ConfigError, MissingDependencyError, RankError
+from softprompt.launch import environment
+from softprompt.training import Alone, Ranks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_LONGEST_WAIT = timedelta(hours=2)  # of a rank for the slowest one
+
+
+class AcceleratedRanks:
+    """`Ranks` over an Accelerator: gloo between CPUs, NCCL between GPUs."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.in_step = environment.wants_fsdp()  # the base is to be split, by `launch.sharded`
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def num_on_this_machine(self) -> int:
+        return environment.num_processes_here()
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        found = torch.device(self.accelerator.device)
+        return torch.device("cpu") if found.type == "cpu" else found
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks, in one collective of the widest dtype among them.
+
+        A ring adds each number in one place and hands the result round, so all ranks have the same bits.
+
+        Raises RankError where another rank has ended.
+        """
+        if not tensors or self.count == 1:
+            return
+        wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        flat = torch.cat([tensor.detach().flatten().to(self.device, wide) for tensor in tensors])
+        try:
+            torch.distributed.all_reduce(flat)
+        except RuntimeError as error:
+            raise RankError(f"another process of this run has ended early: {str(error).splitlines()[0]}") from error
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
+
+
+def ranks_of_environment(device: str = "auto") -> Ranks:
+    """The ranks that a launcher started, meeting them; `Alone` where there is but this process.
+
+    `device` is the base's: auto, cpu or cuda. Raises ConfigError where it cannot be had by each rank, and
+    MissingDependencyError without accelerate.
+    """
+    if environment.num_processes() == 1:
+        return Alone()
+    require_accelerate()
+    from accelerate import Accelerator
+
+    on_cpu = _on_cpu(device)
+    _meet(on_cpu)
+    if on_cpu:
+        _share_threads()
+    return AcceleratedRanks(Accelerator(cpu=on_cpu))
+
+
+def config_of_rank(config: BaseConfig, ranks: Ranks) -> BaseConfig:
+    """The settings to load the base with on this rank: its own device, the dtype of that device.
+
+    A base that is to be split is loaded on the CPU first, by every rank. Raises ConfigError for a device map.
+    """
+    if not isinstance(ranks, AcceleratedRanks):
+        return config
+    if config.device_map is not None:
+        raise ConfigError(
+            f"device_map {config.device_map!r} spreads one process over all devices, but {ranks.count} processes were "
+            "started; use one process, or no device_map"
+        )
+    if not ranks.in_step:
+        return replace(config, device=str(ranks.device))
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # with it transformers loads nothing on other ranks
+    dtype = str(resolve_dtype(config.dtype, ranks.device)).removeprefix("torch.")
+    return replace(config, device="cpu", dtype=dtype)  # type: ignore[arg-type]  # one of Dtype's, resolved
+
+
+@contextmanager
+def one_voice(ranks: Ranks) -> Iterator[None]:
+    """Inside it only the first rank speaks, and only it hears Ctrl-C; afterwards the ranks have parted.
+
+    A rank that finds the others gone ends the process with the code `PEERS_LEFT`: what happened is theirs to say.
+    """
+    if ranks.count == 1:
+        yield
+        return
+    try:
+        with _silence() if ranks.rank > 0 else nullcontext():
+            yield
+            ranks.sum([torch.zeros(1)])  # the others stay until the first has written all
+    except RankError:
+        raise SystemExit(environment.PEERS_LEFT) from None
+    finally:
+        part()
+
+
+def part() -> None:
+    """Leave the other ranks; nothing where there are none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def require_accelerate() -> None:
+    """Raises MissingDependencyError without it."""
+    if find_spec("accelerate") is None:
+        raise MissingDependencyError("several processes need accelerate; pip install 'softprompt[distributed]'")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _on_cpu(device: str) -> bool:
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or index:
+        raise ConfigError(
+            f"device is {device!r}, but {environment.num_processes()} processes take a device each; use auto, cpu or "
+            "cuda, or one process"
+        )
+    if kind == "cpu" or environment.wants_cpu() or (kind == "auto" and not torch.cuda.is_available()):
+        return True
+    if environment.local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{environment.num_processes_here()} processes were started, but this machine has "
+            f"{torch.cuda.device_count()} CUDA device(s); start as many, or use device cpu"
+        )
+    return False
+
+
+def _meet(on_cpu: bool) -> None:
+    """Join the other processes: through our launcher's file, else as the environment says (`env://`)."""
+    file = os.environ.get(environment.RENDEZVOUS)
+    if not on_cpu:
+        torch.cuda.set_device(environment.local_rank())
+    try:
+        torch.distributed.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            init_method=f"file://{file}" if file else "env://",
+            rank=environment.rank(),
+            world_size=environment.num_processes(),
+            timeout=_LONGEST_WAIT,
+        )
+    except ValueError as error:  # a variable that is not there
+        raise ConfigError(
+            f"WORLD_SIZE is {environment.num_processes()}, but this was not started by a launcher ({error}); unset it, "
+            "or use --processes or accelerate launch"
+        ) from error
+
+
+def _share_threads() -> None:
+    """Between the processes of this machine, unless the user has."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(torch.get_num_threads() // environment.num_processes_here(), 1))
