@@ -137,7 +137,9 @@ _MAKERS = {
 
 def peers(instruction: str) -> dict[str, Settings]:
     """Other people's recipes at the notebook's length; the Trainer's linear decay and clipping at 1."""
-    trainer = {"virtual_tokens": 4, "schedule": "linear", "max_grad_norm": 1.0, "eos": False}
+    trainer = {
+        "virtual_tokens": 4, "schedule": "linear", "reparameterisation": "none", "max_grad_norm": 1.0, "eos": False,
+    }  # fmt: skip
     return {
         "PEFT's defaults (20 tokens)": {**trainer, "virtual_tokens": 20, "init": "peft", "learning_rate": 5e-5},
         "the notebook's settings": {**trainer, "init": "peft", "learning_rate": 3e-3},
@@ -146,7 +148,7 @@ def peers(instruction: str) -> dict[str, Settings]:
 
 
 def grid(instruction: str) -> Iterator[tuple[str, Settings]]:
-    """The fixed grid: start x rate x schedule x length; all else as by default."""
+    """The fixed grid: start x rate x schedule x length of a plain prompt; EOS as by default."""
     starts = {
         "vocab": {"init": "vocab"},
         "data": {"init": "data"},
@@ -158,5 +160,5 @@ def grid(instruction: str) -> Iterator[tuple[str, Settings]]:
     for (start, a), (rate, b), schedule, length in itertools.product(
         starts.items(), rates.items(), ("constant", "linear"), (4, 20)
     ):
-        settings = {**a, **b, "schedule": schedule, "virtual_tokens": length}
+        settings = {**a, **b, "schedule": schedule, "virtual_tokens": length, "reparameterisation": "none"}
         yield f"{start}, {rate}, {schedule}, P={length}", settings

@@ -270,7 +270,7 @@ def make_loop(base: Any, group: Group, batch_rows: int = BATCH_ROWS) -> Any:  # 
 
     config = TrainConfig(
         virtual_tokens=group.virtual_tokens, epochs=6, batch_rows=batch_rows, eos=False, init="vocab", seed=SEED,
-        learning_rate=3e-3, max_grad_norm=1.0,
+        learning_rate=3e-3, max_grad_norm=1.0, schedule="linear", reparameterisation="none",
     )  # fmt: skip
     start = SoftPrompt(make_start(group.virtual_tokens, base.hidden_size))
     data = make_example_set(make_rows(group, base.vocab_size), group.num_labelled)

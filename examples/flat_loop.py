@@ -1,4 +1,5 @@
-"""Prompt tuning in one flat loop, for learning: what `softprompt.train` does, without its care for memory and padding.
+"""Prompt tuning in one flat loop, for learning: what `softprompt.train` does, without its care for memory and padding,
+and with a plain prompt and linear decay (`reparameterisation="none"`, `schedule="linear"`).
 
 `tests/docs/test_examples.py` shows that it reaches the same losses as `softprompt.train`.
 

@@ -72,9 +72,10 @@ class TrainConfig:
 
     virtual_tokens: int = option(20, "Length P of the soft prompt (vectors).")
     reparameterisation: Reparameterisation = option(
-        "none", "Train through a residual MLP or a low-rank change of the start; folded into the prompt at the end."
+        "residual-mlp",
+        "Train through a residual MLP or a low-rank change of the start, folded into the prompt, or none.",
     )
-    bottleneck: int = option(32, "Width of the residual MLP, or rank, of --reparameterisation.")
+    bottleneck: int = option(64, "Width of the residual MLP, or rank, of --reparameterisation.")
     init: Start = option("data", "Start: data, text, vocab, labels, random or peft (PEFT's own N(0,1)).")
     init_text: str | None = option(None, "The instruction for --init text.")
     epochs: int = option(6, "Passes over the training rows.")
@@ -86,7 +87,7 @@ class TrainConfig:
     relative_learning_rate: float | None = option(None, "Learning rate times the embeddings' RMS; default 0.3.")
     learning_rate: float | None = option(None, "Absolute learning rate, instead of the relative one.")
     schedule: Schedule = option(
-        "linear", "Learning rate: linear or cosine decay to 0, constant, or constant and in the last third linear to 0."
+        "stable-decay", "Learning rate: constant and in the last third linear to 0, linear or cosine to 0, or constant."
     )
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
@@ -165,6 +166,7 @@ NOTEBOOK_PRESET: Mapping[str, Any] = {
     "batch_rows": 8,
     "learning_rate": 3e-3,
     "schedule": "linear",
+    "reparameterisation": "none",
     "max_grad_norm": 1.0,
     "eos": False,
 }

@@ -90,7 +90,8 @@ def peft_loss(model, examples, num_virtual):
 def test_the_same_start_rows_labels_and_optimiser_are_the_same_run(family, texts):
     base = build_base(family, dtype=torch.float64)
     settings = TrainConfig(
-        virtual_tokens=4, epochs=2, batch_rows=8, micro_batch_rows=3, learning_rate=0.02, eos_weight=1.0
+        virtual_tokens=4, epochs=2, batch_rows=8, micro_batch_rows=3, learning_rate=0.02, eos_weight=1.0,
+        schedule="linear", reparameterisation="none",
     )
     with TrueDouble():
         result = train(base, texts, settings)
@@ -197,7 +198,7 @@ def test_peft_generates_something_else_for_a_padded_batch_and_we_do_not(tiny_gpt
 
 def test_a_prompt_made_for_another_base_of_the_same_width_is_told_apart_by_its_record(texts):
     """PEFT would load it in silence; the record carries the base's fingerprint."""
-    settings = TrainConfig(virtual_tokens=4, max_steps=1)
+    settings = TrainConfig(virtual_tokens=4, max_steps=1, reparameterisation="none")
     first, second = build_base("llama", seed=0), build_base("llama", seed=1)
     assert train(first, texts, settings).prompt.record.base_fingerprint != second.fingerprint
 

@@ -25,7 +25,10 @@ from softprompt.splice import Row
 from softprompt.training import Checkpoint, SliceDone, StepDone, train
 from softprompt.training.step import accumulate_gradient
 
-SHORT = {"virtual_tokens": 4, "epochs": 2, "batch_rows": 8, "micro_batch_rows": 8}
+SHORT = {
+    "virtual_tokens": 4, "epochs": 2, "batch_rows": 8, "micro_batch_rows": 8, "schedule": "linear",
+    "reparameterisation": "none",
+}  # fmt: skip
 
 
 def config(**changes):

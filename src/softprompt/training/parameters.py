@@ -40,16 +40,18 @@ def make_parameters(config: TrainConfig, start_PH: Tensor, embedding_rms: float)
 def _residual_mlp(start_PH: Tensor, bottleneck: int, rms: float, seed: int) -> Parameters:
     """Residual Prompt Tuning (Razdaibiedina et al. 2023, arXiv 2305.03937): E + MLP(E), the MLP shared by all tokens.
 
-    Ours works in units of the embeddings' RMS, has no layer normalisation, and its up-projection begins at zero. The
-    rates of the projections are divided by the bottleneck, so that a first step moves the prompt as far as one of E.
+    Ours has no layer normalisation: E goes in divided by the RMS of the start and what comes out is times that of the
+    embeddings. The up-projection begins at zero. The projections' rates are divided by their widths, so that a first
+    step moves the prompt about as far through them as by itself.
     """
     hidden = start_PH.shape[1]
+    unit = float(start_PH.square().mean().sqrt()) or rms
     prompt = _leaf(start_PH)
     down_HM = _leaf(_normal((hidden, bottleneck), seed, start_PH) / math.sqrt(hidden))
     up_MH = _leaf(torch.zeros(bottleneck, hidden).to(start_PH))
 
     def fold() -> Tensor:
-        return prompt + torch.relu(prompt / rms @ down_HM) @ up_MH * rms
+        return prompt + torch.relu(prompt / unit @ down_HM) @ up_MH * rms
 
     scale = 1.0 / (rms * bottleneck)
     scales = {"prompt": 1.0, "down": 1.0 / (rms * hidden), "up": scale}
