@@ -46,7 +46,7 @@ def run(command: list[str], folder: Path, shell: str | None = None) -> str:
 @pytest.mark.medium
 def test_commands_run(folder: Path) -> None:
     shown = [line for block in blocks("console") for line in block.splitlines()]
-    assert len(shown) == 8
+    assert len(shown) == 12
     for line in shown:
         run([], folder, shell=line)
     for name in ("coach", "quotes", "reviews"):
