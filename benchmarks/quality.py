@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py ../shared/data --out build/quality
 
-Every recipe trains on the same rows for the same epochs. The grid is tried with two seeds first; the dozen that
-validate best are tried with five, and of those the best by validation is the one to reach. All scores are of the test
-rows: nats per text token (or per token of the label), and accuracy by label likelihood where there are labels.
+Every recipe trains on the same rows for the same epochs. The grid is tried with two seeds first; the six of each length
+that validate best are tried with five, and of those the best by validation is the one to reach. All scores are of the
+test rows: nats per text token (or per token of the label), and accuracy by label likelihood where there are labels.
 `--recipe '{"relative_learning_rate": 1}'` measures another recipe too; `--skip-grid` leaves the grid out.
 What was measured is kept in --out, one JSON file per case, and not measured again.
 """
@@ -17,7 +17,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from quality_cases import Case, Settings, grid, make_case, peers
+from quality_cases import LENGTHS, Case, Settings, grid, make_case, peers
 
 from softprompt import SoftPrompt, TrainConfig
 from softprompt.data import build_examples
@@ -84,24 +84,37 @@ def score(case: Case, prompt: SoftPrompt | None, with_accuracy: bool) -> Score:
     return {**losses, "accuracy": hits}
 
 
-def run_grid(measured: Measured) -> str:
-    """The grid's best recipe by validation."""
+def run_grid(measured: Measured) -> dict[int, str]:
+    """The grid's best recipe of each length by validation, the best of all first."""
     recipes = dict(grid(measured.case.instruction))
     measured.measure(recipes, FIRST_SEEDS)
-    ranked = sorted(recipes, key=lambda name: measured.mean(name, "validation"))[:FINALISTS]
+    best = [_best_of_length(measured, recipes, length) for length in LENGTHS]
+    return dict(sorted(zip(LENGTHS, best, strict=True), key=lambda item: measured.mean(item[1], "validation")))
+
+
+def _best_of_length(measured: Measured, recipes: dict[str, Settings], length: int) -> str:
+    same = [name for name, settings in recipes.items() if settings["virtual_tokens"] == length]
+    ranked = sorted(same, key=lambda name: measured.mean(name, "validation"))[: FINALISTS // len(LENGTHS)]
     measured.measure({name: recipes[name] for name in ranked}, SEEDS)
     return min(ranked, key=lambda name: measured.mean(name, "validation"))
 
 
-def show(measured: Measured, names: list[str], best: str | None) -> None:
-    bare = measured.bare()["test"]
-    reach = measured.mean(best, "test") if best is not None else None
+def show(measured: Measured, named: dict[str, Settings], best: dict[int, str]) -> None:
     print(f"\n{measured.case.name} ({len(measured.case.train)} rows; no prompt: {line(measured, 'no prompt')})\n")
-    print("| recipe | test loss | accuracy | way to the grid's best |\n| --- | --- | --- | --- |")
-    for name in [*names, *([best] if best is not None else [])]:
-        way = "" if reach is None else f"{(bare - measured.mean(name, 'test')) / (bare - reach):.2f}"
+    print("| recipe | test loss | accuracy | way to the grid's best | of its own length |\n|" + " --- |" * 5)
+    for name in [*named, *best.values()]:
+        length = named[name]["virtual_tokens"] if name in named else None
+        ways = [way(measured, name, other) for other in (next(iter(best.values()), None), best.get(length or 0))]
         loss, accuracy = (spread(measured.values(name, figure)) for figure in ("test", "accuracy"))
-        print(f"| {name} | {loss} | {accuracy} | {way} |")
+        print(f"| {name} | {loss} | {accuracy} | {ways[0]} | {ways[1]} |")
+
+
+def way(measured: Measured, name: str, best: str | None) -> str:
+    """How far a recipe comes from no prompt to the best one."""
+    if best is None:
+        return ""
+    bare = measured.bare()["test"]
+    return f"{(bare - measured.mean(name, 'test')) / (bare - measured.mean(best, 'test')):.2f}"
 
 
 def line(measured: Measured, name: str) -> str:
@@ -129,7 +142,7 @@ def main() -> None:
                 "ours, P=4": {"virtual_tokens": 4}, "ours, P=20": {"virtual_tokens": 20}, **others,
             }  # fmt: skip
             measured.measure(named, SEEDS[: flags.seeds], with_accuracy=True)
-            show(measured, list(named), None if flags.skip_grid else run_grid(measured))
+            show(measured, named, {} if flags.skip_grid else run_grid(measured))
 
 
 def parse() -> argparse.Namespace:

@@ -19,6 +19,7 @@ from softprompt.embedded import data_file
 Settings = dict[str, Any]
 
 SST2_NAMES = {"0": "negative", "1": "positive"}
+LENGTHS = (4, 20)  # of the grid
 HELD_OUT = 200  # rows that choose among the grid, and as many again that score, where there are so many
 
 
@@ -80,8 +81,9 @@ def _reviews(name: str, count: int, material: Path, scratch: Path) -> Case:
 
 
 def _halved(name: str, train: Rows, held_out: Rows, count: int, instruction: str) -> Case:
-    """The embedded sets: even held-out rows choose, odd ones score."""
-    chooses, scores = held_out.take(range(0, len(held_out), 2)), held_out.take(range(1, len(held_out), 2))
+    """The embedded sets: of the held-out rows, whose classes take turns, the first half chooses, the second scores."""
+    half = len(held_out) // 2
+    chooses, scores = held_out.take(range(half)), held_out.take(range(half, len(held_out)))
     return Case(name, _embedded(), train.take(range(count)), chooses, scores, instruction)
 
 
@@ -158,7 +160,7 @@ def grid(instruction: str) -> Iterator[tuple[str, Settings]]:
     rates = {f"{rate:g} x RMS": {"relative_learning_rate": rate} for rate in (0.03, 0.1, 0.3, 1.0, 3.0)}
     rates["3e-3"] = {"learning_rate": 3e-3}
     for (start, a), (rate, b), schedule, length in itertools.product(
-        starts.items(), rates.items(), ("constant", "linear"), (4, 20)
+        starts.items(), rates.items(), ("constant", "linear"), LENGTHS
     ):
         settings = {**a, **b, "schedule": schedule, "virtual_tokens": length, "reparameterisation": "none"}
         yield f"{start}, {rate}, {schedule}, P={length}", settings
