@@ -24,6 +24,7 @@ Criterion = Literal["loss", "accuracy", "f1_macro", "exact_match", "f1", "rouge_
 DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
 EMBEDDED_BASE = "embedded"
 _SEEDS = 2**63  # what torch's generators take
+_LARGEST_RATE = 1e30  # what float32 multiplies without overflow
 
 ConfigT = TypeVar("ConfigT")
 
@@ -113,7 +114,7 @@ class TrainConfig:
             _require(value is None or value >= 1, name, value, "at least 1")
         for name in ("relative_learning_rate", "learning_rate", "max_grad_norm", "eos_weight"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
+            _require(value is None or 0 < value < _LARGEST_RATE, name, value, f"above 0 and below {_LARGEST_RATE:g}")
         if self.relative_learning_rate is not None and self.learning_rate is not None:
             raise ConfigError(
                 f"learning_rate={self.learning_rate:g} and relative_learning_rate={self.relative_learning_rate:g} "

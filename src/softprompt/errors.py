@@ -62,6 +62,10 @@ class MemoryLimitError(SoftpromptError, MemoryError):
     """One row alone needs more memory than the machine allows."""
 
 
+class DivergedError(SoftpromptError, ArithmeticError):
+    """A training whose loss is no longer a number."""
+
+
 class RankError(SoftpromptError, RuntimeError):
     """Another of the processes that train one run has ended early; this one cannot go on alone."""
 

@@ -184,6 +184,48 @@ class TestSettings:
         assert "does not say how it was begun" in run("train", "--out", half_way, "--resume").complaint
 
 
+class TestUnlikelyMoments:
+    def test_a_kill_before_the_plan_leaves_a_folder_that_can_be_begun_again(self, flags, tmp_path):
+        out = tmp_path / "stuck"
+        (out / "checkpoints" / "step-2").mkdir(parents=True)
+        (out / "metrics.jsonl").write_text("")
+        assert "exists" in run(*flags, "--epochs", 1, "--out", out).complaint
+        succeed(*flags, "--epochs", 1, "--out", out, "--overwrite")
+        assert RunFolder(out).has_begun()
+
+    def test_flags_that_may_be_repeated_are_the_same_again(self, flags, tmp_path):
+        several = [
+            *flags,
+            "--epochs",
+            2,
+            "--candidates",
+            2,
+            "--vary",
+            "seed",
+            "--vary",
+            "rate",
+            "--out",
+            tmp_path / "o",
+        ]
+        succeed(*several)
+        run_folder = RunFolder(tmp_path / "o")
+        plan = run_folder.read_plan()
+        del plan["result"]
+        run_folder.write_plan(plan)
+        assert "resumed after step" in succeed(*several, "--resume").err
+
+    def test_a_finished_run_still_prints_its_result(self, flags, straight):
+        assert succeed(*flags, "--out", straight, "--resume", "--json").json["steps"] == 200
+
+    def test_a_run_does_not_write_over_what_it_starts_from(self, flags, straight):
+        said = run(*flags, "--init-from", f"{straight}/", "--out", straight, "--overwrite").complaint
+        assert "choose another --out" in said
+
+    def test_candidates_of_one_adapter_do_not_vary_what_it_fixes(self, flags, straight, tmp_path):
+        some = ("--init-from", f"{straight}/", "--candidates", 2, "--vary", "start", "--out", tmp_path / "o")
+        assert "leave --vary start out" in run(*flags, *some).complaint
+
+
 class TestBrokenCheckpoints:
     @pytest.mark.parametrize("spoil", ["cut", "missing", "json"])
     def test_the_one_before_is_taken(self, spoil, half_way, straight):

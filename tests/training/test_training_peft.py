@@ -90,8 +90,14 @@ def peft_loss(model, examples, num_virtual):
 def test_the_same_start_rows_labels_and_optimiser_are_the_same_run(family, texts):
     base = build_base(family, dtype=torch.float64)
     settings = TrainConfig(
-        virtual_tokens=4, epochs=2, batch_rows=8, micro_batch_rows=3, learning_rate=0.02, eos_weight=1.0,
-        schedule="linear", reparameterisation="none",
+        virtual_tokens=4,
+        epochs=2,
+        batch_rows=8,
+        micro_batch_rows=3,
+        learning_rate=0.02,
+        eos_weight=1.0,
+        schedule="linear",
+        reparameterisation="none",
     )
     with TrueDouble():
         result = train(base, texts, settings)

@@ -109,3 +109,12 @@ def test_a_finished_state_trains_no_further(tiny_llama, texts):
     assert torch.equal(again.prompt.tensor, straight.prompt.tensor)
     assert again.losses == straight.losses
     assert ready_run(tiny_llama, texts, config()).loop.step == 0
+
+
+def test_another_dtype_goes_on_with_the_same_run(texts):
+    bases = {dtype: build_base("gpt2", dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    assert bases[torch.float32].embedding_rms != bases[torch.bfloat16].embedding_rms
+    straight, states = points_of(lambda sink: train(bases[torch.float32], texts, config(), sink=sink))
+    resumed = train(bases[torch.bfloat16], texts, config(), resume=states[3])
+    assert len(resumed.losses) == len(straight.losses)
+    assert resumed.losses == pytest.approx(straight.losses, rel=0.05)

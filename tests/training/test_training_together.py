@@ -9,7 +9,7 @@ from slow_truth import relative_error
 from tiny_bases import build_base, random_ids
 
 from softprompt.config import TrainConfig
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, DivergedError
 from softprompt.prompt import SoftPrompt
 from softprompt.training import Candidate, Dropped, ResumePoint, StepDone, prepare, train, train_together
 from softprompt.training.halving import losers
@@ -157,3 +157,28 @@ def test_a_reparameterisation_begins_at_the_start_and_is_folded_away(kind, tiny_
     assert not math.isnan(result.losses[-1])
     plain = train(tiny_llama, texts, config())
     assert relative_error(result.prompt.tensor, plain.prompt.tensor) > 0.01
+
+
+def test_a_candidate_that_diverges_stops_and_the_others_train_on(tiny_llama, texts, held_out):
+    rates = {"calm": 0.05, "wild": 1e29}
+    candidates = [
+        Candidate(name=name, data=texts, validation=held_out, config=config(learning_rate=rate))
+        for name, rate in rates.items()
+    ]
+    calm, wild = train_together(tiny_llama, candidates)
+    assert (calm.diverged_after, len(calm.losses)) == (None, calm.plan.num_steps)
+    assert wild.diverged_after is not None
+    assert wild.diverged_after < wild.plan.num_steps
+    assert bool(wild.prompt.tensor.isfinite().all())
+    (alone,) = train_together(tiny_llama, candidates[:1])
+    assert relative_error(calm.prompt.tensor, alone.prompt.tensor) < 1e-3
+    with pytest.raises(DivergedError, match=r"diverged after step \d+: lower the learning rate \(1e\+29\)"):
+        train(tiny_llama, texts, config(learning_rate=1e29))
+
+
+def test_few_validations_drop_one_half_at_a_time_and_none_at_the_end(tiny_llama, texts, held_out):
+    candidates = [
+        Candidate(name=f"{i}", data=texts, validation=held_out, config=config(epochs=2, seed=i)) for i in range(4)
+    ]
+    results = train_together(tiny_llama, candidates, halving=True)
+    assert sorted(result.dropped_after or 0 for result in results) == [0, 0, 3, 3]

@@ -36,15 +36,17 @@ class Recorder:
         self._folder = RunFolder.create(self.place, resume=self._resume, overwrite=self._overwrite)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         begun = self._folder.read_plan().get("begun") if self._resume else now
+        self._plan = {"begun": begun, **_plans(ready), "notes": list(ready.notes), **self._facts}
+        if not self._resume:
+            self._folder.write_plan(self._plan)  # first of all: from here on the folder is known as a run
         self._folder.go_back_to(ready.loop.step)
         self._steps = [
             (line["epoch"], line["loss"], line["num_targets"])
             for line in self._folder.read_metrics()
             if line["kind"] == "step"
         ]
-        self._plan = {"begun": begun, **_plans(ready), "notes": list(ready.notes), **self._facts}
         self._folder.write_plan(self._plan)
-        self._board = _board(self.place) if self._wants_board else None
+        self._board = _board(self.place, ready.loop.step + 1) if self._wants_board else None
 
     def take(self, event: Event) -> None:
         if isinstance(event, (StepDone, Checkpoint, Dropped)):
@@ -103,10 +105,10 @@ def require_tensorboard(wanted: bool) -> None:
         raise MissingDependencyError("--tensorboard needs the package tensorboard; pip install tensorboard")
 
 
-def _board(folder: Path) -> Any:  # Any: tensorboard's SummaryWriter, untyped
+def _board(folder: Path, first_step: int) -> Any:  # Any: tensorboard's SummaryWriter, untyped
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / BOARD_NAME))
+    return SummaryWriter(str(folder / BOARD_NAME), purge_step=first_step)
 
 
 def _show_on_board(board: Any, event: Event) -> None:  # Any: as above

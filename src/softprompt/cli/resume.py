@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from softprompt.cli.console import print_json, say
 from softprompt.errors import ConfigError
 from softprompt.storage import RunFolder
 
@@ -39,7 +40,7 @@ def resumed_settings(out: str, flags: Mapping[str, Any], given: Collection[str],
     if not isinstance(recorded, dict):
         raise ConfigError(f"{out} does not say how it was begun, so it cannot be resumed; train further: --init-from")
     for name in sorted(set(given) & set(recorded) - MAY_CHANGE):
-        if flags[name] != recorded[name]:
+        if _as_json(flags[name]) != recorded[name]:
             flag = name.replace("_", "-")
             raise ConfigError(
                 f"--{flag} is {flags[name]!r}, but the run in {out} was begun with {recorded[name]!r}; leave it out to "
@@ -49,10 +50,26 @@ def resumed_settings(out: str, flags: Mapping[str, Any], given: Collection[str],
     return {**flags, **_found_again(recorded), **changed}
 
 
+def _as_json(value: object) -> object:
+    """As `run.json` gives it back, which knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def is_finished(out: str) -> bool:
     """Whether the run in `out` came to its end."""
-    result = RunFolder(Path(out)).read_plan().get("result")
+    result = _result(out)
     return isinstance(result, dict) and not result.get("interrupted")
+
+
+def say_finished(out: str, as_json: bool) -> None:
+    """What a resumed run says that has nothing left to do."""
+    say(f"the run in {out} is finished; there is nothing to resume")
+    if as_json:
+        print_json({"out": out, **_result(out)})
+
+
+def _result(out: str) -> Any:  # Any: a plan is JSON
+    return RunFolder(Path(out)).read_plan().get("result")
 
 
 def _found_again(recorded: Mapping[str, Any]) -> Settings:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from softprompt.cli.console import say
 from softprompt.cli.options import config_of, given_flags, options_of
 from softprompt.cli.recorder import Recorder, require_tensorboard
-from softprompt.cli.resume import MAY_CHANGE, SWEEP_KEY, is_finished, recorded_settings, resumed_settings
+from softprompt.cli.resume import MAY_CHANGE, SWEEP_KEY, is_finished, recorded_settings, resumed_settings, say_finished
 from softprompt.cli.several_processes import in_processes, load_among
 from softprompt.cli.sweep_file import Sweep, read_sweep
 from softprompt.cli.training_run import Job, Task, run_job, run_options
@@ -44,7 +44,7 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
     _check_names(file, sweep)
     goes_on = resume and RunFolder(Path(out)).has_begun()
     if goes_on and is_finished(out):
-        say(f"the run in {out} is finished; there is nothing to resume")
+        say_finished(out, as_json)
         return
     flags = _resumed(file, sweep, out, flags) if goes_on else _with_base(sweep.base, flags)
     if flags["base"] is None:
@@ -56,7 +56,7 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
     tasks = _tasks(sweep, offline=base_config.offline)
     job = Job(
         base=load_among(base_config, ranks), tasks=tasks, configs=sweep.candidates,
-        halving=sweep.halving and not sweep.ensemble, keeps_all=sweep.ensemble, command=f"sweep {file}",
+        halving=sweep.halving and not sweep.ensemble, keeps_all=sweep.ensemble, command=f"sweep {shlex.quote(file)}",
     )  # fmt: skip
     recorder = Recorder(
         Path(out), {**_facts(tasks), SWEEP_KEY: sweep.to_json(), "settings": recorded_settings(flags)},

@@ -10,10 +10,10 @@ import click
 
 from softprompt.base import Base
 from softprompt.cli.candidates import VARIED, vary
-from softprompt.cli.console import say, warnings_as_lines
+from softprompt.cli.console import warnings_as_lines
 from softprompt.cli.options import config_of, given_flags, options_of, require_flags
 from softprompt.cli.recorder import Recorder, require_tensorboard
-from softprompt.cli.resume import is_finished, recorded_settings, resumed_settings
+from softprompt.cli.resume import is_finished, recorded_settings, resumed_settings, say_finished
 from softprompt.cli.several_processes import in_processes, load_among
 from softprompt.cli.training_run import Job, Task, run_job, run_options
 from softprompt.config import PRESETS, BaseConfig, DataConfig, TrainConfig
@@ -45,7 +45,7 @@ def command(
     """Train a soft prompt on a frozen base."""
     goes_on = resume and RunFolder(Path(out)).has_begun()
     if goes_on and is_finished(out):
-        say(f"the run in {out} is finished; there is nothing to resume")
+        say_finished(out, as_json)
         return
     flags = resumed_settings(out, flags, given_flags()) if goes_on else {**flags, **_preset(preset)}
     require_flags(flags, "base", "data")
@@ -54,6 +54,7 @@ def command(
     if not goes_on:
         RunFolder.check_free(out, overwrite=overwrite)
     require_tensorboard(flags["tensorboard"])
+    _check_start_stays(flags, out)
     configs = _candidates(config, flags)
     split = split_rows(data_config, seed=config.seed, offline=base_config.offline)
     base = load_among(base_config, ranks)
@@ -73,7 +74,21 @@ def _candidates(config: TrainConfig, flags: Mapping[str, Any]) -> dict[str, Trai
     count = flags["candidates"]
     if flags["ensemble"] and count < 2:
         raise ConfigError(f"--ensemble needs several prompts to vote, and --candidates is {count}; give 5, say")
+    fixed = sorted({"start", "length"} & set(flags["vary"]))
+    if count > 1 and fixed and flags["init_from"] is not None:
+        raise ConfigError(f"--init-from gives every candidate its start and length; leave --vary {fixed[0]} out")
     return {"": config} if count == 1 else vary(config, count, flags["vary"])
+
+
+def _check_start_stays(flags: Mapping[str, Any], out: str) -> None:
+    """Raises ConfigError where a run would write over the prompt that it starts from."""
+    if flags["init_from"] is None:
+        return
+    place = resolve_prompt(flags["init_from"], flags["library"]).resolve()
+    if place.is_relative_to(Path(out).resolve()):
+        raise ConfigError(
+            f"--init-from {flags['init_from']} lies in --out {out}, which is written anew; choose another --out"
+        )
 
 
 def _preset(name: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A task is a set of rows; every candidate trains on every task, and the best of e
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -143,7 +144,7 @@ def run_job(
         )  # fmt: skip
     if writes:
         outcome = _record(job, recorder, results)
-        _say_results(job, recorder, results, shows=not as_json)
+        _say_results(job, recorder, results, shows=not as_json, num_ranks=1 if ranks is None else ranks.count)
         if as_json:
             print_json({"out": str(recorder.place), **outcome})
     if results[0].interrupted:
@@ -181,9 +182,14 @@ def _record(job: Job, recorder: Recorder, results: Sequence[TrainResult]) -> dic
     kept = {task.name: best_of(rivals).name for task, rivals in _by_task(job, results)}
     interrupted = results[0].interrupted
     outcome = {"kept": kept if any(kept) else kept[""], "interrupted": interrupted}
-    candidates = {str(each.name): {"plan": each.plan.to_json(), "result": _outcome(each)} for each in results}
+    candidates = {str(each.name): {"plan": each.plan.to_json(), "result": _summary(each)} for each in results}
     recorder.end({"candidates": candidates, "result": outcome})
-    return {**outcome, "candidates": {name: each["result"] for name, each in candidates.items()}}
+    return {**outcome, "candidates": {str(each.name): _outcome(each) for each in results}}
+
+
+def _summary(result: TrainResult) -> dict[str, Any]:
+    """Without the loss of every step, which stands in `metrics.jsonl` and would be much for many candidates."""
+    return {name: value for name, value in _outcome(result).items() if name != "losses"}
 
 
 def _outcome(result: TrainResult) -> dict[str, Any]:
@@ -198,6 +204,8 @@ def _outcome(result: TrainResult) -> dict[str, Any]:
         found["scores"] = [list(pair) for pair in result.scores]
     if result.name is not None:
         found |= {"value": result.value, "dropped_after": result.dropped_after}
+    if result.diverged_after is not None:
+        found["diverged_after"] = result.diverged_after
     return found
 
 
@@ -223,23 +231,33 @@ def _say_prepared(job: Job, ready: Prepared) -> None:
         say(f"note: {note}")
 
 
-def _say_results(job: Job, recorder: Recorder, results: Sequence[TrainResult], shows: bool) -> None:
+def _say_results(job: Job, recorder: Recorder, results: Sequence[TrainResult], shows: bool, num_ranks: int) -> None:
     first = results[0]
+    place = shlex.quote(str(recorder.place))
+    processes = f" --processes {num_ranks}" if num_ranks > 1 else ""
     if first.interrupted:
         kept = f"the prompt of step {first.kept_step} is" if job.is_one_prompt else "the prompts so far are"
-        say(f"interrupted; {kept} kept; go on with: softprompt {job.command} --resume --out {recorder.place}")
+        say(f"interrupted; {kept} kept; go on with: softprompt {job.command} --resume --out {place}{processes}")
     if not job.is_one_prompt:
         for task, rivals in _by_task(job, results) if shows else ():
-            _show_candidates(task, rivals)
+            _show_candidates(job, task, rivals)
         say(f"saved to {recorder.place}")
         return
+    if first.diverged_after is not None:
+        say(f"note: {first.diverged_words}; the best before is kept")
     if first.losses:
         began, ended = recorder.epoch_loss(0), recorder.epoch_loss(-1)
         say(f"loss {began:.3f} in the first epoch, {ended:.3f} in the last (nats per target)")
     say(f"kept step {first.kept_step} of {len(first.losses)}, saved to {recorder.place}")
 
 
-def _show_candidates(task: Task, rivals: Sequence[TrainResult]) -> None:
+def _end_of(result: TrainResult) -> str:
+    if result.diverged_after is not None:
+        return ", diverged"
+    return "" if result.dropped_after is None else ", dropped"
+
+
+def _show_candidates(job: Job, task: Task, rivals: Sequence[TrainResult]) -> None:
     best = best_of(rivals)
     rows = [
         [
@@ -247,9 +265,9 @@ def _show_candidates(task: Task, rivals: Sequence[TrainResult]) -> None:
             f"{abs(result.value):.4f}" if result.validation_losses else "",
             f"{result.plan.learning_rate:.3g}",
             f"{result.plan.config.virtual_tokens}",
-            result.plan.config.init,
+            job.start_name or result.plan.config.init,
             f"{result.plan.config.seed}",
-            f"{result.kept_step} of {len(result.losses)}" + ("" if result.dropped_after is None else ", dropped"),
+            f"{result.kept_step} of {len(result.losses)}" + _end_of(result),
         ]
         for result in sorted(rivals, key=lambda result: result.value)
     ]

@@ -21,9 +21,12 @@ def losers(trials: Sequence[Trial]) -> list[Trial]:
 
 def _losers_of_group(rivals: Sequence[Trial]) -> list[Trial]:
     left = [trial for trial in rivals if not trial.is_dropped]
-    keep = _allowed(len(rivals), min(_validated_progress(trial) for trial in left))
+    if not left:
+        return []
+    allowed = _allowed(len(rivals), min(_validated_progress(trial) for trial in left))
+    keep = max(allowed, (len(left) + 1) // 2)  # one rung at a time, however seldom they are validated
     ranked = sorted(left, key=lambda trial: trial.best_value)
-    return [trial for trial in ranked[keep:] if trial.validation or trial.score is not None]
+    return [trial for trial in ranked[keep:] if trial.is_judged and not trial.is_over]
 
 
 def _allowed(count: int, progress: float) -> int:

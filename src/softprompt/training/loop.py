@@ -47,8 +47,10 @@ class TrainingLoop:
         """Run until every trial is at its end, has not improved for its `patience`, or was dropped."""
         while running := [trial for trial in self.trials if not trial.is_over]:
             yield from self._step(running)
-            yield from self._validate([trial for trial in running if trial.validation_is_due])
-            yield from self._drop()
+            due = [trial for trial in running if trial.validation_is_due and not trial.is_diverged]
+            yield from self._validate(due)
+            if due:
+                yield from self._drop()
             if any(trial.saving_is_due for trial in running):
                 yield ResumePoint(
                     step=self.step,
@@ -93,6 +95,7 @@ class TrainingLoop:
         for trial, (some, epoch), nats, norm, rate in zip(running, chosen, losses, norms_K, rates, strict=True):
             counted = sum(num_targets(row) for row in some)
             trial.losses.append(nats / counted)
+            trial.check_diverged(nats, norm)
             yield StepDone(
                 step=trial.step, epoch=epoch, loss=nats / counted, learning_rate=rate, grad_norm=norm,
                 num_rows=len(some), num_tokens=sum(len(row.ids) for row in some), num_targets=counted,

@@ -273,8 +273,8 @@ def _record(base: Base, data: ExampleSet, plan: Plan, start: SoftPrompt | None) 
 def _identity(base: Base, trials: Sequence[Trial], data_hashes: Sequence[str]) -> str:
     """sha256 of what is trained on what: base, rows, validation, starts, settings; not of device, dtype or splits."""
     facts = [[base.fingerprint, *data_hashes]] + [
-        [trial.name, _settings(trial.plan.config), trial.plan.learning_rate, trial.plan.num_steps, trial.group,
-         SoftPrompt(trial.start).content_hash, [example.ids for example in trial.validation]]
+        [trial.name, _settings(trial.plan.config), trial.plan.num_steps, trial.group, trial.record.parent,
+         [example.ids for example in trial.validation]]
         for trial in trials
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

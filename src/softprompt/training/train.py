@@ -10,7 +10,7 @@ from typing import Any
 
 from softprompt.base import Base
 from softprompt.config import TrainConfig
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, DivergedError
 from softprompt.prompt import SoftPrompt, drift
 from softprompt.training.events import Event
 from softprompt.training.plan import Plan
@@ -36,6 +36,13 @@ class TrainResult:
     name: str | None = None  # of the candidate
     scores: tuple[tuple[int, float], ...] = ()  # (step, what the caller's score gave)
     dropped_after: int | None = None  # the step after which its rivals trained on without it
+    diverged_after: int | None = None  # the step after which its loss or prompt was no longer a number
+
+    @property
+    def diverged_words(self) -> str:
+        """What happened, and what to do."""
+        rate = self.plan.learning_rate
+        return f"training diverged after step {self.diverged_after}: lower the learning rate ({rate:.3g})"
 
     @property
     def value(self) -> float:
@@ -66,7 +73,7 @@ def train(
 
     Raises DataError for rows that cannot be used, LengthError where the prompt leaves no room for text, PromptError
     where `start` has another width, StorageError where `resume` is of another run, and MemoryLimitError where one row
-    does not fit.
+    does not fit, and DivergedError where the loss stops being a number before there is a prompt to keep.
     """
     only = Candidate(data=data, config=config or TrainConfig(), validation=validation, start=start, score=score)
     return train_together(base, [only], sink=sink, prepared=prepared, ranks=ranks, resume=resume)[0]
@@ -102,7 +109,10 @@ def train_together(
     except KeyboardInterrupt:
         interrupted = True
     seconds = time.perf_counter() - began
-    return tuple(_result(ready, trial, interrupted, seconds) for trial in ready.loop.trials)
+    results = tuple(_result(ready, trial, interrupted, seconds) for trial in ready.loop.trials)
+    if all(trial.is_diverged and trial.best is None for trial in ready.loop.trials):
+        raise DivergedError(f"{results[0].diverged_words}, and train anew")
+    return results
 
 
 def _check_names(candidates: Sequence[Candidate]) -> None:
@@ -130,10 +140,11 @@ def _result(ready: Prepared, trial: Trial, interrupted: bool, seconds: float) ->
         prompt=SoftPrompt(kept.tensor, record), plan=trial.plan, losses=losses, validation_losses=validated,
         kept_step=kept_step, interrupted=interrupted, notes=ready.notes, name=trial.name, scores=scores,
         dropped_after=trial.step if trial.is_dropped else None,
+        diverged_after=trial.step if trial.is_diverged else None,
     )  # fmt: skip
 
 
 def _kept(trial: Trial, interrupted: bool) -> tuple[SoftPrompt, int]:
-    if trial.best is not None and (trial.validation or not interrupted):
+    if trial.best is not None and (trial.validation or trial.is_diverged or not interrupted):
         return trial.best, trial.best_step
     return trial.snapshot(), trial.step

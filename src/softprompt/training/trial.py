@@ -41,6 +41,7 @@ class Trial:
         self.start, self.record, self.score, self.group = start, record, score, group
         self.step = 0
         self.is_dropped = False
+        self.is_diverged = False  # its loss or its prompt is no longer a number
         self.best: SoftPrompt | None = None
         self.best_step = 0
         self.best_value = math.inf  # of the best validation, lower for better
@@ -76,7 +77,12 @@ class Trial:
     def is_over(self) -> bool:
         patience = self.plan.config.patience
         tired = patience is not None and self._validations_without_gain >= patience
-        return self.is_dropped or tired or self.step >= self.plan.num_steps
+        return self.is_dropped or self.is_diverged or tired or self.step >= self.plan.num_steps
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether there is anything to rank it by."""
+        return bool(self.validation) or self.score is not None
 
     @property
     def progress(self) -> float:
@@ -94,7 +100,16 @@ class Trial:
             return self._parameters.fold().detach().clone()
 
     def snapshot(self) -> SoftPrompt:
-        return SoftPrompt(self.prompt(), self.record)
+        """The prompt as it stands; of a run that has diverged, the best or the start."""
+        prompt = self.prompt()
+        self.is_diverged = self.is_diverged or not bool(prompt.isfinite().all())
+        if self.is_diverged:
+            return self.best or SoftPrompt(self.start, self.record)
+        return SoftPrompt(prompt, self.record)
+
+    def check_diverged(self, loss: float, grad_norm: float) -> None:
+        """To be called after a step, with what it gave."""
+        self.is_diverged = not (math.isfinite(loss) and math.isfinite(grad_norm))
 
     def next_rows(self) -> tuple[list[Row], float]:
         """The rows of the step to come and the epochs done after it."""
@@ -147,7 +162,7 @@ class Trial:
     def facts(self) -> dict[str, Any]:
         """The state that is no tensor, as JSON."""
         return {
-            "step": self.step, "dropped": self.is_dropped, "best_step": self.best_step,
+            "step": self.step, "dropped": self.is_dropped, "diverged": self.is_diverged, "best_step": self.best_step,
             "best_value": None if math.isinf(self.best_value) else self.best_value,
             "validations_without_gain": self._validations_without_gain,
             "losses": list(self.losses), "validations": [list(item) for item in self.validations],
@@ -164,6 +179,7 @@ class Trial:
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from `facts()` and `tensors()` of the same trial."""
         self.step, self.is_dropped, self.best_step = facts["step"], facts["dropped"], facts["best_step"]
+        self.is_diverged = facts["diverged"]
         self.best_value = math.inf if facts["best_value"] is None else facts["best_value"]
         self._validations_without_gain = facts["validations_without_gain"]
         self.losses = [math.nan if loss is None else loss for loss in facts["losses"]]
