@@ -11,6 +11,7 @@ SoftpromptError
 │   ├── AdapterError   an adapter folder that must not be loaded
 │   └── ExistsError    a folder that would be overwritten
 ├── MemoryLimitError   not even one row fits (MemoryError)
+├── DivergedError      a training whose loss is no longer a number (ArithmeticError)
 ├── RankError          another process of the same run has ended (RuntimeError)
 └── MissingDependencyError  an optional package is needed (ImportError)
 

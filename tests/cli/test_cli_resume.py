@@ -16,7 +16,8 @@ from command_line import ENVIRONMENT, run, succeed
 from killable import Forks
 from material import save_base, sentence, write_csv
 
-from softprompt.storage import RunFolder, load_prompt
+from softprompt.errors import StorageError
+from softprompt.storage import RunFolder, load_prompt, runs
 from softprompt.storage.checkpoints import STATE_NAME, STATE_TENSORS_NAME
 
 NUM_KILLS = 20
@@ -185,13 +186,21 @@ class TestSettings:
 
 
 class TestUnlikelyMoments:
-    def test_a_kill_before_the_plan_leaves_a_folder_that_can_be_begun_again(self, flags, tmp_path):
+    def test_what_fails_before_the_first_step_can_be_begun_again(self, flags, tmp_path, monkeypatch):
         out = tmp_path / "stuck"
-        (out / "checkpoints" / "step-2").mkdir(parents=True)
-        (out / "metrics.jsonl").write_text("")
-        assert "exists" in run(*flags, "--epochs", 1, "--out", out).complaint
+        monkeypatch.setattr(RunFolder, "go_back_to", lambda *_: (_ for _ in ()).throw(StorageError("no space left")))
+        assert "no space left" in run(*flags, "--epochs", 1, "--out", out).complaint
+        monkeypatch.undo()
+        succeed(*flags, "--epochs", 1, "--out", out, "--resume")
+        assert (out / "adapter_config.json").exists()
+
+    def test_a_kill_while_an_earlier_run_is_cleared_leaves_a_run(self, flags, straight, tmp_path, monkeypatch):
+        out = shutil.copytree(straight, tmp_path / "earlier")
+        gone = []
+        real = runs._remove
+        monkeypatch.setattr(runs, "_remove", lambda path: (gone.append(path.name), real(path))[1])
         succeed(*flags, "--epochs", 1, "--out", out, "--overwrite")
-        assert RunFolder(out).has_begun()
+        assert gone.index("run.json") == max(gone.index(name) for name in ("run.json", "metrics.jsonl", "checkpoints"))
 
     def test_flags_that_may_be_repeated_are_the_same_again(self, flags, tmp_path):
         several = [

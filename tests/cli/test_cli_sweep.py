@@ -330,7 +330,7 @@ class TestAnotherSweep:
         return call
 
     def test_the_same_otherwise_written_is_the_same(self, resume):
-        text = self.TEXT.replace("virtual_tokens = 3", "virtual_tokens = 3\nschedule = 'linear'  # the default")
+        text = self.TEXT.replace("virtual_tokens = 3", "virtual_tokens = 3\nschedule = 'stable-decay'  # the default")
         ran = resume(text, command=succeed)
         assert "resumed after step 10" in ran.err
 

@@ -53,8 +53,8 @@ BOARD_NAME = "tensorboard"
 TASKS_KEY = "tasks"  # of the plan: an object whose keys are the tasks' names
 _PLAN_MARK = "softprompt_run"  # the key that makes a run.json ours; its value is the format's version
 _PLAN_VERSION = 1
-_OF_A_RUN = (METRICS_NAME, CHECKPOINTS_NAME, CANDIDATES_NAME, SET_NAME, BOARD_NAME)
-_OURS = (*ADAPTER_FILES, PICKLE_NAME, *_OF_A_RUN, PLAN_NAME)  # what makes it known as a run goes last
+# In the order in which they are deleted: what makes the folder known as a run goes last.
+_OURS = (*ADAPTER_FILES, PICKLE_NAME, METRICS_NAME, CHECKPOINTS_NAME, CANDIDATES_NAME, SET_NAME, BOARD_NAME, PLAN_NAME)
 _NAMES_TAKEN = frozenset({*_OURS, STATE_NAME, STATE_TENSORS_NAME})
 
 
@@ -231,7 +231,6 @@ class RunFolder:
             _PLAN_MARK in _peek(self.path, PLAN_NAME)
             or "content_hash" in _peek(self.path, RECORD_NAME)
             or _peek(self.path, CONFIG_NAME).get("peft_type") == PEFT_TYPE
-            or all(item.name in _OF_A_RUN for item in self.path.iterdir())  # a kill left no more of it
         )
 
     def _remove_partials(self) -> None:
