@@ -69,7 +69,18 @@ def main() -> None:
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-        sys.exit(_run())
+        code = _run()
+        if environment.num_processes() > 1:
+            _leave_at_once(code)
+        sys.exit(code)
+
+
+def _leave_at_once(code: int) -> None:
+    """Without tearing the interpreter down, in which threads of the processes' collectives have been seen to abort."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _run() -> int:
