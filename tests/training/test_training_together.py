@@ -174,6 +174,8 @@ def test_a_candidate_that_diverges_stops_and_the_others_train_on(tiny_llama, tex
     assert relative_error(calm.prompt.tensor, alone.prompt.tensor) < 1e-3
     with pytest.raises(DivergedError, match=r"diverged after step \d+: lower the learning rate \(1e\+29\)"):
         train(tiny_llama, texts, config(learning_rate=1e29))
+    with pytest.raises(DivergedError):  # found out by the prompt itself, at the end of an epoch of one step
+        train(tiny_llama, texts, config(learning_rate=1e29, epochs=1, batch_rows=len(texts)))
 
 
 def test_few_validations_drop_one_half_at_a_time_and_none_at_the_end(tiny_llama, texts, held_out):

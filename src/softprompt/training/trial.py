@@ -147,10 +147,10 @@ class Trial:
     def remember(self, loss: float | None) -> Checkpoint:
         """Judge the prompt as it stands by its validation loss, or by the caller's score where there is one."""
         prompt = self.snapshot()
-        score = self.score(prompt) if self.score is not None else None
+        score = self.score(prompt) if self.score is not None and not self.is_diverged else None
         self.validations.append((self.step, loss, score))
         value = -score if score is not None else loss
-        is_best = value is None or value < self.best_value
+        is_best = not self.is_diverged and (value is None or value < self.best_value)
         if is_best:
             self.best, self.best_step = prompt, self.step
             self.best_value = math.inf if value is None else value
