@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 import torch
 from command_line import ENVIRONMENT, run, succeed
@@ -54,12 +55,38 @@ def untimed(folder):
     ]
 
 
-def assert_same_run(found, wanted):
-    assert adapter_bytes(found) == adapter_bytes(wanted)
-    assert untimed(found) == untimed(wanted)
+def assert_same_run(found, wanted, seed=None):
+    """`seed` of the moments that led here is in the message."""
+    assert adapter_bytes(found) == adapter_bytes(wanted), seed
+    assert untimed(found) == untimed(wanted), seed
     mine, theirs = RunFolder(found).read_plan(), RunFolder(wanted).read_plan()
-    assert mine["result"] == theirs["result"]
-    assert [c.step for c in RunFolder(found).checkpoints()] == [c.step for c in RunFolder(wanted).checkpoints()]
+    assert mine["result"] == theirs["result"], seed
+    steps = [[each.step for each in RunFolder(folder).checkpoints()] for folder in (found, wanted)]
+    assert steps[0] == steps[1], seed
+
+
+def progress(folder):
+    """How many lines of metrics a run has written."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def wait_for_progress(child, folder, before):
+    """Until the run has written more lines than before, its process has ended, or it has had its time."""
+    deadline = time.monotonic() + 30
+    while progress(folder) <= before and time.monotonic() < deadline:
+        if psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.002)
+
+
+def kill_at_a_random_moment(child, folder, before, moments, *, on_the_way):
+    """Whether the run has got further by then; `on_the_way` waits until it has, however slow the machine."""
+    if on_the_way:
+        wait_for_progress(child, folder, before)
+    time.sleep(moments.uniform(0.0, 0.3) if on_the_way else moments.uniform(0.05, 0.8))
+    os.kill(child, signal.SIGKILL)
+    return progress(folder) > before
 
 
 @pytest.mark.medium
@@ -67,24 +94,24 @@ def test_killed_at_twenty_random_moments_it_is_the_same_to_the_bit(flags, straig
     """In rounds: each run is killed and resumed until it ends. The seed of the moments is in the message."""
     seed = random.SystemRandom().randrange(2**32)
     moments = random.Random(seed)
-    num_killed = inside = 0
+    num_killed = num_on_the_way = 0
     with Forks() as forks:
         while num_killed < NUM_KILLS:
-            out, log = tmp_path / f"run-{num_killed}", tmp_path / "log"
+            out, log = tmp_path / f"run-{num_killed}", tmp_path / f"log-{num_killed}"
             for _ in range(NUM_KILLS):
+                before = progress(out)
                 child = forks.start([*flags, "--out", out, "--resume"], str(log))
-                time.sleep(moments.uniform(0.05, 0.8))
-                os.kill(child, signal.SIGKILL)
+                got_further = kill_at_a_random_moment(child, out, before, moments, on_the_way=num_killed % 2 == 1)
                 if forks.wait() != -signal.SIGKILL:
                     break
                 num_killed += 1
-                inside += RunFolder(out).has_begun()
+                num_on_the_way += got_further
             if not (out / "adapter_config.json").exists():
                 forks.start([*flags, "--out", out, "--resume"], str(log))
                 assert forks.wait() == 0, (seed, log.read_text())
-            assert_same_run(out, straight), seed
             assert "Traceback" not in log.read_text(), (seed, log.read_text())
-    assert inside >= NUM_KILLS // 4, (seed, inside)  # else the moments miss what they are for
+            assert_same_run(out, straight, seed)
+    assert num_on_the_way >= NUM_KILLS // 4, (seed, num_on_the_way)  # else the moments miss what they are for
 
 
 @pytest.mark.medium
@@ -223,8 +250,11 @@ class TestUnlikelyMoments:
         run_folder.write_plan(plan)
         assert "resumed after step" in succeed(*several, "--resume").err
 
-    def test_a_finished_run_still_prints_its_result(self, flags, straight):
-        assert succeed(*flags, "--out", straight, "--resume", "--json").json["steps"] == 200
+    @pytest.mark.parametrize("more", [(), ("--candidates", 3)])
+    def test_a_finished_run_prints_again_what_it_printed(self, more, flags, tmp_path):
+        """Once the candidates were left out."""
+        finished = (*flags, "--epochs", 4, *more, "--out", tmp_path / "o", "--json")
+        assert succeed(*finished, "--resume").json == succeed(*finished, "--resume").json
 
     def test_a_run_does_not_write_over_what_it_starts_from(self, flags, straight):
         said = run(*flags, "--init-from", f"{straight}/", "--out", straight, "--overwrite").complaint

@@ -133,6 +133,12 @@ class TestTwoTasks:
         ]
         assert mine.run["test"] == alone.run["test"]
 
+    def test_resumed_it_prints_again_what_it_printed(self, two_tasks):
+        folder, ran = two_tasks
+        again = succeed("sweep", "sweep.toml", "--out", "run", "--resume", "--json", cwd=folder)
+        assert "is finished; there is nothing to resume" in again.err
+        assert again.json == ran.json
+
     def test_compare_finds_the_rows_that_each_task_set_aside(self, two_tasks, base_folder):
         folder, _ = two_tasks
         flags = [part for task in TASKS for part in ("--prompt", folder / "run" / task)]

@@ -27,17 +27,17 @@ class Recorder:
     ) -> None:
         self.place = place
         self._facts = facts
-        self._overwrite, self._resume = overwrite, resume
+        self._overwrite, self.resume = overwrite, resume
         self._keep = keep_checkpoints
         self._wants_board = tensorboard
         self._steps: list[tuple[float, float, int]] = []  # epoch, loss, targets
 
     def begin(self, ready: Prepared) -> None:
-        self._folder = RunFolder.create(self.place, resume=self._resume, overwrite=self._overwrite)
+        self._folder = RunFolder.create(self.place, resume=self.resume, overwrite=self._overwrite)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        begun = self._folder.read_plan().get("begun") if self._resume else now
+        begun = self._folder.read_plan().get("begun") if self.resume else now
         self._plan = {"begun": begun, **_plans(ready), "notes": list(ready.notes), **self._facts}
-        if not self._resume:
+        if not self.resume:
             self._folder.write_plan(self._plan)  # first of all: from here on the folder is known as a run
         self._folder.go_back_to(ready.loop.step)
         self._steps = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,34 @@ def is_finished(out: str) -> bool:
 
 
 def say_finished(out: str, as_json: bool) -> None:
-    """What a resumed run says that has nothing left to do."""
+    """What a resumed run says that has nothing left to do; as JSON what it printed when it ended."""
     say(f"the run in {out} is finished; there is nothing to resume")
     if as_json:
-        print_json({"out": out, **_result(out)})
+        print_json({"out": str(Path(out)), **_outcome(RunFolder(Path(out)))})
 
 
 def _result(out: str) -> Any:  # Any: a plan is JSON
     return RunFolder(Path(out)).read_plan().get("result")
+
+
+def _outcome(run: RunFolder) -> dict[str, Any]:
+    """A finished run's result, with that of each candidate where there are several."""
+    plan = run.read_plan()
+    result: dict[str, Any] = plan["result"]
+    if "candidates" not in plan:
+        return result
+    losses = _losses(run)
+    known = plan["candidates"].items()
+    return {**result, "candidates": {name: {**each["result"], "losses": losses[name]} for name, each in known}}
+
+
+def _losses(run: RunFolder) -> dict[str, list[float]]:
+    """Of each candidate, one per step: `run.json` leaves them to the metrics."""
+    found = defaultdict(list)
+    for line in run.read_metrics():
+        if line["kind"] == "step":
+            found[line["candidate"]].append(line["loss"])
+    return found
 
 
 def _found_again(recorded: Mapping[str, Any]) -> Settings:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from softprompt.cli.options import config_of, given_flags, options_of
-from softprompt.cli.recorder import Recorder, require_tensorboard
-from softprompt.cli.resume import MAY_CHANGE, SWEEP_KEY, is_finished, recorded_settings, resumed_settings, say_finished
+from softprompt.cli.resume import MAY_CHANGE, SWEEP_KEY, resumed_settings, say_finished
+from softprompt.cli.run_place import RunPlace
 from softprompt.cli.several_processes import in_processes, load_among
 from softprompt.cli.sweep_file import Sweep, read_sweep
 from softprompt.cli.training_run import Job, Task, run_job, run_options
@@ -19,7 +19,7 @@ from softprompt.config import BaseConfig
 from softprompt.data import split_rows
 from softprompt.errors import ConfigError, StorageError
 from softprompt.storage import RunFolder
-from softprompt.storage.runs import TASKS_KEY, check_part_name
+from softprompt.storage.runs import check_part_name
 from softprompt.training import Ranks
 
 Settings = dict[str, Any]
@@ -42,28 +42,25 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
     """
     sweep = read_sweep(Path(file))
     _check_names(file, sweep)
-    goes_on = resume and RunFolder(Path(out)).has_begun()
-    if goes_on and is_finished(out):
+    place = RunPlace.of(out, overwrite=overwrite, resume=resume)
+    if place.is_finished:
         say_finished(out, as_json)
         return
-    flags = _resumed(file, sweep, out, flags) if goes_on else _with_base(sweep.base, flags)
+    flags = _resumed(file, sweep, out, flags) if place.goes_on else _with_base(sweep.base, flags)
     if flags["base"] is None:
         raise ConfigError(f"{file} names no base; give one: --base, or base = in its [base]")
-    base_config = config_of(BaseConfig, flags)
-    if not goes_on:
-        RunFolder.check_free(out, overwrite=overwrite, tasks=[name for name in sweep.tasks if name])
-    require_tensorboard(flags["tensorboard"])
+    place.check(flags, tasks=[name for name in sweep.tasks if name])
+    job = _job(file, sweep, config_of(BaseConfig, flags), ranks)
+    recorder = place.recorder({**job.facts(), SWEEP_KEY: sweep.to_json()}, flags)
+    run_job(job, recorder, ranks=ranks, as_json=as_json)
+
+
+def _job(file: str, sweep: Sweep, base_config: BaseConfig, ranks: Ranks) -> Job:
     tasks = _tasks(sweep, offline=base_config.offline)
-    job = Job(
+    return Job(
         base=load_among(base_config, ranks), tasks=tasks, configs=sweep.candidates,
         halving=sweep.halving and not sweep.ensemble, keeps_all=sweep.ensemble, command=f"sweep {shlex.quote(file)}",
     )  # fmt: skip
-    recorder = Recorder(
-        Path(out), {**_facts(tasks), SWEEP_KEY: sweep.to_json(), "settings": recorded_settings(flags)},
-        overwrite=overwrite, resume=goes_on, keep_checkpoints=flags["keep_checkpoints"],
-        tensorboard=flags["tensorboard"],
-    )  # fmt: skip
-    run_job(job, recorder, resume=goes_on, ranks=ranks, as_json=as_json)
 
 
 def _check_names(file: str, sweep: Sweep) -> None:
@@ -86,12 +83,6 @@ def _tasks(sweep: Sweep, *, offline: bool) -> list[Task]:
         Task(name=name, data=data, seed=sweep.seed, split=split_rows(data, seed=sweep.seed, offline=offline))
         for name, data in sweep.tasks.items()
     ]
-
-
-def _facts(tasks: Sequence[Task]) -> dict[str, Any]:
-    if not tasks[0].name:
-        return tasks[0].facts()
-    return {TASKS_KEY: {task.name: task.facts() for task in tasks}}
 
 
 def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:

@@ -12,15 +12,15 @@ from softprompt.base import Base
 from softprompt.cli.candidates import VARIED, vary
 from softprompt.cli.console import warnings_as_lines
 from softprompt.cli.options import config_of, given_flags, options_of, require_flags
-from softprompt.cli.recorder import Recorder, require_tensorboard
-from softprompt.cli.resume import is_finished, recorded_settings, resumed_settings, say_finished
+from softprompt.cli.resume import resumed_settings, say_finished
+from softprompt.cli.run_place import RunPlace
 from softprompt.cli.several_processes import in_processes, load_among
 from softprompt.cli.training_run import Job, Task, run_job, run_options
 from softprompt.config import PRESETS, BaseConfig, DataConfig, TrainConfig
 from softprompt.data import split_rows
 from softprompt.errors import ConfigError
 from softprompt.prompt import SoftPrompt
-from softprompt.storage import RunFolder, load_prompt, resolve_prompt
+from softprompt.storage import load_prompt, resolve_prompt
 from softprompt.training import Ranks
 
 
@@ -43,31 +43,29 @@ def command(
     out: str, overwrite: bool, resume: bool, as_json: bool, preset: str | None, ranks: Ranks, **flags: Any
 ) -> None:
     """Train a soft prompt on a frozen base."""
-    goes_on = resume and RunFolder(Path(out)).has_begun()
-    if goes_on and is_finished(out):
+    place = RunPlace.of(out, overwrite=overwrite, resume=resume)
+    if place.is_finished:
         say_finished(out, as_json)
         return
-    flags = resumed_settings(out, flags, given_flags()) if goes_on else {**flags, **_preset(preset)}
+    flags = resumed_settings(out, flags, given_flags()) if place.goes_on else {**flags, **_preset(preset)}
     require_flags(flags, "base", "data")
+    place.check(flags)
+    _check_start_stays(flags, out)
+    job = _job(flags, ranks)
+    run_job(job, place.recorder(job.facts(), flags), ranks=ranks, as_json=as_json)
+
+
+def _job(flags: Mapping[str, Any], ranks: Ranks) -> Job:
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
     config = config_of(TrainConfig, flags)
-    if not goes_on:
-        RunFolder.check_free(out, overwrite=overwrite)
-    require_tensorboard(flags["tensorboard"])
-    _check_start_stays(flags, out)
     configs = _candidates(config, flags)
     split = split_rows(data_config, seed=config.seed, offline=base_config.offline)
     base = load_among(base_config, ranks)
-    task = Task(name="", data=data_config, seed=config.seed, split=split)
-    job = Job(
-        base=base, tasks=[task], configs=configs, start=_start(flags, base, config), start_name=flags["init_from"],
+    return Job(
+        base=base, tasks=[Task(name="", data=data_config, seed=config.seed, split=split)], configs=configs,
+        start=_start(flags, base, config), start_name=flags["init_from"],
         halving=flags["halving"] and not flags["ensemble"], keeps_all=flags["ensemble"],
     )  # fmt: skip
-    recorder = Recorder(
-        Path(out), {**task.facts(), "settings": recorded_settings(flags)}, overwrite=overwrite, resume=goes_on,
-        keep_checkpoints=flags["keep_checkpoints"], tensorboard=flags["tensorboard"],
-    )  # fmt: skip
-    run_job(job, recorder, resume=goes_on, ranks=ranks, as_json=as_json)
 
 
 def _candidates(config: TrainConfig, flags: Mapping[str, Any]) -> dict[str, TrainConfig]:

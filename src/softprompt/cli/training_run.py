@@ -25,9 +25,8 @@ from softprompt.errors import ConfigError
 from softprompt.evaluation import criterion
 from softprompt.prompt import SoftPrompt
 from softprompt.storage import RunFolder
-from softprompt.storage.runs import KEPT_CHECKPOINTS
+from softprompt.storage.runs import KEPT_CHECKPOINTS, TASKS_KEY
 from softprompt.training import (
-    Alone,
     Candidate,
     Event,
     Prepared,
@@ -80,6 +79,12 @@ class Job:
     keeps_all: bool = False  # all candidates vote: none is dropped, and none is the best
     command: str = "train"  # and its arguments: what goes on with the job where it was interrupted
 
+    def facts(self) -> dict[str, Any]:
+        """Those of its rows, by task where the tasks have names."""
+        if not self.tasks[0].name:
+            return self.tasks[0].facts()
+        return {TASKS_KEY: {task.name: task.facts() for task in self.tasks}}
+
     def candidates(self) -> list[Candidate]:
         return [
             self._candidate(group, task, name, config)
@@ -119,43 +124,44 @@ def check_choice(job: Job) -> None:
         )
 
 
-def run_job(
-    job: Job, recorder: Recorder, *, resume: bool = False, ranks: Ranks | None = None, as_json: bool = False
-) -> None:
+def run_job(job: Job, recorder: Recorder, *, ranks: Ranks, as_json: bool) -> None:
     """Train, record, say and print. Ends with exit code 130 where it was interrupted. Raises as `train_together`."""
     check_choice(job)
-    writes = (ranks or Alone()).rank == 0
-    with TrainingProgress() as progress:
-
-        def sink(event: Event) -> None:
-            if writes:
-                recorder.take(event)
-                progress.take(event)
-
-        def prepared(ready: Prepared) -> None:
-            if writes:
-                recorder.begin(ready)
-                _say_prepared(job, ready)
-                progress.begin(max(trial.plan.num_steps for trial in ready.loop.trials))
-
-        results = train_together(
-            job.base, job.candidates(), halving=job.halving, sink=sink, prepared=prepared, ranks=ranks,
-            resume=_saved_state(recorder, resume),
-        )  # fmt: skip
-    if writes:
+    results = _train(job, recorder, ranks)
+    if ranks.rank == 0:
         outcome = _record(job, recorder, results)
-        _say_results(job, recorder, results, shows=not as_json, num_ranks=1 if ranks is None else ranks.count)
+        _say_results(job, recorder, results, shows=not as_json, num_ranks=ranks.count)
         if as_json:
             print_json({"out": str(recorder.place), **outcome})
     if results[0].interrupted:
         raise click.exceptions.Exit(130)
 
 
-def _saved_state(recorder: Recorder, resume: bool) -> RunState | None:
-    folder = RunFolder(recorder.place)
-    if not resume or not folder.has_begun():
+def _train(job: Job, recorder: Recorder, ranks: Ranks) -> Sequence[TrainResult]:
+    """Of several ranks, the first one records and shows."""
+    with TrainingProgress() as progress:
+
+        def sink(event: Event) -> None:
+            if ranks.rank == 0:
+                recorder.take(event)
+                progress.take(event)
+
+        def prepared(ready: Prepared) -> None:
+            if ranks.rank == 0:
+                recorder.begin(ready)
+                _say_prepared(job, ready)
+                progress.begin(max(trial.plan.num_steps for trial in ready.loop.trials))
+
+        return train_together(
+            job.base, job.candidates(), halving=job.halving, sink=sink, prepared=prepared, ranks=ranks,
+            resume=_saved_state(recorder),
+        )  # fmt: skip
+
+
+def _saved_state(recorder: Recorder) -> RunState | None:
+    if not recorder.resume:
         return None
-    saved, problems = folder.load_latest()
+    saved, problems = RunFolder(recorder.place).load_latest()
     for problem in problems:
         say(f"note: {problem}")
     return None if saved is None else RunState.from_json(saved.facts, saved.tensors)
@@ -177,7 +183,7 @@ def _record(job: Job, recorder: Recorder, results: Sequence[TrainResult]) -> dic
         recorder.finish(best_of(rivals), others, task.facts(), task.name, is_set=job.keeps_all)
     if job.is_one_prompt:
         found = {"content_hash": results[0].prompt.content_hash, **_outcome(results[0])}
-        recorder.end({"plan": results[0].plan.to_json(), "result": _outcome(results[0])})
+        recorder.end({"plan": results[0].plan.to_json(), "result": found})
         return found
     kept = {task.name: best_of(rivals).name for task, rivals in _by_task(job, results)}
     interrupted = results[0].interrupted

@@ -32,6 +32,7 @@ from softprompt.evaluation.classes import (
     macro_f1,
     share_right,
 )
+from softprompt.evaluation.contenders import contenders
 from softprompt.evaluation.fit import room_for_text, without_start
 from softprompt.evaluation.heldout import CONFIDENCE, Interval
 from softprompt.families import Forward
@@ -40,7 +41,6 @@ from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
 
 CONTENT_FREE = ("N/A", "")  # what fills every field of a template that is to say nothing
-_ROWS_PER_GENERATION = 64
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,10 @@ def accuracies(
     `max_length` (tokens, virtual ones not counted) is one for all: they read the same. Raises as `accuracy` does.
     """
     labelled = {name: rows for name, rows in sets.items() if rows.form.labels}
-    contenders: list[tuple[str | None, SoftPrompt | None]] = [(None, None), *prompts.items()]
     return [
         accuracy(base, forward, set_name, rows, name, prompt, max_length, calibrate=calibrate)
         for set_name, rows in labelled.items()
-        for name, prompt in contenders
+        for name, prompt in contenders(prompts)
     ]
 
 
@@ -274,9 +273,8 @@ def _generated_labels(
     longest = 1 + max(len(label_ids(base, known.texts[0], label)) for label in known.labels)
     contexts = [without_start(base, base.bos_ids + base.encode(text), limit - longest) for text in known.texts]
     requests = [Request(ids, prompt) for ids in contexts]
-    batches = [requests[i : i + _ROWS_PER_GENERATION] for i in range(0, len(requests), _ROWS_PER_GENERATION)]
     sampling = SamplingConfig(max_new_tokens=longest)
-    answers = [answer for batch in batches for answer in generate(base, batch, sampling, forward=forward)]
+    answers = generate(base, requests, sampling, forward=forward)
     return [_named_label(answer.text, known.labels) for answer in answers]
 
 

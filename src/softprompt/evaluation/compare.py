@@ -13,6 +13,7 @@ from softprompt.data import Rows, build_examples, input_ids
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError
 from softprompt.evaluation.classification import Accuracy, accuracies
+from softprompt.evaluation.contenders import contenders
 from softprompt.evaluation.ensemble import Ensembles, check_ensembles, vote_accuracies
 from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
 from softprompt.evaluation.task_scores import ScoreConfig, TaskScore, check_scores, task_scores
@@ -23,7 +24,6 @@ from softprompt.training import peak_bytes
 from softprompt.types import InputForm
 
 BARE = "base"  # what the bare base is called beside prompts
-_ROWS_PER_GENERATION = 8  # few, so that the memory of a batch does not grow with the number of prompts
 
 Input = str | Mapping[str, str]
 
@@ -134,16 +134,14 @@ def _accuracies(
 def _answer_all(
     base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], inputs: Sequence[Input], sampling: SamplingConfig
 ) -> list[Answered]:
-    contenders: list[tuple[str | None, SoftPrompt | None]] = [(None, None), *prompts.items()]
     fallback = next((p.record.form for p in prompts.values() if p.record.form.kind == "template"), None)
     requests = [
         Request(_input_ids(base, item, prompt.record.form if prompt is not None else fallback), prompt)
         for item in inputs
-        for _, prompt in contenders
+        for _, prompt in contenders(prompts)
     ]
-    batches = [requests[i : i + _ROWS_PER_GENERATION] for i in range(0, len(requests), _ROWS_PER_GENERATION)]
-    texts = iter([answer.text for batch in batches for answer in generate(base, batch, sampling, forward=forward)])
-    return [Answered(_shown(item), {name: next(texts) for name, _ in contenders}) for item in inputs]
+    texts = iter([answer.text for answer in generate(base, requests, sampling, forward=forward)])
+    return [Answered(_shown(item), {name: next(texts) for name, _ in contenders(prompts)}) for item in inputs]
 
 
 def _input_ids(base: Base, item: Input, form: InputForm | None) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from softprompt.base import Base
 from softprompt.config import option
 from softprompt.data import Rows
 from softprompt.errors import ConfigError
+from softprompt.evaluation.contenders import contenders
 from softprompt.evaluation.heldout import Interval, bootstrap_interval
 from softprompt.evaluation.questions import Questions, ask, greedy_answers
 from softprompt.evaluation.text_scores import TextScore, text_scores, torchmetrics_text
@@ -81,13 +82,12 @@ def task_scores(
     `max_length` (tokens, virtual ones not counted) is one for all. Raises as `check_scores` and `greedy_answers` do.
     """
     names = tuple(dict.fromkeys(config.score))
-    contenders: list[tuple[str | None, SoftPrompt | None]] = [(None, None), *prompts.items()]
     results: list[TaskScore] = []
     for set_name, rows in sets.items() if names else ():
         questions = ask(base, rows, config.score_rows)
         if questions.asked:
             limits = (max_length, config.score_tokens)
-            said = {name: greedy_answers(base, forward, questions.asked, p, *limits) for name, p in contenders}
+            said = {n: greedy_answers(base, forward, questions.asked, p, *limits) for n, p in contenders(prompts)}
             results += [score for name in names for score in _scored(set_name, name, questions, said, seed)]
     return results
 

@@ -3,7 +3,7 @@
 Each process is the command itself, with the variables that Accelerate and torchrun set. It is not started through
 `accelerate launch`: on CPUs that starts a single process whatever number it is given, and elsewhere its agent prints a
 traceback of its own for every failure, ends the processes before the first of them has said what is wrong, and passes
-Ctrl-C to all. `accelerate launch --multi_gpu -m softprompt train ...` works too, and is the way to several machines.
+Ctrl-C to all. `accelerate launch --multi_gpu -m softprompt train ...` works too; it was never run on several machines.
 
 The processes meet through a file and talk over the loopback interface: no port is open to others.
 """
