@@ -11,10 +11,10 @@ import pytest
 import softprompt
 from softprompt import config, errors
 from softprompt.cli.main import commands
-from softprompt.config import BaseConfig, DataConfig, SamplingConfig, TrainConfig, make_config
+from softprompt.config import BaseConfig, DataConfig, EngineConfig, SamplingConfig, TrainConfig, make_config
 from softprompt.evaluation import ScoreConfig
 
-CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, ScoreConfig]
+CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, EngineConfig, ScoreConfig]
 FLAGS = {
     "train": [BaseConfig, DataConfig, TrainConfig],
     "compare": [BaseConfig, SamplingConfig, DataConfig, ScoreConfig],
@@ -51,10 +51,10 @@ SOMETIMES_NEEDED = {  # a run that is resumed knows them, and so may a sweep's f
 
 def test_the_names():
     assert sorted(softprompt.__all__) == [
-        "Answer", "Base", "BaseConfig", "Candidate", "Comparison", "DataConfig", "Library", "Request", "SamplingConfig",
-        "SoftPrompt", "SoftpromptError", "TrainConfig", "TrainResult", "compare", "freeze_base", "generate",
-        "load_base", "load_prompt", "read_rows", "rows_from_records", "rows_from_texts", "save_prompt", "split_rows",
-        "train", "train_together",
+        "Answer", "AsyncEngine", "Base", "BaseConfig", "Candidate", "Comparison", "DataConfig", "Engine",
+        "EngineConfig", "Library", "Request", "SamplingConfig", "SoftPrompt", "SoftpromptError", "TrainConfig",
+        "TrainResult", "compare", "freeze_base", "generate", "load_base", "load_prompt", "read_rows",
+        "rows_from_records", "rows_from_texts", "save_prompt", "split_rows", "train", "train_together",
     ]  # fmt: skip
 
 
@@ -121,7 +121,12 @@ def test_every_error_is_in_the_tree_with_its_builtin():
 def test_flags_are_the_configs_fields(name):
     command = commands.get_command(click.Context(commands), name)
     parameters = {parameter.name: parameter for parameter in command.params}
-    fields = {item.name: (kind, item) for kind in FLAGS[name] for item in dataclasses.fields(kind)}
+    fields = {
+        item.name: (kind, item)
+        for kind in FLAGS[name]
+        for item in dataclasses.fields(kind)
+        if item.metadata.get("flag", True)
+    }
     left_out = {"validation", "test", "score_tokens"} if name == "compare" else set()
     assert set(parameters) == (set(fields) - left_out) | OWN_FLAGS[name]
     for field in set(fields) - left_out:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt.base import Base, freeze_base, load_base
-    from softprompt.config import BaseConfig, DataConfig, SamplingConfig, TrainConfig
+    from softprompt.config import BaseConfig, DataConfig, EngineConfig, SamplingConfig, TrainConfig
     from softprompt.data import read_rows, rows_from_records, rows_from_texts, split_rows
-    from softprompt.engine import Answer, Request, generate
+    from softprompt.engine import Answer, AsyncEngine, Engine, Request, generate
     from softprompt.errors import SoftpromptError
     from softprompt.evaluation import Comparison, compare
     from softprompt.prompt import SoftPrompt
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Answer": "engine",
+    "AsyncEngine": "engine",
     "Base": "base",
     "BaseConfig": "config",
     "Candidate": "training",
     "Comparison": "evaluation",
     "DataConfig": "config",
+    "Engine": "engine",
+    "EngineConfig": "config",
     "Library": "storage",
     "Request": "engine",
     "SamplingConfig": "config",
@@ -49,11 +52,14 @@ _HOME = {
 
 __all__ = [
     "Answer",
+    "AsyncEngine",
     "Base",
     "BaseConfig",
     "Candidate",
     "Comparison",
     "DataConfig",
+    "Engine",
+    "EngineConfig",
     "Library",
     "Request",
     "SamplingConfig",

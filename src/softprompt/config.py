@@ -29,9 +29,9 @@ _LARGEST_RATE = 1e30  # what float32 multiplies without overflow
 ConfigT = TypeVar("ConfigT")
 
 
-def option(default: Any, help: str) -> Any:  # Any: dataclasses.field is typed as the field's own type
-    """A config field with its meaning and unit."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, flag: bool = True) -> Any:  # Any: dataclasses.field is typed as its own type
+    """A config field with its meaning and unit; without `flag` the command line has none for it."""
+    return field(default=default, metadata={"help": help, "flag": flag})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,14 @@ class SamplingConfig:
     top_k: int = option(0, "Sample from the K most likely tokens; 0 is off.")
     min_p: float = option(0.0, "Sample from tokens at least this times as likely as the likeliest.")
     repetition_penalty: float = option(1.0, "Above 1, tokens of the text and the answer so far become less likely.")
+    presence_penalty: float = option(0.0, "Taken from the logit of each token that the answer already has.")
+    frequency_penalty: float = option(0.0, "Taken from it once for each time that the answer has it.")
     stop: tuple[str, ...] = option((), "End before this string; may be repeated.")
+    stop_ids: tuple[int, ...] = option((), "End at this token id too; may be repeated.")
+    ignore_eos: bool = option(False, "Go on behind the base's end of text.")
+    choice: tuple[str, ...] = option((), "The answer must be one of these; may be repeated.")
+    json_schema: str | None = option(None, "The answer must be JSON that satisfies this schema (JSON text).")
+    logit_bias: tuple[tuple[int, float], ...] = option((), "Token ids, and what is added to their logits.", flag=False)
     seed: int = option(0, "Seed of the sampling.")
 
     def __post_init__(self) -> None:
@@ -155,7 +162,36 @@ class SamplingConfig:
         penalty = self.repetition_penalty
         _require(0 < penalty < math.inf, "repetition_penalty", penalty, "above 0, and finite")
         _require(all(self.stop), "stop", self.stop, "not empty")
+        _require(all(self.choice), "choice", self.choice, "not empty")
+        _require(not self.choice or self.json_schema is None, "json_schema", self.json_schema, "unset beside choice")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(math.isfinite(getattr(self, name)), name, getattr(self, name), "finite")
+        _require(all(not math.isnan(b) for _, b in self.logit_bias), "logit_bias", self.logit_bias, "numbers")
         _require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What a generation engine may use."""
+
+    max_rows: int | None = option(None, "Answers generated at once; default 32 on a CPU, 256 on a GPU.")
+    max_step_tokens: int | None = option(
+        None, "Tokens of texts that one step reads while answers run; default 64 on a CPU, 2,048 on a GPU."
+    )
+    max_waiting: int | None = option(None, "Requests that may wait; more are refused. Default: no limit.")
+    kv_bytes: int | None = option(None, "Bytes for keys and values of running answers; default: half of what is free.")
+    prefix_bytes: int | None = option(None, "Bytes for keys and values of soft prompts; default: 1/8 of what is free.")
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_rows", 1),
+            ("max_step_tokens", 1),
+            ("max_waiting", 1),
+            ("kv_bytes", 1),
+            ("prefix_bytes", 0),
+        ):
+            value = getattr(self, name)
+            _require(value is None or value >= least, name, value, f"at least {least}")
 
 
 # The settings of the notebook "Prompt Tuning With PEFT": PEFT's random start, transformers.Trainer's linear decay

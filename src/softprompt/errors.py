@@ -12,6 +12,9 @@ SoftpromptError
 │   └── ExistsError    a folder that would be overwritten
 ├── MemoryLimitError   not even one row fits (MemoryError)
 ├── DivergedError      a training whose loss is no longer a number (ArithmeticError)
+├── QueueFullError     more requests wait than the engine may keep (RuntimeError)
+├── EngineError        a generation engine that has stopped (RuntimeError)
+├── TimeLimitError     a request's time was over before its answer (TimeoutError)
 ├── RankError          another process of the same run has ended (RuntimeError)
 └── MissingDependencyError  an optional package is needed (ImportError)
 
@@ -65,6 +68,18 @@ class MemoryLimitError(SoftpromptError, MemoryError):
 
 class DivergedError(SoftpromptError, ArithmeticError):
     """A training whose loss is no longer a number."""
+
+
+class QueueFullError(SoftpromptError, RuntimeError):
+    """The engine's queue is full; a later try may be taken."""
+
+
+class EngineError(SoftpromptError, RuntimeError):
+    """The engine has stopped, and takes no requests."""
+
+
+class TimeLimitError(SoftpromptError, TimeoutError):
+    """A request was given less time than its answer took."""
 
 
 class RankError(SoftpromptError, RuntimeError):

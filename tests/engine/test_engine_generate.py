@@ -1,5 +1,7 @@
 """How answers end, what they report, who is refused, and that a batch's members do not touch each other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from slow_truth import plain_greedy
@@ -7,9 +9,9 @@ from tiny_bases import EOS, LIMIT, build_base, build_model, build_tokenizer, ran
 
 from softprompt.base import freeze_base
 from softprompt.config import SamplingConfig
-from softprompt.engine import Request, generate
+from softprompt.engine import Engine, Finished, Request, generate
 from softprompt.errors import BaseModelError, DataError, LengthError, PromptError
-from softprompt.families import Forward, forward_of
+from softprompt.families import forward_of
 from softprompt.loss import target_nlls
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
@@ -63,17 +65,14 @@ def test_rows_that_end_leave_the_batch_and_the_others_answer_as_before(tiny_llam
     requests = [Request(random_ids(3 + 4 * seed, seed)) for seed in range(4)]
     free = [greedy(tiny_llama, request) for request in requests]
     base = stopping_base(free[2].ids[1])
-    num_rows = []
-    plain = forward_of(base)
-
-    def watched(**kwargs):
-        num_rows.append(len(kwargs["inputs_embeds"]))
-        return plain.backbone(**kwargs)
-
-    forward = Forward(watched, plain.head, plain.takes_positions)
-    together = generate(base, requests, SamplingConfig(max_new_tokens=12), forward=forward)
-    assert [answer.ids for answer in together] == [greedy(base, request).ids for request in requests]
-    assert num_rows[0] == 4 > num_rows[-1]
+    engine, num_rows, ends = Engine(base), [], {}
+    for request in requests:
+        engine.add(replace(request, sampling=SamplingConfig(max_new_tokens=12)))
+    while engine.has_work:
+        ends.update((event.request, event) for event in engine.step() if isinstance(event, Finished))
+        num_rows.append(engine.stats().num_running)
+    assert [ends[number].answers[0].ids for number in range(4)] == [greedy(base, request).ids for request in requests]
+    assert 4 > num_rows[0] > num_rows[-2] > num_rows[-1] == 0  # two end at once
     assert num_rows == sorted(num_rows, reverse=True)
 
 

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from softprompt.config import SamplingConfig
 from softprompt.engine import Request, generate
+from softprompt.engine.choosing.drawing import uniform
 from softprompt.prompt import SoftPrompt
 
 SETTINGS = [
@@ -34,12 +35,12 @@ def slow_sample(base, request, config):
     )  # fmt: skip
     settings._eos_token_tensor = torch.tensor(base.stop_ids)
     processors = base.model._get_logits_processor(settings, input_ids_seq_length=len(request.ids), device="cpu")
-    generator = torch.Generator().manual_seed(config.seed)
     own = list(request.ids)
-    for _ in range(config.max_new_tokens):
+    for step in range(config.max_new_tokens):
         logits = plain_logits(base, own, request.prompt.tensor)[-1:].float()
-        scores = processors(torch.tensor([own]), logits)
-        own.append(int(torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=generator)))
+        scores = processors(torch.tensor([own]), logits)[0]
+        mass = torch.softmax(scores.double(), dim=-1).cumsum(0)
+        own.append(int(torch.searchsorted(mass, uniform(config.seed, step) * mass[-1], right=True)))
         if own[-1] in base.stop_ids:
             own.pop()
             break

@@ -1,5 +1,7 @@
 """Splicing ragged rows with ragged prompts: every vector, position, mask bit and target lies where it should."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_bases import VOCAB, build_base, random_prompt
 
 from softprompt.errors import DataError
-from softprompt.splice import Row, append, concatenate, keep
+from softprompt.splice import Row, Stretch, concatenate, splice_stretches
 
 BASE = build_base("llama")
 ALIGNMENTS = st.sampled_from(["left", "right"])
@@ -92,23 +94,17 @@ def test_the_prompt_is_cast_to_the_bases_dtype_and_its_gradient_stays_float32():
     assert prompt.grad.dtype == torch.float32
 
 
-def test_the_next_slot_continues_every_row_behind_its_last_position():
-    prompts = [random_prompt(BASE, 3)]
-    spliced = concatenate(BASE, [Row([5, 6], 0), Row([7], None)], prompts, "right")
-    following = append(BASE, spliced, torch.tensor([8, 9]))
-    assert torch.equal(following.embeds_BSH, BASE.embedding.weight[[8, 9]][:, None])
-    assert following.positions_BS.tolist() == [[5], [1]]
-    assert following.mask_BS.tolist() == [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
-    assert append(BASE, following, torch.tensor([3, 3])).positions_BS.tolist() == [[6], [2]]
-
-
-def test_a_row_that_leaves_takes_nothing_of_the_others_along():
-    spliced = concatenate(BASE, [Row([5, 6]), Row([7]), Row([8, 9, 10])], [], "right")
-    kept = keep(spliced, torch.tensor([0, 2]))
-    assert kept.lengths_B.tolist() == [2, 3]
-    assert torch.equal(kept.embeds_BSH, spliced.embeds_BSH[[0, 2]])
-    assert torch.equal(kept.mask_BS, spliced.mask_BS[[0, 2]])
-    assert torch.equal(kept.positions_BS, spliced.positions_BS[[0, 2]])
+@settings(deadline=None, max_examples=60)
+@given(batches(), st.data())
+def test_stretches_of_a_row_are_the_row_whatever_the_cuts(batch, data):
+    rows, prompts = batch
+    for row, own in zip(rows, pieces(rows, prompts), strict=True):
+        cuts = sorted({0, len(own), *data.draw(st.lists(st.integers(0, len(own)), max_size=3))})
+        prompt = None if row.prompt is None else prompts[row.prompt]
+        stretches = [Stretch(prompt, row.ids, a, b - a) for a, b in pairwise(cuts)]
+        embeds, positions = splice_stretches(BASE, stretches)
+        assert torch.equal(embeds, own)
+        assert positions.tolist() == list(range(len(own)))
 
 
 def test_an_empty_text_on_the_bare_base_is_refused():

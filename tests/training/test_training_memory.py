@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from softprompt.base import free_bytes, free_memory
 from softprompt.config import TrainConfig
 from softprompt.errors import MemoryLimitError
 from softprompt.training import SliceDone, memory, train
@@ -57,15 +58,15 @@ def test_a_row_that_does_not_fit_is_refused_with_its_numbers(tiny_llama, texts, 
 
 def test_the_least_of_machine_group_and_own_limit_counts(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
-    real = memory.free_bytes(cpu)
+    real = free_bytes(cpu)
     assert 0 < real < 2**50
     limit, usage = tmp_path / "limit", tmp_path / "usage"
     limit.write_text("5000000\n")
     usage.write_text("3000000\n")
-    monkeypatch.setattr(memory, "_CGROUPS", (("/no/such/file", "/no/such/file"), (str(limit), str(usage))))
-    assert memory.free_bytes(cpu) == 2_000_000
+    monkeypatch.setattr(free_memory, "_CGROUPS", (("/no/such/file", "/no/such/file"), (str(limit), str(usage))))
+    assert free_bytes(cpu) == 2_000_000
     limit.write_text("max\n")
-    assert memory.free_bytes(cpu) > 2_000_000
+    assert free_bytes(cpu) > 2_000_000
 
 
 def test_the_measured_peak_sees_an_allocation():

@@ -21,12 +21,12 @@ _SHARED = ("base", "data")  # a config's one required field becomes a required f
 def options_of(
     kind: type[Any], *, leave_out: Collection[str] = (), optional: bool = False
 ) -> Callable[[Function], Function]:
-    """One flag per field of `kind`. `optional` makes required fields optional, for commands that can do without."""
+    """One flag per field of `kind` that may have one. `optional`: required fields become optional."""
     hints = typing.get_type_hints(kind)
 
     def decorate(function: Function) -> Function:
         for item in reversed(dataclasses.fields(kind)):
-            if item.name not in leave_out:
+            if item.name not in leave_out and item.metadata.get("flag", True):
                 function = _option(item, hints[item.name], optional)(function)
         return function
 

@@ -1,59 +1,18 @@
-"""Answers of a frozen base, each row under its own soft prompt or none, in one batch.
-
-Exact: a row's answer is the one it gives alone, and the one of transformers' `generate` on concatenated embeddings
-whose processors are fed the text's real ids. Rows that have ended leave the batch.
-
-B rows still running, V vocabulary.
-"""
+"""Answers to a list of requests, all at once: an engine that runs until everybody is answered."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.engine.sampling import Sampler
-from softprompt.errors import BaseModelError, LengthError, PromptError
-from softprompt.families import Forward, forward_of, new_cache
-from softprompt.prompt import SoftPrompt
-from softprompt.splice import Row, append, concatenate, keep
+from softprompt.engine.engine import Engine
+from softprompt.engine.requests import Aborted, Answer, Failed, Finished, Request, Terminal
+from softprompt.errors import BaseModelError, ConfigError, TimeLimitError
+from softprompt.families import Forward
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One generation asked for: the text's token ids (BOS included) and the soft prompt to put before them."""
-
-    ids: tuple[int, ...]
-    prompt: SoftPrompt | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came out. `log_probs` are nats under the raw distribution, before penalties and temperature."""
-
-    ids: tuple[int, ...]  # without the token that ended it
-    text: str
-    finish_reason: FinishReason
-    log_probs: tuple[float, ...]  # one per id
-
-
-@dataclass
-class _Running:
-    """One row while it runs."""
-
-    index: int  # among the requests
-    text_ids: tuple[int, ...]
-    new_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    answer: Answer | None = None
+_STEPS_WORTH_ARRANGING = 100  # arranging the weights of a base takes about as long as it saves in so many steps
 
 
 def generate(
@@ -63,87 +22,38 @@ def generate(
     *,
     forward: Forward | None = None,
 ) -> list[Answer]:
-    """One answer per request, in order.
+    """One answer per request, in order, with its log-probabilities; `sampling` is for requests without their own.
+
+    Exact: a row's answer is the one it gives alone, and the one of transformers' `generate` on concatenated embeddings
+    whose processors are fed the text's real ids.
 
     Raises LengthError where a prompt, its text and the new tokens exceed the base's positions, PromptError where a
-    prompt has another width than the base, and BaseModelError where the base computes NaN.
+    prompt has another width than the base, ConfigError where more than one choice is asked for, TimeLimitError where
+    a request's time is over, and BaseModelError where the base computes NaN.
     """
-    sampling = sampling or SamplingConfig()
-    for request in requests:
-        _check(base, request, sampling)
-    rows = [_Running(index, request.ids) for index, request in enumerate(requests)]
-    if rows:
-        _run(base, forward or forward_of(base), requests, rows, Sampler(base, sampling, len(rows)))
-    return [row.answer for row in rows if row.answer is not None]
+    wanted = [_with_defaults(request, sampling or SamplingConfig()) for request in requests]
+    num_steps = sum(request.sampling.max_new_tokens for request in wanted if request.sampling is not None) // 16
+    engine = Engine(base, forward=forward, arrange=num_steps >= _STEPS_WORTH_ARRANGING)
+    ids = [engine.add(request) for request in wanted]
+    ends = {end.request: end for end in _ends(engine)}
+    return [_answer(ends[request]) for request in ids]
 
 
-@torch.inference_mode()
-def _run(base: Base, forward: Forward, requests: Sequence[Request], running: list[_Running], sampler: Sampler) -> None:
-    prompts, numbers = _distinct_prompts(requests)
-    batch = concatenate(base, [Row(r.ids, n) for r, n in zip(requests, numbers, strict=True)], prompts, "right")
-    cache = new_cache()
-    while True:
-        hidden = forward.hidden_states(batch.embeds_BSH, batch.mask_BS, batch.positions_BS, cache)
-        logits_BV = forward.logits(hidden[:, -1]).float()
-        next_ids = sampler.choose(logits_BV, [row.index for row in running], [_all_ids(row) for row in running])
-        _take(base, running, next_ids, logits_BV, sampler)
-        staying = [position for position, row in enumerate(running) if row.answer is None]
-        if not staying:
-            return
-        if len(staying) < len(running):
-            kept = torch.tensor(staying, device=base.device)
-            cache.batch_select_indices(kept)
-            batch, next_ids = keep(batch, kept), next_ids[kept]
-            running = [running[position] for position in staying]
-        batch = append(base, batch, next_ids)
+def _with_defaults(request: Request, sampling: SamplingConfig) -> Request:
+    if request.num_choices != 1:
+        raise ConfigError(f"num_choices is {request.num_choices}; generate gives one answer, an Engine gives more")
+    num_log_probs = 0 if request.num_log_probs is None else request.num_log_probs
+    return replace(request, sampling=request.sampling or sampling, num_log_probs=num_log_probs)
 
 
-def _distinct_prompts(requests: Sequence[Request]) -> tuple[list[Tensor], list[int | None]]:
-    distinct = {id(request.prompt): request.prompt for request in requests if request.prompt is not None}
-    numbers = {key: number for number, key in enumerate(distinct)}
-    return [p.tensor for p in distinct.values()], [numbers.get(id(request.prompt)) for request in requests]
+def _ends(engine: Engine) -> Iterator[Terminal]:
+    while engine.has_work:
+        yield from (event for event in engine.step() if isinstance(event, Finished | Aborted | Failed))
 
 
-def _all_ids(row: _Running) -> list[int]:
-    return [*row.text_ids, *row.new_ids]
-
-
-def _take(base: Base, running: list[_Running], next_ids: Tensor, logits_BV: Tensor, sampler: Sampler) -> None:
-    log_probs = torch.log_softmax(logits_BV, dim=-1).gather(1, next_ids[:, None])[:, 0].tolist()
-    for row, token, log_prob in zip(running, next_ids.tolist(), log_probs, strict=True):
-        if math.isnan(log_prob):
-            raise BaseModelError(f"base {base.name!r} computes NaN in {base.dtype}; load it in float32 or bfloat16")
-        if token in base.stop_ids:
-            row.answer = _answer(base, row, "stop")
-            continue
-        row.new_ids.append(token)
-        row.log_probs.append(log_prob)
-        row.answer = _ended(base, row, sampler.config)
-
-
-def _ended(base: Base, row: _Running, sampling: SamplingConfig) -> Answer | None:
-    text = base.decode_after(row.text_ids, row.new_ids) if sampling.stop else ""
-    found = [text.index(stop) for stop in sampling.stop if stop in text]
-    if found:
-        return Answer(tuple(row.new_ids), text[: min(found)], "stop", tuple(row.log_probs))
-    return _answer(base, row, "length") if len(row.new_ids) == sampling.max_new_tokens else None
-
-
-def _answer(base: Base, row: _Running, reason: FinishReason) -> Answer:
-    text = base.decode_after(row.text_ids, row.new_ids)
-    return Answer(tuple(row.new_ids), text, reason, tuple(row.log_probs))
-
-
-def _check(base: Base, request: Request, sampling: SamplingConfig) -> None:
-    num_virtual = request.prompt.num_virtual_tokens if request.prompt is not None else 0
-    if request.prompt is not None and request.prompt.hidden_size != base.hidden_size:
-        raise PromptError(
-            f"the soft prompt has width {request.prompt.hidden_size}; base {base.name!r} takes {base.hidden_size}"
-        )
-    wanted = num_virtual + len(request.ids) + sampling.max_new_tokens
-    if wanted > base.max_length:
-        raise LengthError(
-            f"{num_virtual} virtual tokens, {len(request.ids)} of the input and {sampling.max_new_tokens} new ones are "
-            f"{wanted}, more than the {base.max_length} positions of base {base.name!r}; shorten the input or "
-            "lower --max-new-tokens"
-        )
+def _answer(end: Terminal) -> Answer:
+    if isinstance(end, Failed):
+        raise BaseModelError(end.why)
+    if isinstance(end, Aborted):
+        raise TimeLimitError("a request's time was over before its answer")
+    return end.answers[0]

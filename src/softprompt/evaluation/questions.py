@@ -5,7 +5,6 @@ The answer is the row's completion, or the last turn of the assistant in a chat;
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,8 +16,6 @@ from softprompt.engine import Request, generate
 from softprompt.evaluation.fit import room_for_text, without_start
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt
-
-_ROWS_PER_GENERATION = 16
 
 
 @dataclass(frozen=True)
@@ -66,26 +63,16 @@ def greedy_answers(
     room = room_for_text(base, prompt, max_length)
     longest = 1 + max((question.num_reference_tokens for question in questions), default=0)
     cap = longest if max_new_tokens is None else min(longest, max_new_tokens)
-    by_limit: dict[int, list[tuple[int, Request]]] = defaultdict(list)
-    for number, question in enumerate(questions):
+    requests = []
+    for question in questions:
         ids = without_start(base, question.ids, room - _reserved(base, question, room, cap))
-        by_limit[min(cap, room - len(ids))].append((number, Request(ids, prompt)))
-    answers: dict[int, str] = {}
-    for limit, numbered in by_limit.items():
-        texts = _generated(base, forward, [request for _, request in numbered], limit)
-        answers.update(zip((number for number, _ in numbered), texts, strict=True))
-    return [answers[number] for number in range(len(questions))]
+        requests.append(Request(ids, prompt, SamplingConfig(max_new_tokens=min(cap, room - len(ids)))))
+    return [answer.text for answer in generate(base, requests, forward=forward)]
 
 
 def _reserved(base: Base, question: Question, room: int, cap: int) -> int:
     """Tokens kept free for the answer: what its reference takes, if that leaves one token of the question."""
     return max(1, min(question.num_reference_tokens + 1, cap, room - len(base.bos_ids) - 1))
-
-
-def _generated(base: Base, forward: Forward, requests: Sequence[Request], max_new_tokens: int) -> list[str]:
-    sampling = SamplingConfig(max_new_tokens=max_new_tokens)
-    batches = [requests[i : i + _ROWS_PER_GENERATION] for i in range(0, len(requests), _ROWS_PER_GENERATION)]
-    return [answer.text for batch in batches for answer in generate(base, batch, sampling, forward=forward)]
 
 
 class _Turn(NamedTuple):

@@ -10,7 +10,6 @@ n queries and m keys (`softprompt.families.grouping`), M most keys of any token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,22 +17,14 @@ from torch import Tensor, nn
 
 from softprompt.families.grouping import Group, Grouping, grouping_of
 from softprompt.families.packed import PackedRows
+from softprompt.families.scores import Scores
 
 Biases = tuple[Tensor, Tensor | None]  # who sees whom [G, 1, n, m], and a position bias [G, h, 1, m]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How a family scores a query against a key."""
-
-    scale: float
-    window: int | None = None  # a token sees this many tokens, itself included
-    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
-    position_bias: Tensor | None = None  # [h, M] float32: added to the scores by the key's position (ALiBi)
-    upcast: bool = False  # 16-bit queries and keys are multiplied in float32
-
-
-def attend(rows: PackedRows, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+def attend_packed(
+    rows: PackedRows, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+) -> Tensor:
     """Attention output [S, h, d] of packed queries [h, S, d], keys and values [k, S, d]."""
     if rows.kept is not None:
         rows.kept[module] = (key, value)

@@ -19,11 +19,11 @@ from transformers import Cache, DynamicCache
 
 from softprompt.base import Base
 from softprompt.errors import BaseModelError
-from softprompt.families import activation
+from softprompt.families import activation, products
 from softprompt.families.head import Head, head_of
 from softprompt.families.known import KNOWN_FAMILIES
 from softprompt.families.own_attention import PackedCache
-from softprompt.families.packed import Carrier, PackedMask, PackedRows
+from softprompt.families.packed import CarriedRows, Carrier, PackedMask, PackedRows
 from softprompt.families.packing import Packing, find_packing
 from softprompt.families.products import Products
 from softprompt.families.rotation import length_of_fixed_rotation
@@ -52,8 +52,8 @@ class Forward:
         kept = {"past_key_values": cache} if cache is not None else {}
         return self._run(embeds_BSH, positions_BS, attention_mask=mask_BM, use_cache=cache is not None, **kept)
 
-    def packed_hidden_states(self, embeds_SH: Tensor, positions_S: Tensor, rows: PackedRows) -> Tensor:
-        """Last hidden states [S, D] of packed rows; only for a base whose `packing` has a carrier."""
+    def packed_hidden_states(self, embeds_SH: Tensor, positions_S: Tensor, rows: CarriedRows) -> Tensor:
+        """Last hidden states [S, D] of packed or held rows; only for a base whose `packing` has a carrier."""
         assert self.packing.carrier is not None, self.packing.note
         return self._packed(self.packing.carrier, embeds_SH[None], positions_S[None], rows)
 
@@ -61,15 +61,19 @@ class Forward:
         """Logits [..., V] of hidden states [..., D]."""
         return self.head(hidden)
 
-    def bytes_to_arrange(self) -> int:
+    def bytes_to_arrange(self, both_ways: bool = True) -> int:
         """Memory that `arrange` would take; 0 where it would not help, or has been done."""
-        return self.head.products.bytes_to_arrange(self.backbone, self.head.weight)
+        return self.head.products.bytes_to_arrange(self.backbone, self.head.weight, both_ways)
 
-    def arrange(self) -> None:
-        """Keep the weights as this processor multiplies them fastest, besides the weights themselves."""
-        self.head.products.arrange(self.backbone, self.head.weight)
+    def arrange(self, both_ways: bool = True) -> None:
+        """Keep the weights as this processor multiplies them fastest, besides the weights themselves.
 
-    def _packed(self, carrier: Carrier, embeds_1SH: Tensor, positions_1S: Tensor, rows: PackedRows) -> Tensor:
+        `both_ways`: for training, which also multiplies by their transposes.
+        """
+        products = self.head.products
+        (products.arrange if both_ways else products.arrange_forward)(self.backbone, self.head.weight)
+
+    def _packed(self, carrier: Carrier, embeds_1SH: Tensor, positions_1S: Tensor, rows: CarriedRows) -> Tensor:
         brought: dict[str, Any] = {"past_key_values": PackedCache(rows)}
         if carrier == "mask":
             brought = {"attention_mask": PackedMask.of(rows, embeds_1SH)}
@@ -107,10 +111,11 @@ def new_cache() -> DynamicCache:
 def _found(base: Base) -> Forward:
     model = base.model
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    products = Products()
+    own_products = Products()
     activation.install(model)
-    whole = Forward(model, Head(products=products), takes_positions)
-    head = head_of(base, products)
+    products.install(model)
+    whole = Forward(model, Head(products=own_products), takes_positions)
+    head = head_of(base, own_products)
     split = Forward(model.base_model, head, takes_positions) if head is not None else None
     chosen = split if split is not None and _same_logits(base, split, whole) else whole
     if model.config.model_type not in KNOWN_FAMILIES:

@@ -28,7 +28,16 @@ class Head:
         if self.linear is None:
             return hidden
         with self.products.active():
-            return self.bend(self.linear(hidden)).to(hidden.device)  # the head may lie on another device
+            return self.bend(self._multiply(hidden)).to(hidden.device)  # the head may lie on another device
+
+    def _multiply(self, hidden: Tensor) -> Tensor:
+        weight = self.weight
+        blocks = self.products.head_blocks(weight) if weight is not None and not torch.is_grad_enabled() else None
+        if blocks is None:
+            assert self.linear is not None
+            whole: Tensor = self.linear(hidden)
+            return whole
+        return torch.cat([block.times(hidden) for block in blocks], dim=-1)
 
     def bend(self, products: Tensor) -> Tensor:
         """Logits of the plain products of hidden states and output embeddings."""

@@ -15,8 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompt.families.attention import Scores, attend
+from softprompt.families.attend import attend
 from softprompt.families.packed import Carrier, PackedMask
+from softprompt.families.scores import Scores
 
 _PREFIX = "softprompt_"
 _BEFORE = ("sdpa", "eager")  # the implementations that we stand in front of

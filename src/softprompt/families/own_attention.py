@@ -19,16 +19,17 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor as bloom
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb as falcon_rotary
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon_alibi
 
-from softprompt.families.attention import Scores, attend
-from softprompt.families.packed import Carrier, PackedMask, PackedRows
+from softprompt.families.attend import attend
+from softprompt.families.packed import CarriedRows, Carrier, PackedMask
+from softprompt.families.scores import Scores
 
 Method = Callable[..., Any]  # a module's method, with the module as its first argument
 
 
 class PackedCache(DynamicCache):
-    """An empty cache that carries `PackedRows` to the attention modules; nothing is stored in it."""
+    """An empty cache that carries rows to the attention modules; nothing is stored in it."""
 
-    def __init__(self, rows: PackedRows) -> None:
+    def __init__(self, rows: CarriedRows) -> None:
         super().__init__()
         self.rows = rows
 
@@ -70,7 +71,7 @@ def _bloom(module: Any, hidden: Tensor, residual: Tensor, alibi: Tensor, attenti
     return residual + module.dense(mixed.flatten(1)[None]), None
 
 
-def _bloom_alibi(module: Any, rows: PackedRows, like: Tensor) -> Tensor:
+def _bloom_alibi(module: Any, rows: CarriedRows, like: Tensor) -> Tensor:
     """[h, M] float32, whatever the base's dtype."""
     ones = torch.ones(1, rows.longest, dtype=torch.long, device=like.device)
     bias: Tensor = bloom_alibi(ones, module.num_heads, torch.float32)[:, 0]
@@ -108,7 +109,7 @@ def _falcon(module: Any, hidden: Tensor, alibi: Tensor | None, attention_mask: A
     return module.dense(mixed.flatten(1)[None]), None
 
 
-def _falcon_alibi(module: Any, rows: PackedRows, like: Tensor) -> Tensor:
+def _falcon_alibi(module: Any, rows: CarriedRows, like: Tensor) -> Tensor:
     ones = torch.ones(1, rows.longest, dtype=torch.long, device=like.device)
     wide = torch.promote_types(like.dtype, torch.float32)
     bias: Tensor = falcon_alibi(ones, module.num_heads, wide)[:, 0]

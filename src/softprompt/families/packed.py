@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,24 @@ from torch import Tensor, nn
 Carrier = Literal["mask", "cache"]  # the argument of the forward that brings the rows to the attention
 Made = TypeVar("Made")
 KeysValues = tuple[Tensor, Tensor]  # each [h, tokens, d]
+
+
+class CarriedRows(Protocol):
+    """What the attention of a family asks of the rows that a forward brings it: packed ones, or held ones."""
+
+    @property
+    def checkpoint(self) -> bool:
+        """Keep each layer's input only, and run the layer again in the backward pass."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """At least the most keys that any token sees."""
+        ...
+
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        """Something that every layer shares."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,14 +75,14 @@ class PackedRows:
 
 
 class PackedMask(torch.Tensor):
-    """A [1, 1, 1, 1] attention mask of NaN that carries `PackedRows`; transformers passes 4-D masks on as they are."""
+    """A [1, 1, 1, 1] attention mask of NaN that carries rows; transformers passes 4-D masks on as they are."""
 
-    rows: PackedRows
+    rows: CarriedRows
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own idiom
 
     @staticmethod
-    def of(rows: PackedRows, like: Tensor) -> PackedMask:
+    def of(rows: CarriedRows, like: Tensor) -> PackedMask:
         mask = torch.Tensor._make_subclass(PackedMask, like.new_full((1, 1, 1, 1), float("nan")))
         assert isinstance(mask, PackedMask)
         mask.rows = rows

@@ -6,8 +6,8 @@ And oneDNN arranges a bfloat16 weight anew for every product; a frozen weight ca
 price of a copy for the forward and one for the backward direction (`Products.arrange`).
 
 What runs depends on the processor and on `arrange` alone: float32 is never arranged, and bfloat16 gave the same bits
-arranged and not wherever it was looked at. Nothing is installed: inside `Products.active()` this thread's calls of
-torch's linear functions are seen and answered.
+arranged and not wherever it was looked at. Installed once per linear layer; outside of `Products.active()` the layer's
+own product runs.
 
 T tokens, I inputs, O outputs.
 """
@@ -17,16 +17,18 @@ from __future__ import annotations
 import contextlib
 import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
+
+from softprompt.families.huge_pages import on_huge_pages
 
 _ROW_BLOCK = 2_048  # rows of an arranged head that are multiplied at once
 _WORTH_ONEDNN = 2**19  # numbers of a weight: oneDNN compiles a kernel for every new number of rows, 0.3 ms each
@@ -67,12 +69,11 @@ class Products:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside it this thread's linear functions with frozen weights take these products."""
+        """Inside it the linear layers that this thread calls take these products."""
         before = current()
         _THREAD.products = self
         try:
-            with _FrozenProducts(self) if self._arranged or float32_takes_onednn() else contextlib.nullcontext():
-                yield
+            yield
         finally:
             _THREAD.products = before
 
@@ -81,19 +82,44 @@ class Products:
 
         Takes twice the memory of the weights, besides them. Does nothing where it would not help.
         """
+        with on_huge_pages():
+            self._arrange_layers(layers, both_ways=True)
+            if head is not None and can_arrange(head):
+                self._heads[_storage(head)] = [arranged(block) for block in head.split(_ROW_BLOCK)]
+
+    def arrange_forward(self, layers: nn.Module, head: Tensor | None) -> None:
+        """The same for a base that only answers: once the memory of the weights, besides them."""
+        with on_huge_pages():
+            self._arrange_layers(layers, both_ways=False)
+            if head is not None and can_arrange(head) and not self._is_kept(head):
+                self._arranged[_storage(head)] = arranged(head, both_ways=False)
+
+    def _arrange_layers(self, layers: nn.Module, both_ways: bool) -> None:
         for module in _linear_layers(layers):
             weight = module.weight.detach()
-            matrix = weight if isinstance(module, nn.Linear) else weight.t()
-            self._arranged[_storage(weight)] = arranged(matrix)
-        if head is not None and can_arrange(head):
-            self._heads[_storage(head)] = [arranged(block) for block in head.split(_ROW_BLOCK)]
+            found = self._arranged.get(_storage(weight))
+            if found is None or (both_ways and found.backward is None):
+                matrix = weight if isinstance(module, nn.Linear) else weight.t()
+                self._arranged[_storage(weight)] = arranged(matrix, both_ways, found)
 
-    def bytes_to_arrange(self, layers: nn.Module, head: Tensor | None) -> int:
-        """What `arrange` would take; 0 where it has been done."""
-        weights = [module.weight for module in _linear_layers(layers)]
+    def bytes_to_arrange(self, layers: nn.Module, head: Tensor | None, both_ways: bool = True) -> int:
+        """What `arrange`, or `arrange_forward`, would take; 0 where it has been done."""
+        weights = [module.weight.detach() for module in _linear_layers(layers)]
+        kept = [self._arranged.get(_storage(weight)) for weight in weights]
+        missing = [(found is None) + (both_ways and (found is None or found.backward is None)) for found in kept]
         if head is not None and can_arrange(head):
-            weights.append(head)
-        return 0 if self._arranged else sum(2 * weight.numel() * weight.element_size() for weight in weights)
+            is_kept = _storage(head) in self._heads if both_ways else self._is_kept(head)
+            weights, missing = [*weights, head], [*missing, 0 if is_kept else 1 + both_ways]
+        return sum(
+            count * weight.numel() * weight.element_size() for count, weight in zip(missing, weights, strict=True)
+        )
+
+    def _is_kept(self, head: Tensor) -> bool:
+        return _storage(head) in self._heads or _storage(head) in self._arranged
+
+    def head_blocks(self, head: Tensor) -> list[Matrix] | None:
+        """The arranged blocks of rows of a head that is not arranged as a whole."""
+        return None if _storage(head) in self._arranged else self._heads.get(_storage(head))
 
     def is_arranged(self, weight: Tensor) -> bool:
         return bool(self._arranged) and _storage(weight) in self._arranged
@@ -152,9 +178,11 @@ def _takes_onednn(weight: Tensor) -> bool:
     return is_plain and weight.numel() >= _WORTH_ONEDNN and float32_takes_onednn()
 
 
-def arranged(matrix: Tensor) -> Matrix:
+def arranged(matrix: Tensor, both_ways: bool = True, found: Matrix | None = None) -> Matrix:
+    """The matrix [O, I] with what oneDNN wants for the forward direction and for the backward one; `found` has some."""
     reorder = torch.ops.mkldnn._reorder_linear_weight
-    return Matrix(matrix, reorder(matrix.contiguous(), _ROW_BLOCK), reorder(matrix.t().contiguous(), _ROW_BLOCK))
+    forward = found.forward if found is not None else reorder(matrix.contiguous(), _ROW_BLOCK)
+    return Matrix(matrix, forward, reorder(matrix.t().contiguous(), _ROW_BLOCK) if both_ways else None)
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -173,27 +201,40 @@ class _FrozenLinear(torch.autograd.Function):
         return ctx.matrix.back(grad), None, None
 
 
-class _FrozenProducts(TorchFunctionMode):
-    def __init__(self, products: Products) -> None:
-        super().__init__()
-        self.products = products
+def install(model: nn.Module) -> None:
+    """Put our products before those of each linear layer; outside of `Products.active()` the layer's own run."""
+    for module in model.modules():
+        if type(module) in _FORWARDS and "forward" not in vars(module):
+            module.forward = MethodType(_FORWARDS[type(module)], module)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.linear and not kwargs:
-            found = self._answer(args[0], args[1], args[2] if len(args) > 2 else None, is_transposed=False)
-        elif func is torch.addmm and not kwargs:  # transformers' Conv1D
-            found = self._answer(args[1], args[2], args[0], is_transposed=True)
-        else:
-            found = None
-        return func(*args, **(kwargs or {})) if found is None else found
 
-    def _answer(self, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor | None:
-        is_known = _takes_onednn(weight) or self.products.is_arranged(weight)
-        is_free = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dim() != 1))
-        if not is_known or is_free or rows.dtype is not weight.dtype or rows.numel() == 0:
-            return None
-        matrix = self.products.matrix(weight, is_transposed)
-        found: Tensor = _FrozenLinear.apply(rows, matrix, bias)  # type: ignore[no-untyped-call]
-        return found
+def _linear(module: nn.Linear, rows: Tensor) -> Tensor:
+    products = current()
+    found = None if products is None else _answer(products, rows, module.weight, module.bias, is_transposed=False)
+    return nn.Linear.forward(module, rows) if found is None else found
+
+
+def _conv1d(module: Conv1D, rows: Tensor) -> Tensor:
+    products = current()
+    found = None if products is None else _answer(products, rows, module.weight, module.bias, is_transposed=True)
+    whole: Tensor = Conv1D.forward(module, rows) if found is None else found
+    return whole
+
+
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, Conv1D: _conv1d}
+
+
+def _answer(
+    products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool
+) -> Tensor | None:
+    """The product, where it is one of ours."""
+    is_free = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dim() != 1))
+    if is_free or rows.dtype is not weight.dtype or rows.numel() == 0:
+        return None
+    if not (products.is_arranged(weight) or _takes_onednn(weight)):
+        return None
+    matrix = products.matrix(weight, is_transposed)
+    if not torch.is_grad_enabled():
+        return matrix.times(rows, bias)
+    found: Tensor = _FrozenLinear.apply(rows, matrix, bias)  # type: ignore[no-untyped-call]
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class SoftPrompt:
     def num_bytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """sha256 over shape and float32 values: the same vectors have the same hash, whatever their record."""
         digest = hashlib.sha256(repr(tuple(self.tensor.shape)).encode())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.base import Base
+from softprompt.base import Base, free_bytes
 from softprompt.config import TrainConfig
 from softprompt.data import Rows, build_examples, rows_from_texts
 from softprompt.errors import ConfigError, LengthError, MemoryLimitError, PromptError, StorageError
@@ -20,7 +20,7 @@ from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt, StartTexts, starting_tensor
 from softprompt.splice import can_share_prefix
 from softprompt.training.loop import TrainingLoop
-from softprompt.training.memory import fit_rows, free_bytes
+from softprompt.training.memory import fit_rows
 from softprompt.training.plan import Plan, make_plan, with_micro_batch_rows
 from softprompt.training.ranks import Alone, Ranks, least, most_shared
 from softprompt.training.state import RunState

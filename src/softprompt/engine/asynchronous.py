@@ -1,0 +1,211 @@
+"""An engine for coroutines: one thread owns it and works; all others send that thread commands and receive events.
+
+Any number of event loops may share one AsyncEngine. A loop is woken at most once per step for all of its requests.
+Every request that was taken ends in exactly one terminal event, also when the engine breaks or is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TypeVar
+
+from softprompt.engine.engine import Engine
+from softprompt.engine.requests import Event, Failed, Request, Terminal
+from softprompt.engine.stats import EngineStats
+from softprompt.errors import EngineError
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+@dataclass(eq=False)
+class _Reader:
+    """Who waits for the events of one request, and in which event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    request: int | None = None  # as soon as it is admitted
+
+
+class AsyncEngine:
+    """`async with AsyncEngine(engine) as running: async for event in running.generate(request): ...`
+
+    From `start` on nobody but the worker thread may touch the engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._is_open = False
+        self._gate = threading.Lock()  # for `_is_open`: behind the last command nobody may send another
+        # what follows is the worker's own
+        self._readers: dict[int, _Reader] = {}
+        self._is_closing = False
+        self._error: Exception | None = None
+
+    def start(self) -> None:
+        """Start the worker. Raises EngineError where that was done before."""
+        if self._thread is not None:
+            raise EngineError("the engine was started before; make a new one")
+        self._thread = threading.Thread(target=self._work, name="softprompt-engine", daemon=True)
+        self._is_open = True
+        self._thread.start()
+
+    async def close(self, drain: bool = False) -> None:
+        """Take no more requests, and return when the worker has ended.
+
+        Running requests are aborted; with `drain` they are answered first.
+        """
+        with suppress(EngineError):  # not open: never started, or closed by another
+            self._ask(partial(self._begin_to_close, drain))
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    async def __aenter__(self) -> AsyncEngine:
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Its tokens as they come, then exactly one Finished, Aborted or Failed.
+
+        Whoever stops listening (break, `aclose`, a cancelled task) gives the request up. Raises what `Engine.add`
+        raises, and EngineError where the engine has stopped.
+        """
+        reader, has_ended = _Reader(asyncio.get_running_loop()), False
+        admitted = self._ask(partial(self._admit, request, reader))
+        try:
+            await asyncio.wrap_future(admitted)
+            while not has_ended:
+                event = await reader.events.get()
+                has_ended = isinstance(event, Terminal)
+                yield event
+        finally:
+            if not has_ended:
+                with suppress(EngineError):  # closed in the meantime
+                    self._ask(partial(self._give_up, reader))
+
+    async def abort(self, request: int) -> None:
+        """Give a request up: Aborted is its last event. One that has ended, or never was, is let be."""
+        with suppress(EngineError):  # where the engine has stopped, all have ended
+            await asyncio.wrap_future(self._ask(partial(self._engine.abort, request)))
+
+    async def stats(self) -> EngineStats:
+        """Figures as they stand between two steps. Raises EngineError where the engine is closed."""
+        return await asyncio.wrap_future(self._ask(self._engine.stats))
+
+    def _ask(self, command: Callable[[], _Result]) -> Future[_Result]:
+        """Have the worker call it between two steps."""
+        answer: Future[_Result] = Future()
+        with self._gate:
+            if not self._is_open:
+                raise EngineError("the engine is not running; use it inside `async with`")
+            self._commands.put(partial(_call, command, answer))
+        return answer
+
+    # From here on: in the worker's thread
+
+    def _work(self) -> None:
+        try:
+            while self._has_work or not self._is_closing:
+                self._take_commands()
+                if self._has_work:
+                    self._deliver(self._step())
+        finally:
+            self._end()
+
+    @property
+    def _has_work(self) -> bool:
+        return self._error is None and self._engine.has_work
+
+    def _take_commands(self) -> None:
+        """All that are there; where there is nothing else to do, wait for one."""
+        for _ in range(max(self._commands.qsize(), 0 if self._has_work else 1)):
+            self._commands.get()()
+
+    def _step(self) -> list[Event]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            _log.exception("the engine's step failed; it has stopped")
+            self._error = error.with_traceback(None)  # its frames hold tensors
+            return self._failed(f"the engine has stopped: {type(error).__name__}: {error}")
+
+    def _deliver(self, events: Iterable[Event]) -> None:
+        """Each event to its reader, with one call into each event loop."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, Event]]] = defaultdict(list)
+        for event in events:
+            reader = self._readers.get(event.request)
+            if reader is not None:  # else nobody listens any more
+                batches[reader.loop].append((reader, event))
+            if isinstance(event, Terminal):
+                self._readers.pop(event.request, None)
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_hand_over, batch)
+            except RuntimeError:  # the loop is closed, and everybody in it gone
+                for reader, _ in batch:
+                    self._give_up(reader)
+
+    def _admit(self, request: Request, reader: _Reader) -> None:
+        if self._error is not None:
+            why = f"{type(self._error).__name__}: {self._error}"
+            raise EngineError(f"the engine has stopped ({why}); make a new one") from self._error
+        if self._is_closing:
+            raise EngineError("the engine is being closed and takes no more requests")
+        reader.request = self._engine.add(request)
+        self._readers[reader.request] = reader
+
+    def _give_up(self, reader: _Reader) -> None:
+        if reader.request is not None and self._readers.pop(reader.request, None) is not None:
+            self._engine.abort(reader.request)
+
+    def _begin_to_close(self, drain: bool) -> None:
+        self._is_closing = True
+        for request in () if drain else self._readers:
+            self._engine.abort(request)
+
+    def _end(self) -> None:
+        """Nobody may be left waiting: neither for the answer to a command nor for an event."""
+        with self._gate:
+            self._is_open = False
+        self._is_closing = True
+        while not self._commands.empty():
+            self._commands.get()()
+        self._deliver(self._failed("the engine has stopped before the answer's end"))
+        try:
+            self._engine.close()
+        except Exception:
+            _log.exception("the engine could not be closed")
+
+    def _failed(self, why: str) -> list[Event]:
+        return [Failed(request, why) for request in self._readers]
+
+
+def _call(command: Callable[[], _Result], answer: Future[_Result]) -> None:
+    if not answer.set_running_or_notify_cancel():  # whoever asked has gone
+        return
+    try:
+        answer.set_result(command())
+    except Exception as error:
+        answer.set_exception(error)
+
+
+def _hand_over(batch: list[tuple[_Reader, Event]]) -> None:
+    for reader, event in batch:
+        reader.events.put_nowait(event)

@@ -1,0 +1,172 @@
+"""The next token of B rows, each under settings of its own.
+
+In this order on float32 logits: bias, repetition, presence and frequency penalties, no end before the minimum, the
+guide; then the likeliest at temperature 0, else temperature, top-k, top-p, min-p and a draw. Rows are grouped by what
+they need, and every reduction stays inside its row, so an answer does not depend on its neighbours.
+
+B rows, N rows of one group, V vocabulary, W width of the scores: a whole number of blocks, larger than V.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softprompt.base import Base
+from softprompt.config import SamplingConfig
+from softprompt.engine.choosing.drawing import Ids, draw_from_all, draw_from_kept, uniform
+from softprompt.engine.choosing.guides import Guides
+from softprompt.engine.choosing.peaks import BLOCK, best_first, first_peak
+from softprompt.engine.choosing.penalties import Touched, penalise
+from softprompt.engine.choosing.rows import ChoosingRow, ending_ids
+from softprompt.engine.choosing.warping import Doubles, filters_of, has_top_k, masses
+from softprompt.errors import ConfigError
+
+Way = Literal["greedy", "all", "filtered", "nucleus"]
+Alternatives = tuple[tuple[int, float], ...]
+
+_SLAB = {"cpu": 2**20}  # scores that are worked on at a time: what stays in a processor's cache
+_LARGEST_SLAB = 2**26
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One row's next token; log-probabilities are nats under the raw distribution, where they were asked for."""
+
+    id: int
+    log_prob: float | None = None
+    alternatives: Alternatives = ()  # (id, nats) of the likeliest, best first
+
+
+class Chooser:
+    """Chooses for the rows of one base; it keeps no state of theirs."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._guides = Guides(base)
+
+    def new_row(self, sampling: SamplingConfig, text_ids: Sequence[int], choice_index: int = 0) -> ChoosingRow:
+        """The state of one answer that has no token yet.
+
+        Raises ConfigError for a bias on an id that the base does not have or a guide that cannot be followed, and
+        MissingDependencyError for a guide without llguidance.
+        """
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token < self._base.vocab_size:
+                raise ConfigError(f"logit_bias names token {token}; base {self._base.name!r} has 0 to "
+                                  f"{self._base.vocab_size - 1}")  # fmt: skip
+        ending = ending_ids(self._base, sampling)
+        return ChoosingRow(
+            sampling=sampling,
+            text_ids=tuple(text_ids),
+            seed=sampling.seed + choice_index,
+            touched=Touched(sampling, text_ids, ending),
+            guide=self._guides.guide_of(sampling, ending),
+        )
+
+    @torch.inference_mode()
+    def choose(
+        self, logits_BV: Tensor, rows: Sequence[ChoosingRow], num_log_probs: Sequence[int | None]
+    ) -> list[Chosen | None]:
+        """What each row takes next; the logits and the rows stay as they are.
+
+        `num_log_probs` is how many alternatives a row wants reported beside its token's log-probability, None for no
+        report. None comes back for a row from which nothing can be chosen: its logits are NaN or infinite, or its
+        settings forbid every token.
+        """
+        logits_BV = logits_BV.float() if logits_BV.dtype is torch.float64 else logits_BV
+        ids = _chosen_ids(logits_BV, rows)
+        asked = [b for b, (token, num) in enumerate(zip(ids, num_log_probs, strict=True)) if None not in (token, num)]
+        reports = dict(_reports(logits_BV, asked, ids, num_log_probs))
+        return [None if token is None else Chosen(token, *reports.get(b, ())) for b, token in enumerate(ids)]
+
+
+def _chosen_ids(logits_BV: Tensor, rows: Sequence[ChoosingRow]) -> list[int | None]:
+    values, likeliest = first_peak(logits_BV)
+    is_sound = torch.isfinite(values).tolist()
+    ids: list[int | None] = [i if fine else None for i, fine in zip(likeliest.tolist(), is_sound, strict=True)]
+    groups: dict[Way, list[int]] = defaultdict(list)
+    for position, row in enumerate(rows):
+        if is_sound[position] and not row.is_plain:
+            groups[_way(row.sampling, logits_BV.shape[1])].append(position)
+    for way, members in groups.items():
+        for slab in _slabs(members, logits_BV):
+            found = _choose_alike(way, logits_BV, [rows[position] for position in slab], slab)
+            for position, token in zip(slab, found, strict=True):
+                ids[position] = token
+    return ids
+
+
+def _way(sampling: SamplingConfig, vocab_size: int) -> Way:
+    if sampling.temperature == 0:
+        return "greedy"
+    has_k = has_top_k(sampling, vocab_size)
+    if sampling.top_p < 1 and not has_k:
+        return "nucleus"  # what it keeps depends on the mass of all
+    return "filtered" if has_k or sampling.min_p else "all"
+
+
+def _slabs(members: list[int], logits_BV: Tensor) -> Iterator[list[int]]:
+    step = max(1, _SLAB.get(logits_BV.device.type, _LARGEST_SLAB) // logits_BV.shape[1])
+    return (members[start : start + step] for start in range(0, len(members), step))
+
+
+def _choose_alike(
+    way: Way, logits_BV: Tensor, rows: Sequence[ChoosingRow], positions: Sequence[int]
+) -> list[int | None]:
+    """The ids of rows that need the same; None where every token is forbidden."""
+    scores_NW = _scores(logits_BV, rows, positions)
+    peaks, likeliest = first_peak(scores_NW)
+    peaks_N, ids_N = peaks.cpu().numpy(), likeliest.cpu().numpy()
+    if way != "greedy":
+        temperatures_N = np.array([row.sampling.temperature for row in rows], dtype=np.float32)
+        with np.errstate(all="ignore"):
+            drawing = np.flatnonzero(np.isfinite(peaks_N / temperatures_N))  # the others' temperature is as good as 0
+        if len(drawing):
+            scores_NW = scores_NW if len(drawing) == len(rows) else scores_NW[drawing.tolist()]
+            scores_NW.div_(torch.from_numpy(temperatures_N[drawing]).to(scores_NW.device)[:, None])
+            ids_N[drawing] = _drawn(way, scores_NW, [rows[number] for number in drawing.tolist()], logits_BV.shape[1])
+    return [int(i) if peak > -math.inf else None for i, peak in zip(ids_N, peaks_N, strict=True)]
+
+
+def _scores(logits_BV: Tensor, rows: Sequence[ChoosingRow], positions: Sequence[int]) -> Tensor:
+    """[N, W] in float32, all that comes before the temperature done; the columns behind the vocabulary are -inf."""
+    vocab_size = logits_BV.shape[1]
+    width = (vocab_size // BLOCK + 1) * BLOCK
+    scores_NW = torch.empty(len(rows), width, device=logits_BV.device)
+    scores_NW[:, :vocab_size] = logits_BV if len(rows) == len(logits_BV) else logits_BV[list(positions)]
+    if any(row.is_penalised for row in rows):
+        penalise(scores_NW, rows, vocab_size)
+    for number, row in enumerate(rows):
+        if row.guide is not None:
+            allowed = torch.from_numpy(row.guide.allowed(width)).to(scores_NW.device)
+            scores_NW[number].masked_fill_(~allowed, -torch.inf)
+    scores_NW[:, vocab_size:] = -torch.inf
+    return scores_NW
+
+
+def _drawn(way: Way, scores_NW: Tensor, rows: Sequence[ChoosingRow], vocab_size: int) -> Ids:
+    uniforms_N: Doubles = np.array([uniform(row.seed, len(row.new_ids)) for row in rows])
+    if way == "all":
+        return draw_from_all(scores_NW, uniforms_N)
+    masses_N = masses(scores_NW) if way == "nucleus" else np.ones(len(rows))
+    return draw_from_kept(scores_NW, filters_of([row.sampling for row in rows], vocab_size), masses_N, uniforms_N)
+
+
+def _reports(
+    logits_BV: Tensor, asked: list[int], ids: Sequence[int | None], num_log_probs: Sequence[int | None]
+) -> Iterator[tuple[int, tuple[float, Alternatives]]]:
+    """(row, its token's log-probability and alternatives) of the rows that want them."""
+    for slab in _slabs(asked, logits_BV):
+        log_probs_NV = torch.log_softmax(logits_BV[slab].float(), dim=-1)
+        chosen = torch.tensor([ids[position] for position in slab], device=logits_BV.device)
+        values = log_probs_NV.gather(1, chosen[:, None])[:, 0].tolist()
+        alternatives = best_first(log_probs_NV, [num_log_probs[position] or 0 for position in slab])
+        yield from zip(slab, zip(values, alternatives, strict=True), strict=True)

@@ -1,0 +1,147 @@
+"""Answers that must be one of a list or satisfy a JSON schema, by llguidance's grammars over the base's own tokens.
+
+Token by token a guide says which ids may follow. White space between a JSON text's parts is free, as in JSON; a schema
+may forbid it: `"x-guidance": {"whitespace_flexible": false}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softprompt.base import Base
+from softprompt.config import SamplingConfig
+from softprompt.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_JSON_BYTES = frozenset(b'{}[]":,+-.0123456789eEtrufalsn')
+_LONGEST_REASON = 200  # characters of llguidance's message that are passed on
+
+
+class Guide:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, num_tokens: int, ending_ids: Sequence[int], forbidden_ids: Sequence[int]):
+        self._matcher = matcher
+        self._bits = np.zeros((num_tokens + 31) // 32, dtype=np.int32)
+        self._ending_ids = np.array(ending_ids, dtype=np.int64)
+        self._forbidden_ids = np.array(forbidden_ids, dtype=np.int64)
+        self._has_ended = False
+
+    def allowed(self, width: int) -> NDArray[np.bool_]:
+        """Which ids [width] may follow; an end only where the grammar is satisfied, ids without a token never.
+
+        None at all when llguidance gives up on the grammar.
+        """
+        flags = np.zeros(width, dtype=np.bool_)
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        if self._matcher.is_error():
+            return flags
+        bits = np.unpackbits(self._bits.view(np.uint8), count=width, bitorder="little")
+        flags[: len(bits)] = bits
+        flags[self._forbidden_ids[self._forbidden_ids < width]] = False
+        flags[self._ending_ids[self._ending_ids < width]] = self._matcher.is_accepting()
+        return flags
+
+    def take(self, token: int) -> None:
+        if token in self._ending_ids:
+            self._has_ended = True
+        else:
+            self._matcher.consume_token(token)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the grammar is satisfied and nothing can follow."""
+        return self._has_ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+
+class Guides:
+    """Makes the guides of one base; its tokenizer is read once, by the first of them."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._tokenizer: LLTokenizer | None = None
+        self._spelt: frozenset[int] = frozenset()  # bytes that some token is
+
+    def guide_of(self, sampling: SamplingConfig, ending_ids: Sequence[int]) -> Guide | None:
+        """A fresh guide, or None where the settings ask for none.
+
+        Raises ConfigError for a grammar that cannot be used or that this base cannot spell, and
+        MissingDependencyError without llguidance.
+        """
+        if not sampling.choice and sampling.json_schema is None:
+            return None
+        tokenizer = self._read_tokenizer()
+        matcher = self._matcher(tokenizer, sampling)
+        return Guide(matcher, tokenizer.vocab_size, ending_ids, (tokenizer.eos_token, *self._base.stop_ids))
+
+    def _matcher(self, tokenizer: LLTokenizer, sampling: SamplingConfig) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        if sampling.json_schema is not None:
+            self._check_schema(sampling.json_schema)
+            name, grammar = "json_schema", LLMatcher.grammar_from_json_schema(sampling.json_schema)
+        else:
+            self._check_spelling("choice", frozenset(b"".join(_utf8(text) for text in sampling.choice)))
+            name, grammar = "choice", LLMatcher.grammar_from_regex("|".join(map(_as_regex, sampling.choice)))
+        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"{name} cannot be followed: {_short(matcher.get_error())}")
+        return matcher
+
+    def _check_schema(self, text: str) -> None:
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"json_schema is not JSON: {error}") from error
+        self._check_spelling("json_schema", _JSON_BYTES | set(_utf8(json.dumps(schema, ensure_ascii=False))) - {0x20})
+
+    def _check_spelling(self, name: str, needed: frozenset[int]) -> None:
+        """llguidance leaves out what no token spells, and the answer would not be what was asked for."""
+        missing = sorted(needed - self._spelt)
+        if missing:
+            raise ConfigError(
+                f"{name} cannot be followed by base {self._base.name!r}: it has no token for {bytes(missing[:8])!r}"
+            )
+
+    def _read_tokenizer(self) -> LLTokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = _tokenizer_of(self._base)
+            spellings = map(self._tokenizer.decode_bytes, ([token] for token in range(self._tokenizer.vocab_size)))
+            self._spelt = frozenset(spelling[0] for spelling in spellings if len(spelling) == 1)
+        return self._tokenizer
+
+
+def _tokenizer_of(base: Base) -> LLTokenizer:
+    try:
+        from llguidance.hf import from_tokenizer
+    except ImportError as error:
+        raise MissingDependencyError(
+            "choice and json_schema need llguidance; pip install 'softprompt[guided]'"
+        ) from error
+    stop_id = next((token for token in base.stop_ids if token < len(base.tokenizer)), None)  # the others are ours
+    try:
+        return from_tokenizer(base.tokenizer, eos_token=stop_id)  # type: ignore[arg-type]  # refused below
+    except ValueError as error:
+        raise ConfigError(
+            f"choice and json_schema do not go with base {base.name!r}: llguidance cannot read its tokenizer, "
+            f"a {type(base.tokenizer).__name__} ({_short(str(error))})"
+        ) from error
+
+
+def _as_regex(text: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode(errors="replace")  # half a surrogate pair is refused by llguidance
+
+
+def _short(reason: str) -> str:
+    return " ".join(reason.split())[:_LONGEST_REASON]

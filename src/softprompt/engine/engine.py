@@ -1,0 +1,225 @@
+"""A generation engine: many requests, each with its own soft prompt or none, in one running batch over one frozen base.
+
+`add` admits a request, `step` does one bounded piece of work, and every admitted id ends in exactly one terminal event.
+One thread owns an engine; `softprompt.engine.AsyncEngine` is for all others. Knows nothing of HTTP or of the disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from softprompt.base import Base
+from softprompt.config import EngineConfig, SamplingConfig
+from softprompt.engine.admission import check_request
+from softprompt.engine.choosing import Chooser, Chosen
+from softprompt.engine.prefixes import shared_beginnings
+from softprompt.engine.progress import take_token
+from softprompt.engine.requests import Aborted, AbortReason, Event, Failed, Finished, Request
+from softprompt.engine.rows import Admitted, Row
+from softprompt.engine.runners import Runners, make_runners
+from softprompt.engine.scheduler import Plan, Scheduler
+from softprompt.engine.stats import Counts, EngineStats
+from softprompt.engine.text import AnswerText
+from softprompt.errors import MemoryLimitError, QueueFullError
+from softprompt.families import Forward, forward_of
+
+
+class Engine:
+    """Continuous batching: requests join and leave at any step."""
+
+    def __init__(
+        self,
+        base: Base,
+        config: EngineConfig | None = None,
+        *,
+        forward: Forward | None = None,
+        arrange: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`arrange`: keep the weights a second time, as this processor reads them fastest, where it gains."""
+        self.base = base
+        self.config = config or EngineConfig()
+        self.forward = forward or forward_of(base)
+        self.runners: Runners = make_runners(base, self.forward, self.config, arrange)
+        self.scheduler = Scheduler(self.runners.max_rows, self.runners.max_step_tokens)
+        self.counts = Counts()
+        self._chooser = Chooser(base)
+        self._clock = clock
+        self._alive: dict[int, Admitted] = {}
+        self._has_deadline: dict[int, float] = {}
+        self._given_up: dict[int, AbortReason] = {}
+        self._next_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would bring something."""
+        return bool(self._alive)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How this base runs, and why not faster, for people."""
+        return self.runners.notes
+
+    def add(self, request: Request) -> int:
+        """Admit a request; its id.
+
+        Raises LengthError, PromptError, DataError or ConfigError where it cannot be answered, MemoryLimitError where
+        it is longer than the memory for keys and values, and QueueFullError where too many wait.
+        """
+        sampling = request.sampling or SamplingConfig()
+        check_request(self.base, request, sampling)
+        if self.config.max_waiting is not None and len(self.scheduler.waiting) >= self.config.max_waiting:
+            raise QueueFullError(f"{self.config.max_waiting} requests wait already; try again later")
+        deadline = None if request.timeout_s is None else self._clock() + request.timeout_s
+        admitted = Admitted(self._next_id, request, deadline)
+        admitted.rows = [self._new_row(admitted, sampling, choice) for choice in range(request.num_choices)]
+        self._next_id += 1
+        self._alive[admitted.id] = admitted
+        if deadline is not None:
+            self._has_deadline[admitted.id] = deadline
+        for row in admitted.rows:
+            self.scheduler.enter(row)
+        return admitted.id
+
+    def abort(self, request: int) -> None:
+        """Give a request up; the next step says so. One that has ended, or never was, is let be."""
+        if request in self._alive:
+            self._given_up.setdefault(request, "asked")
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward, and what came of it."""
+        events = self._give_up()
+        plan = self.scheduler.plan()
+        if plan:
+            self.counts.num_steps += 1
+            events += self._run(plan)
+        assert plan or not self._alive, "work that can neither run nor wait"
+        return events
+
+    def stats(self) -> EngineStats:
+        """Figures as they stand."""
+        return self.counts.with_state(self.scheduler, self.runners)
+
+    @torch.inference_mode()
+    def close(self) -> None:
+        """Forget everything that is running, without a word."""
+        for admitted in list(self._alive.values()):
+            self._drop(admitted)
+        self._given_up.clear()
+
+    def check_integrity(self) -> None:
+        """Every row is in one place, and memory and pins are what rows hold. Raises AssertionError."""
+        rows = [row for admitted in self._alive.values() for row in admitted.rows if row.answer is None]
+        running, waiting = self.scheduler.running, list(self.scheduler.waiting)
+        assert len(rows) == len(running) + len(waiting) and set(rows) == {*running, *waiting}
+        self.runners.check_integrity(running)
+
+    def _new_row(self, owner: Admitted, sampling: SamplingConfig, choice: int) -> Row:
+        request = owner.request
+        runner = self.runners.of(request, sampling)
+        num_virtual = 0 if request.prompt is None else request.prompt.num_virtual_tokens
+        longest = num_virtual + len(request.ids) + sampling.max_new_tokens
+        if not runner.can_ever_hold(longest):
+            raise MemoryLimitError(
+                f"{longest} positions are more than the engine's memory for keys and values holds; raise kv_bytes or "
+                "lower max_new_tokens"
+            )
+        row = Row(
+            owner=owner,
+            choice=choice,
+            runner=runner,
+            choosing=self._chooser.new_row(sampling, request.ids, choice),
+            text=AnswerText(self.base, request.ids, sampling.stop, sampling.min_new_tokens),
+            ids=list(request.ids),
+        )
+        if runner is self.runners.held:
+            row.keys = shared_beginnings(request.prompt, request.ids, request.num_choices > 1)
+        return row
+
+    def _run(self, plan: Plan) -> list[Event]:
+        """The step's forward, and one token for every row that was run to its end."""
+        try:
+            hidden = self.runners.run(plan)
+            rows = [row for row, _ in plan if row.remaining == 0]
+            is_at_end = torch.tensor([row.remaining == 0 for row, _ in plan], device=hidden.device)
+            chosen = self._choose(hidden[is_at_end], rows) if rows else []
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return self._fail({row.owner for row, _ in plan}, f"out of memory: {error}")
+        for row, count in plan:
+            self.scheduler.waiting.charge(row, count, row.remaining == 0)
+            self.counts.num_read_tokens += count
+        return self._take(rows, chosen)
+
+    def _choose(self, hidden: Tensor, rows: list[Row]) -> list[Chosen | None]:
+        wanted = [row.request.num_log_probs for row in rows]
+        return self._chooser.choose(self.forward.logits(hidden), [row.choosing for row in rows], wanted)
+
+    def _take(self, rows: list[Row], chosen: list[Chosen | None]) -> list[Event]:
+        events: list[Event] = []
+        for row, choice in zip(rows, chosen, strict=True):
+            if row.owner.id not in self._alive:
+                continue  # it failed together with another choice of its request
+            if choice is None:
+                why = f"base {self.base.name!r} computes NaN in {self.base.dtype}; load it in float32 or bfloat16"
+                events += self._fail({row.owner}, why)
+                continue
+            self.counts.num_new_tokens += 1
+            tokens = take_token(self.base, row, choice)
+            events += [tokens] if tokens is not None else []
+            if row.answer is not None:
+                self.scheduler.leave(row)
+                events += self._finish(row.owner)
+        return events
+
+    def _finish(self, admitted: Admitted) -> list[Event]:
+        """The terminal event of a request whose last choice has ended."""
+        answers = [row.answer for row in admitted.rows if row.answer is not None]
+        if len(answers) < len(admitted.rows):
+            return []
+        self._forget(admitted)
+        self.counts.num_finished += 1
+        return [Finished(admitted.id, tuple(answers), len(admitted.request.ids), admitted.rows[0].num_virtual)]
+
+    def _fail(self, owners: Iterable[Admitted], why: str) -> list[Event]:
+        events: list[Event] = []
+        for admitted in sorted(owners, key=lambda owner: owner.id):
+            self._drop(admitted)
+            self.counts.num_failed += 1
+            events.append(Failed(admitted.id, why))
+        return events
+
+    def _give_up(self) -> list[Event]:
+        """Requests that were aborted, or whose time is over."""
+        now = self._clock() if self._has_deadline else 0.0
+        for request, deadline in self._has_deadline.items():
+            if deadline <= now:
+                self._given_up.setdefault(request, "deadline")
+        events: list[Event] = []
+        for request, reason in self._given_up.items():
+            self._drop(self._alive[request])
+            self.counts.num_aborted += 1
+            events.append(Aborted(request, reason))
+        self._given_up.clear()
+        return events
+
+    def _drop(self, admitted: Admitted) -> None:
+        for row in admitted.rows:
+            if row.answer is None:
+                self.scheduler.leave(row)
+        self._forget(admitted)
+
+    def _forget(self, admitted: Admitted) -> None:
+        del self._alive[admitted.id]
+        self._has_deadline.pop(admitted.id, None)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has no class of its own for it on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

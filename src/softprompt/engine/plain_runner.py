@@ -1,0 +1,56 @@
+"""One row at a time through transformers' own forward and cache, on concatenated embeddings: slow, and right for every
+base. For a base that the fast way does not fit, and for a row so long that its positions depend on its company."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softprompt.base import Base
+from softprompt.engine.rows import Row
+from softprompt.families import Forward, new_cache
+from softprompt.splice import Stretch, splice_stretches
+
+
+class PlainRunner:
+    """The slow way: a `Runner` in which each row has a cache of its own, and all the memory it may come to need."""
+
+    def __init__(self, base: Base, forward: Forward, budget_bytes: int, bytes_per_position: int) -> None:
+        self.base = base
+        self.forward = forward
+        self.budget_positions = budget_bytes // bytes_per_position
+        self.num_positions = 0
+        self.reads_in_pieces = forward.alone_beyond is None  # else a whole text's positions are not those of its parts
+
+    def can_ever_hold(self, length: int) -> bool:
+        return length <= self.budget_positions
+
+    def is_worth_waiting(self, row: Row) -> bool:
+        return False
+
+    def start(self, row: Row) -> bool:
+        if self.num_positions + row.longest > self.budget_positions:
+            return False
+        self.num_positions += row.longest
+        row.cache = new_cache()
+        return True
+
+    def make_room(self, row: Row) -> bool:
+        return True
+
+    def stop(self, row: Row) -> None:
+        self.num_positions -= row.longest
+        row.cache, row.computed = None, 0
+
+    def run(self, pieces: Sequence[tuple[Row, int]]) -> Tensor:
+        return torch.stack([self._run_one(row, count) for row, count in pieces])
+
+    def _run_one(self, row: Row, count: int) -> Tensor:
+        prompt = row.request.prompt
+        stretch = Stretch(None if prompt is None else prompt.tensor, row.ids, row.computed, count)
+        embeds_SH, positions_S = splice_stretches(self.base, [stretch])
+        row.computed += count
+        mask = torch.ones(1, row.computed, dtype=torch.long, device=embeds_SH.device)
+        return self.forward.hidden_states(embeds_SH[None], mask, positions_S[None], row.cache)[0, -1]

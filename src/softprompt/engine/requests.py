@@ -1,0 +1,87 @@
+"""What goes into an engine and what comes out of it: values only, the same for every engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from softprompt.config import SamplingConfig
+from softprompt.prompt import SoftPrompt
+
+FinishReason = Literal["stop", "length"]
+AbortReason = Literal["asked", "deadline"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation asked for: the text's token ids (BOS included) and the soft prompt to put before them."""
+
+    ids: tuple[int, ...]
+    prompt: SoftPrompt | None = None
+    sampling: SamplingConfig | None = None  # None: what `generate` is given, or SamplingConfig's defaults
+    num_choices: int = 1  # answers wanted; number i draws with seed + i
+    num_log_probs: int | None = None  # alternatives reported beside each token's log-probability; None: no report
+    client: str | None = None  # whose it is: clients take turns
+    priority: int = 0  # lower is served first
+    timeout_s: float | None = None  # aborted when this many seconds have passed since it was added
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """Nats under the raw distribution, before penalties and temperature."""
+
+    id: int
+    log_prob: float
+    alternatives: tuple[tuple[int, float], ...] = ()  # (id, nats) of the likeliest, best first
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out. `log_probs` are nats under the raw distribution, before penalties and temperature."""
+
+    ids: tuple[int, ...]  # without the token that ended it
+    text: str
+    finish_reason: FinishReason
+    log_probs: tuple[float, ...] = ()  # one per id, where they were asked for
+    stopped_by: str | int | None = None  # the stop string or token id that ended it
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """New tokens of one choice, with the text that can be printed now: no half character, no begun stop string."""
+
+    request: int
+    choice: int
+    ids: tuple[int, ...]
+    text: str
+    log_probs: tuple[TokenLogProb, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a request that was answered."""
+
+    request: int
+    answers: tuple[Answer, ...]  # one per choice
+    num_prompt_tokens: int  # of the text
+    num_virtual_tokens: int
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """The end of a request that was given up."""
+
+    request: int
+    reason: AbortReason
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end of a request that could not be answered."""
+
+    request: int
+    why: str
+
+
+Terminal = Finished | Aborted | Failed
+Event = Tokens | Terminal

@@ -1,0 +1,113 @@
+"""One row object per answer that is being generated, and one object per request that owns its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+from transformers import Cache
+
+from softprompt.engine.choosing import ChoosingRow
+from softprompt.engine.memory import Place
+from softprompt.engine.prefixes import Key, Prefix
+from softprompt.engine.requests import Answer, Request, TokenLogProb
+from softprompt.engine.text import AnswerText
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer on its way. Its positions are [soft prompt, text, answer so far]."""
+
+    owner: Admitted
+    choice: int
+    runner: Runner
+    choosing: ChoosingRow
+    text: AnswerText
+    ids: list[int]  # of the text and the answer
+    keys: list[tuple[int, Key]] = field(default_factory=list)  # beginnings that may be shared: positions and key
+    computed: int = 0  # positions whose keys and values are held
+    place: Place | None = None
+    cache: Cache | None = None
+    prefix: Prefix | None = None  # pinned: what it came from
+    promises: list[tuple[int, Key]] = field(default_factory=list)  # beginnings that it will leave to others
+    log_probs: list[TokenLogProb] = field(default_factory=list)
+    answer: Answer | None = None  # when it has ended
+
+    @property
+    def request(self) -> Request:
+        return self.owner.request
+
+    @property
+    def num_virtual(self) -> int:
+        prompt = self.request.prompt
+        return 0 if prompt is None else prompt.num_virtual_tokens
+
+    @property
+    def length(self) -> int:
+        """Positions it has so far."""
+        return self.num_virtual + len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Positions it may come to have."""
+        return self.num_virtual + len(self.request.ids) + self.choosing.sampling.max_new_tokens
+
+    @property
+    def new_ids(self) -> list[int]:
+        return self.ids[len(self.request.ids) :]
+
+    @property
+    def remaining(self) -> int:
+        """Positions to run before its next token can be chosen."""
+        return self.length - self.computed
+
+    @property
+    def is_answering(self) -> bool:
+        """Only its newest token is left to run."""
+        return self.remaining == 1 and len(self.ids) > len(self.request.ids)
+
+
+@dataclass(eq=False)
+class Admitted:
+    """One request from its admission to its one terminal event."""
+
+    id: int  # rises with every admission
+    request: Request
+    deadline: float | None  # by the engine's clock
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def is_answered(self) -> bool:
+        return all(row.answer is not None for row in self.rows)
+
+
+class Runner(Protocol):
+    """How rows run: together over held keys and values, or one at a time through plain transformers."""
+
+    reads_in_pieces: bool  # whether a text may be read over several steps
+
+    def can_ever_hold(self, length: int) -> bool:
+        """Whether a row of that many positions fits into the memory at all."""
+        ...
+
+    def is_worth_waiting(self, row: Row) -> bool:
+        """Whether what the row begins with is just being computed by another."""
+        ...
+
+    def start(self, row: Row) -> bool:
+        """Memory for the positions that a row has and one more; False where there is none now."""
+        ...
+
+    def make_room(self, row: Row) -> bool:
+        """Memory for one more position; False where there is none now."""
+        ...
+
+    def stop(self, row: Row) -> None:
+        """Give back all that `start` gave."""
+        ...
+
+    def run(self, pieces: Sequence[tuple[Row, int]]) -> Tensor:
+        """Run so many positions of each row; the last hidden state of each, [pieces, D]."""
+        ...

@@ -1,0 +1,125 @@
+"""How the rows of one base run: the fast way where it passes its test, the slow one for all others."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from softprompt.base import Base, free_bytes
+from softprompt.config import EngineConfig, SamplingConfig
+from softprompt.engine.held_runner import HeldRunner
+from softprompt.engine.memory import KeyValueMemory
+from softprompt.engine.plain_runner import PlainRunner
+from softprompt.engine.prefixes import PrefixCache
+from softprompt.engine.requests import Request
+from softprompt.engine.rows import Row, Runner
+from softprompt.engine.self_test import why_not_held
+from softprompt.families import Forward, new_cache
+from softprompt.splice import Stretch, splice_stretches
+
+_LOG = logging.getLogger(__name__)
+_KV_SHARE, _PREFIX_SHARE = 0.5, 0.125  # of the free memory
+_MAX_ROWS = {"cpu": 32}
+_MAX_ROWS_ELSEWHERE = 256
+_STEP_TOKENS = {"cpu": 64}  # more gain nothing on a CPU, and make everybody wait
+_STEP_TOKENS_ELSEWHERE = 2_048
+
+Facts = tuple[int, str | None]  # bytes of one position, and why rows cannot run together
+_FACTS: WeakKeyDictionary[Forward, Facts] = WeakKeyDictionary()  # found out once per base
+
+
+@dataclass(frozen=True)
+class Runners:
+    """Both ways, their memory, and the limits that hold for them together."""
+
+    held: Runner
+    plain: Runner
+    memory: KeyValueMemory
+    prefixes: PrefixCache
+    is_held: bool  # whether the fast way passed its test
+    held_up_to: float  # positions: a longer row runs by itself
+    max_rows: int
+    max_step_tokens: int
+    notes: tuple[str, ...]
+
+    def of(self, request: Request, sampling: SamplingConfig) -> Runner:
+        """The way of a request."""
+        num_virtual = 0 if request.prompt is None else request.prompt.num_virtual_tokens
+        longest = num_virtual + len(request.ids) + sampling.max_new_tokens
+        return self.held if self.is_held and longest <= self.held_up_to else self.plain
+
+    def run(self, plan: Sequence[tuple[Row, int]]) -> Tensor:
+        """The last hidden state of each row of a step, [rows, D]."""
+        parts = {
+            runner: [number for number, (row, _) in enumerate(plan) if row.runner is runner]
+            for runner in (self.held, self.plain)
+        }
+        hidden = [runner.run([plan[number] for number in own]) for runner, own in parts.items() if own]
+        order = torch.tensor([number for own in parts.values() for number in own])
+        return torch.cat(hidden)[order.argsort().to(hidden[0].device)]
+
+    def check_integrity(self, running: Sequence[Row]) -> None:
+        """Memory and pins are what the running rows hold. Raises AssertionError."""
+        self.memory.check_integrity()
+        self.prefixes.check_integrity()
+        places = [place for shelf in self.memory.shelves.values() for place in shelf.places]
+        assert {id(place) for place in places} == {id(row.place) for row in running if row.place is not None}
+        assert all(row.place is None or row.place.length == row.computed for row in running)
+        assert self.prefixes.num_pins == sum(row.prefix is not None for row in running)
+
+
+def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bool) -> Runners:
+    """Both ways for one base, tested, with the memory that the machine allows where `config` does not say."""
+    if arrange:
+        _arrange(base, forward)
+    free = free_bytes(base.device)
+    kv_bytes = config.kv_bytes or int(free * _KV_SHARE)
+    prefix_bytes = int(free * _PREFIX_SHARE) if config.prefix_bytes is None else config.prefix_bytes
+    per_position, problem = _facts(base, forward)
+    memory, prefixes = KeyValueMemory(kv_bytes, per_position, base.max_length), PrefixCache(prefix_bytes)
+    device = base.device.type
+    return Runners(
+        held=HeldRunner(base, forward, memory, prefixes),
+        plain=PlainRunner(base, forward, kv_bytes, per_position),
+        memory=memory,
+        prefixes=prefixes,
+        is_held=problem is None,
+        held_up_to=forward.alone_beyond or math.inf,
+        max_rows=config.max_rows or _MAX_ROWS.get(device, _MAX_ROWS_ELSEWHERE),
+        max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
+        notes=("answers run together over held keys and values" if problem is None else problem,),
+    )
+
+
+def _facts(base: Base, forward: Forward) -> Facts:
+    if forward not in _FACTS:
+        problem = why_not_held(base, forward)
+        if problem is not None:
+            _LOG.warning("base %r: answers run one row at a time, which is slow: %s", base.name, problem)
+        _FACTS[forward] = (bytes_per_position(base, forward), problem)
+    return _FACTS[forward]
+
+
+def _arrange(base: Base, forward: Forward) -> None:
+    """Keep the weights as this processor reads them fastest, where there is memory for it."""
+    needed = forward.bytes_to_arrange(both_ways=False)
+    if needed and needed < free_bytes(base.device) * _KV_SHARE:
+        forward.arrange(both_ways=False)
+
+
+@torch.inference_mode()
+def bytes_per_position(base: Base, forward: Forward) -> int:
+    """Bytes of all keys and values of one position, read off one forward."""
+    ids = (*base.bos_ids, 0, 0)
+    embeds_SH, positions_S = splice_stretches(base, [Stretch(None, ids, 0, len(ids))])
+    cache = new_cache()
+    forward.hidden_states(embeds_SH[None], torch.ones_like(positions_S)[None], positions_S[None], cache)
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    num_bytes: int = sum(part.numel() * part.element_size() for part in tensors if part is not None)
+    return max(1, num_bytes // len(ids))
