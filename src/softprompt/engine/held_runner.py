@@ -11,7 +11,7 @@ from softprompt.base import Base
 from softprompt.engine.memory import KeyValueMemory
 from softprompt.engine.prefixes import Key, Prefix, PrefixCache
 from softprompt.engine.rows import Row
-from softprompt.families import Forward, Piece, held_rows, in_order
+from softprompt.families import Forward, Piece, held_rows, in_order, is_native
 from softprompt.splice import Stretch, splice_stretches
 
 _WORTH_WAITING = 32  # positions of a beginning: computing fewer twice is quicker than waiting a step for them
@@ -28,6 +28,7 @@ class HeldRunner:
         self.memory = memory
         self.prefixes = prefixes
         self._promised: dict[Key, Row] = {}
+        self._has_light = is_native(base.device, base.dtype)
 
     def can_ever_hold(self, length: int) -> bool:
         return self.memory.can_ever_hold(length)
@@ -71,7 +72,7 @@ class HeldRunner:
         placed = [_piece(row, count) for row, count in pieces]
         order = in_order(placed)
         stretches = [_stretch(*pieces[number]) for number in order]
-        held = held_rows([placed[number] for number in order], self.base.device)
+        held = held_rows([placed[number] for number in order], self.base.device, self._has_light)
         hidden = self.forward.packed_hidden_states(*splice_stretches(self.base, stretches), held)
         for row, count in pieces:
             row.computed += count

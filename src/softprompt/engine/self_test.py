@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base import Base
-from softprompt.families import Forward, Piece, Store, held_rows
+from softprompt.families import Forward, Piece, Store, held_rows, is_native
 from softprompt.splice import Stretch, splice_stretches
 
 _IDS = (3, 1, 4, 1, 5, 9)
@@ -56,7 +56,8 @@ def _held_logits(base: Base, forward: Forward, prompt: Tensor, ids: tuple[int, .
 
 
 def _run(base: Base, forward: Forward, stretch: Stretch, store: Store, row: int) -> Tensor:
-    rows = held_rows([Piece(store, row, stretch.first, stretch.length)], base.device)
+    pieces = [Piece(store, row, stretch.first, stretch.length)]
+    rows = held_rows(pieces, base.device, is_native(base.device, base.dtype))
     return forward.logits(forward.packed_hidden_states(*splice_stretches(base, [stretch]), rows)[-1:])[0]
 
 

@@ -83,7 +83,7 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    sizes = range(min(len(text), len(stop) - 1), 1, -1)
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from softprompt.families.packed import KeysValues
 
 Made = TypeVar("Made")
+_MOST_LIGHT = 2**11  # queries times keys of a piece whose attention is little work
 _MOST_WASTE = 2  # queries with pads, as a multiple of those without, in a group of pieces
 
 
@@ -105,14 +106,31 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
+class HeavyTokens:
+    """Tokens of one store whose attention is matrix products, in groups of like pieces."""
+
+    tokens: Some  # of the forward
+    rows: Tensor  # of the store, by token
+    positions: Tensor
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LightTokens:
+    """Tokens of one store whose attention reads more than it computes, each by itself; int64 on the CPU."""
+
+    tokens: Tensor
+    rows: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """What a forward does in one store."""
 
     store: Store
-    tokens: Some  # all of the forward's tokens that lie here
-    rows: Tensor  # of the store, by token
-    positions: Tensor
-    groups: tuple[Group, ...]
+    heavy: HeavyTokens | None
+    light: LightTokens | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +148,9 @@ class HeldRows:
     @cached_property
     def is_one_group(self) -> bool:
         """Whether one group is the whole forward, token by token."""
-        groups = [group for part in self.parts for group in part.groups]
+        if any(part.light is not None for part in self.parts):
+            return False
+        groups = [group for part in self.parts if part.heavy is not None for group in part.heavy.groups]
         return len(groups) == 1 and isinstance(groups[0].queries, slice) and isinstance(groups[0].picks, slice)
 
     def once(self, key: Any, make: Callable[[], Made]) -> Made:
@@ -146,11 +166,14 @@ def in_order(pieces: Sequence[Piece]) -> list[int]:
     return sorted(range(len(pieces)), key=lambda number: _place(pieces[number]))
 
 
-def held_rows(pieces: Sequence[Piece], device: torch.device) -> HeldRows:
-    """The pieces of a forward, in the order of its tokens. A row may come once."""
+def held_rows(pieces: Sequence[Piece], device: torch.device, has_light: bool = False) -> HeldRows:
+    """The pieces of a forward, in the order of its tokens. A row may come once.
+
+    `has_light`: tokens whose attention is little work are told apart (`families.native`).
+    """
     firsts = accumulate((piece.num_tokens for piece in pieces), initial=0)
     placed = sorted(zip(pieces, firsts, strict=False), key=lambda pair: _place(pair[0]))
-    parts = [_part(list(own), device) for _, own in groupby(placed, key=lambda pair: id(pair[0].store))]
+    parts = [_part(list(own), device, has_light) for _, own in groupby(placed, key=lambda pair: id(pair[0].store))]
     return HeldRows(tuple(parts))
 
 
@@ -161,18 +184,33 @@ def _place(piece: Piece) -> tuple[int, int, int, int]:
     return piece.store.capacity, id(piece.store), piece.num_tokens, piece.row
 
 
-def _part(placed: list[Placed], device: torch.device) -> Part:
+def _part(placed: list[Placed], device: torch.device, has_light: bool) -> Part:
+    light = [pair for pair in placed if has_light and _is_light(pair[0])]
+    heavy = [pair for pair in placed if not has_light or not _is_light(pair[0])]
+    return Part(
+        store=placed[0][0].store,
+        heavy=_heavy(heavy, device) if heavy else None,
+        light=LightTokens(*(_index(part, device) for part in _lists(light))) if light else None,
+    )
+
+
+def _is_light(piece: Piece) -> bool:
+    return piece.num_tokens == 1 or piece.num_tokens * (piece.first_position + piece.num_tokens) <= _MOST_LIGHT
+
+
+def _heavy(placed: list[Placed], device: torch.device) -> HeavyTokens:
     single = [pair for pair in placed if pair[0].num_tokens == 1]
     groups = [_single_group(single, device)] if single else []
     groups += [_group(batch, device) for batch in _batches([pair for pair in placed if pair[0].num_tokens > 1])]
-    spans = [range(first, first + piece.num_tokens) for piece, first in placed]
-    return Part(
-        store=placed[0][0].store,
-        tokens=_some([i for span in spans for i in span], device),
-        rows=_index([piece.row for piece, _ in placed for _ in range(piece.num_tokens)], device),
-        positions=_index([piece.first_position + i for piece, _ in placed for i in range(piece.num_tokens)], device),
-        groups=tuple(groups),
-    )
+    tokens, rows, positions = _lists(placed)
+    return HeavyTokens(_some(tokens, device), _index(rows, device), _index(positions, device), tuple(groups))
+
+
+def _lists(placed: list[Placed]) -> tuple[list[int], list[int], list[int]]:
+    """Of each token: its number in the forward, its row in the store, its position in the row."""
+    each = [(piece, first, i) for piece, first in placed for i in range(piece.num_tokens)]
+    tokens = [first + i for _, first, i in each]
+    return tokens, [piece.row for piece, _, _ in each], [piece.first_position + i for piece, _, i in each]
 
 
 def _single_group(placed: list[Placed], device: torch.device) -> Group:

@@ -1,7 +1,8 @@
 """Attention of a forward's tokens over keys and values held in memory: exact softmax attention, no gradient.
 
-Products run in the base's dtype; scores, position biases and softmax in float32 (float64 for a float64 base). Every
-product reads whole stores, so that its shape stays from step to step; positions that a query does not see weigh 0.
+Light tokens are attended to by `families.native` where it is there. Products run in the base's dtype; scores, position
+biases and softmax in float32 (float64 for a float64 base). Every product reads whole stores, so that its shape stays
+from step to step; positions that a query does not see weigh 0.
 
 h query heads, k key heads, d width of a head, S tokens; a group has G rows of n queries over C positions.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.families.held import Group, HeldRows
+from softprompt.families.native import attend_native
 from softprompt.families.packed import KeysValues
 from softprompt.families.scores import Scores
 
@@ -20,16 +22,19 @@ def attend_held(rows: HeldRows, module: nn.Module, query: Tensor, key: Tensor, v
     """Attention output [S, h, d] of queries [h, S, d]; keys and values [k, S, d] are put into memory first."""
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     out = None if rows.is_one_group else query.new_empty(*query.shape[:2], value.shape[-1])
-    for part_number, part in enumerate(rows.parts):
-        keys, values = part.store.of(module, key, value)
-        keys[part.rows, :, part.positions] = key[part.tokens]
-        values[part.rows, :, part.positions] = value[part.tokens]
-        for number, group in enumerate(part.groups):
-            place = (part_number, number)
-            mixed = _mixed(rows, place, group, query, (keys[group.rows], values[group.rows]), scores)
-            if out is None:
-                return mixed
-            out[group.tokens] = mixed[group.picks]
+    for number, part in enumerate(rows.parts):
+        held = part.store.of(module, key, value)
+        if part.light is not None and out is not None:
+            attend_native(rows, part.light, (query, key, value), held, scores, out)
+        if part.heavy is not None:
+            keys, values = held
+            keys[part.heavy.rows, :, part.heavy.positions] = key[part.heavy.tokens]
+            values[part.heavy.rows, :, part.heavy.positions] = value[part.heavy.tokens]
+            for place, group in enumerate(part.heavy.groups):
+                mixed = _mixed(rows, (number, place), group, query, (keys[group.rows], values[group.rows]), scores)
+                if out is None:
+                    return mixed
+                out[group.tokens] = mixed[group.picks]
     assert out is not None
     return out
 

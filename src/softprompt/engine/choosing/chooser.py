@@ -33,7 +33,7 @@ Way = Literal["greedy", "all", "filtered", "nucleus"]
 Alternatives = tuple[tuple[int, float], ...]
 
 _SLAB = {"cpu": 2**20}  # scores that are worked on at a time: what stays in a processor's cache
-_LARGEST_SLAB = 2**26
+_LARGEST_SLAB = 2**24
 
 
 @dataclass(frozen=True)

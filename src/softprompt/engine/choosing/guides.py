@@ -39,12 +39,10 @@ class Guide:
 
         None at all when llguidance gives up on the grammar.
         """
-        flags = np.zeros(width, dtype=np.bool_)
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
-            return flags
-        bits = np.unpackbits(self._bits.view(np.uint8), count=width, bitorder="little")
-        flags[: len(bits)] = bits
+            return np.zeros(width, dtype=np.bool_)
+        flags = np.unpackbits(self._bits.view(np.uint8), count=width, bitorder="little").view(np.bool_)
         flags[self._forbidden_ids[self._forbidden_ids < width]] = False
         flags[self._ending_ids[self._ending_ids < width]] = self._matcher.is_accepting()
         return flags
@@ -125,7 +123,7 @@ def _tokenizer_of(base: Base) -> LLTokenizer:
         raise MissingDependencyError(
             "choice and json_schema need llguidance; pip install 'softprompt[guided]'"
         ) from error
-    stop_id = next((token for token in base.stop_ids if token < len(base.tokenizer)), None)  # the others are ours
+    stop_id = next((token for token in base.stop_ids if token < len(base.tokenizer)), None)  # the others `Guide` allows
     try:
         return from_tokenizer(base.tokenizer, eos_token=stop_id)  # type: ignore[arg-type]  # refused below
     except ValueError as error:

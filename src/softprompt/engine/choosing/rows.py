@@ -45,4 +45,5 @@ class ChoosingRow:
 
 def ending_ids(base: Base, sampling: SamplingConfig) -> tuple[int, ...]:
     """Every id that ends an answer under these settings."""
-    return tuple(sorted({*(() if sampling.ignore_eos else base.stop_ids), *sampling.stop_ids}))
+    ids = {*(() if sampling.ignore_eos else base.stop_ids), *sampling.stop_ids}
+    return tuple(sorted(token for token in ids if token >= 0))

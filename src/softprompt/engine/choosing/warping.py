@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
-_BLOCK = 128  # columns whose best score stands for them
+_SPAN = 128  # columns whose best score stands for them
 _SLACK = 1e-3  # how far below the computed floor the real one is set
 _NOTHING = 2e-7  # a share out of view that is not told from rounding
 _OFF = np.iinfo(np.int64).max
@@ -109,7 +109,7 @@ def _true_places(flags_NW: Tensor) -> Counts:
 
 def _floors(scores_NW: Tensor, filters: Filters, masses_N: Doubles) -> Floats:
     """A score of each row, as high as is cheap to tell, below which nothing can be kept."""
-    tops_NK = np.sort(scores_NW.view(len(scores_NW), -1, _BLOCK).amax(-1).cpu().numpy(), axis=1)[:, ::-1]
+    tops_NK = np.sort(scores_NW.view(len(scores_NW), -1, _SPAN).amax(-1).cpu().numpy(), axis=1)[:, ::-1]
     with np.errstate(divide="ignore"):
         floors_N = _lowered(tops_NK[:, 0].astype(np.float64) + np.log(filters.min_p.astype(np.float64)))
     has_k = filters.top_k != _OFF

@@ -1,0 +1,127 @@
+"""Held rows: the package's own C, torch's products and a softmax written out give the same attention."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from softprompt.families import Piece, Store, held_rows, is_native
+from softprompt.families.held_attention import attend_held
+from softprompt.families.scores import Scores
+
+CPU = torch.device("cpu")
+needs_native = pytest.mark.skipif(not is_native(CPU, torch.float32), reason="there was no C compiler")
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-2}
+HEADS, CAPACITY = 6, 40
+LENGTHS = (1, 7, 12, 33)  # positions of the rows before the step
+NEW = (1, 1, 5, 1)
+
+
+def values(*shape, seed, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def step(has_light, scores, num_key_heads, width, dtype, module=None, store=None):
+    """One forward of four rows, three of them with one new token, behind positions that are held already."""
+    module, store = module or nn.Identity(), store or Store(len(NEW) + 1, CAPACITY)
+    keys, held = values(2, len(NEW) + 1, num_key_heads, CAPACITY, width, seed=1, dtype=dtype)
+    store.tensors[module] = (keys.clone(), held.clone())
+    pieces = [Piece(store, row, length, count) for row, (length, count) in enumerate(zip(LENGTHS, NEW, strict=True))]
+    rows = held_rows(pieces, CPU, has_light)
+    parts = (values(heads, sum(NEW), width, seed=seed, dtype=dtype) for seed, heads in
+             ((2, HEADS), (3, num_key_heads), (4, num_key_heads)))  # fmt: skip
+    with torch.inference_mode():
+        return attend_held(rows, module, *parts, scores), store.tensors[module]
+
+
+def slow(scores, num_key_heads, width, held):
+    """Token by token, in float64, over what the store holds now."""
+    query = values(HEADS, sum(NEW), width, seed=2).double()
+    outs = []
+    for row, (length, count) in enumerate(zip(LENGTHS, NEW, strict=True)):
+        for pos, head in product(range(length, length + count), range(HEADS)):
+            seen = slice(0 if scores.window is None else max(0, pos + 1 - scores.window), pos + 1)
+            key, value = (part[row, head // (HEADS // num_key_heads), seen].double() for part in held)
+            raw = key @ query[head, len(outs) // HEADS] * scores.scale
+            raw = raw if scores.softcap is None else torch.tanh(raw / scores.softcap) * scores.softcap
+            raw = raw if scores.position_bias is None else raw + scores.position_bias[head, seen]
+            outs.append(torch.softmax(raw, dim=0) @ value)
+    return torch.stack(outs).view(sum(NEW), HEADS, width)
+
+
+SCORES = {
+    "plain": Scores(0.3),
+    "window": Scores(0.3, window=4),
+    "softcap": Scores(0.3, softcap=1.5),
+    "bias": Scores(0.3, position_bias=values(HEADS, CAPACITY + 3, seed=5)),
+}
+
+
+@pytest.mark.parametrize("has_light", [False, pytest.param(True, marks=needs_native)], ids=["torch", "native"])
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(("num_key_heads", "width"), [(6, 64), (2, 64), (6, 8), (3, 20), (1, 80), (6, 128), (2, 3)])
+def test_both_ways_are_the_softmax_written_out(has_light, kind, num_key_heads, width):
+    scores = SCORES[kind]
+    found, held = step(has_light, scores, num_key_heads, width, torch.float32)
+    torch.testing.assert_close(found.double(), slow(scores, num_key_heads, width, held), rtol=1e-5, atol=5e-6)
+    wrong = Scores(0.3, window=3) if kind == "window" else Scores(0.5)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found.double(), slow(wrong, num_key_heads, width, held), rtol=1e-3, atol=1e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", SCORES)
+def test_the_two_ways_agree_in_what_they_answer_and_bit_for_bit_in_what_they_hold(kind, dtype):
+    ours, our_store = step(True, SCORES[kind], 2, 64, dtype)
+    theirs, their_store = step(False, SCORES[kind], 2, 64, dtype)
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert all(torch.equal(one, other) for one, other in zip(our_store, their_store, strict=True))
+
+
+@needs_native
+def test_a_row_of_nan_stays_by_itself():
+    module, store = nn.Identity(), Store(2, 16)
+    rows = held_rows([Piece(store, 0, 0, 1), Piece(store, 1, 0, 1)], CPU, True)
+    key = values(1, 2, 8, seed=3)
+    key[0, 1] = torch.nan
+    with torch.inference_mode():
+        out = attend_held(rows, module, values(1, 2, 8, seed=2), key, values(1, 2, 8, seed=4), Scores(1.0))
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+@needs_native
+def test_a_softmax_of_far_numbers_neither_overflows_nor_loses_the_largest():
+    bias = torch.full((1, 16), -200.0)
+    bias[0, 3], bias[0, 5] = 300.0, 299.0
+    module, store = nn.Identity(), Store(1, 16)
+    store.tensors[module] = (
+        torch.zeros(1, 1, 16, 8),
+        torch.arange(16.0)[None, None, :, None].expand(1, 1, 16, 8).clone(),
+    )
+    rows = held_rows([Piece(store, 0, 9, 1)], CPU, True)
+    nothing = torch.zeros(1, 1, 8)
+    with torch.inference_mode():
+        out = attend_held(rows, module, nothing, nothing, nothing, Scores(1.0, position_bias=bias))
+    share = 1 / (1 + torch.tensor(-1.0).exp())
+    torch.testing.assert_close(out, (3 * share + 5 * (1 - share)).expand(1, 1, 8), rtol=1e-6, atol=0)
+
+
+def test_other_dtypes_and_devices_take_torchs_products():
+    assert not is_native(CPU, torch.float64)
+    assert not is_native(CPU, torch.float16)
+    assert not is_native(torch.device("cuda"), torch.bfloat16)
+
+
+def test_without_the_library_torch_does_it(monkeypatch):
+    from softprompt.families import native
+
+    monkeypatch.setattr(native, "_NAME", "softprompt.families._no_such_library")
+    native._library.cache_clear()
+    try:
+        assert not is_native(CPU, torch.float32)
+    finally:
+        monkeypatch.undo()
+        native._library.cache_clear()
