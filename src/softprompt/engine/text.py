@@ -20,6 +20,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LONGEST_RUN = 16  # byte tokens: four emoji, or half a line of a script that the vocabulary lacks
 _LONGEST_CHARACTER = 4  # bytes
 _RECENT = 6  # ids before the new one that are decoded with it
+_RECENT_OF_TEXT = 32  # the same at the answer's start: some decoders hold spaces back until a word follows
 _GROWTH = 8  # ids by which the window may grow before it is cut again
 _LONGEST_LEAD = 32  # ids searched at the start for something printed
 
@@ -94,7 +95,8 @@ class _GrowingText:
         self.rest = ""
         self._base = base
         special = set(base.tokenizer.all_special_ids)
-        self._ids = self._window([token for token in text_ids if token not in special])
+        visible = [token for token in text_ids if token not in special]
+        self._ids = self._window(visible, _RECENT_OF_TEXT)
         self._num_before = len(self._ids)
         self._head = base.decode(self._ids)  # "" as soon as text behind it is certain
         self._num_certain = len(self._head)  # characters of the window
@@ -139,14 +141,14 @@ class _GrowingText:
             self._shorten()
 
     def _shorten(self) -> None:
-        ids = self._window(self._ids)
+        ids = self._window(self._ids, _RECENT)
         self._num_certain = len(self._base.decode(ids)) - len(self.rest)
         self._ids, self._longest = ids, len(ids) + _GROWTH
 
-    def _window(self, ids: Sequence[int]) -> list[int]:
+    def _window(self, ids: Sequence[int], num_recent: int) -> list[int]:
         """Ids whose text goes on as that of all `ids` does. No part of an open run of byte tokens: all or nothing."""
         num_bytes = next((num for num in range(_LONGEST_RUN) if not self._is_byte_at(ids, -1 - num)), _LONGEST_RUN)
-        num_last = 0 if num_bytes == _LONGEST_RUN else num_bytes + _RECENT
+        num_last = 0 if num_bytes == _LONGEST_RUN else num_bytes + num_recent
         num_first = self._num_first(ids)
         return [*ids[:num_first], *ids[max(num_first, len(ids) - num_last) :]]
 
@@ -154,7 +156,7 @@ class _GrowingText:
         """How many ids from the start, up to something printed: what follows them is not the start of a text."""
         for num in range(1, min(len(ids), _LONGEST_LEAD)):
             text = self._base.decode(tuple(ids[:num]))
-            if text.strip() and not text.endswith(_BROKEN):
+            if text and not text.endswith(_BROKEN):
                 return num
         return min(len(ids), _LONGEST_LEAD)
 

@@ -1,7 +1,7 @@
 """Answers that must be one of a list or satisfy a JSON schema, by llguidance's grammars over the base's own tokens.
 
-Token by token a guide says which ids may follow. White space between a JSON text's parts is free, as in JSON; a schema
-may forbid it: `"x-guidance": {"whitespace_flexible": false}`.
+Token by token a guide says which ids may follow. White space between a JSON text's parts is that of `json.dumps`; a
+schema may free it: `"x-guidance": {"whitespace_flexible": true}`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from softprompt.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
+# As json.dumps writes it: a model that may put spaces wherever JSON allows them may put nothing else.
+_WRITTEN: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _JSON_BYTES = frozenset(b'{}[]":,+-.0123456789eEtrufalsn')
 _LONGEST_REASON = 200  # characters of llguidance's message that are passed on
 
@@ -83,8 +86,8 @@ class Guides:
         from llguidance import LLMatcher
 
         if sampling.json_schema is not None:
-            self._check_schema(sampling.json_schema)
-            name, grammar = "json_schema", LLMatcher.grammar_from_json_schema(sampling.json_schema)
+            schema = self._read_schema(sampling.json_schema)
+            name, grammar = "json_schema", LLMatcher.grammar_from_json_schema(schema, defaults=_WRITTEN)
         else:
             self._check_spelling("choice", frozenset(b"".join(_utf8(text) for text in sampling.choice)))
             name, grammar = "choice", LLMatcher.grammar_from_regex("|".join(map(_as_regex, sampling.choice)))
@@ -93,12 +96,15 @@ class Guides:
             raise ConfigError(f"{name} cannot be followed: {_short(matcher.get_error())}")
         return matcher
 
-    def _check_schema(self, text: str) -> None:
+    def _read_schema(self, text: str) -> str:
         try:
             schema = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"json_schema is not JSON: {error}") from error
-        self._check_spelling("json_schema", _JSON_BYTES | set(_utf8(json.dumps(schema, ensure_ascii=False))) - {0x20})
+        if not isinstance(schema, dict | bool):
+            raise ConfigError("json_schema cannot be followed: schema must be an object or boolean")
+        self._check_spelling("json_schema", _JSON_BYTES | set(_utf8(json.dumps(schema, ensure_ascii=False))))
+        return "{}" if schema is True else text
 
     def _check_spelling(self, name: str, needed: frozenset[int]) -> None:
         """llguidance leaves out what no token spells, and the answer would not be what was asked for."""

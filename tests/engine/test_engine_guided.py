@@ -1,0 +1,296 @@
+"""Answers under a guide are one of the choices, or JSON that satisfies the schema, whatever the logits are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_bases import build_model
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from softprompt.base import freeze_base, load_base
+from softprompt.config import SamplingConfig
+from softprompt.engine.choosing import Chooser
+from softprompt.errors import ConfigError, MissingDependencyError
+
+STRICT = {"x-guidance": {"whitespace_flexible": False}}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "kind": {"enum": ["cat", "dog", "Größe 😀"]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+CHOICES = ("yes", "no", "not at all", "né à 12 h", 'say "😀"\n')
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("embedded", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chooser(base):
+    return Chooser(base)
+
+
+def random_logits(base, seed, extra=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, base.vocab_size + extra, generator=generator) * 2
+
+
+def answer(base, row, seed=0, chooser=None, extra=0, max_tokens=400):
+    """Tokens chosen from random logits until the row ends, and whether it did."""
+    chooser = chooser or Chooser(base)
+    for step in range(max_tokens):
+        if row.is_complete:
+            return row.new_ids, True
+        (found,) = chooser.choose(random_logits(base, 1000 * seed + step, extra), [row], [None])
+        if found.id in base.stop_ids:
+            return row.new_ids, True
+        assert found.id < base.vocab_size
+        row.take(found.id)
+    return row.new_ids, False
+
+
+def text_of(base, ids):
+    return base.decode_after(base.encode("It is"), ids)
+
+
+def check_person(value):
+    assert set(value) <= set(PERSON["properties"]) and set(PERSON["required"]) <= set(value)
+    assert isinstance(value["name"], str) and len(value["name"]) <= 8
+    assert isinstance(value["age"], int) and 0 <= value["age"] <= 120
+    assert value["kind"] in PERSON["properties"]["kind"]["enum"]
+    tags = value.get("tags", [])
+    assert len(tags) <= 3 and all(isinstance(tag, bool) for tag in tags)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("schema", [PERSON, {**PERSON, **STRICT}], ids=["any white space", "none"])
+def test_json_satisfies_its_schema(base, chooser, temperature, schema):
+    sampling = SamplingConfig(json_schema=json.dumps(schema), temperature=temperature, top_p=0.9)
+    for seed in range(6):
+        ids, has_ended = answer(base, chooser.new_row(sampling, (5, 6), seed), seed, chooser)
+        assert has_ended
+        check_person(json.loads(text_of(base, ids)))
+
+
+@pytest.mark.parametrize("name", ["stories260K-llama", "bloom-tiny-random"])
+def test_other_peoples_tokenizers(shared_data, name):
+    base = load_base(str(shared_data / "models" / name), device="cpu")
+    chooser = Chooser(base)
+    for seed in range(8):
+        row = chooser.new_row(SamplingConfig(choice=CHOICES[:4], temperature=1.0), (), seed)
+        ids, has_ended = answer(base, row, seed, chooser)
+        assert has_ended and text_of(base, ids) in CHOICES
+
+
+def test_a_tokenizer_of_pieces_and_bytes_writes_json(stories):
+    for seed in range(4):
+        row = Chooser(stories).new_row(SamplingConfig(json_schema=json.dumps(PERSON), temperature=1.0), (1,), seed)
+        ids, has_ended = answer(stories, row, seed)
+        assert has_ended
+        check_person(json.loads(text_of(stories, ids)))
+
+
+def test_what_a_vocabulary_cannot_spell_is_refused(shared_data):
+    """llguidance would leave the brace out and go on behind it."""
+    base = load_base(str(shared_data / "models" / "bloom-tiny-random"), device="cpu")
+    with pytest.raises(ConfigError, match=r"json_schema .* base 'bloom-tiny-random': it has no token for b'\{'"):
+        Chooser(base).new_row(SamplingConfig(json_schema='{"type": "object"}'), ())
+    with pytest.raises(ConfigError, match="choice cannot be followed"):
+        Chooser(base).new_row(SamplingConfig(choice=("fine", "{}")), ())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_choice_gives_one_of_the_list(base, chooser, temperature):
+    found = set()
+    for seed in range(20):
+        row = chooser.new_row(SamplingConfig(choice=CHOICES, temperature=temperature), (5,), seed)
+        ids, has_ended = answer(base, row, seed, chooser)
+        assert has_ended
+        found.add(text_of(base, ids))
+    assert found <= set(CHOICES) and len(found) > 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6), min_size=1, max_size=5),
+    st.integers(0, 99),
+)
+def test_any_text_can_be_a_choice(base, chooser, choices, seed):
+    row = chooser.new_row(SamplingConfig(choice=tuple(choices), temperature=1.0), (5,))
+    ids, has_ended = answer(base, row, seed, chooser)
+    assert has_ended and text_of(base, ids) in choices
+
+
+def test_without_the_guide_the_same_logits_do_something_else(base, chooser):
+    """The control: the logits above are no help."""
+    ids, _ = answer(base, chooser.new_row(SamplingConfig(temperature=1.3), (5,)), 0, chooser, max_tokens=10)
+    assert text_of(base, ids) not in CHOICES
+
+
+def test_guided_and_free_rows_do_not_touch_each_other(base, chooser):
+    kinds = [
+        {"choice": CHOICES},
+        {"choice": CHOICES, "temperature": 1.0, "repetition_penalty": 1.5},
+        {"json_schema": json.dumps(PERSON), "temperature": 1.0, "top_k": 5},
+        {},
+        {"temperature": 1.0},
+        {"json_schema": '{"type": "integer"}'},
+    ]
+    rows = [[chooser.new_row(SamplingConfig(**kind), (5, 6), i) for i, kind in enumerate(kinds)] for _ in range(2)]
+    for step in range(12):
+        going = [n for n, row in enumerate(rows[0]) if not row.is_complete]
+        logits = random_logits(base, step).expand(len(going), -1)
+        together = chooser.choose(logits, [rows[0][n] for n in going], [1] * len(going))
+        alone = [chooser.choose(logits[:1], [rows[1][n]], [1])[0] for n in going]
+        assert together == alone
+        for n, found in zip(going, together, strict=True):
+            rows[0][n].take(found.id)
+            rows[1][n].take(found.id)
+
+
+def test_ids_behind_the_tokenizers_vocabulary_are_forbidden(base, chooser):
+    row = chooser.new_row(SamplingConfig(choice=("yes", "no")), ())
+    logits = torch.full((1, base.vocab_size + 77), -5.0)
+    logits[0, base.vocab_size :] = 50.0
+    assert base.decode([chooser.choose(logits, [row], [None])[0].id])[0] in "yn"
+
+
+def stop_logits(base):
+    logits = torch.zeros(1, base.vocab_size)
+    logits[0, list(base.stop_ids)] = 50.0
+    return logits
+
+
+def test_an_end_is_allowed_only_where_the_grammar_is_satisfied(base, chooser):
+    row = chooser.new_row(SamplingConfig(choice=("yes", "yes it is")), ())
+    text = ""
+    while (found := chooser.choose(stop_logits(base), [row], [None])[0]).id not in base.stop_ids:
+        row.take(found.id)
+        text = base.decode(row.new_ids)
+    assert text == "yes" and not row.is_complete
+    row.take(found.id)
+    assert row.is_complete
+
+
+@pytest.mark.parametrize("more", [{"ignore_eos": True}, {"min_new_tokens": 50}], ids=str)
+def test_settings_that_forbid_the_end_make_it_go_on_as_far_as_it_goes(base, chooser, more):
+    row = chooser.new_row(SamplingConfig(choice=("yes", "yes it is"), max_new_tokens=50, **more), ())
+    while not row.is_complete:
+        row.take(chooser.choose(stop_logits(base), [row], [None])[0].id)
+    assert base.decode(row.new_ids) == "yes it is"
+
+
+def test_a_stop_id_of_the_settings_waits_for_the_grammar_too(base, chooser):
+    (stop,) = base.encode(".")
+    row = chooser.new_row(SamplingConfig(choice=("yes", "yes it is"), stop_ids=(stop,)), ())
+    logits = torch.zeros(1, base.vocab_size)
+    logits[0, stop] = 50.0
+    while (found := chooser.choose(logits, [row], [None])[0]).id != stop:
+        row.take(found.id)
+    assert base.decode(row.new_ids) == "yes"
+    row.take(stop)
+    assert row.is_complete
+
+
+def test_a_base_without_an_end_of_text_ends_too(base):
+    endless = dataclasses.replace(base, stop_ids=(), eos_id=None)
+    for choice in (("yes", "no"), ("a", "ab", "abc")):
+        row = Chooser(endless).new_row(SamplingConfig(choice=choice, temperature=1.0), ())
+        ids, _ = answer(endless, row)
+        assert row.is_complete and base.decode(ids) in choice
+        assert not set(base.stop_ids) & set(ids)
+
+
+def test_a_row_that_is_made_again_stands_where_it_stood(base, chooser):
+    sampling = SamplingConfig(json_schema=json.dumps(PERSON), temperature=1.0)
+    stayed = chooser.new_row(sampling, (5,))
+    for step in range(15):
+        resumed = chooser.new_row(sampling, (5,))
+        for token in stayed.new_ids:
+            resumed.take(token)
+        ours, theirs = chooser.choose(random_logits(base, step).expand(2, -1), [stayed, resumed], [None, None])
+        assert ours == theirs
+        stayed.take(ours.id)
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ('{"type": "object"', "json_schema is not JSON: Expecting"),
+        ("[" * 100_000, "json_schema is not JSON: "),
+        ("[]", "json_schema cannot be followed: schema must be an object or boolean"),
+        ('{"type": "foo"}', "json_schema cannot be followed: Invalid type: foo"),
+        ('{"not": {}}', r'json_schema cannot be followed: Unimplemented keys: \["not"\]'),
+        ('{"type": "integer", "minimum": 5, "maximum": 1}', "json_schema cannot be followed: Unsatisfiable schema"),
+        ('{"type": "string", "pattern": "(?=a)b"}', "json_schema cannot be followed: regex parse error"),
+    ],
+)
+def test_a_bad_schema_is_one_sentence(chooser, schema, why):
+    with pytest.raises(ConfigError, match=why) as caught:
+        chooser.new_row(SamplingConfig(json_schema=schema), ())
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_half_a_character_is_no_choice(chooser):
+    with pytest.raises(ConfigError, match="choice cannot be followed"):
+        chooser.new_row(SamplingConfig(choice=("\ud83d",)), ())
+
+
+def test_a_tokenizer_that_spells_no_bytes_is_refused(tiny_llama):
+    with pytest.raises(ConfigError, match="base 'tiny-llama': llguidance cannot read its tokenizer"):
+        Chooser(tiny_llama).new_row(SamplingConfig(choice=("w7",)), ())
+
+
+def test_a_tokenizer_without_special_tokens_is_read(base):
+    plain = json.loads(base.tokenizer.backend_tokenizer.to_str())
+    plain["added_tokens"] = []
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)))
+    bare = freeze_base(build_model("llama", vocab_size=len(tokenizer), eos_token_id=None), tokenizer)
+    bare = dataclasses.replace(bare, stop_ids=())
+    row = Chooser(bare).new_row(SamplingConfig(choice=("yes", "no")), ())
+    ids, has_ended = answer(bare, row)
+    assert has_ended and bare.decode(ids) in ("yes", "no")
+
+
+def test_without_llguidance_the_extra_is_named(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    with pytest.raises(MissingDependencyError, match=r"softprompt\[guided\]"):
+        Chooser(base).new_row(SamplingConfig(choice=("yes",)), ())
+
+
+def test_the_tokenizer_is_read_once_and_only_when_asked(base, monkeypatch):
+    import llguidance.hf
+
+    read = []
+    real = llguidance.hf.from_tokenizer
+    monkeypatch.setattr(llguidance.hf, "from_tokenizer", lambda *a, **k: read.append(1) or real(*a, **k))
+    chooser = Chooser(base)
+    chooser.new_row(SamplingConfig(), ())
+    assert not read
+    for _ in range(3):
+        chooser.new_row(SamplingConfig(choice=("yes",)), ())
+    assert read == [1]
+
+
+def test_a_grammar_that_fails_on_the_way_fails_its_row(base, chooser):
+    rows = [chooser.new_row(SamplingConfig(choice=("yes", "no"), temperature=t), ()) for t in (0.0, 1.0, 0.0)]
+    for row in rows[:2]:
+        row.take(base.encode("x")[0])  # no way on from here
+    found = chooser.choose(random_logits(base, 0).expand(3, -1), rows, [0] * 3)
+    assert found[:2] == [None, None] and found[2] is not None
+    assert not any(row.is_complete for row in rows)

@@ -1,0 +1,164 @@
+"""The cache of beginnings: who goes first, who stays, what it weighs; and whose beginning is whose."""
+
+from collections import OrderedDict
+
+import torch
+from engine_runs import answers, asked, assert_true, kv_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from tiny_bases import random_ids, random_prompt
+from torch import nn
+
+from softprompt.config import EngineConfig
+from softprompt.engine import Engine
+from softprompt.engine.prefixes import BLOCK, Prefix, PrefixCache, shared_beginnings
+from softprompt.prompt import SoftPrompt
+
+MODULE = nn.Identity()
+BUDGET = 20 * 48  # twenty positions
+KEYS = [bytes([number]) for number in range(8)]
+
+
+def states(length):
+    """Two tensors [2, length, 3] of float32: 48 bytes a position."""
+    return Prefix({MODULE: (torch.zeros(2, length, 3), torch.zeros(2, length, 3))}, length)
+
+
+class Cache(RuleBasedStateMachine):
+    """Beside a dict in the order of last use, and a list of pins."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache, self.known, self.pinned = PrefixCache(BUDGET), OrderedDict(), []
+
+    @rule(key=st.sampled_from(KEYS), length=st.integers(1, 25))
+    def put(self, key, length):
+        self.cache.put(key, states(length))
+        if key in self.known:
+            return
+        free = [old for old in self.known if old not in self.pinned]
+        if sum(self.known[old] for old in self.known if old in self.pinned) + length > 20:
+            return
+        while sum(self.known.values()) + length > 20:
+            del self.known[free.pop(0)]
+        self.known[key] = length
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=3))
+    def pin(self, keys):
+        found = self.cache.pin(keys)
+        first = next((key for key in keys if key in self.known), None)
+        assert (found is None) == (first is None)
+        if first is not None:
+            assert found.length == self.known[first]
+            self.known.move_to_end(first)
+            self.pinned.append(first)
+
+    @precondition(lambda self: self.pinned)
+    @rule(which=st.integers(0, 99))
+    def unpin(self, which):
+        key = self.pinned.pop(which % len(self.pinned))
+        self.cache.unpin(self.cache._entries[key])
+
+    @invariant()
+    def is_as_the_dict_says(self):
+        self.cache.check_integrity()
+        assert list(self.cache._entries) == list(self.known)
+        assert self.cache.num_bytes == 48 * sum(self.known.values()) <= BUDGET
+        assert self.cache.num_pins == len(self.pinned)
+        assert all(entry.pins == self.pinned.count(key) for key, entry in self.cache._entries.items())
+
+
+def test_the_least_recently_used_go_first_and_pins_stay():
+    run_state_machine_as_test(Cache)
+
+
+def test_what_can_never_fit_drives_nobody_out():
+    """It once emptied the cache first, and then was not kept either."""
+    cache = PrefixCache(BUDGET)
+    cache.put(KEYS[0], states(5))
+    cache.put(KEYS[1], states(21))
+    assert KEYS[0] in cache and KEYS[1] not in cache
+
+
+PROMPTS = [None, *(SoftPrompt(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))) for seed in range(3))]
+SAME = SoftPrompt(PROMPTS[1].tensor.clone())
+
+
+@settings(deadline=None)
+@given(
+    st.tuples(st.sampled_from([*PROMPTS, SAME]), st.integers(0, 40), st.booleans()),
+    st.tuples(st.sampled_from([*PROMPTS, SAME]), st.integers(0, 40), st.booleans()),
+    st.integers(0, 70),
+)
+def test_rows_share_a_key_exactly_where_their_prompt_and_first_tokens_are_the_same(one, other, num_common):
+    (first_prompt, *_), (second_prompt, *_) = one, other
+    first, second = (
+        random_ids(num_common) + random_ids(count, seed) for seed, (_, count, _) in enumerate((one, other))
+    )
+    keys, others = (
+        dict(shared_beginnings(prompt, ids, again)) for ids, (prompt, _, again) in ((first, one), (second, other))
+    )
+    num_virtual = 0 if first_prompt is None else 3
+    is_same = first_prompt is second_prompt or {first_prompt, second_prompt} == {PROMPTS[1], SAME}
+    for length, key in keys.items():
+        own = length - num_virtual
+        expected = is_same and length in others and first[:own] == second[:own]
+        assert (key in others.values()) == expected == (others.get(length) == key)
+
+
+def test_beginnings_are_the_soft_prompt_and_whole_blocks_and_never_the_last_token():
+    ids = random_ids(2 * BLOCK)
+    assert [length for length, _ in shared_beginnings(None, ids)] == [BLOCK]
+    assert [length for length, _ in shared_beginnings(PROMPTS[1], ids)] == [3, 3 + BLOCK]
+    assert [length for length, _ in shared_beginnings(PROMPTS[1], ids, True)] == [3, 3 + BLOCK, 2 + 2 * BLOCK]
+    assert [length for length, _ in shared_beginnings(PROMPTS[1], ids[:1], True)] == [3]
+    assert shared_beginnings(None, ids[:1], True) == []
+
+
+def test_what_the_engine_keeps_is_as_large_as_it_says(tiny_llama):
+    engine, prompt = Engine(tiny_llama), SoftPrompt(random_prompt(tiny_llama, 9))
+    requests = [asked(tiny_llama, random_ids(40) + random_ids(count), prompt) for count in (1, 2)]
+    for request in requests:
+        answers(tiny_llama, [request], engine=engine)
+    kept = [
+        part for entry in engine.runners.prefixes._entries.values() for pair in entry.states.values() for part in pair
+    ]
+    assert engine.stats().prefix_bytes == sum(part.untyped_storage().nbytes() for part in kept)
+    assert engine.stats().prefix_bytes == kv_bytes(tiny_llama, 9 + (9 + 32))
+
+
+def test_few_bytes_for_prefixes_mean_misses_and_the_same_answers(tiny_llama):
+    prompts = [SoftPrompt(random_prompt(tiny_llama, 20, seed)) for seed in range(5)]
+    engine = Engine(tiny_llama, EngineConfig(prefix_bytes=kv_bytes(tiny_llama, 45)))
+    for turn in range(2):
+        requests = [asked(tiny_llama, random_ids(5, turn), prompt) for prompt in prompts]
+        for request, answer in zip(requests, answers(tiny_llama, requests, engine=engine), strict=True):
+            assert_true(tiny_llama, request, answer)
+    assert engine.stats().num_prefixes == 2
+    assert [prompt in (3, 4) for prompt in range(5)] == [
+        shared_beginnings(prompt, (5,))[0][1] in engine.runners.prefixes for prompt in prompts
+    ]
+
+
+def test_those_that_wait_for_a_soft_prompt_start_when_it_is_there(tiny_llama):
+    """One computes it, the others wait a step rather than compute it too."""
+    engine, prompt = Engine(tiny_llama), SoftPrompt(random_prompt(tiny_llama, 40))
+    requests = [asked(tiny_llama, random_ids(3, seed), prompt, ignore_eos=True) for seed in range(4)]
+    numbers = [engine.add(request) for request in requests]
+    engine.step()
+    assert (engine.stats().num_running, engine.stats().num_read_tokens) == (1, 43)
+    engine.step()
+    assert (engine.stats().num_running, engine.stats().num_read_tokens) == (4, 43 + 1 + 9)
+    assert engine.stats().num_prefix_hits == 3
+    assert len(numbers) == 4
+    engine.close()
+
+
+def test_one_that_waits_for_another_goes_on_when_the_other_is_given_up(tiny_llama):
+    engine, prompt = Engine(tiny_llama, EngineConfig(max_step_tokens=2)), SoftPrompt(random_prompt(tiny_llama, 40))
+    first, request = engine.add(asked(tiny_llama, (5, 6), prompt)), asked(tiny_llama, (7, 8), prompt)
+    engine.step()
+    engine.abort(first)
+    (answer,) = answers(tiny_llama, [request], engine=engine)
+    assert_true(tiny_llama, request, answer)

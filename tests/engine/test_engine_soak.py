@@ -1,0 +1,106 @@
+"""Twenty thousand requests under a thousand soft prompts, many given up or late: nothing grows, and every id ends."""
+
+import gc
+import random
+import time
+from collections import Counter
+
+import psutil
+import pytest
+import torch
+from engine_runs import Ledger, assert_empty, kv_bytes
+from tiny_bases import build_base, random_prompt
+
+from softprompt.config import EngineConfig, SamplingConfig
+from softprompt.engine import Engine, Request
+from softprompt.prompt import SoftPrompt
+
+NUM_PROMPTS = 1_000
+MOST_AT_ONCE = 100
+FEW_BYTES = 8 * 2**20
+
+
+def random_request(chance, prompts, beginnings):
+    """Mostly short ones, a quarter with a common beginning, some drawn, some in a hurry."""
+    text = chance.choice(beginnings) if chance.random() < 0.25 else ()
+    text += tuple(chance.randrange(3, 97) for _ in range(chance.randint(1, 20)))
+    sampling = SamplingConfig(
+        max_new_tokens=chance.randint(1, 30), temperature=chance.choice([0, 0, 1.0]), seed=chance.randrange(2**40),
+        repetition_penalty=chance.choice([1.0, 1.2]), stop=chance.choice([(), ("w5",)]), ignore_eos=True,
+    )  # fmt: skip
+    return Request(
+        text, chance.choice([None, *prompts]), sampling, num_choices=chance.choice([1, 1, 1, 1, 2]),
+        client=chance.choice([None, *(f"client {number}" for number in range(50))]),
+        priority=chance.choice([0, 0, 1]), timeout_s=chance.choice([None, None, None, 1.0, 20.0]),
+    )  # fmt: skip
+
+
+class Soak:
+    """An engine under load; the clock advances by 50 ms a step."""
+
+    def __init__(self, base, seed=0):
+        self.chance, self.now, self.ledger = random.Random(seed), 0.0, Ledger()
+        self.prompts = [SoftPrompt(random_prompt(base, 1 + number % 20, number)) for number in range(NUM_PROMPTS)]
+        self.beginnings = [tuple(range(3 + number, 38 + number)) for number in range(20)]
+        config = EngineConfig(kv_bytes=kv_bytes(base, 2_200), prefix_bytes=kv_bytes(base, 2_000))
+        self.engine = Engine(base, config, clock=lambda: self.now)
+        self.alive, self.num_added, self.num_steps = {}, 0, 0
+
+    def run_until(self, num_added):
+        while self.num_added < num_added or self.engine.has_work:
+            for _ in range(self.chance.randint(0, 8)):
+                if self.num_added < num_added and len(self.alive) < MOST_AT_ONCE:
+                    self.alive[self.engine.add(random_request(self.chance, self.prompts, self.beginnings))] = None
+                    self.num_added += 1
+            if self.alive and self.chance.random() < 0.2:
+                self.engine.abort(self.chance.choice(list(self.alive)))
+            self.step()
+        assert_empty(self.engine)
+
+    def step(self):
+        self.now += 0.05
+        self.num_steps += 1
+        events = self.engine.step()
+        self.ledger.take(events)
+        for number in {event.request for event in events if event.request in self.ledger.ends}:
+            self.ledger.ends[number] = type(self.ledger.ends[number])  # what it said would fill the memory
+            del self.alive[number]
+        if self.num_steps % 50 == 0:
+            self.engine.check_integrity()
+
+    def sizes(self):
+        gc.collect()
+        stats, held = self.engine.stats(), self.engine.runners.held
+        return {
+            "resident": psutil.Process().memory_info().rss,
+            "kv_bytes": stats.kv_bytes,
+            "prefix_bytes": stats.prefix_bytes,
+            "tables": len(held._promised) + len(self.engine._alive) + len(self.engine._has_deadline),
+            "beginnings": len(held.prefixes._seen),
+            "tensors": sum(isinstance(each, torch.Tensor) for each in gc.get_objects()),
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_800)
+def test_after_twenty_thousand_requests_the_engine_is_as_large_as_after_ten_thousand():
+    start, soak = time.monotonic(), Soak(build_base("llama", max_position_embeddings=128))
+    soak.run_until(10_000)
+    half = soak.sizes()
+    soak.run_until(20_000)
+    whole, stats = soak.sizes(), soak.engine.stats()
+    print(f"\n{time.monotonic() - start:.0f} s\n{half}\n{whole}\n{Counter(soak.ledger.ends.values())}\n{stats}")
+    assert sorted(soak.ledger.ends) == list(range(20_000)) and not soak.alive
+    assert stats.num_finished + stats.num_aborted == 20_000 and stats.num_failed == 0
+    assert min(stats.num_finished, stats.num_aborted, stats.num_preemptions, stats.num_prefix_hits) > 100
+    assert whole["resident"] - half["resident"] < FEW_BYTES
+    assert whole["kv_bytes"] <= soak.engine.config.kv_bytes
+    assert whole["prefix_bytes"] <= soak.engine.config.prefix_bytes
+    assert whole["tables"] == half["tables"] == 0
+    assert whole["tensors"] - half["tensors"] < 100
+
+
+def test_a_short_soak_ends_every_id_once():
+    soak = Soak(build_base("bloom"), seed=1)
+    soak.run_until(150)
+    assert sorted(soak.ledger.ends) == list(range(150))
