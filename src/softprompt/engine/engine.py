@@ -16,6 +16,7 @@ from softprompt.base import Base
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine.admission import check_request
 from softprompt.engine.choosing import Chooser, Chosen
+from softprompt.engine.memory import is_out_of_memory
 from softprompt.engine.prefixes import shared_beginnings
 from softprompt.engine.progress import take_token
 from softprompt.engine.requests import Aborted, AbortReason, Event, Failed, Finished, Request
@@ -97,8 +98,10 @@ class Engine:
         plan = self.scheduler.plan()
         if plan:
             self.counts.num_steps += 1
-            events += self._run(plan)
-        assert plan or not self._alive, "work that can neither run nor wait"
+            return events + self._run(plan)
+        if self._alive and not self.scheduler.running:  # the machine has less memory than the engine was allowed
+            next_one = min(self.scheduler.waiting, key=lambda row: row.owner.id)
+            events += self._fail({next_one.owner}, "out of memory: there is none for its keys and values")
         return events
 
     def stats(self) -> EngineStats:
@@ -149,7 +152,7 @@ class Engine:
             is_at_end = torch.tensor([row.remaining == 0 for row, _ in plan], device=hidden.device)
             chosen = self._choose(hidden[is_at_end], rows) if rows else []
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return self._fail({row.owner for row, _ in plan}, f"out of memory: {error}")
         for row, count in plan:
@@ -218,8 +221,3 @@ class Engine:
     def _forget(self, admitted: Admitted) -> None:
         del self._alive[admitted.id]
         self._has_deadline.pop(admitted.id, None)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch has no class of its own for it on a CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
+import torch
+
 from softprompt.families import Store
 
 _STEP = 64  # positions; a product over fewer is not faster
@@ -122,18 +124,32 @@ class KeyValueMemory:
             return True
         for wanted in (max(1, 2 * rows), rows + 1):
             if self._num_positions() + (wanted - rows) * shelf.store.capacity <= self.budget_positions:
-                shelf.store.resize(wanted)
-                return True
+                return _resized(shelf.store, wanted)
         return self._take_from_others(shelf)
 
     def _take_from_others(self, shelf: Shelf) -> bool:
         for other in self.shelves.values():
             if other is not shelf and other.store.num_rows > len(other.places):
-                other.store.resize(len(other.places))
+                _resized(other.store, len(other.places))
         if self._num_positions() + shelf.store.capacity > self.budget_positions:
             return False
-        shelf.store.resize(shelf.store.num_rows + 1)
-        return True
+        return _resized(shelf.store, shelf.store.num_rows + 1)
+
+
+def _resized(store: Store, num_rows: int) -> bool:
+    """False where the machine has less memory than the budget allows."""
+    try:
+        store.resize(num_rows)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has no class of its own for it on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def capacities(max_length: int) -> list[int]:

@@ -41,13 +41,13 @@ class Store:
         return found
 
     def resize(self, num_rows: int) -> None:
-        """More or fewer rows; the first ones keep what they hold."""
-        kept = min(num_rows, self.num_rows)
+        """More or fewer rows; the first ones keep what they hold. Where memory ends half-way, as many rows as before
+        may be used."""
+        kept = self.num_rows = min(num_rows, self.num_rows)
         for module, pair in self.tensors.items():
-            grown = [part.new_zeros(num_rows, *part.shape[1:]) for part in pair]
-            for new, old in zip(grown, pair, strict=True):
-                new[:kept] = old[:kept]
-            self.tensors[module] = (grown[0], grown[1])
+            keys, values = (part.new_zeros(num_rows, *part.shape[1:]) for part in pair)
+            keys[:kept], values[:kept] = pair[0][:kept], pair[1][:kept]
+            self.tensors[module] = (keys, values)
         self.num_rows = num_rows
 
     def read(self, row: int, length: int) -> dict[nn.Module, KeysValues]:
