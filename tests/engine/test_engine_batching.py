@@ -144,6 +144,13 @@ def test_a_base_that_fails_its_test_answers_one_row_at_a_time(family, monkeypatc
     assert engine.stats().kv_bytes == 0
 
 
+def test_the_beginning_of_a_stop_string_is_told_when_the_answer_ends_without_the_rest():
+    base = build("llama")
+    free = alone(base, asked(base, random_ids(5), 3, 6))
+    held = alone(base, asked(base, random_ids(5), 3, 6, stop=(free.text.split()[-1] + " and on",)))
+    assert (held.text, held.finish_reason) == (free.text, "length")
+
+
 LONG_ROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "factor": 6.0, "short_factor": [1.0, 1.0], "long_factor": [4.0, 8.0],
     "original_max_position_embeddings": 16,

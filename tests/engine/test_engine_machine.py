@@ -162,6 +162,7 @@ def test_whatever_a_crowd_does_without_the_compiled_attention_every_id_ends_once
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_whatever_a_large_crowd_does_every_id_ends_once_and_nothing_is_left(family):
-    run_crowd(family, num_examples=300, num_rules=60)
+    run_crowd(family, num_examples=150, num_rules=60)

@@ -155,6 +155,19 @@ def test_those_that_wait_for_a_soft_prompt_start_when_it_is_there(tiny_llama):
     engine.close()
 
 
+def test_nobody_waits_for_a_soft_prompt_that_cannot_be_kept(tiny_llama):
+    """They once came into the batch one by one, each after the one before had read the same in vain."""
+    engine, prompt = (
+        Engine(tiny_llama, EngineConfig(prefix_bytes=kv_bytes(tiny_llama, 39))),
+        random_prompt(tiny_llama, 40),
+    )
+    for seed in range(4):
+        engine.add(asked(tiny_llama, random_ids(3, seed), SoftPrompt(prompt)))
+    engine.step()
+    assert engine.stats().num_running == 4
+    engine.close()
+
+
 def test_one_that_waits_for_another_goes_on_when_the_other_is_given_up(tiny_llama):
     engine, prompt = Engine(tiny_llama, EngineConfig(max_step_tokens=2)), SoftPrompt(random_prompt(tiny_llama, 40))
     first, request = engine.add(asked(tiny_llama, (5, 6), prompt)), asked(tiny_llama, (7, 8), prompt)

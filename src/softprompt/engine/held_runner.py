@@ -90,11 +90,13 @@ class HeldRunner:
         texts = [(length, key) for length, key in row.keys if length > row.num_virtual]
         seen = [pair for pair in texts if self.prefixes.was_seen(pair[1])]
         wanted += seen[-1:]
-        row.promises = [pair for pair in wanted if pair[0] > row.computed and self._is_new(pair[1])]
+        row.promises = [pair for pair in wanted if pair[0] > row.computed and self._is_wanted(*pair)]
         self._promised.update((key, row) for _, key in row.promises)
 
-    def _is_new(self, key: Key) -> bool:
-        return key not in self.prefixes and key not in self._promised
+    def _is_wanted(self, length: int, key: Key) -> bool:
+        """Nobody has it or promised it, and it can be kept: nobody shall wait for what cannot."""
+        can_be_kept = length * self.memory.bytes_per_position <= self.prefixes.budget_bytes
+        return can_be_kept and key not in self.prefixes and key not in self._promised
 
     def _keep_promises(self, row: Row) -> None:
         assert row.place is not None
