@@ -65,6 +65,7 @@ class Products:
 
     def __init__(self) -> None:
         self._arranged: dict[Storage, Matrix] = {}
+        self._known: dict[Tensor, Matrix | None] = {}  # by the parameter itself: what `_arranged` holds of it
         self._heads: dict[Storage, list[Matrix]] = {}
 
     @contextlib.contextmanager
@@ -95,6 +96,7 @@ class Products:
                 self._arranged[_storage(head)] = arranged(head, both_ways=False)
 
     def _arrange_layers(self, layers: nn.Module, both_ways: bool) -> None:
+        self._known.clear()
         for module in _linear_layers(layers):
             weight = module.weight.detach()
             found = self._arranged.get(_storage(weight))
@@ -121,13 +123,15 @@ class Products:
         """The arranged blocks of rows of a head that is not arranged as a whole."""
         return None if _storage(head) in self._arranged else self._heads.get(_storage(head))
 
-    def is_arranged(self, weight: Tensor) -> bool:
-        return bool(self._arranged) and _storage(weight) in self._arranged
-
-    def matrix(self, weight: Tensor, is_transposed: bool = False) -> Matrix:
-        """The matrix [O, I] of a weight, which is stored as [I, O] where `is_transposed`."""
-        found = self._arranged.get(_storage(weight))
-        return found if found is not None else Matrix(weight.t() if is_transposed else weight)
+    def matrix(self, weight: Tensor, is_transposed: bool = False) -> Matrix | None:
+        """The matrix [O, I] of a frozen weight, which is stored as [I, O] where `is_transposed`; None where torch's own
+        product is as good."""
+        if weight not in self._known:
+            found = self._arranged.get(_storage(weight))
+            if found is None and _takes_onednn(weight):
+                found = Matrix(weight.t() if is_transposed else weight)
+            self._known[weight] = found
+        return self._known[weight]
 
     def row_blocks(self, head: Tensor, size: int) -> list[Matrix]:
         """The head [V, D] in blocks of rows, about `size` each."""
@@ -231,9 +235,9 @@ def _answer(
     is_free = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dim() != 1))
     if is_free or rows.dtype is not weight.dtype or rows.numel() == 0:
         return None
-    if not (products.is_arranged(weight) or _takes_onednn(weight)):
-        return None
     matrix = products.matrix(weight, is_transposed)
+    if matrix is None:
+        return None
     if not torch.is_grad_enabled():
         return matrix.times(rows, bias)
     found: Tensor = _FrozenLinear.apply(rows, matrix, bias)  # type: ignore[no-untyped-call]
