@@ -72,12 +72,12 @@ class Soak:
         gc.collect()
         stats, held = self.engine.stats(), self.engine.runners.held
         return {
+            "tensors": sum(isinstance(each, torch.Tensor) for each in gc.get_objects()),  # takes memory itself: first
             "resident": psutil.Process().memory_info().rss,
             "kv_bytes": stats.kv_bytes,
             "prefix_bytes": stats.prefix_bytes,
             "tables": len(held._promised) + len(self.engine._alive) + len(self.engine._has_deadline),
             "beginnings": len(held.prefixes._seen),
-            "tensors": sum(isinstance(each, torch.Tensor) for each in gc.get_objects()),
         }
 
 
