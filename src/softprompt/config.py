@@ -131,7 +131,7 @@ class SamplingConfig:
     """How an answer's tokens are chosen."""
 
     max_new_tokens: int = option(50, "Tokens to generate at most.")
-    min_new_tokens: int = option(0, "No end of text before this many tokens.")
+    min_new_tokens: int = option(0, "No end of text and no stop string before this many tokens.")
     temperature: float = option(0.0, "0 is greedy; above it, sample with this temperature.")
     top_p: float = option(1.0, "Sample from the most likely tokens that hold this share of probability.")
     top_k: int = option(0, "Sample from the K most likely tokens; 0 is off.")

@@ -54,10 +54,12 @@ class TestGenerate:
         assert first != other
 
     def test_stop_and_min_new_tokens(self, generate):
-        long = ("w5 w6", "--min-new-tokens", 8)
+        assert len(generate("w5 w6", "--min-new-tokens", 8).out.split()) == 8
+        long = ("w5 w6", "--ignore-eos")
         words = generate(*long).out.split()
-        assert len(words) == 8
+        assert len(words) > 4
         assert generate(*long, "--stop", words[2]).out.split() == words[: words.index(words[2])]
+        assert generate(*long, "--stop", words[2], "--min-new-tokens", 8).out.split() == words
         assert len(generate("w5 w6").out.split()) < 8
 
     def test_the_prompt_matters(self, generate, library):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
 import pytest
-from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bases import build_base
@@ -17,7 +17,7 @@ from softprompt.base import load_base
 from softprompt.engine.text import AnswerText
 
 WORDS = "Once upon a time, a café in Zürich sold naïve 😀 and 👨‍👩‍👧 to 東京; two  spaces\n\nand two lines. สวัสดี"
-MODELS = SHARED / "models"
+MODELS = Path(__file__).resolve().parents[3] / "shared" / "data" / "models"
 REAL = {"stories": MODELS / "stories260K-llama", "bloom": MODELS / "bloom-tiny-random"}
 SPECIAL = ["<unk>", "<s>", "</s>"]
 

@@ -324,7 +324,7 @@ def test_a_base_whose_packed_attention_is_wrong_runs_padded(monkeypatch, family,
     assert why in packing.note
     assert base.model.config._attn_implementation == implementation
     changed = [module for module in base.model.modules() if {"forward", "_attn"} & vars(module).keys()]
-    assert {type(module).__name__ for module in changed} <= _WRITTEN_OUT
+    assert {type(module).__name__ for module in changed} <= _WRITTEN_OUT | {"Linear", "Conv1D"}
     assert same_bits(plain_answers(base.model), before)
     check_training(base)
 
