@@ -19,7 +19,7 @@ from softprompt.prompt import SoftPrompt
 
 NUM_PROMPTS = 1_000
 MOST_AT_ONCE = 100
-FEW_BYTES = 16 * 2**20  # of the heap's gaps, 100 of each remembered beginning; one row kept a request would be 50 MB
+FEW_BYTES = 6 * 2**20  # the beginnings that are remembered, and gaps of the heap; a row kept per request would be 50
 
 
 def random_request(chance, prompts, beginnings):
@@ -39,7 +39,6 @@ def random_request(chance, prompts, beginnings):
 
 def give_free_memory_back():
     """To the system; glibc's allocator would keep some of it, and it would look like ours."""
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -79,6 +78,7 @@ class Soak:
             self.engine.check_integrity()
 
     def sizes(self):
+        gc.collect()
         living = Counter(type(each).__name__ for each in gc.get_objects())  # takes memory itself: first
         give_free_memory_back()
         stats, held = self.engine.stats(), self.engine.runners.held
@@ -110,6 +110,19 @@ def test_after_twenty_thousand_requests_the_engine_is_as_large_as_after_ten_thou
     assert whole["prefix_bytes"] <= soak.engine.config.prefix_bytes
     assert whole["tables"] == half["tables"] == whole["rows"] == half["rows"] == 0
     assert whole["tensors"] - half["tensors"] < 100
+
+
+def test_what_has_ended_goes_at_once_and_not_when_the_garbage_is_collected():
+    """Rows and requests knew each other, and stayed with their texts until the collector came by."""
+    soak = Soak(build_base("llama", max_position_embeddings=128), seed=2)
+    soak.step()
+    gc.collect()
+    gc.disable()
+    try:
+        soak.run_until(40)
+        assert not [each for each in gc.get_objects() if isinstance(each, (Row, Admitted, ChoosingRow))]
+    finally:
+        gc.enable()
 
 
 def test_a_short_soak_ends_every_id_once():

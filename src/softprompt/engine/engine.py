@@ -186,9 +186,10 @@ class Engine:
         answers = [row.answer for row in admitted.rows if row.answer is not None]
         if len(answers) < len(admitted.rows):
             return []
+        end = Finished(admitted.id, tuple(answers), len(admitted.request.ids), admitted.rows[0].num_virtual)
         self._forget(admitted)
         self.counts.num_finished += 1
-        return [Finished(admitted.id, tuple(answers), len(admitted.request.ids), admitted.rows[0].num_virtual)]
+        return [end]
 
     def _fail(self, owners: Iterable[Admitted], why: str) -> list[Event]:
         events: list[Event] = []
@@ -221,3 +222,4 @@ class Engine:
     def _forget(self, admitted: Admitted) -> None:
         del self._alive[admitted.id]
         self._has_deadline.pop(admitted.id, None)
+        admitted.rows.clear()  # they know their owner: a circle would wait for the garbage collector
