@@ -91,9 +91,9 @@ def test_a_base_that_computes_nan_fails_every_request_and_can_be_asked_again():
 
 
 OUT_OF_MEMORY = {
-    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
-    "python": MemoryError("no more"),
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    "python": lambda: MemoryError("no more"),
 }
 
 
@@ -114,7 +114,7 @@ def fail_once(monkeypatch, error, at_call):
 @pytest.mark.parametrize("at_call", [1, 2, 4])
 @pytest.mark.parametrize("where", OUT_OF_MEMORY)
 def test_a_step_without_memory_fails_its_requests_and_the_engine_goes_on(tiny_llama, monkeypatch, where, at_call):
-    fail_once(monkeypatch, OUT_OF_MEMORY[where], at_call)
+    fail_once(monkeypatch, OUT_OF_MEMORY[where](), at_call)
     requests = [asked(tiny_llama, random_ids(5, seed), 4, ignore_eos=True) for seed in range(5)]
     engine, ledger = Engine(tiny_llama, EngineConfig(max_rows=3)), Ledger()
     numbers = [engine.add(replace(request, num_choices=1 + (seed == 1))) for seed, request in enumerate(requests)]
