@@ -194,6 +194,46 @@ class EngineConfig:
             _require(value is None or value >= least, name, value, f"at least {least}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How a base and its prompts are served over HTTP."""
+
+    host: str = option("127.0.0.1", "Address to listen on; any but loopback needs an API key (softprompt keys create).")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    base_name: str | None = option(None, "The base's id in the API; default its Hub id or folder name.")
+    library: str | None = option(None, "Folder of adapters, each served by its name to everybody; watched for changes.")
+    state: str = option("softprompt-state", "Folder for the database, uploaded files, jobs and their prompts.")
+    database: str | None = option(None, "SQLAlchemy URL of the database; default SQLite in --state.")
+    require_keys: bool = option(False, "Ask for an API key on loopback too.")
+    training_share: float = option(0.45, "Share of the time that a fine-tuning job gets while requests are answered.")
+    training_latency_ms: float | None = option(
+        None, "A job delays a running answer's next token by so much at most; default: by the share alone."
+    )
+    max_jobs: int = option(100, "Fine-tuning jobs of one client that may wait or run.")
+    requests_per_minute: int | None = option(None, "Requests of one client per minute; a key may have its own limit.")
+    tokens_per_minute: int | None = option(None, "Tokens of one client per minute, read and written; likewise.")
+    max_concurrent: int | None = option(None, "Generations of one client that wait or run at once; likewise.")
+    request_timeout_s: float = option(600.0, "Seconds that one answer may take, waiting included.")
+    max_body_bytes: int = option(16 * 2**20, "Largest body of a request, uploads apart (bytes).")
+    max_upload_bytes: int = option(512 * 2**20, "Largest uploaded file (bytes).")
+    drain_s: float = option(30.0, "Seconds that running answers get to end when the server is stopped.")
+    log_format: Literal["text", "json"] = option("text", "Form of the log's lines on stderr.")
+    log_texts: bool = option(False, "Write clients' texts and answers into the log.")
+    traces: str | None = option(None, "OTLP endpoint for OpenTelemetry traces, http://host:4318/v1/traces say.")
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port < 2**16, "port", self.port, "between 0 and 65535")
+        _require(0 < self.training_share < 1, "training_share", self.training_share, "above 0 and below 1")
+        for name in ("training_latency_ms", "request_timeout_s"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
+        for name in ("max_jobs", "requests_per_minute", "tokens_per_minute", "max_concurrent", "max_body_bytes",
+                     "max_upload_bytes"):  # fmt: skip
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(0 <= self.drain_s < math.inf, "drain_s", self.drain_s, "0 or more, and finite")
+
+
 # The settings of the notebook "Prompt Tuning With PEFT": PEFT's random start, transformers.Trainer's linear decay
 # and clipping at 1, loss on all text, no EOS.
 NOTEBOOK_PRESET: Mapping[str, Any] = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.cli.recorder import Recorder, require_tensorboard
 from softprompt.cli.resume import is_finished, recorded_settings
+from softprompt.recording import Recorder, require_tensorboard
 from softprompt.storage import RunFolder
 
 

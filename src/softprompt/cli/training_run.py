@@ -18,12 +18,12 @@ from softprompt.base.load import trainable_line
 from softprompt.cli.console import print_json, print_table, say
 from softprompt.cli.options import Function
 from softprompt.cli.progress import TrainingProgress
-from softprompt.cli.recorder import Recorder
 from softprompt.config import DataConfig, TrainConfig
 from softprompt.data import Split, held_out_record, report_lines
 from softprompt.errors import ConfigError
 from softprompt.evaluation import criterion
 from softprompt.prompt import SoftPrompt
+from softprompt.recording import Recorder
 from softprompt.storage import RunFolder
 from softprompt.storage.runs import KEPT_CHECKPOINTS, TASKS_KEY
 from softprompt.training import (

@@ -1,0 +1,1 @@
+"""Who asks: API keys, what each may see, and how much each may ask for."""

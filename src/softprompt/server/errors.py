@@ -1,0 +1,61 @@
+"""Errors as OpenAI's API tells them: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from softprompt import errors
+
+
+@dataclass
+class ApiError(Exception):
+    """What a client is told instead of an answer."""
+
+    status: int
+    message: str  # what was wrong, the value, what to do
+    code: str | None = None  # for programs, "model_not_found" say
+    param: str | None = None  # the field of the request
+    retry_after_s: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type`."""
+        return _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def envelope(self) -> dict[str, Any]:
+        """The answer's body."""
+        body = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": body}
+
+    @classmethod
+    def of(cls, error: errors.SoftpromptError) -> ApiError:
+        """What an error of ours means to a client."""
+        for kind, status, code in _STATUSES:
+            if isinstance(error, kind):
+                return cls(status, str(error), code, retry_after_s=1.0 if status == 503 else None)
+        return cls(500, "the server has failed; its log says why")
+
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+_STATUSES: tuple[tuple[type[errors.SoftpromptError], int, str | None], ...] = (
+    (errors.QueueFullError, 503, "queue_full"),
+    (errors.EngineError, 503, "engine_stopped"),
+    (errors.TimeLimitError, 408, "timeout"),
+    (errors.LengthError, 400, "context_length_exceeded"),
+    (errors.MemoryLimitError, 400, "context_length_exceeded"),
+    (errors.ExistsError, 409, "exists"),
+    (errors.AdapterError, 400, "invalid_adapter"),
+    (errors.WrongBaseError, 400, "wrong_base"),
+    (errors.PromptError, 400, "invalid_prompt"),
+    (errors.DataError, 400, "invalid_data"),
+    (errors.ConfigError, 400, "invalid_value"),
+    (errors.MissingDependencyError, 501, "not_installed"),
+)

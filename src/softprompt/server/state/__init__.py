@@ -1,0 +1,1 @@
+"""What outlives the process: the database. Files, prompts and runs are files beside it."""
