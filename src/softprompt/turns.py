@@ -1,13 +1,14 @@
 """Two threads that compute on one machine take turns: answering goes first, training fills what is left.
 
-Two pools of threads on the same cores make both slower and neither predictable, so only one of the two computes at a
-time. The training thread calls `breathe()` between small pieces of work (a product with a weight, an attention, a block
-of the head), in its forward and in its backward pass alike; there it is held while it is the other's turn. Training has
-no say in its results: the same pieces run in the same order, only later.
+Two pools of threads on the same cores make both slower and neither predictable, so one of the two computes at a time.
+The training thread calls `breathe()` before each small piece of work (a product with a weight, an attention, a block of
+the head), in its forward and its backward pass alike; there it is held while it is the other's turn. It has no say in
+the results: the same pieces run in the same order, only later.
 
-While requests are being answered, each of the engine's steps gives training some time, `share / (1 - share)` of what
-the step took and at most `latency_s`; a piece runs when the time at hand is as long as such pieces have taken. Without
-requests training runs freely. No torch here.
+While requests are answered, each of the engine's steps gives training some time at hand: `share / (1 - share)` of what
+the step took, but of an unusually long one no more than of others, and `latency_s` at most. A piece runs when what is at hand is as long as pieces have taken of late; what is
+left over is kept for the next turn (a deficit round robin, Shreedhar and Varghese 1995). Without requests training runs
+freely. No torch here.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _THREAD = threading.local()
-_PATIENCE_S = 0.25  # the engine waits for a training that does not breathe no longer than that
+_PATIENCE_S = 0.25  # how long a step waits for a training that does not breathe
+_FORGETTING = 0.98  # of the longest piece, per piece
+_NEWS = 0.05  # of the usual step, per step
+_LENIENCE = 1.2  # times the usual step: a step that took longer gives training no more
 
 
 def breathe() -> None:
-    """Between two pieces of work: wait here while it is another thread's turn. Nothing where nobody takes turns."""
+    """Before a piece of work: wait here while it is another thread's turn. Nothing where nobody takes turns."""
     pause: Callable[[], None] | None = getattr(_THREAD, "pause", None)
     if pause is not None:
         pause()
@@ -34,50 +38,93 @@ class Turns:
     def __init__(
         self, share: float = 0.45, latency_s: float | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """`share` of the time is training's while requests are answered; a step is delayed by `latency_s` at most."""
+        """`share` of the time is training's while requests are answered; `latency_s` at most in front of a step.
+
+        A piece that is longer than that runs all the same, when enough steps have given it the time.
+        """
         self._ratio = share / (1 - share)
-        self._latency = latency_s
+        self._latency = float("inf") if latency_s is None else latency_s
         self._clock = clock
         self._changed = threading.Condition()
-        self._is_wanted = False  # the engine has work: training runs on what it was given
-        self._is_parked = True  # training computes nothing
-        self._given = 0.0  # seconds that training has at hand
-        self._began = 0.0  # when training's present piece did
-        self._piece = 0.0  # seconds, what a piece takes; the longest of late
+        self._has_requests = False
+        self._is_stepping = False  # the engine computes
+        self._is_training = False  # the training does
+        self._is_held = False  # it waits for its turn
+        self._is_deaf = False  # training has not breathed for longer than a step waits
+        self._at_hand_s = 0.0  # what training may still take
+        self._usual_s = 0.0  # what a step gives
+        self._piece_s = 0.0  # what a piece takes: the longest of late
+        self._began = 0.0  # when the training's present piece did
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """One step of the engine. It begins when training has stopped, or has not breathed for too long."""
         with self._changed:
-            self._is_wanted = True
-            self._changed.wait_for(lambda: self._is_parked, _PATIENCE_S)
+            self._has_requests = True
+            if not self._is_deaf:
+                self._is_deaf = not self._changed.wait_for(lambda: not self._is_training, _PATIENCE_S)
+            self._is_stepping = True
         began = self._clock()
         try:
             yield
         finally:
             with self._changed:
-                self._given += self._ratio * (self._clock() - began)
-                if self._latency is not None:
-                    self._given = min(self._given, self._latency)
-                self._changed.notify_all()
+                self._is_stepping = False
+                self._give(self._ratio * (self._clock() - began))
+                self._hand_over()
 
     def idle(self) -> None:
         """The engine has nothing to do: training runs freely."""
         with self._changed:
-            self._is_wanted = False
-            self._changed.notify_all()
+            self._has_requests = False
+            self._at_hand_s = 0.0
+            self._hand_over()
 
     @contextmanager
     def second(self) -> Iterator[None]:
-        """Training, in this thread: `breathe` waits for its turn."""
+        """Training, in this thread: from here on `breathe` waits for its turn."""
         _THREAD.pause = self._pause
+        self._began = self._clock()
+        self._pause()
         try:
-            self._pause()
             yield
         finally:
             _THREAD.pause = None
             with self._changed:
-                self._is_parked = True
-                self._changed.notify_all()
+                self._stop()
 
-    def _pause(self) -> None: ...
+    def _give(self, seconds: float) -> None:
+        """More than a turn's worth and a piece is not saved up. A slow step is not made slower still."""
+        self._usual_s += (_NEWS if self._usual_s else 1.0) * (seconds - self._usual_s)
+        turn = min(seconds, _LENIENCE * self._usual_s, self._latency)
+        self._at_hand_s = min(self._at_hand_s + turn, turn + self._piece_s)
+
+    def _pause(self) -> None:
+        with self._changed:
+            if self._is_training:
+                self._account(self._clock() - self._began)
+            self._is_held = True
+            self._hand_over()
+            if self._is_held:
+                self._stop()
+                self._changed.wait_for(lambda: not self._is_held)
+            self._is_deaf = False
+            self._began = self._clock()
+
+    def _account(self, seconds: float) -> None:
+        """A piece is done."""
+        if self._is_deaf:  # it was no piece: data were read, say
+            return
+        self._piece_s = max(seconds, _FORGETTING * self._piece_s)
+        self._at_hand_s = max(self._at_hand_s - seconds, -self._piece_s)
+
+    def _hand_over(self) -> None:
+        """Training goes on, if it is held and may. Said here and not seen to by it: the next step would be faster."""
+        may_train = not self._has_requests or (not self._is_stepping and self._at_hand_s >= self._piece_s)
+        if self._is_held and may_train:
+            self._is_held, self._is_training = False, True
+            self._changed.notify_all()
+
+    def _stop(self) -> None:
+        self._is_training = False
+        self._changed.notify_all()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from softprompt.families.huge_pages import on_huge_pages
+from softprompt.turns import breathe
 
 _ROW_BLOCK = 2_048  # rows of an arranged head that are multiplied at once
 _WORTH_ONEDNN = 2**19  # numbers of a weight: oneDNN compiles a kernel for every new number of rows, 0.3 ms each
@@ -98,6 +99,7 @@ class Products:
     def _arrange_layers(self, layers: nn.Module, both_ways: bool) -> None:
         self._known.clear()
         for module in _linear_layers(layers):
+            breathe()
             weight = module.weight.detach()
             found = self._arranged.get(_storage(weight))
             if found is None or (both_ways and found.backward is None):
@@ -202,6 +204,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        breathe()
         return ctx.matrix.back(grad), None, None
 
 
@@ -232,6 +235,7 @@ def _answer(
     products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool
 ) -> Tensor | None:
     """The product, where it is one of ours."""
+    breathe()
     is_free = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dim() != 1))
     if is_free or rows.dtype is not weight.dtype or rows.numel() == 0:
         return None
