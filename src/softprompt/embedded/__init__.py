@@ -1,4 +1,4 @@
-"""The base and the data sets that the package carries: where they lie. What they are: tools/embedded/README.md."""
+"""The base, the soft prompts and the data sets that the package carries: where they lie. What they are: tools/embedded/README.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ _ROOT = Path(__file__).parent
 def base_folder() -> Path:
     """The folder of the embedded base, a small Bloom in Hugging Face form."""
     return _ROOT / "base"
+
+
+def prompts_folder() -> Path:
+    """A library of three soft prompts for the embedded base: coach, quotes and reviews, as the demo trains them."""
+    return _ROOT / "prompts"
 
 
 def data_names() -> tuple[str, ...]:
