@@ -1,4 +1,4 @@
-"""The soft prompts that the package carries: they load on the embedded base, and each does its task better than none."""
+"""The soft prompts that the package carries: they load on the embedded base, and do their tasks better than none."""
 
 import pytest
 

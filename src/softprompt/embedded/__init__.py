@@ -1,4 +1,4 @@
-"""The base, the soft prompts and the data sets that the package carries: where they lie. What they are: tools/embedded/README.md."""
+"""What the package carries: a base, soft prompts, data sets. How they were made: tools/embedded/README.md."""
 
 from __future__ import annotations
 
