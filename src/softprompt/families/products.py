@@ -32,6 +32,7 @@ from softprompt.families.huge_pages import on_huge_pages
 from softprompt.turns import breathe
 
 _ROW_BLOCK = 2_048  # rows of an arranged head that are multiplied at once
+_MOST_ROWS = 1_024  # of tokens in one product: more of them are a long time without a breath
 _WORTH_ONEDNN = 2**19  # numbers of a weight: oneDNN compiles a kernel for every new number of rows, 0.3 ms each
 _THREAD = threading.local()
 
@@ -48,17 +49,31 @@ class Matrix:
 
     def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """[T, O] of rows [T, I], without gradient."""
+        if _are_many(rows):
+            return torch.cat([self.times(part, bias) for part in _parts(rows)], dim=-2)
         weight = self.weight if self.forward is None else self.forward
         return _onednn(rows, weight, bias) if self._is_fast(rows) else torch.nn.functional.linear(rows, weight, bias)
 
     def back(self, grads: Tensor) -> Tensor:
         """[T, I] of gradients [T, O], without gradient."""
+        if _are_many(grads):
+            return torch.cat([self.back(part) for part in _parts(grads)], dim=-2)
         if not self._is_fast(grads):
             return grads @ self.weight
         return _onednn(grads.contiguous(), self.weight.t() if self.backward is None else self.backward, None)
 
     def _is_fast(self, rows: Tensor) -> bool:
         return self.forward is not None or (rows.numel() > 0 and _takes_onednn(self.weight))
+
+
+def _are_many(rows: Tensor) -> bool:
+    return rows.dim() > 1 and rows.shape[-2] > _MOST_ROWS and rows.device.type == "cpu"
+
+
+def _parts(rows: Tensor) -> Iterator[Tensor]:
+    for part in rows.split(_MOST_ROWS, dim=-2):
+        breathe()
+        yield part
 
 
 class Products:
