@@ -43,7 +43,6 @@ TEXT_TOKENS, NEW_TOKENS, VIRTUAL_TOKENS, NUM_PROMPTS = 12, 50, 4, 128
 STREAMS = (1, 2, 4, 8, 16, 32, 64, 128)
 LOADS = (0.5, 0.8, 0.95)  # of the closed loop's requests per second at 32 streams
 COST_STREAMS, JOB_STREAMS, NUM_IDLE = 16, 8, 1_000
-WORDS = ("people", "time", "year", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
 @dataclass
@@ -207,8 +206,10 @@ def job_ratios(rounds: Sequence[Request]) -> Request:
 def start_job(server: Server) -> str:
     """A job that outlasts the case: rows of 35 to 110 words."""
     chance = random.Random(0)
-    rows = [json.dumps({"text": " ".join(chance.choice(WORDS) for _ in range(chance.randint(35, 110)))})
-            for _ in range(256)]  # fmt: skip
+    rows = [
+        json.dumps({"text": " ".join(f"w{chance.randrange(3, 3_000)}" for _ in range(chance.randint(35, 110)))})
+        for _ in range(256)
+    ]
     boundary = "softprompt-benchmark"
     parts = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--{boundary}\r\n'
@@ -295,8 +296,8 @@ def run_bare(request: Request) -> Request:
 
 
 def make_library(flags: argparse.Namespace, folder: Path) -> None:
-    made = call_child(__file__, kind="library", threads=None, model=flags.model, folder=str(folder / "library"))
-    flags.vocab = made["vocab"]
+    made = call_child(__file__, kind="library", threads=None, model=flags.model, folder=str(folder))
+    flags.vocab, flags.model = made["vocab"], made["model"]
 
 
 def run_make_library(request: Request) -> Request:
@@ -304,12 +305,37 @@ def run_make_library(request: Request) -> Request:
 
     from softprompt import BaseConfig, SoftPrompt, load_base, save_prompt
 
-    base = load_base(BaseConfig(base=request["model"]))
+    folder = Path(request["folder"])
+    model = request["model"] if request["model"] == "embedded" else with_words(Path(request["model"]), folder / "base")
+    base = load_base(BaseConfig(base=model))
     chance = torch.Generator().manual_seed(0)
     for number in range(NUM_PROMPTS):
         tensor = torch.randn(VIRTUAL_TOKENS, base.hidden_size, generator=chance) * base.embedding_rms
-        save_prompt(SoftPrompt(tensor), Path(request["folder"]) / f"p{number}", base=base)
-    return {"vocab": base.vocab_size}
+        save_prompt(SoftPrompt(tensor), folder / "library" / f"p{number}", base=base)
+    return {"vocab": base.vocab_size, "model": model}
+
+
+def with_words(model: Path, folder: Path) -> str:
+    """The model with a word for each token: the shapes' own tokenizer knows four, and an answer would have no text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, PreTrainedTokenizerFast
+
+    folder.mkdir()
+    for file in model.glob("*"):
+        if "token" not in file.name:
+            (folder / file.name).symlink_to(file.resolve())
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *(f"w{number}" for number in range(3, AutoConfig.from_pretrained(model).vocab_size)),
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return str(folder)
 
 
 RUNS = {

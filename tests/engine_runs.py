@@ -11,10 +11,22 @@ import torch
 from hypothesis import strategies as st
 from slow_truth import plain_logits
 from tiny_bases import random_prompt
+from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.config import EngineConfig, SamplingConfig
-from softprompt.engine import Answer, Engine, Event, Finished, Request, Terminal, Tokens, held_runner
+from softprompt.engine import (
+    Answer,
+    Engine,
+    Event,
+    Finished,
+    Request,
+    Terminal,
+    TextRead,
+    TokenLogProb,
+    Tokens,
+    held_runner,
+)
 from softprompt.engine.memory import Place, Shelf
 from softprompt.engine.runners import bytes_per_position
 from softprompt.families import forward_of
@@ -29,6 +41,7 @@ class Ledger:
     def __init__(self) -> None:
         self.ends: dict[int, Terminal] = {}
         self.tokens: dict[int, list[Tokens]] = defaultdict(list)  # of requests that have not ended
+        self.texts: dict[int, tuple[TokenLogProb | None, ...]] = {}  # what was told of them
         self.num_tokens = 0
 
     def take(self, events: Sequence[Event]) -> None:
@@ -37,6 +50,10 @@ class Ledger:
             if isinstance(event, Tokens):
                 self.tokens[event.request].append(event)
                 self.num_tokens += len(event.ids)
+                continue
+            if isinstance(event, TextRead):
+                assert event.request not in self.texts and not self.tokens[event.request], "told twice, or late"
+                self.texts[event.request] = event.log_probs
                 continue
             self.ends[event.request] = event
             told = self.tokens.pop(event.request, [])
@@ -53,6 +70,7 @@ class Ledger:
 def _check_told(told: Sequence[Tokens], answer: Answer) -> None:
     assert tuple(token for tokens in told for token in tokens.ids) == answer.ids
     assert "".join(tokens.text for tokens in told) == answer.text
+    assert [tokens.end for tokens in told] == [None] * (len(told) - 1) + [answer]
     assert tuple(each.log_prob for tokens in told for each in tokens.log_probs) == answer.log_probs
     assert all(each.id == token for tokens in told for each, token in zip(tokens.log_probs, tokens.ids, strict=False))
 
@@ -124,6 +142,31 @@ def assert_true(base: Base, request: Request, answer: Answer) -> None:
         assert len(answer.ids) == request.sampling.max_new_tokens
     else:
         assert float(log_probs[-1].max() - log_probs[-1, list(base.stop_ids)].max()) < NEAR_TIE
+
+
+@torch.no_grad()
+def true_log_probs(base: Base, request: Request, prompt: Tensor | None = None) -> list[Tensor | None]:
+    """Of each token of the text [V], None where nothing stands before it; `prompt` in place of the request's own."""
+    tensor = prompt if prompt is not None else None if request.prompt is None else request.prompt.tensor
+    num_virtual = 0 if tensor is None else len(tensor)
+    rows = torch.log_softmax(plain_logits(base, request.ids, tensor).float(), dim=-1)[max(0, num_virtual - 1) : -1]
+    return [*([] if num_virtual else [None]), *rows]
+
+
+def assert_text_true(
+    base: Base, request: Request, found: Sequence[TokenLogProb | None], prompt: Tensor | None = None
+) -> None:
+    """What was told of a text is the slow truth's: one plain forward over the whole row, to 1e-5."""
+    truth = true_log_probs(base, request, prompt)
+    assert len(found) == len(truth) == len(request.ids)
+    for place, (token, ours, row) in enumerate(zip(request.ids, found, truth, strict=True)):
+        assert (ours is None) == (row is None), place
+        if row is None:
+            continue
+        assert ours.id == token and ours.log_prob == pytest.approx(float(row[token]), abs=1e-5), place
+        best = row.topk(request.num_text_log_probs).values.tolist()
+        assert [nats for _, nats in ours.alternatives] == pytest.approx(best, abs=1e-5), place
+        assert all(nats == pytest.approx(float(row[i]), abs=1e-5) for i, nats in ours.alternatives), place
 
 
 def assert_alike(ours: Answer, theirs: Answer) -> None:

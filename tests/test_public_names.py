@@ -11,15 +11,24 @@ import pytest
 import softprompt
 from softprompt import config, errors
 from softprompt.cli.main import commands
-from softprompt.config import BaseConfig, DataConfig, EngineConfig, SamplingConfig, TrainConfig, make_config
+from softprompt.config import (
+    BaseConfig,
+    DataConfig,
+    EngineConfig,
+    SamplingConfig,
+    ServerConfig,
+    TrainConfig,
+    make_config,
+)
 from softprompt.evaluation import ScoreConfig
 
-CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, EngineConfig, ScoreConfig]
+CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, EngineConfig, ServerConfig, ScoreConfig]
 FLAGS = {
     "train": [BaseConfig, DataConfig, TrainConfig],
     "compare": [BaseConfig, SamplingConfig, DataConfig, ScoreConfig],
     "sweep": [BaseConfig],
     "generate": [BaseConfig, SamplingConfig],
+    "serve": [BaseConfig, ServerConfig, EngineConfig],
 }
 OWN_FLAGS = {
     "train": {
@@ -41,11 +50,13 @@ OWN_FLAGS = {
     "compare": {"prompts", "sets", "library", "texts", "fields", "force", "markdown", "as_json"},
     "sweep": {"file", "out", "overwrite", "resume", "keep_checkpoints", "tensorboard", "as_json", "processes"},
     "generate": {"texts", "prompt", "library", "fields", "force", "as_json"},
+    "serve": {"config"},
 }
-SOMETIMES_NEEDED = {  # a run that is resumed knows them, and so may a sweep's file
+SOMETIMES_NEEDED = {  # a run that is resumed knows them, and so may a sweep's file; a server has the embedded base
     "compare": ("data",),
     "train": ("base", "data"),
     "sweep": ("base",),
+    "serve": ("base",),
 }
 
 
@@ -152,7 +163,7 @@ def test_a_command_line_without_flags_gives_the_configs_own_defaults(name):
     known = {option for parameter in command.params for option in parameter.opts}
     arguments = [part for flag, value in given.items() if flag in known for part in (flag, value)]
     arguments += ["x.toml"] if name == "sweep" else []
-    context = command.make_context(name, arguments)
+    context = command.make_context(name, arguments, click.Context(commands, **commands.context_settings))
     for kind in FLAGS[name]:
         required = {"base": "x"} if kind is BaseConfig else {"data": "x"} if kind is DataConfig else {}
         assert config_of(kind, context.params) == kind(**required)

@@ -178,7 +178,9 @@ class EngineConfig:
     max_step_tokens: int | None = option(
         None, "Tokens of texts that one step reads while answers run; default 64 on a CPU, 2,048 on a GPU."
     )
-    max_waiting: int | None = option(None, "Requests that may wait; more are refused. Default: no limit.")
+    max_waiting: int | None = option(
+        None, "Answers that may wait; requests for more are refused. Default: no limit, and 2,048 of a server."
+    )
     kv_bytes: int | None = option(None, "Bytes for keys and values of running answers; default: half of what is free.")
     prefix_bytes: int | None = option(None, "Bytes for keys and values of soft prompts; default: 1/8 of what is free.")
 
@@ -216,6 +218,9 @@ class ServerConfig:
     request_timeout_s: float = option(600.0, "Seconds that one answer may take, waiting included.")
     max_body_bytes: int = option(16 * 2**20, "Largest body of a request, uploads apart (bytes).")
     max_upload_bytes: int = option(512 * 2**20, "Largest uploaded file (bytes).")
+    client_timeout_s: float = option(
+        60.0, "Seconds that a client may stall: send nothing more of a request, or read nothing of its answer."
+    )
     drain_s: float = option(30.0, "Seconds that running answers get to end when the server is stopped.")
     log_format: Literal["text", "json"] = option("text", "Form of the log's lines on stderr.")
     log_texts: bool = option(False, "Write clients' texts and answers into the log.")
@@ -224,7 +229,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.port < 2**16, "port", self.port, "between 0 and 65535")
         _require(0 < self.training_share < 1, "training_share", self.training_share, "above 0 and below 1")
-        for name in ("training_latency_ms", "request_timeout_s"):
+        for name in ("training_latency_ms", "request_timeout_s", "client_timeout_s"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
         for name in ("max_jobs", "requests_per_minute", "tokens_per_minute", "max_concurrent", "max_body_bytes",
@@ -232,6 +237,8 @@ class ServerConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(0 <= self.drain_s < math.inf, "drain_s", self.drain_s, "0 or more, and finite")
+        has_scheme = self.traces is None or self.traces.startswith(("http://", "https://"))
+        _require(has_scheme, "traces", self.traces, "a URL, http://localhost:4318/v1/traces say")
 
 
 # The settings of the notebook "Prompt Tuning With PEFT": PEFT's random start, transformers.Trainer's linear decay

@@ -9,7 +9,8 @@ SoftpromptError
 │   └── LengthError    longer than the base allows
 ├── StorageError       adapters, libraries and run folders on disk (OSError)
 │   ├── AdapterError   an adapter folder that must not be loaded
-│   └── ExistsError    a folder that would be overwritten
+│   ├── ExistsError    a folder that would be overwritten
+│   └── DatabaseError  the server's database does not answer, or is not one of this release
 ├── MemoryLimitError   not even one row fits (MemoryError)
 ├── DivergedError      a training whose loss is no longer a number (ArithmeticError)
 ├── QueueFullError     more requests wait than the engine may keep (RuntimeError)
@@ -60,6 +61,10 @@ class AdapterError(StorageError, ValueError):
 
 class ExistsError(StorageError, FileExistsError):
     """A folder exists and neither resuming nor overwriting was asked for."""
+
+
+class DatabaseError(StorageError):
+    """The server's database does not answer, or its tables are not those of this release."""
 
 
 class MemoryLimitError(SoftpromptError, MemoryError):

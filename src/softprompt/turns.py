@@ -6,9 +6,9 @@ the head), in its forward and its backward pass alike; there it is held while it
 the results: the same pieces run in the same order, only later.
 
 While requests are answered, each of the engine's steps gives training some time at hand: `share / (1 - share)` of what
-the step took, but of an unusually long one no more than of others, and `latency_s` at most. A piece runs when what is at hand is as long as pieces have taken of late; what is
-left over is kept for the next turn (a deficit round robin, Shreedhar and Varghese 1995). Without requests training runs
-freely. No torch here.
+the step took, but of an unusually long one no more than of others, and `latency_s` at most. A piece runs when what is
+at hand is as long as pieces have taken of late; what is left over is kept for the next turn (a deficit round robin,
+Shreedhar and Varghese 1995). Without requests training runs freely. No torch here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 _THREAD = threading.local()
 _PATIENCE_S = 0.25  # how long a step waits for a training that does not breathe
@@ -81,9 +82,12 @@ class Turns:
             self._hand_over()
 
     @contextmanager
-    def second(self) -> Iterator[None]:
-        """Training, in this thread: from here on `breathe` waits for its turn."""
-        _THREAD.pause = self._pause
+    def second(self, hear: Callable[[], None] | None = None) -> Iterator[None]:
+        """Training, in this thread: from here on `breathe` waits for its turn.
+
+        Then it calls `hear`, and what that raises ends the training there.
+        """
+        _THREAD.pause = self._pause if hear is None else partial(self._pause_and, hear)
         self._began = self._clock()
         self._pause()
         try:
@@ -110,6 +114,10 @@ class Turns:
                 self._changed.wait_for(lambda: not self._is_held)
             self._is_deaf = False
             self._began = self._clock()
+
+    def _pause_and(self, hear: Callable[[], None]) -> None:
+        self._pause()
+        hear()
 
     def _account(self, seconds: float) -> None:
         """A piece is done."""

@@ -70,11 +70,13 @@ def test_two_processes_make_the_prompt_that_one_makes(flags, alone, tmp_path):
     assert_as_alone(ran, tmp_path / "two", alone)
 
 
+@pytest.mark.slow
 def test_two_processes_of_accelerate_make_it_too(flags, alone, tmp_path):
     ran = accelerate(*TWO, "-m", "softprompt", *flags, "--out", tmp_path / "two", "--json")
     assert_as_alone(ran, tmp_path / "two", alone)
 
 
+@pytest.mark.slow
 def test_one_process_of_accelerate_is_one_process_to_the_bit(flags, alone, tmp_path):
     ran = accelerate("--cpu", "-m", "softprompt", *flags, "--out", tmp_path / "one", "--json")
     assert ran.code == 0, ran.err

@@ -11,7 +11,7 @@ COACH = "I want you to act as a motivational coach. "
 NICE = "There are two nice things that should matter to you:"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_the_five_commands(shared_data, tmp_path):
     base = ("--base", shared_data / "models" / "stories260K-llama", "--dtype", "float32")
     learn = ("--virtual-tokens", 4, "--epochs", 6)

@@ -44,7 +44,7 @@ def test_flat_loop_reaches_the_same_losses() -> None:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("preset", [[], ["--preset", "notebook"]])
+@pytest.mark.parametrize("preset", [pytest.param([], marks=pytest.mark.slow), ["--preset", "notebook"]])
 def test_notebook_runs_on_local_files(tmp_path: Path, preset: list[str]) -> None:
     command = [sys.executable, str(EXAMPLES / "notebook.py"), "--base", str(base_folder()), *preset]
     files = ["--prompts", str(data_file("coach-prompts.csv")), "--quotes", str(data_file("quotes.jsonl"))]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from softprompt.cli.main import main
 from softprompt.demo.job import _lay_out_data
 from softprompt.demo.tasks import TASKS
 
@@ -43,20 +47,53 @@ def run(command: list[str], folder: Path, shell: str | None = None) -> str:
     return done.stdout
 
 
+def run_here(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command in this process: torch is imported once for all of them."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0, line
+
+
 @pytest.mark.medium
-def test_commands_run(folder: Path) -> None:
+def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for block in blocks("console") for line in block.splitlines()]
     assert len(shown) == 12
     for line in shown:
-        run([], folder, shell=line)
+        run_here(line, folder, monkeypatch)
     for name in ("coach", "quotes", "reviews"):
         assert (folder / "prompts" / name / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.medium
 def test_snippet_runs(folder: Path) -> None:
-    (snippet,) = blocks("python")
+    snippet, _ = blocks("python")
     assert "quotes" in run([sys.executable, "-c", snippet], folder)
+
+
+@pytest.mark.medium
+def test_what_is_served_answers_and_learns(folder: Path) -> None:
+    (command,), (_, snippet) = blocks("shell"), blocks("python")
+    with serving(command.split(), folder) as url:
+        shown = run([sys.executable, "-c", snippet.replace("http://127.0.0.1:8000", url)], folder)
+    assert re.search(r"^ft:embedded:verdicts:ftjob-\w+ +\w+", shown, flags=re.MULTILINE), shown
+
+
+@contextmanager
+def serving(command: list[str], folder: Path) -> Iterator[str]:
+    """The command on a free port, which its first line tells."""
+    command = [str(Path(sys.executable).parent / command[0]), *command[1:]]
+    with open(folder / "serve.log", "w") as log, subprocess.Popen(
+        command, cwd=folder, env={**os.environ, "SOFTPROMPT_PORT": "0"}, stdout=subprocess.PIPE, stderr=log, text=True
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("http://127.0.0.1:"), (folder / "serve.log").read_text()
+            yield line.partition("/v1")[0]
+        finally:
+            process.terminate()
 
 
 def test_set_up_commands_are_targets_of_the_makefile() -> None:

@@ -61,6 +61,20 @@ def test_a_request_is_answered_by_its_tokens_and_one_end():
     run(main)
 
 
+def test_it_is_told_when_a_request_is_taken_before_its_first_event():
+    async def main():
+        told = []
+        async with AsyncEngine(Echo(max_running=1)) as engine:
+            async for event in engine.generate(Request((5,)), lambda: told.append("admitted")):
+                told.append(type(event).__name__)
+            assert told == ["admitted", "Tokens", "Finished"]
+            with pytest.raises(DataError):
+                await anext(engine.generate(Request(()), lambda: told.append("never")))
+        assert "never" not in told
+
+    run(main)
+
+
 def test_many_at_once_each_get_their_own():
     requests = [Request(tuple(range(number, number + number % 13 + 1))) for number in range(500)]
     echo = Echo()

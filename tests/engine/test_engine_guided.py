@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 from tiny_bases import build_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -294,3 +295,17 @@ def test_a_grammar_that_fails_on_the_way_fails_its_row(base, chooser):
     found = chooser.choose(random_logits(base, 0).expand(3, -1), rows, [0] * 3)
     assert found[:2] == [None, None] and found[2] is not None
     assert not any(row.is_complete for row in rows)
+
+
+def test_a_grammar_is_compiled_once_and_every_row_starts_at_its_beginning(base, monkeypatch):
+    compiled = []
+    compile_now = LLMatcher.grammar_from_regex
+    monkeypatch.setattr(LLMatcher, "grammar_from_regex", lambda text: compiled.append(text) or compile_now(text))
+    own = Chooser(base)
+    sampling = SamplingConfig(choice=CHOICES, temperature=1.0, seed=3)
+    found = [answer(base, own.new_row(sampling, base.encode("It is")), chooser=own) for _ in range(3)]
+    assert len(compiled) == 1 and found[0][1] and found[0] == found[1] == found[2]
+    for number in range(20):
+        own.new_row(SamplingConfig(choice=(f"other {number}",)), ())
+    assert answer(base, own.new_row(sampling, base.encode("It is")), chooser=own) == found[0]
+    assert len(compiled) == 22  # the first was forgotten in the meantime

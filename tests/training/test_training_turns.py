@@ -1,4 +1,4 @@
-"""Training and answering on one base at once: the prompt has the bits of one trained alone, the answers their tokens."""
+"""Training and answering on one base at once: the prompt has its bits as if alone, the answers their tokens."""
 
 import asyncio
 import threading

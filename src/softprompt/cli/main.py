@@ -22,8 +22,10 @@ _COMMANDS = {
     ),
     "sweep": ("softprompt.cli.sweep", "Train many prompts together, of one task or several, as a file says."),
     "generate": ("softprompt.cli.generate", "Answer texts, with a soft prompt or bare."),
+    "serve": ("softprompt.cli.serve", "Serve a base and its prompts over OpenAI's API, and train new ones meanwhile."),
     "prompts": ("softprompt.cli.prompts", "List, show, check, import, export, remove, push or pull prompts."),
     "runs": ("softprompt.cli.runs", "List training runs, or show one with its curves."),
+    "keys": ("softprompt.cli.keys", "Create, list or revoke API keys of the server."),
     "demo": (
         "softprompt.cli.demo",
         "The main job on the embedded base: train three prompts, compare before and after.",

@@ -15,26 +15,18 @@ Paths are relative to the file's folder. A more specific section replaces what i
 
 from __future__ import annotations
 
-import difflib
 import os
-import sys
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, TypeVar
 
 from softprompt.cli.sweep_grid import grid_of
-from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig, check_settings, make_config
+from softprompt.cli.toml_settings import Table, check_names, read_toml, require_table, settings, typed
+from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig, make_config
 from softprompt.errors import ConfigError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-Table = dict[str, Any]  # Any: whatever TOML holds
 ConfigT = TypeVar("ConfigT")
 
 _SECTIONS = ("base", "data", "train", "grid", "candidates", "tasks")
@@ -49,7 +41,6 @@ _REPLACED_BY: Mapping[str, tuple[str, ...]] = {
     "template": ("text_column", "messages_column"),
     "completion": ("text_column", "messages_column"),
 }
-_TYPE_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +65,8 @@ def read_sweep(path: Path) -> Sweep:
     Raises: ConfigError, naming file, section and key, for what cannot be meant.
     """
     tables = _read_tables(path)
-    base = _settings(BaseConfig, tables["base"], f"{path} [base]")
-    train = _settings(TrainConfig, tables["train"], f"{path} [train]")
+    base = settings(BaseConfig, tables["base"], f"{path} [base]")
+    train = settings(TrainConfig, tables["train"], f"{path} [train]")
     candidates = _candidates(path, tables, train)
     if tables["ensemble"] and len(candidates) < 2:
         raise ConfigError(f"{path}: ensemble needs several candidates to vote, and there is one; give a grid of seeds")
@@ -91,22 +82,11 @@ def read_sweep(path: Path) -> Sweep:
 
 def _read_tables(path: Path) -> Table:
     """The file's sections and switches, each of them there and of its type."""
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the sweep file {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {' '.join(str(error).split())}") from error
-    known = (*_SWITCHES, *_SECTIONS)
-    for name in found:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-            raise ConfigError(f"{path} has no key {name!r}; {hint}")
+    found = read_toml(path, (*_SWITCHES, *_SECTIONS), "the sweep file")
     for name in _SECTIONS:
-        _require_table(found.get(name, {}), f"{path} [{name}]")
+        require_table(found.get(name, {}), f"{path} [{name}]")
     for name, default in _SWITCHES.items():
-        found[name] = _typed(bool, found.get(name, default), f"{path}: {name}")
+        found[name] = typed(bool, found.get(name, default), f"{path}: {name}")
     return {**{name: {} for name in _SECTIONS}, **found}
 
 
@@ -116,7 +96,7 @@ def _candidates(path: Path, tables: Table, train: Table) -> dict[str, TrainConfi
         where = f"{path} [candidates.{name}]"
         if name in found:
             raise ConfigError(f"{where} is called as a candidate of the grid is; call it otherwise")
-        found[name] = _settings(TrainConfig, table, where)
+        found[name] = settings(TrainConfig, table, where)
     places = {name: f"{path}, candidate {name}" for name in found}
     if not found:
         found, places = {"": {}}, {"": f"{path} [train]"}
@@ -124,7 +104,7 @@ def _candidates(path: Path, tables: Table, train: Table) -> dict[str, TrainConfi
 
 
 def _grid_values(grid: Table, where: str) -> dict[str, list[Any]]:
-    _check_names(TrainConfig, grid, where)
+    check_names(TrainConfig, grid, where)
     hints = typing.get_type_hints(TrainConfig)
     return {key: _grid_list(hints[key], values, f"{where}: {key}") for key, values in grid.items()}
 
@@ -134,11 +114,11 @@ def _grid_list(hint: Any, values: object, where: str) -> list[Any]:
         raise ConfigError(f"{where} is {values!r}; it must be a list of values to try, [{values!r}] say")
     if not values:
         raise ConfigError(f"{where} is an empty list; give the values to try, or leave it out")
-    typed = [_typed(hint, value, where) for value in values]
-    for index, value in enumerate(typed):
-        if value in typed[:index]:
+    found = [typed(hint, value, where) for value in values]
+    for index, value in enumerate(found):
+        if value in found[:index]:
             raise ConfigError(f"{where} names {value!r} twice; give each value once")
-    return typed
+    return found
 
 
 def _tasks(path: Path, tables: Table) -> dict[str, DataConfig]:
@@ -153,9 +133,9 @@ def _tasks(path: Path, tables: Table) -> dict[str, DataConfig]:
 
 
 def _data_settings(table: object, where: str, folder: Path) -> Table:
-    given = _require_table(table, where)
+    given = require_table(table, where)
     shares = {name: str(given[name]) for name in _PARTS if type(given.get(name)) in (int, float)}
-    found = _settings(DataConfig, {**given, **shares}, where)
+    found = settings(DataConfig, {**given, **shares}, where)
     if "data" in found:
         found["data"] = _data_place(found["data"], folder)
     for name in _PARTS:
@@ -199,51 +179,8 @@ def _over(shared: Table, own: Table) -> Table:
     return {**{name: value for name, value in shared.items() if name not in replaced}, **own}
 
 
-def _settings(kind: type[Any], table: object, where: str) -> Table:
-    """A section's settings, each of them known and of its type."""
-    found = _require_table(table, where)
-    _check_names(kind, found, where)
-    hints = typing.get_type_hints(kind)
-    return {name: _typed(hints[name], value, f"{where}: {name}") for name, value in found.items()}
-
-
 def _config(kind: type[ConfigT], settings: Table, where: str) -> ConfigT:
     try:
         return make_config(kind, settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def _check_names(kind: type[Any], table: Table, where: str) -> None:
-    try:
-        check_settings(kind, table)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _require_table(value: object, where: str) -> Table:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} is {value!r}; it must be a section of settings")
-    return value
-
-
-def _typed(hint: Any, value: object, where: str) -> Any:  # Any: a type hint in, a value of that type out
-    """The value, a whole number as a float where that is wanted. Raises ConfigError for another type."""
-    kinds = _alternatives(hint)
-    if type(value) in kinds or value in _choices(hint):
-        return value
-    if type(value) is int and float in kinds:
-        return float(value)
-    wanted = [_TYPE_NAMES[kind] for kind in kinds] or [f"one of {', '.join(map(repr, _choices(hint)))}"]
-    raise ConfigError(f"{where} is {value!r}; it must be {' or '.join(wanted)}")
-
-
-def _alternatives(hint: Any) -> list[type]:
-    """The plain types that a hint allows."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return [kind for part in typing.get_args(hint) for kind in _alternatives(part)]
-    return [hint] if hint in _TYPE_NAMES else []
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()

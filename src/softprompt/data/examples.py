@@ -15,6 +15,7 @@ from softprompt.data.labels import labelled_form
 from softprompt.data.report import show_example
 from softprompt.data.rows import Rows, Written, write_rows, written_hash
 from softprompt.errors import DataError, LengthError
+from softprompt.turns import breathe
 from softprompt.types import DataReport, Example, ExampleSet, FormKind
 
 
@@ -74,6 +75,7 @@ def _fitted(base: Base, context: tuple[int, ...], target: tuple[int, ...], limit
 
     The context keeps its end, because a template's last words ("\\nSentiment:") say what is asked.
     """
+    breathe()
     special, end = base.bos_ids, limits.eos_ids if target else ()
     room = limits.max_length - len(special)
     is_truncated = len(context) + len(target) + len(end) > room
@@ -89,6 +91,7 @@ def _chat(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
     """Cut at the end. Turns end as the template ends them; EOS is added only behind a last turn that has no end."""
     if row.is_empty:
         return _fitted(base, (), (), limits)
+    breathe()
     ids, mask, num_special, end_id = chat_ids(base, row.messages, where)
     ends = {*base.stop_ids, base.eos_id, end_id}
     if not limits.eos:  # neither between the turns nor at the end
@@ -115,6 +118,7 @@ def _target_length(mask: Sequence[bool]) -> int:
 
 
 def _example(base: Base, rows: Rows, position: int, result: _Ids) -> Example:
+    breathe()
     largest = max(result.ids)
     if largest >= base.vocab_size:
         token = base.tokenizer.convert_ids_to_tokens(largest)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from softprompt.data.messages import Message, read_messages
 from softprompt.data.template import fill_template, template_fields
 from softprompt.errors import DataError
+from softprompt.turns import breathe
 from softprompt.types import InputForm
 
 
@@ -57,6 +58,7 @@ class Written(NamedTuple):
 
 def write_row(rows: Rows, position: int) -> Written:
     """A row's text. Raises DataError, naming the row, for a cell that is not text or messages that are not a chat."""
+    breathe()
     record, form = rows.records[position], rows.form
     if form.kind == "template":
         return _write_template(rows, position)

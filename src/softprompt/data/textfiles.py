@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import DataError
+from softprompt.turns import breathe
 
 Record = dict[str, Any]  # Any: JSON and Parquet cells are checked when they are asked for
 
@@ -102,6 +103,7 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        breathe()
         try:
             items.append((f"line {number:,}", json.loads(line)))
         except (json.JSONDecodeError, RecursionError) as error:

@@ -13,6 +13,7 @@ from softprompt.engine.requests import (
     FinishReason,
     Request,
     Terminal,
+    TextRead,
     TokenLogProb,
     Tokens,
 )
@@ -20,5 +21,5 @@ from softprompt.engine.stats import EngineStats
 
 __all__ = [
     "AbortReason", "Aborted", "Answer", "AsyncEngine", "Engine", "EngineStats", "Event", "Failed", "FinishReason",
-    "Finished", "Request", "Terminal", "TokenLogProb", "Tokens", "generate",
+    "Finished", "Request", "Terminal", "TextRead", "TokenLogProb", "Tokens", "generate",
 ]  # fmt: skip

@@ -21,8 +21,10 @@ def check_request(base: Base, request: Request, sampling: SamplingConfig) -> Non
         raise DataError("an empty text has no token to continue from on the bare base; give at least one character")
     if not 1 <= request.num_choices <= _MOST_CHOICES:
         raise ConfigError(f"num_choices is {request.num_choices}; it must be between 1 and {_MOST_CHOICES}")
-    if request.num_log_probs is not None and not 0 <= request.num_log_probs <= base.vocab_size:
-        raise ConfigError(f"num_log_probs is {request.num_log_probs}; it must be between 0 and {base.vocab_size}")
+    for name in ("num_log_probs", "num_text_log_probs"):
+        num_log_probs: int | None = getattr(request, name)
+        if num_log_probs is not None and not 0 <= num_log_probs <= base.vocab_size:
+            raise ConfigError(f"{name} is {num_log_probs}; it must be between 0 and {base.vocab_size}")
     _check_ids(base, request.ids, "the text has token id")
     _check_ids(base, [token for token, _ in sampling.logit_bias], "logit_bias has token id")
     _check_length(base, request, 0 if prompt is None else prompt.num_virtual_tokens, sampling.max_new_tokens)

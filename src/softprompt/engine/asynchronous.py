@@ -23,6 +23,8 @@ from softprompt.engine.engine import Engine
 from softprompt.engine.requests import Event, Failed, Request, Terminal
 from softprompt.engine.stats import EngineStats
 from softprompt.errors import EngineError
+from softprompt.prompt import SoftPrompt
+from softprompt.turns import Turns
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -43,8 +45,10 @@ class AsyncEngine:
     From `start` on nobody but the worker thread may touch the engine.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, turns: Turns | None = None) -> None:
+        """`turns`: with a training that runs in another thread on the same base."""
         self._engine = engine
+        self._turns = turns or Turns()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_open = False
@@ -81,8 +85,10 @@ class AsyncEngine:
     ) -> None:
         await self.close()
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Its tokens as they come, then exactly one Finished, Aborted or Failed.
+    async def generate(
+        self, request: Request, on_admitted: Callable[[], None] | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Its tokens as they come, then exactly one Finished, Aborted or Failed. `on_admitted` is called before them.
 
         Whoever stops listening (break, `aclose`, a cancelled task) gives the request up. Raises what `Engine.add`
         raises, and EngineError where the engine has stopped.
@@ -91,6 +97,8 @@ class AsyncEngine:
         admitted = self._ask(partial(self._admit, request, reader))
         try:
             await asyncio.wrap_future(admitted)
+            if on_admitted is not None:
+                on_admitted()
             while not has_ended:
                 event = await reader.events.get()
                 has_ended = isinstance(event, Terminal)
@@ -104,6 +112,21 @@ class AsyncEngine:
         """Give a request up: Aborted is its last event. One that has ended, or never was, is let be."""
         with suppress(EngineError):  # where the engine has stopped, all have ended
             await asyncio.wrap_future(self._ask(partial(self._engine.abort, request)))
+
+    async def pin(self, prompt: SoftPrompt) -> None:
+        """See `Engine.pin`. Raises MemoryLimitError, and EngineError where the engine is closed."""
+        await asyncio.wrap_future(self._ask(partial(self._engine.pin, prompt)))
+
+    async def unpin(self, prompt: SoftPrompt) -> None:
+        """See `Engine.unpin`."""
+        with suppress(EngineError):  # where the engine has stopped, nothing is kept
+            await asyncio.wrap_future(self._ask(partial(self._engine.unpin, prompt)))
+
+    @property
+    def is_working(self) -> bool:
+        """Whether it takes requests: it was started, nobody closes it, and no step has failed. Never waits."""
+        has_thread = self._thread is not None and self._thread.is_alive()
+        return self._is_open and has_thread and self._error is None and not self._is_closing
 
     async def stats(self) -> EngineStats:
         """Figures as they stand between two steps. Raises EngineError where the engine is closed."""
@@ -135,12 +158,15 @@ class AsyncEngine:
 
     def _take_commands(self) -> None:
         """All that are there; where there is nothing else to do, wait for one."""
+        if not self._has_work:
+            self._turns.idle()
         for _ in range(max(self._commands.qsize(), 0 if self._has_work else 1)):
             self._commands.get()()
 
     def _step(self) -> list[Event]:
         try:
-            return self._engine.step()
+            with self._turns.first():
+                return self._engine.step()
         except Exception as error:
             _log.exception("the engine's step failed; it has stopped")
             self._error = error.with_traceback(None)  # its frames hold tensors
@@ -181,7 +207,8 @@ class AsyncEngine:
             self._engine.abort(request)
 
     def _end(self) -> None:
-        """Nobody may be left waiting: neither for the answer to a command nor for an event."""
+        """Nobody may be left waiting: for the answer to a command, for an event, for its turn."""
+        self._turns.idle()
         with self._gate:
             self._is_open = False
         self._is_closing = True

@@ -7,7 +7,7 @@ One thread owns an engine; `softprompt.engine.AsyncEngine` is for all others. Kn
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,14 +19,16 @@ from softprompt.engine.choosing import Chooser, Chosen
 from softprompt.engine.memory import is_out_of_memory
 from softprompt.engine.prefixes import shared_beginnings
 from softprompt.engine.progress import take_token
-from softprompt.engine.requests import Aborted, AbortReason, Event, Failed, Finished, Request
+from softprompt.engine.requests import Aborted, AbortReason, Event, Failed, Finished, Request, TextRead
 from softprompt.engine.rows import Admitted, Row
 from softprompt.engine.runners import Runners, make_runners
 from softprompt.engine.scheduler import Plan, Scheduler
 from softprompt.engine.stats import Counts, EngineStats
 from softprompt.engine.text import AnswerText
+from softprompt.engine.text_reports import new_report, report_texts
 from softprompt.errors import MemoryLimitError, QueueFullError
 from softprompt.families import Forward, forward_of
+from softprompt.prompt import SoftPrompt
 
 
 class Engine:
@@ -91,6 +93,21 @@ class Engine:
         if request in self._alive:
             self._given_up.setdefault(request, "asked")
 
+    def pin(self, prompt: SoftPrompt) -> None:
+        """Once computed, a soft prompt's keys and values are never given up for others', until `unpin`.
+
+        Raises MemoryLimitError where pinned ones would take more than half of `prefix_bytes`.
+        """
+        if not self.runners.pin(prompt):
+            raise MemoryLimitError(
+                f"{prompt.num_virtual_tokens} virtual tokens more would take over half of the memory for prefixes "
+                f"({self.runners.prefixes.budget_bytes:,} bytes); unpin another prompt, or raise prefix_bytes"
+            )
+
+    def unpin(self, prompt: SoftPrompt) -> None:
+        """They may be given up again. One that is not pinned is let be."""
+        self.runners.unpin(prompt)
+
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One forward, and what came of it."""
@@ -139,6 +156,7 @@ class Engine:
             choosing=self._chooser.new_row(sampling, request.ids, choice),
             text=AnswerText(self.base, request.ids, sampling.stop, sampling.min_new_tokens),
             ids=list(request.ids),
+            text_log_probs=new_report(request) if choice == 0 else None,
         )
         if runner is self.runners.held:
             row.keys = shared_beginnings(request.prompt, request.ids, request.num_choices > 1)
@@ -147,7 +165,8 @@ class Engine:
     def _run(self, plan: Plan) -> list[Event]:
         """The step's forward, and one token for every row that was run to its end."""
         try:
-            hidden = self.runners.run(plan)
+            hidden, telling = self.runners.run(plan)
+            unsound = report_texts(self.base, self.forward, telling) if telling else []
             rows = [row for row, _ in plan if row.remaining == 0]
             is_at_end = torch.tensor([row.remaining == 0 for row, _ in plan], device=hidden.device)
             chosen = self._choose(hidden[is_at_end], rows) if rows else []
@@ -158,7 +177,7 @@ class Engine:
         for row, count in plan:
             self.scheduler.waiting.charge(row, count, row.remaining == 0)
             self.counts.num_read_tokens += count
-        return self._take(rows, chosen)
+        return self._fail_unsound(unsound) + self._take(rows, chosen)
 
     def _choose(self, hidden: Tensor, rows: list[Row]) -> list[Chosen | None]:
         wanted = [row.request.num_log_probs for row in rows]
@@ -170,12 +189,13 @@ class Engine:
             if row.owner.id not in self._alive:
                 continue  # it failed together with another choice of its request
             if choice is None:
-                why = f"base {self.base.name!r} computes NaN in {self.base.dtype}; load it in float32 or bfloat16"
-                events += self._fail({row.owner}, why)
+                events += self._fail_unsound([row])
                 continue
             self.counts.num_new_tokens += 1
-            tokens = take_token(self.base, row, choice)
-            events += [tokens] if tokens is not None else []
+            if row.text_log_probs is not None:
+                events.append(TextRead(row.owner.id, tuple(row.text_log_probs)))
+                row.text_log_probs = None
+            events.append(take_token(self.base, row, choice))
             if row.answer is not None:
                 self.scheduler.leave(row)
                 events += self._finish(row.owner)
@@ -190,6 +210,10 @@ class Engine:
         self._forget(admitted)
         self.counts.num_finished += 1
         return [end]
+
+    def _fail_unsound(self, rows: Sequence[Row]) -> list[Event]:
+        why = f"base {self.base.name!r} computes NaN in {self.base.dtype}; load it in float32 or bfloat16"
+        return self._fail({row.owner for row in rows}, why)
 
     def _fail(self, owners: Iterable[Admitted], why: str) -> list[Event]:
         events: list[Event] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.engine.memory import KeyValueMemory
 from softprompt.engine.prefixes import Key, Prefix, PrefixCache
-from softprompt.engine.rows import Row
+from softprompt.engine.rows import Ran, Row
 from softprompt.families import Forward, Piece, held_rows, in_order, is_native
 from softprompt.splice import Stretch, splice_stretches
 
@@ -35,7 +35,7 @@ class HeldRunner:
 
     def is_worth_waiting(self, row: Row) -> bool:
         """The longest beginning that somebody computes now, unless a longer one is there already."""
-        for length, key in reversed(row.keys):
+        for length, key in reversed(_useful(row)):
             if key in self.prefixes:
                 return False
             if key in self._promised and length >= _WORTH_WAITING:
@@ -47,9 +47,10 @@ class HeldRunner:
         if place is None:
             return False
         row.place = place
-        row.prefix = self.prefixes.pin([key for _, key in reversed(row.keys)]) if row.keys else None
+        keys = _useful(row)
+        row.prefix = self.prefixes.pin([key for _, key in reversed(keys)]) if keys else None
         if row.prefix is not None:
-            row.computed = min(row.prefix.length, row.length - 1)
+            row.computed = min(row.prefix.length, row.most_taken)
             place.shelf.store.write(place.row, row.prefix.states, row.computed)
             place.length = row.computed
         self._promise(row)
@@ -68,21 +69,25 @@ class HeldRunner:
             self._promised.pop(key, None)
         row.place, row.prefix, row.computed, row.promises = None, None, 0, []
 
-    def run(self, pieces: Sequence[tuple[Row, int]]) -> Tensor:
+    def run(self, pieces: Sequence[tuple[Row, int]]) -> Ran:
         placed = [_piece(row, count) for row, count in pieces]
         order = in_order(placed)
         stretches = [_stretch(*pieces[number]) for number in order]
         held = held_rows([placed[number] for number in order], self.base.device, self._has_light)
         hidden = self.forward.packed_hidden_states(*splice_stretches(self.base, stretches), held)
+        ends = _ends(placed, order)
+        telling = [
+            (row, hidden[int(ends[number]) + 1 - count :][row.telling(count)])
+            for number, (row, count) in enumerate(pieces)
+            if row.is_reporting
+        ]
         for row, count in pieces:
             row.computed += count
             assert row.place is not None
             row.place.length = row.computed
             if row.promises:
                 self._keep_promises(row)
-        ends = torch.empty(len(pieces), dtype=torch.long)
-        ends[torch.tensor(order)] = torch.tensor([placed[number].num_tokens for number in order]).cumsum(0) - 1
-        return hidden[ends.to(hidden.device)]
+        return Ran(hidden[ends.to(hidden.device)], telling)
 
     def _promise(self, row: Row) -> None:
         """What the row will leave to others: its soft prompt, and the longest beginning that was asked for before."""
@@ -105,6 +110,18 @@ class HeldRunner:
             self.prefixes.put(key, Prefix(states, length))
             self._promised.pop(key, None)
             row.promises.remove((length, key))
+
+
+def _useful(row: Row) -> list[tuple[int, Key]]:
+    """Beginnings that may spare it work: one that reports on its text runs the text itself."""
+    return [pair for pair in row.keys if pair[0] <= row.most_taken + 1] if row.is_reporting else row.keys
+
+
+def _ends(placed: Sequence[Piece], order: Sequence[int]) -> Tensor:
+    """Where each piece ends in a forward that runs them in that order."""
+    ends = torch.empty(len(placed), dtype=torch.long)
+    ends[torch.tensor(order)] = torch.tensor([placed[number].num_tokens for number in order]).cumsum(0) - 1
+    return ends
 
 
 def _stretch(row: Row, count: int) -> Stretch:

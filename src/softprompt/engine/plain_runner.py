@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base import Base
-from softprompt.engine.rows import Row
+from softprompt.engine.rows import Ran, Row
 from softprompt.families import Forward, new_cache
 from softprompt.splice import Stretch, splice_stretches
 
@@ -44,13 +44,22 @@ class PlainRunner:
         self.num_positions -= row.longest
         row.cache, row.computed = None, 0
 
-    def run(self, pieces: Sequence[tuple[Row, int]]) -> Tensor:
-        return torch.stack([self._run_one(row, count) for row, count in pieces])
+    def run(self, pieces: Sequence[tuple[Row, int]]) -> Ran:
+        last: list[Tensor] = []
+        telling: list[tuple[Row, Tensor]] = []
+        for row, count in pieces:
+            which = row.telling(count) if row.is_reporting else None
+            hidden = self._run_one(row, count)
+            last.append(hidden[-1])
+            if which is not None:
+                telling.append((row, hidden[which]))
+        return Ran(torch.stack(last), telling)
 
     def _run_one(self, row: Row, count: int) -> Tensor:
+        """Hidden states [count, D]."""
         prompt = row.request.prompt
         stretch = Stretch(None if prompt is None else prompt.tensor, row.ids, row.computed, count)
         embeds_SH, positions_S = splice_stretches(self.base, [stretch])
         row.computed += count
         mask = torch.ones(1, row.computed, dtype=torch.long, device=embeds_SH.device)
-        return self.forward.hidden_states(embeds_SH[None], mask, positions_S[None], row.cache)[0, -1]
+        return self.forward.hidden_states(embeds_SH[None], mask, positions_S[None], row.cache)[0]

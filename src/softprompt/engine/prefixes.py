@@ -1,7 +1,7 @@
 """Keys and values of soft prompts, and of texts that several requests begin with: computed once, kept within a budget.
 
 Entries go by what was run: the soft prompt's content and the token ids behind it. The least recently used go first; an
-entry that a running row came from stays.
+entry that a running row came from stays, and so does what is kept on purpose.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from softprompt.families import KeysValues
 from softprompt.prompt import SoftPrompt
 
 BLOCK = 16  # tokens of a text that are shared or not
+_KEPT_SHARE = 0.5  # of the budget, at most, for what is kept on purpose
 _MOST_SEEN = 100_000  # beginnings of texts that are remembered without their keys and values
 
 Key = bytes
@@ -47,6 +48,7 @@ class PrefixCache:
         self.num_misses = 0
         self._entries: OrderedDict[Key, Prefix] = OrderedDict()
         self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._kept: dict[Key, int] = {}  # bytes of what never goes, here or still to come
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -78,6 +80,18 @@ class PrefixCache:
         self._entries[key] = prefix
         self.num_bytes += prefix.num_bytes
 
+    def keep(self, key: Key, num_bytes: int) -> bool:
+        """Whether an entry of so many bytes never goes once it has come: all of these have half of the budget."""
+        others = sum(self._kept.values()) - self._kept.get(key, 0)
+        if others + num_bytes > self.budget_bytes * _KEPT_SHARE:
+            return False
+        self._kept[key] = num_bytes
+        return True
+
+    def let_go(self, key: Key) -> None:
+        """It may go again. One that was not kept is let be."""
+        self._kept.pop(key, None)
+
     def was_seen(self, key: Key) -> bool:
         """Whether somebody asked this before; from now on somebody has."""
         found = key in self._seen
@@ -92,6 +106,7 @@ class PrefixCache:
         assert self.num_bytes == sum(entry.num_bytes for entry in self._entries.values())
         assert all(entry.pins >= 0 for entry in self._entries.values())
         assert self.num_bytes <= self.budget_bytes
+        assert sum(self._kept.values()) <= self.budget_bytes * _KEPT_SHARE
 
     @property
     def num_pins(self) -> int:
@@ -113,7 +128,7 @@ class PrefixCache:
         for key, entry in self._entries.items():
             if num_bytes <= 0:
                 break
-            if not entry.pins:
+            if not entry.pins and key not in self._kept:
                 found.append(key)
                 num_bytes -= entry.num_bytes
         return found

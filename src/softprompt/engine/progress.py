@@ -8,8 +8,10 @@ from softprompt.engine.requests import Answer, FinishReason, TokenLogProb, Token
 from softprompt.engine.rows import Row
 
 
-def take_token(base: Base, row: Row, chosen: Chosen) -> Tokens | None:
+def take_token(base: Base, row: Row, chosen: Chosen) -> Tokens:
     """Grow the row by a token, or end it; what there is to tell of it."""
+    if row.request.is_text_only:
+        return _end(row, "length", (), "", None)
     if _is_stop(base, row, chosen.id):
         row.choosing.take(chosen.id)
         return _end(row, "stop", (), row.text.finish(), chosen.id)
@@ -32,14 +34,12 @@ def _is_stop(base: Base, row: Row, token: int) -> bool:
     return token in sampling.stop_ids or (token in base.stop_ids and not sampling.ignore_eos)
 
 
-def _end(
-    row: Row, reason: FinishReason, ids: tuple[int, ...], piece: str, stopped_by: str | int | None
-) -> Tokens | None:
+def _end(row: Row, reason: FinishReason, ids: tuple[int, ...], piece: str, stopped_by: str | int | None) -> Tokens:
     log_probs = tuple(token.log_prob for token in row.log_probs)
     row.answer = Answer(tuple(row.new_ids), row.text.text, reason, log_probs, stopped_by)
-    return _tokens(row, ids, piece) if ids or piece else None
+    return _tokens(row, ids, piece)
 
 
 def _tokens(row: Row, ids: tuple[int, ...], piece: str) -> Tokens:
     log_probs = (row.log_probs[-1],) if ids and row.log_probs else ()
-    return Tokens(row.owner.id, row.choice, ids, piece, log_probs)
+    return Tokens(row.owner.id, row.choice, ids, piece, log_probs, row.answer)

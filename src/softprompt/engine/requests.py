@@ -21,6 +21,8 @@ class Request:
     sampling: SamplingConfig | None = None  # None: what `generate` is given, or SamplingConfig's defaults
     num_choices: int = 1  # answers wanted; number i draws with seed + i
     num_log_probs: int | None = None  # alternatives reported beside each token's log-probability; None: no report
+    num_text_log_probs: int | None = None  # the same for the text's own tokens: one `TextRead` tells them
+    is_text_only: bool = False  # its text is read and nothing answered: for `num_text_log_probs`
     client: str | None = None  # whose it is: clients take turns
     priority: int = 0  # lower is served first
     timeout_s: float | None = None  # aborted when this many seconds have passed since it was added
@@ -55,6 +57,15 @@ class Tokens:
     ids: tuple[int, ...]
     text: str
     log_probs: tuple[TokenLogProb, ...] = ()
+    end: Answer | None = None  # the whole answer, where the choice ends with these
+
+
+@dataclass(frozen=True)
+class TextRead:
+    """The text has been read whose log-probabilities were asked for. It comes once, before the request's tokens."""
+
+    request: int
+    log_probs: tuple[TokenLogProb | None, ...]  # one per id; None for a first one that nothing stands before
 
 
 @dataclass(frozen=True)
@@ -84,4 +95,4 @@ class Failed:
 
 
 Terminal = Finished | Aborted | Failed
-Event = Tokens | Terminal
+Event = Tokens | TextRead | Terminal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import Cache
@@ -33,6 +33,7 @@ class Row:
     prefix: Prefix | None = None  # pinned: what it came from
     promises: list[tuple[int, Key]] = field(default_factory=list)  # beginnings that it will leave to others
     log_probs: list[TokenLogProb] = field(default_factory=list)
+    text_log_probs: list[TokenLogProb | None] | None = None  # of the text so far, until told; None: not asked for
     answer: Answer | None = None  # when it has ended
 
     @property
@@ -68,6 +69,32 @@ class Row:
         """Only its newest token is left to run."""
         return self.remaining == 1 and len(self.ids) > len(self.request.ids)
 
+    @property
+    def is_reporting(self) -> bool:
+        """Whether log-probabilities of its text are still to be found."""
+        return self.text_log_probs is not None and len(self.text_log_probs) < len(self.request.ids)
+
+    @property
+    def is_behind_report(self) -> bool:
+        """Whether another choice's row has yet to report on their text."""
+        return self.choice > 0 and self.owner.rows[0].text_log_probs is not None
+
+    @property
+    def most_taken(self) -> int:
+        """Positions that it may take from others; it runs those that tell of a token itself."""
+        return self._first_telling if self.is_reporting else self.length - 1
+
+    def telling(self, count: int) -> slice:
+        """Which of the next `count` positions tell of the text's next tokens, where it is reporting."""
+        behind_text = self.num_virtual + len(self.request.ids) - 1
+        return slice(self._first_telling - self.computed, max(0, min(count, behind_text - self.computed)))
+
+    @property
+    def _first_telling(self) -> int:
+        """The position before the first token of the text that was not reported on."""
+        assert self.text_log_probs is not None
+        return self.num_virtual + len(self.text_log_probs) - 1
+
 
 @dataclass(eq=False)
 class Admitted:
@@ -81,6 +108,13 @@ class Admitted:
     @property
     def is_answered(self) -> bool:
         return all(row.answer is not None for row in self.rows)
+
+
+class Ran(NamedTuple):
+    """Hidden states that a step gave."""
+
+    last: Tensor  # [pieces, D]: of the last position of each
+    telling: list[tuple[Row, Tensor]]  # [N, D]: of what `Row.telling` names, for rows that report on their texts
 
 
 class Runner(Protocol):
@@ -108,6 +142,6 @@ class Runner(Protocol):
         """Give back all that `start` gave."""
         ...
 
-    def run(self, pieces: Sequence[tuple[Row, int]]) -> Tensor:
-        """Run so many positions of each row; the last hidden state of each, [pieces, D]."""
+    def run(self, pieces: Sequence[tuple[Row, int]]) -> Ran:
+        """Run so many positions of each row."""
         ...

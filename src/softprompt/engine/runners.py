@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from softprompt.base import Base, free_bytes
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine.held_runner import HeldRunner
 from softprompt.engine.memory import KeyValueMemory
 from softprompt.engine.plain_runner import PlainRunner
-from softprompt.engine.prefixes import PrefixCache
+from softprompt.engine.prefixes import Key, PrefixCache, shared_beginnings
 from softprompt.engine.requests import Request
-from softprompt.engine.rows import Row, Runner
+from softprompt.engine.rows import Ran, Row, Runner
 from softprompt.engine.self_test import why_not_held
 from softprompt.families import Forward, new_cache
+from softprompt.prompt import SoftPrompt
 from softprompt.splice import Stretch, splice_stretches
 
 _LOG = logging.getLogger(__name__)
@@ -54,15 +54,25 @@ class Runners:
         longest = num_virtual + len(request.ids) + sampling.max_new_tokens
         return self.held if self.is_held and longest <= self.held_up_to else self.plain
 
-    def run(self, plan: Sequence[tuple[Row, int]]) -> Tensor:
-        """The last hidden state of each row of a step, [rows, D]."""
+    def run(self, plan: Sequence[tuple[Row, int]]) -> Ran:
+        """What a step's rows give, in their order."""
         parts = {
             runner: [number for number, (row, _) in enumerate(plan) if row.runner is runner]
             for runner in (self.held, self.plain)
         }
-        hidden = [runner.run([plan[number] for number in own]) for runner, own in parts.items() if own]
+        ran = [runner.run([plan[number] for number in own]) for runner, own in parts.items() if own]
         order = torch.tensor([number for own in parts.values() for number in own])
-        return torch.cat(hidden)[order.argsort().to(hidden[0].device)]
+        last = torch.cat([part.last for part in ran])
+        return Ran(last[order.argsort().to(last.device)], [pair for part in ran for pair in part.telling])
+
+    def pin(self, prompt: SoftPrompt) -> bool:
+        """Whether the prompt's keys and values stay from when they come; where rows run alone none are held."""
+        num_bytes = prompt.num_virtual_tokens * self.memory.bytes_per_position
+        return not self.is_held or self.prefixes.keep(_key(prompt), num_bytes)
+
+    def unpin(self, prompt: SoftPrompt) -> None:
+        """They may go again."""
+        self.prefixes.let_go(_key(prompt))
 
     def check_integrity(self, running: Sequence[Row]) -> None:
         """Memory and pins are what the running rows hold. Raises AssertionError."""
@@ -72,6 +82,12 @@ class Runners:
         assert {id(place) for place in places} == {id(row.place) for row in running if row.place is not None}
         assert all(row.place is None or row.place.length == row.computed for row in running)
         assert self.prefixes.num_pins == sum(row.prefix is not None for row in running)
+
+
+def _key(prompt: SoftPrompt) -> Key:
+    """What the beginning of a row goes by that has nothing but the soft prompt in it."""
+    (_, key), *_ = shared_beginnings(prompt, (0,))
+    return key
 
 
 def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bool) -> Runners:

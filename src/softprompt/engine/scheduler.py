@@ -66,7 +66,7 @@ class Scheduler:
         later: list[Row] = []
         while budget > 0 and len(self.waiting) and len(self.running) < self.max_rows:
             row = self.waiting.pop()
-            if row.runner.is_worth_waiting(row):
+            if row.is_behind_report or row.runner.is_worth_waiting(row):
                 later.append(row)
                 continue
             if not row.runner.start(row):

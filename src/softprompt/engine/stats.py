@@ -23,6 +23,7 @@ class EngineStats:
     num_waiting: int
     kv_bytes: int  # keys and values of rows: what the stores take
     kv_bytes_in_use: int
+    kv_bytes_limit: int  # what they may take
     prefix_bytes: int  # keys and values of beginnings
     num_prefixes: int
     num_prefix_hits: int
@@ -48,6 +49,7 @@ class Counts:
             num_waiting=len(scheduler.waiting),
             kv_bytes=runners.memory.num_bytes,
             kv_bytes_in_use=runners.memory.num_bytes_in_use,
+            kv_bytes_limit=runners.memory.budget_positions * runners.memory.bytes_per_position,
             prefix_bytes=runners.prefixes.num_bytes,
             num_prefixes=len(runners.prefixes),
             num_prefix_hits=runners.prefixes.num_hits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +32,17 @@ class ApiError(Exception):
     @classmethod
     def of(cls, error: errors.SoftpromptError) -> ApiError:
         """What an error of ours means to a client."""
+        if any(isinstance(each, OSError) and each.errno in _NO_SPACE for each in (error, error.__cause__)):
+            return cls(507, "the server has no space left; nothing was kept", "no_space")
+        if isinstance(error, errors.DatabaseError):  # where it is, and why it fails, is the operator's business
+            return cls(503, "the server's database does not answer; try again", "database_unavailable", None, 1.0)
         for kind, status, code in _STATUSES:
             if isinstance(error, kind):
                 return cls(status, str(error), code, retry_after_s=1.0 if status == 503 else None)
         return cls(500, "the server has failed; its log says why")
 
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
@@ -12,25 +15,82 @@ from softprompt.base import Base
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.engine import AsyncEngine, Engine
 from softprompt.server.app import create_app
+from softprompt.server.clients.guard import guard, keys_and_limits
+from softprompt.server.clients.listening import check_listening
+from softprompt.server.inference.routes import router as inference_router
+from softprompt.server.inference.token_text import TokenTexts
+from softprompt.server.jobs.files import Files
+from softprompt.server.jobs.files_routes import router as files_router
+from softprompt.server.jobs.jobs import Jobs
+from softprompt.server.jobs.routes import router as jobs_router
+from softprompt.server.prompts.arrivals import Hub
 from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.prompts.library import WatchedLibrary
+from softprompt.server.prompts.pins import Pins
+from softprompt.server.prompts.routes import router as prompts_router
+from softprompt.server.prompts.serving import serving_prompts
+from softprompt.server.prompts.shelf import Shelf
+from softprompt.server.running.figures import Figures
+from softprompt.server.running.lifecycle import Lifecycle
+from softprompt.server.running.metrics import Metrics
+from softprompt.server.running.observing import observe
+from softprompt.server.running.routes import router as running_router
+from softprompt.server.running.tracing import Tracing
 from softprompt.server.state.database import Database
+from softprompt.server.state.holding import held
+from softprompt.turns import Turns
 
-ROUTERS: tuple[APIRouter, ...] = ()
+MOST_WAITING = 2_048  # answers, where nobody says otherwise: more are told to come back later
+ROUTERS: tuple[APIRouter, ...] = (running_router, files_router, jobs_router, prompts_router, inference_router)
 
 
-def serving_app(base: Base, config: ServerConfig, engine_config: EngineConfig | None = None) -> FastAPI:
-    """The app that serves a base. Its lifespan runs the engine."""
-    engine = AsyncEngine(Engine(base, engine_config))
-    database = Database(config.database) if config.database else Database.in_folder(Path(config.state))
-    catalogue = Catalogue(config.base_name or base.name)
+def serving_app(
+    base: Base, config: ServerConfig, engine_config: EngineConfig | None = None, *, offline: bool = False
+) -> FastAPI:
+    """The app that serves a base. Its lifespan runs the engine. `offline`: prompts are never asked of the Hub."""
+    turns = Turns(config.training_share, _seconds(config.training_latency_ms))
+    engine = AsyncEngine(Engine(base, _with_bounded_queue(engine_config)), turns)
+    database = Database.of(config)
+    check_listening(config, database)
+    catalogue = Catalogue(config.base_name or base.name, Shelf(Path(config.state), database, base))
+    library = WatchedLibrary(None if config.library is None else Path(config.library), base, catalogue)
+    pins = Pins(engine, catalogue)
+    files = Files(database, Path(config.state) / "files", config.max_upload_bytes)
+    metrics = Metrics()
+    jobs = Jobs(base, config, database, catalogue, files, turns, metrics.trained)
+    tracing = Tracing(config.traces)
+    figures = Figures(engine, database, lambda: Counter(model.source for model in catalogue.everything()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        try:
-            yield
-        finally:
-            await engine.close()
-            database.close()
+        with held(Path(config.state), database):
+            files.clean()
+            engine.start()
+            try:
+                async with serving_prompts(catalogue, library, pins):
+                    jobs.start()
+                    yield
+            finally:
+                await asyncio.to_thread(jobs.stop, config.drain_s)
+                await engine.close()
+                await tracing.close()
+                database.close()
 
-    return create_app((base, config, engine, database, catalogue), ROUTERS, lifespan)
+    parts = (
+        base, config, TokenTexts(base), turns, engine, database, catalogue, library, pins,
+        Hub(base, offline=offline), files, jobs, figures, tracing, metrics, Lifecycle(),
+        *keys_and_limits(config, database),
+    )  # fmt: skip
+    app = create_app(parts, ROUTERS, lifespan)
+    guard(app)
+    observe(app)  # the outermost layer, so it comes last
+    return app
+
+
+def _with_bounded_queue(config: EngineConfig | None) -> EngineConfig:
+    wanted = config or EngineConfig()
+    return wanted if wanted.max_waiting is not None else replace(wanted, max_waiting=MOST_WAITING)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000

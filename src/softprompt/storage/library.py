@@ -64,8 +64,13 @@ class Library:
         """
         check_name(name)
         path = self.folder / name
-        if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
-            raise StorageError(f"{path} is a link to {path.resolve()}, outside of the library; import that folder")
+        if path.is_symlink():
+            try:
+                meant = path.resolve()
+            except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
+                raise StorageError(f"{path} is a link that leads nowhere: {error}; remove it") from error
+            if not meant.is_relative_to(self.folder.resolve()):
+                raise StorageError(f"{path} is a link to {meant}, outside of the library; import that folder")
         return path
 
     def path(self, name: str) -> Path:

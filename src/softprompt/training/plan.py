@@ -15,6 +15,7 @@ from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
 from softprompt.data.batches import plan_epoch
 from softprompt.families import Forward
 from softprompt.splice import can_share_prefix
+from softprompt.turns import breathe
 from softprompt.types import ExampleSet
 
 _VERSIONS_OF = ("softprompt", "torch", "transformers")
@@ -85,6 +86,7 @@ def _learning_rate(base: Base, config: TrainConfig) -> float:
 
 
 def _epoch(lengths: Sequence[int], config: TrainConfig, epoch: int) -> tuple[tuple[int, ...], ...]:
+    breathe()
     steps = plan_epoch(
         lengths, batch_rows=config.batch_rows, batch_tokens=config.batch_tokens, seed=config.seed, epoch=epoch
     )

@@ -16,6 +16,7 @@ from softprompt.training.events import Checkpoint
 from softprompt.training.parameters import make_parameters
 from softprompt.training.plan import Plan
 from softprompt.training.state import within
+from softprompt.turns import breathe
 from softprompt.types import Example, PromptRecord
 
 Score = Callable[[SoftPrompt], float]
@@ -212,6 +213,7 @@ def _schedule_details(schedule: str, num_steps: int) -> dict[str, Any]:
 
 def training_row(example: Example, eos_weight: float) -> Row:
     """The example's row under prompt 0, its EOS weighing as much as `eos_weight` text tokens."""
+    breathe()
     weights = [
         eos_weight if is_eos else float(counted)
         for counted, is_eos in zip(example.target_mask, example.eos_mask, strict=True)

@@ -23,14 +23,14 @@ from softprompt.base import Base
 from softprompt.config import SamplingConfig
 from softprompt.engine.choosing.drawing import Ids, draw_from_all, draw_from_kept, uniform
 from softprompt.engine.choosing.guides import Guides
-from softprompt.engine.choosing.peaks import BLOCK, best_first, first_peak
+from softprompt.engine.choosing.peaks import BLOCK, first_peak
 from softprompt.engine.choosing.penalties import Touched, penalise
+from softprompt.engine.choosing.reporting import Alternatives, report
 from softprompt.engine.choosing.rows import ChoosingRow, ending_ids
 from softprompt.engine.choosing.warping import Doubles, filters_of, has_top_k, masses
 from softprompt.errors import ConfigError
 
 Way = Literal["greedy", "all", "filtered", "nucleus"]
-Alternatives = tuple[tuple[int, float], ...]
 
 _SLAB = {"cpu": 2**20}  # scores that are worked on at a time: what stays in a processor's cache
 _LARGEST_SLAB = 2**24
@@ -165,8 +165,6 @@ def _reports(
 ) -> Iterator[tuple[int, tuple[float, Alternatives]]]:
     """(row, its token's log-probability and alternatives) of the rows that want them."""
     for slab in _slabs(asked, logits_BV):
-        log_probs_NV = torch.log_softmax(logits_BV[slab].float(), dim=-1)
-        chosen = torch.tensor([ids[position] for position in slab], device=logits_BV.device)
-        values = log_probs_NV.gather(1, chosen[:, None])[:, 0].tolist()
-        alternatives = best_first(log_probs_NV, [num_log_probs[position] or 0 for position in slab])
-        yield from zip(slab, zip(values, alternatives, strict=True), strict=True)
+        chosen = [token for token in (ids[position] for position in slab) if token is not None]
+        yield from zip(slab, report(logits_BV[slab], chosen, [num_log_probs[position] or 0 for position in slab]),
+                       strict=True)  # fmt: skip

@@ -7,6 +7,7 @@ schema may free it: `"x-guidance": {"whitespace_flexible": true}`.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # As json.dumps writes it: a model that may put spaces wherever JSON allows them may put nothing else.
 _WRITTEN: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _JSON_BYTES = frozenset(b'{}[]":,+-.0123456789eEtrufalsn')
+_KEPT = 16  # grammars
 _LONGEST_REASON = 200  # characters of llguidance's message that are passed on
 
 
@@ -69,6 +71,7 @@ class Guides:
         self._base = base
         self._tokenizer: LLTokenizer | None = None
         self._spelt: frozenset[int] = frozenset()  # bytes that some token is
+        self._compiled: OrderedDict[tuple[tuple[str, ...], str | None], LLMatcher] = OrderedDict()  # latest last
 
     def guide_of(self, sampling: SamplingConfig, ending_ids: Sequence[int]) -> Guide | None:
         """A fresh guide, or None where the settings ask for none.
@@ -79,8 +82,12 @@ class Guides:
         if not sampling.choice and sampling.json_schema is None:
             return None
         tokenizer = self._read_tokenizer()
-        matcher = self._matcher(tokenizer, sampling)
-        return Guide(matcher, tokenizer.vocab_size, ending_ids, (tokenizer.eos_token, *self._base.stop_ids))
+        key = (sampling.choice, sampling.json_schema)
+        matcher = self._compiled.pop(key, None) or self._matcher(tokenizer, sampling)
+        self._compiled[key] = matcher  # compiling may take a second, copying takes none
+        if len(self._compiled) > _KEPT:
+            self._compiled.popitem(last=False)
+        return Guide(matcher.deep_copy(), tokenizer.vocab_size, ending_ids, (tokenizer.eos_token, *self._base.stop_ids))
 
     def _matcher(self, tokenizer: LLTokenizer, sampling: SamplingConfig) -> LLMatcher:
         from llguidance import LLMatcher

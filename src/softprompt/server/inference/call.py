@@ -1,0 +1,53 @@
+"""One HTTP call that asks for answers: who asks, of which model, and what became of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from softprompt.engine import Finished, Request, TextRead, Tokens
+from softprompt.server.clients.client import Client
+from softprompt.server.prompts.catalogue import Model
+
+Endpoint = Literal["completions", "chat"]
+Outcome = Literal["answered", "refused", "failed", "left"]  # left: the client hung up, or the server was stopped
+What = Tokens | TextRead | Finished
+Told = tuple[int, What]  # which of the call's requests, and what came of it
+
+
+@dataclass(kw_only=True)
+class Call:
+    """Its requests run at once in the engine. Counts grow as answers come."""
+
+    endpoint: Endpoint
+    client: Client
+    model: Model
+    requests: tuple[Request, ...]
+    began: float = field(default_factory=time.perf_counter)  # seconds, of that clock
+    first_token: float | None = None  # the same clock
+    num_new_tokens: int = 0
+    outcome: Outcome | None = None  # None while it runs
+
+    @property
+    def num_choices(self) -> int:
+        """Answers per request."""
+        return self.requests[0].num_choices
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all its texts, virtual ones apart."""
+        return sum(len(request.ids) for request in self.requests)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Of all its texts' soft prompts."""
+        prompt = self.model.prompt
+        return 0 if prompt is None else prompt.num_virtual_tokens * len(self.requests)
+
+    def take(self, event: What) -> None:
+        """Count what came."""
+        if isinstance(event, Tokens) and event.ids:
+            self.num_new_tokens += len(event.ids)
+            if self.first_token is None:
+                self.first_token = time.perf_counter()

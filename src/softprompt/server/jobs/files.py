@@ -1,0 +1,204 @@
+"""Uploaded files: their bytes in a folder, what is known of them in the database. Each belongs to one client.
+
+A file is there when its row is: it is renamed to its place whole, and the row is written after. It is gone when its
+place is empty: that is emptied first, and the row follows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+from sqlalchemy import and_, delete, or_, select
+from sqlalchemy.orm import Session
+
+from softprompt.errors import StorageError
+from softprompt.server.clients.client import Client
+from softprompt.server.errors import ApiError
+from softprompt.server.jobs.files_form import Form
+from softprompt.server.jobs.files_rows import check_rows
+from softprompt.server.state.database import Database
+from softprompt.server.state.schema import FileRow, JobRow
+
+PURPOSE = "fine-tune"
+_ID = re.compile(r"file-[0-9a-f]{32}")
+_STORED = re.compile(rf"({_ID.pattern})\.jsonl")
+_DELETED = re.compile(rf"\.({_ID.pattern})\.deleted")
+_PARTIAL = re.compile(rf"\.{_ID.pattern}(\.jsonl\.[0-9a-f]+)?\.partial")  # an upload; a result that was being written
+_LONGEST_NAME = 255  # characters of a file's name that are kept
+_ENDED = ("succeeded", "failed", "cancelled")  # a job that needs its files no more
+_NUM_NAMED = 5  # files that a line of the log names
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file that was taken whole, and whose rows were checked."""
+
+    id: str
+    owner: str
+    filename: str  # as the client called it, shortened; never a path of ours
+    purpose: str
+    num_bytes: int
+    num_rows: int
+    form: str  # plain, template (prompt and completion) or chat
+    created: float  # seconds since 1970
+    path: Path
+
+
+class Files:
+    """The files of all clients; each sees its own. Any thread may use it."""
+
+    def __init__(self, database: Database, folder: Path, max_bytes: int) -> None:
+        """`folder` is made where it is missing. Raises StorageError where it cannot be."""
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.changes = threading.RLock()  # hold it to look a file up and to write a row that needs it, in one
+        self.checks = anyio.CapacityLimiter(1)  # uploads that are checked at once: answers need the processor more
+        self._database = database
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make {folder}: {error.strerror or error}; choose another place") from error
+
+    def get(self, file_id: str, client: Client) -> StoredFile:
+        """A client's file. Raises ApiError 404 for one that is not there or is another's, in the same words."""
+        with self._database.session() as session:
+            return self._stored(self._row(session, file_id, client))
+
+    def list(
+        self, client: Client, *, purpose: str | None = None, after: str | None = None, limit: int, newest_first: bool
+    ) -> tuple[list[StoredFile], bool]:
+        """A client's files behind `after`, `limit` at most, and whether there are more. Raises ApiError 404."""
+        time_, id_ = FileRow.created, FileRow.id
+        query = select(FileRow).where(FileRow.owner == client.id).limit(limit + 1)
+        query = query.order_by(*((time_.desc(), id_.desc()) if newest_first else (time_, id_)))
+        if purpose is not None:
+            query = query.where(FileRow.purpose == purpose)
+        with self._database.session() as session:
+            if after is not None:
+                last = self._row(session, after, client)
+                later = (time_ < last.created, id_ < last.id) if newest_first else (time_ > last.created, id_ > last.id)
+                query = query.where(or_(later[0], and_(time_ == last.created, later[1])))
+            found = [self._stored(row) for row in session.scalars(query)]
+        return found[:limit], len(found) > limit
+
+    def new_id(self) -> str:
+        """An id that nobody guesses."""
+        return f"file-{secrets.token_hex(16)}"
+
+    def arriving(self, file_id: str) -> Path:
+        """Where an upload's bytes lie until it is whole."""
+        return self.folder / f".{file_id}.partial"
+
+    def add(self, file_id: str, form: Form, client: Client) -> StoredFile:
+        """Take what has arrived: check its rows, put it in its place, and write it down.
+
+        Raises DataError for rows that cannot be used, ApiError for a purpose that is not ours.
+        """
+        purpose = _purpose(form)
+        rows = check_rows(self.arriving(file_id))
+        row = FileRow(id=file_id, owner=client.id, filename=form.filename[:_LONGEST_NAME] or "file", purpose=purpose,
+                      num_bytes=form.num_bytes, sha256=form.sha256, num_rows=rows.num_rows, form=rows.form,
+                      created=time.time())  # fmt: skip
+        place = self._place(file_id)
+        os.replace(self.arriving(file_id), place)
+        try:
+            _sync(self.folder)
+            with self._database.session() as session:
+                session.add(row)
+        except BaseException:
+            place.unlink(missing_ok=True)
+            raise
+        return self._stored(row)
+
+    def delete(self, file_id: str, client: Client) -> None:
+        """Raises ApiError 404 as `get` does, 409 while a job needs it."""
+        with self.changes:
+            with self._database.session() as session:
+                self._row(session, file_id, client)
+                job = in_use(session, file_id)
+            if job is not None:
+                raise ApiError(409, f"file {file_id!r} is needed by job {job!r}; cancel that, or wait for its end",
+                               "file_in_use", "file_id")  # fmt: skip
+            self._delete(file_id)
+
+    def clean(self) -> None:
+        """After a start: removes what ended midway, and names in the log what does not belong together."""
+        names = [path.name for path in self.folder.iterdir()]
+        deleted = {match[1] for name in names if (match := _DELETED.fullmatch(name))}
+        stored = {match[1] for name in names if (match := _STORED.fullmatch(name))}
+        with self._database.session() as session:
+            session.execute(delete(FileRow).where(FileRow.id.in_(deleted)))
+        for name in names:
+            if _PARTIAL.fullmatch(name) or _DELETED.fullmatch(name):
+                (self.folder / name).unlink(missing_ok=True)
+        with self._database.session() as session:
+            known = set(session.scalars(select(FileRow.id)))
+        _warn("%d files are not in the database, and are left where they are: %s", stored - known)
+        _warn("%d files of the database are not in the folder; jobs that need them will fail: %s", known - stored)
+
+    def _delete(self, file_id: str) -> None:
+        place, doomed = self._place(file_id), self.folder / f".{file_id}.deleted"
+        if place.exists():
+            os.replace(place, doomed)
+        try:
+            with self._database.session() as session:
+                session.execute(delete(FileRow).where(FileRow.id == file_id))
+        except BaseException:
+            if doomed.exists():
+                os.replace(doomed, place)
+            raise
+        doomed.unlink(missing_ok=True)
+
+    def _row(self, session: Session, file_id: str, client: Client) -> FileRow:
+        row = session.get(FileRow, file_id) if _ID.fullmatch(file_id) else None
+        if row is None or row.owner != client.id:
+            raise ApiError(404, f"there is no file {file_id[:80]!r}", "file_not_found", "file_id")
+        return row
+
+    def _place(self, file_id: str) -> Path:
+        return self.folder / f"{file_id}.jsonl"
+
+    def _stored(self, row: FileRow) -> StoredFile:
+        return StoredFile(id=row.id, owner=row.owner, filename=row.filename, purpose=row.purpose,
+                          num_bytes=row.num_bytes, num_rows=row.num_rows or 0, form=row.form or "",
+                          created=row.created, path=self._place(row.id))  # fmt: skip
+
+
+def in_use(session: Session, file_id: str) -> str | None:
+    """A job that waits, runs or is paused and needs that file."""
+    needs = or_(JobRow.training_file == file_id, JobRow.validation_file == file_id)
+    return session.scalar(select(JobRow.id).where(needs, JobRow.status.not_in(_ENDED)).limit(1))
+
+
+def _purpose(form: Form) -> str:
+    foreign = next((name for name in form.fields if name.startswith("expires_after")), None)
+    if foreign is not None:
+        raise ApiError(400, f"{foreign}: files are kept until they are deleted; leave it out", None, "expires_after")
+    purpose = form.fields.get("purpose")
+    if purpose != PURPOSE:
+        given = "is not given" if purpose is None else f"is {purpose[:80]!r}"
+        raise ApiError(400, f"purpose {given}; it must be {PURPOSE!r}", "invalid_value", "purpose")
+    return purpose
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _warn(message: str, ids: set[str]) -> None:
+    if ids:
+        _log.warning(message, len(ids), ", ".join(sorted(ids)[:_NUM_NAMED]))

@@ -1,0 +1,269 @@
+"""Fine-tuning jobs: asked for by clients, trained one at a time by a thread of their own, beside the engine's.
+
+The queue lives in the database and outlives the process. Clients take turns: next is the oldest job of the client
+whose last turn is longest ago. A status changes in the database first; the running training then hears of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from softprompt.base import Base
+from softprompt.config import ServerConfig, TrainConfig
+from softprompt.prompt import SoftPrompt
+from softprompt.server.clients.client import Client
+from softprompt.server.errors import ApiError
+from softprompt.server.jobs.files import Files, StoredFile
+from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
+from softprompt.server.jobs.run import JobRun, Order, Workplace, forget_state
+from softprompt.server.jobs.settings import check_rows, train_config
+from softprompt.server.jobs.shapes import CreateJob
+from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.state.database import Database
+from softprompt.server.state.schema import JobEventRow, JobRow
+from softprompt.storage import save_prompt
+from softprompt.storage.library import NAME
+from softprompt.turns import Turns
+
+_log = logging.getLogger(__name__)
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a job or an event
+_RETRY_AFTER_S = 60.0
+_LOOK_AGAIN_S = 5.0  # where nothing woke the thread
+
+
+class Jobs:
+    """The jobs of all clients; each sees its own."""
+
+    def __init__(
+        self, base: Base, config: ServerConfig, database: Database, catalogue: Catalogue, files: Files, turns: Turns,
+        count_trained: Callable[[int], None] = lambda num_tokens: None,
+    ) -> None:  # fmt: skip
+        state = Path(config.state)
+        self._at = Workplace(
+            base=base, catalogue=catalogue, files=files, turns=turns, records=JobRecords(database),
+            runs=state / "jobs", starts=state / "starts",
+            count_trained=count_trained,
+        )  # fmt: skip
+        self._max_jobs = config.max_jobs
+        self._records = self._at.records
+        self._gate = threading.Lock()  # of the limits: two requests at once may not both be the last
+        self._woken = threading.Event()
+        self._is_stopping = False
+        self._orders: dict[str, Order] = {}
+        self._current: str | None = None
+        self._thread = threading.Thread(target=self._work, name="softprompt-training", daemon=True)
+
+    def start(self) -> None:
+        """Train what waits. What a killed or stopped server left in the middle goes first."""
+        for left in self._at.starts.glob(".*"):  # half-written
+            shutil.rmtree(left, ignore_errors=True)
+        self._records.recover()
+        self._thread.start()
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """The running job is saved and waits for the next start. Returns when it is, or the time is over."""
+        self._is_stopping = True
+        self._woken.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def counts(self) -> dict[str, int]:
+        """Jobs of all clients by status."""
+        return self._records.counts()
+
+    # What clients ask for
+
+    def create(self, asked: CreateJob, client: Client) -> JobRow:
+        """Take a job into the queue. Raises ApiError for what cannot be trained, and 429 where the client has many."""
+        _check_wishes(asked)
+        model = self._at.catalogue.resolve(asked.model, client)
+        config = train_config(asked, self._at.base, model.prompt)
+        with self._at.files.changes:  # no file goes before the job that needs it is written down
+            self._check_files(asked, config, client)
+            return self._add(self._row(asked, client, model.id, config, model.prompt), client, model.prompt)
+
+    def get(self, job: str, client: Client) -> JobRow:
+        """Raises ApiError 404 for one that is not there or is another's, in the same words."""
+        row = self._records.get(job) if _ID.fullmatch(job) else None
+        if row is None or row.owner != client.id:
+            raise ApiError(404, f"there is no fine-tuning job {job[:80]!r}", "job_not_found", "fine_tuning_job_id")
+        return row
+
+    def page(
+        self, client: Client, after: str | None, limit: int, metadata: Mapping[str, str] | None, has_none: bool = False
+    ) -> tuple[list[JobRow], bool]:
+        """The client's jobs, the latest first, and whether there are more. `has_none`: those without metadata."""
+        behind = None if after is None else self.get(after, client)
+        wanted = None if metadata is None and not has_none else partial(_has_metadata, metadata or {}, has_none)
+        return self._records.page(client.id, behind, limit, wanted)
+
+    def cancel(self, job: str, client: Client) -> JobRow:
+        """End it for good. A prompt's checkpoints stay."""
+        row = self._change(job, client, OPEN, "cancelled", "cancel", finished=time.time())
+        if self._current != row.id:  # a running one puts its things away itself
+            forget_state(self._at, row.id)
+        return row
+
+    def pause(self, job: str, client: Client) -> JobRow:
+        """Keep its state and let other jobs run."""
+        return self._change(job, client, ACTIVE, "paused", "pause")
+
+    def resume(self, job: str, client: Client) -> JobRow:
+        """Let a paused one wait for its turn again; it goes on where it was."""
+        with self._gate:
+            if self.get(job, client).status == "paused":
+                self._check_limit(client)
+            return self._change(job, client, ("paused",), "queued", None)
+
+    def events(self, job: str, client: Client, after: str | None, limit: int) -> tuple[list[JobEventRow], bool]:
+        """The job's events, the latest first, and whether there are more."""
+        row = self.get(job, client)
+        behind = None
+        if after is not None:
+            behind = self._records.event(after) if _ID.fullmatch(after) else None
+            if behind is None or behind.job != row.id:
+                raise ApiError(404, f"job {row.id} has no event {after[:80]!r}", "event_not_found", "after")
+        return self._records.events(row.id, behind, limit)
+
+    def _change(
+        self, job: str, client: Client, before: Collection[str], status: str, order: Order | None, **values: float
+    ) -> JobRow:
+        row = self.get(job, client)
+        if not self._records.move(row.id, before, status, [NewEvent(f"the job is {status}")], **values):
+            now = self.get(job, client).status
+            raise ApiError(
+                400, f"job {row.id} is {now}; only one that is {', '.join(before)} can become {status}",
+                "invalid_status",
+            )  # fmt: skip
+        if order is not None and self._current == row.id:
+            self._orders[row.id] = order
+        self._woken.set()
+        return self.get(job, client)
+
+    def _check_files(self, asked: CreateJob, config: TrainConfig, client: Client) -> None:
+        training = self._file(asked.training_file, client, "training_file")
+        check_rows(config, training.num_rows)
+        validation = None
+        if asked.validation_file is not None:
+            validation = self._file(asked.validation_file, client, "validation_file")
+            _check_forms(training, validation)
+        _check_criterion(config, validation)
+
+    def _file(self, file: str, client: Client, param: str) -> StoredFile:
+        try:
+            found = self._at.files.get(file, client)
+        except ApiError as error:
+            raise replace(error, param=param) from None
+        if found.purpose != "fine-tune":
+            raise ApiError(
+                400, f"file {found.id} has the purpose {found.purpose!r}; upload it with 'fine-tune'",
+                "invalid_file", param,
+            )  # fmt: skip
+        return found
+
+    def _row(
+        self, asked: CreateJob, client: Client, model: str, config: TrainConfig, start: SoftPrompt | None
+    ) -> JobRow:
+        settings = {
+            "train": asdict(config), "metadata": asked.metadata, "has_start": start is not None,
+            "base_fingerprint": self._at.base.fingerprint,
+        }  # fmt: skip
+        return JobRow(
+            id=f"ftjob-{uuid.uuid4().hex[:24]}", owner=client.id, status="queued", model=model,
+            suffix=asked.suffix or None, training_file=asked.training_file, validation_file=asked.validation_file,
+            settings=settings, outcome={}, created=time.time(),
+        )  # fmt: skip
+
+    def _add(self, row: JobRow, client: Client, start: SoftPrompt | None) -> JobRow:
+        with self._gate:
+            self._check_limit(client)
+            if start is not None:  # as it is now, whatever becomes of its name
+                save_prompt(start, self._at.starts / row.id)
+            self._records.add(row, NewEvent(f"the job is queued, to train on {row.training_file}"))
+        self._woken.set()
+        return row
+
+    def _check_limit(self, client: Client) -> None:
+        limit = self._max_jobs if client.limits.max_jobs is None else client.limits.max_jobs
+        count = self._records.count(client.id, ACTIVE)
+        if count >= limit:
+            raise ApiError(
+                429, f"{count} of your fine-tuning jobs wait or run, and {limit} may; try again when one has ended",
+                "max_jobs", retry_after_s=_RETRY_AFTER_S,
+            )  # fmt: skip
+
+    # From here on: in the thread that trains
+
+    def _work(self) -> None:
+        is_sound = True
+        while not self._is_stopping:
+            try:
+                if not is_sound:
+                    self._records.recover()
+                self._work_on_next()
+                is_sound = True
+            except Exception:  # the database, say; the queue goes on when it is back
+                _log.exception("the queue of jobs was interrupted")
+                is_sound = False
+                time.sleep(1.0)
+
+    def _work_on_next(self) -> None:
+        self._woken.clear()
+        row = self._records.next()
+        if row is None:
+            self._woken.wait(_LOOK_AGAIN_S)
+            return
+        self._current = row.id
+        try:
+            if self._records.move(row.id, ("queued",), "validating_files", started=time.time()):
+                JobRun(row, self._at, partial(self._order, row.id)).run()
+        finally:
+            self._current = None
+            self._orders.pop(row.id, None)
+
+    def _order(self, job: str) -> Order | None:
+        return self._orders.get(job) or ("stop" if self._is_stopping else None)
+
+
+def _check_wishes(asked: CreateJob) -> None:
+    if asked.integrations:
+        raise ApiError(
+            400, "integrations are not supported; read the job's events and metrics instead", "unsupported",
+            "integrations",
+        )  # fmt: skip
+    if asked.suffix and not NAME.fullmatch(asked.suffix):
+        raise ApiError(
+            400, f"suffix is {asked.suffix[:80]!r}; it must be 1 to 64 letters, digits, '.', '_' or '-', the first "
+            "one a letter or digit", "invalid_value", "suffix",
+        )  # fmt: skip
+
+
+def _check_forms(training: StoredFile, validation: StoredFile) -> None:
+    if training.form != validation.form:
+        raise ApiError(
+            400, f"the validation file's rows are of the form {validation.form!r} and the training file's of "
+            f"{training.form!r}; give both in one form", "invalid_file", "validation_file",
+        )  # fmt: skip
+
+
+def _check_criterion(config: TrainConfig, validation: StoredFile | None) -> None:
+    if config.best_by != "loss" and validation is None:
+        raise ApiError(
+            400, f"best_by is {config.best_by!r}, but there is no validation_file to choose by; give one",
+            "invalid_value", "hyperparameters.best_by",
+        )  # fmt: skip
+
+
+def _has_metadata(wanted: Mapping[str, str], has_none: bool, row: JobRow) -> bool:
+    known = row.settings.get("metadata") or {}
+    return not known if has_none else all(known.get(key) == value for key, value in wanted.items())

@@ -1,0 +1,139 @@
+"""What a job asks for as a TrainConfig: OpenAI's names and ours, checked before the job is taken."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from softprompt.base import Base
+from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
+from softprompt.errors import ConfigError
+from softprompt.prompt import SoftPrompt
+from softprompt.server.errors import ApiError
+from softprompt.server.jobs.shapes import CreateJob, Json
+
+_OPENAI = {"n_epochs": "epochs", "batch_size": "batch_rows", "learning_rate_multiplier": "relative_learning_rate"}
+_OURS = tuple(item.name for item in fields(TrainConfig))
+_SERVERS = {"micro_batch_rows": "the server fits it to its memory"}  # what a client may not choose
+_LEAST_WIDTH_LIMIT = 1024  # of a residual MLP; wider than four times the base's width it learns nothing more
+MAX_EPOCHS = 1_000
+MAX_ROW_VISITS = 5_000_000  # the order of all epochs is planned ahead, in memory
+_CONFIG = TypeAdapter(TrainConfig)
+
+
+def train_config(asked: CreateJob, base: Base, start: SoftPrompt | None) -> TrainConfig:
+    """The settings that are asked for; "auto" and null are the defaults.
+
+    Raises ApiError 400 for a name that is unknown, a value of the wrong type or out of range, and settings that
+    contradict each other or the prompt to start from.
+    """
+    settings = _settings(asked)
+    config = _checked(settings)
+    _check_limits(config, base)
+    if start is not None:
+        _check_start_stays(settings, start, asked.model)
+    return config
+
+
+def check_rows(config: TrainConfig, num_rows: int) -> None:
+    """Raises ApiError 400 where the passes over so many rows are more than can be planned."""
+    if config.epochs * num_rows > MAX_ROW_VISITS:
+        raise _refusal(
+            "n_epochs",
+            f"{config.epochs:,} epochs of {num_rows:,} rows are more than {MAX_ROW_VISITS:,} rows in all; "
+            "ask for fewer epochs",
+        )
+
+
+def _settings(asked: CreateJob) -> Json:
+    method = asked.method
+    if method is not None and method.type != "supervised":
+        raise ApiError(400, f"method.type is {method.type!r}; it must be 'supervised'", "invalid_value", "method.type")
+    supervised = method.supervised if method is not None else None
+    given = [asked.hyperparameters or {}, (supervised.hyperparameters if supervised else None) or {}]
+    found: Json = {} if asked.seed is None else {"seed": asked.seed}
+    for name, value in (pair for some in given for pair in some.items()):
+        setting, value = _setting(name, value)
+        if value is not None and found.setdefault(setting, value) != value:
+            raise _refusal(name, f"{name} is given twice, as {_short(found[setting])} and {_short(value)}; give one")
+    return found
+
+
+def _setting(name: str, value: Any) -> tuple[str, Any]:  # Any: as JSON gave it
+    """Our name for it and the value; None is the default."""
+    if name in _SERVERS:
+        raise _refusal(name, f"{name} cannot be asked for: {_SERVERS[name]}; leave it out")
+    if name not in _OPENAI and name not in _OURS:
+        close = difflib.get_close_matches(name, [*_OPENAI, *_OURS], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join((*_OPENAI, *_OURS))}"
+        raise _refusal(name, f"there is no hyperparameter {_short(name)}; {hint}")
+    if value is None or value == "auto":
+        return _OPENAI.get(name, name), None
+    return _OPENAI.get(name, name), _rate(value) if name == "learning_rate_multiplier" else value
+
+
+def _rate(multiplier: Any) -> float:  # Any: as above
+    is_number = isinstance(multiplier, (int, float)) and not isinstance(multiplier, bool)
+    if not is_number or not 0 < multiplier < math.inf or multiplier > 1e6:
+        raise _refusal(
+            "learning_rate_multiplier",
+            f"learning_rate_multiplier is {_short(multiplier)}; it must be a number above 0 and at most 1,000,000",
+        )
+    return float(multiplier) * DEFAULT_RELATIVE_LEARNING_RATE
+
+
+def _checked(settings: Mapping[str, Any]) -> TrainConfig:
+    """By way of JSON, whose types are then taken strictly: "6" is no number."""
+    try:
+        return _CONFIG.validate_json(json.dumps(dict(settings)), strict=True)
+    except ValidationError as error:
+        raise _told(error, settings) from None
+
+
+def _told(error: ValidationError, settings: Mapping[str, Any]) -> ApiError:
+    first = error.errors(include_url=False)[0]
+    reason = first.get("ctx", {}).get("error")
+    name = str(first["loc"][0]) if first["loc"] else None
+    if isinstance(reason, ConfigError):
+        return _refusal(name, str(reason))
+    return _refusal(name, f"{name or 'hyperparameters'} is {_short(settings.get(name or ''))}: {first['msg']}")
+
+
+def _check_limits(config: TrainConfig, base: Base) -> None:
+    room = base.max_length - len(base.bos_ids) - 1
+    widest = max(_LEAST_WIDTH_LIMIT, 4 * base.hidden_size)
+    for name, limit in (("virtual_tokens", room), ("bottleneck", widest), ("epochs", MAX_EPOCHS)):
+        value = getattr(config, name)
+        if value > limit:
+            raise _refusal(name, f"{name} is {value:,}; on this server it can be at most {limit:,}")
+
+
+def _check_start_stays(settings: Mapping[str, Any], start: SoftPrompt, name: str) -> None:
+    if {"init", "init_text"} & settings.keys():
+        raise _refusal("init", f"{name!r} is trained further, from what it is; leave init and init_text out")
+    wanted = settings.get("virtual_tokens", start.num_virtual_tokens)
+    if wanted != start.num_virtual_tokens:
+        raise _refusal(
+            "virtual_tokens",
+            f"virtual_tokens is {wanted}, but {name!r} has {start.num_virtual_tokens} and keeps them in further "
+            "training; leave virtual_tokens out",
+        )
+
+
+def _refusal(name: str | None, message: str) -> ApiError:
+    is_known = name in _OPENAI or name in _OURS
+    return ApiError(400, message, "invalid_value", f"hyperparameters.{name}" if is_known else "hyperparameters")
+
+
+def _short(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # a whole number of very many digits
+        return "a number that is too large"
+    return shown if len(shown) <= 60 else shown[:57] + "..."

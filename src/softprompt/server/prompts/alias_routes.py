@@ -1,0 +1,55 @@
+"""/v1/aliases: other names, switched from one moment to the next."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+
+from softprompt.server.clients.asking import TheClient
+from softprompt.server.errors import ApiError
+from softprompt.server.parts import part
+from softprompt.server.prompts.catalogue import Alias, Catalogue
+from softprompt.server.prompts.model import Target
+from softprompt.server.prompts.shapes import AliasIn, AliasList, AliasOut, Deleted, alias_out
+from softprompt.server.refusals import refusals
+from softprompt.storage.library import NAME
+
+router = APIRouter(tags=["aliases"])
+TheCatalogue = Annotated[Catalogue, part(Catalogue)]
+AliasName = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="The other name.", examples=["coach"])]
+
+
+@router.get("/v1/aliases", summary="List aliases")
+async def list_aliases(client: TheClient, catalogue: TheCatalogue) -> AliasList:
+    """Your aliases, and those that everybody may use."""
+    found = sorted(catalogue.aliases(client), key=lambda alias: alias.name)
+    return AliasList(data=[alias_out(each, client.id) for each in found])
+
+
+@router.put("/v1/aliases/{alias}", summary="Set an alias", responses=refusals(403, 404, 408, 409, 413))
+async def set_alias(alias: AliasName, wanted: AliasIn, client: TheClient, catalogue: TheCatalogue) -> AliasOut:
+    """Make a name mean a prompt, or several by share, from the next request on; running requests end as they began.
+
+    With shares each request draws its prompt; one that carries `user` draws the same one each time. Targets are names
+    as you see them, also where another uses a shared alias of yours.
+    """
+    if wanted.shared and not client.is_admin:
+        raise ApiError(403, "only an admin's key may share an alias with everybody", param="shared")
+    made = Alias(name=alias, targets=_targets(wanted), owner=client.id, is_shared=wanted.shared)
+    await asyncio.to_thread(catalogue.put_alias, made)
+    return alias_out(made, client.id)
+
+
+@router.delete("/v1/aliases/{alias}", summary="Delete an alias", responses=refusals(404))
+async def delete_alias(alias: AliasName, client: TheClient, catalogue: TheCatalogue) -> Deleted:
+    """Your alias is none any more; what it pointed to stays."""
+    await asyncio.to_thread(catalogue.remove_alias, alias, client.id)
+    return Deleted(id=alias, object="alias")
+
+
+def _targets(wanted: AliasIn) -> tuple[Target, ...]:
+    if wanted.model is not None:
+        return (Target(wanted.model),)
+    return tuple(Target(each.model, each.share) for each in wanted.targets or ())

@@ -1,0 +1,162 @@
+"""Soft prompts from outside: a folder, the Hub, an upload's bytes. Everything is data, and checked before it is used.
+
+Blocks on the disk and the network.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+from anyio import CapacityLimiter, to_thread
+
+from softprompt.base import Base
+from softprompt.errors import AdapterError, ConfigError, StorageError
+from softprompt.prompt import SoftPrompt
+from softprompt.server.errors import ApiError
+from softprompt.storage import pull_prompt
+from softprompt.storage.adapter import AdapterFiles, check_base, parse_adapter, read_adapter
+from softprompt.storage.files import (
+    CONFIG_NAME,
+    MAX_RECORD_BYTES,
+    MAX_TEXT_BYTES,
+    MAX_WEIGHTS_BYTES,
+    PICKLE_NAME,
+    RECORD_NAME,
+    SAFETENSORS_NAME,
+    dump_object,
+)
+from softprompt.types import FormKind, PromptRecord
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
+_PULLS = 2  # at once
+_DEEPEST_RUN = 32  # levels of lists and objects
+_WIDEST_VALUE = 8  # bytes of one number: nobody needs more than float64
+
+
+def read_folder(folder: Path, base: Base) -> SoftPrompt:
+    """The soft prompt of an adapter folder, which fits the base.
+
+    Raises: AdapterError, WrongBaseError.
+    """
+    return _read(read_adapter(folder), base)
+
+
+def read_upload(files: Mapping[str, bytes], base: Base) -> SoftPrompt:
+    """The soft prompt of an adapter's files by name: the weights and the config, and perhaps our record.
+
+    Raises: AdapterError, WrongBaseError.
+    """
+    for name in (SAFETENSORS_NAME, CONFIG_NAME):
+        if name not in files:
+            raise AdapterError(f"the upload has no {name}; send it beside {', '.join(files) or 'the others'}")
+    _refuse_pickles(files[SAFETENSORS_NAME])
+    adapter = AdapterFiles(
+        where="the upload",
+        weights_name=SAFETENSORS_NAME,
+        weights=files[SAFETENSORS_NAME],
+        config=files[CONFIG_NAME],
+        record=files.get(RECORD_NAME),
+    )
+    return _read(adapter, base)
+
+
+def pull(repository: str, revision: str | None, base: Base, *, offline: bool) -> SoftPrompt:
+    """The soft prompt of a repository on the Hub; `offline` takes what an earlier pull has left on this machine.
+
+    Raises: AdapterError, WrongBaseError; ApiError for what the Hub refuses.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"{repository[:200]!r} is not a repository's name; write it as owner/name")
+    with tempfile.TemporaryDirectory(prefix="softprompt-hub-") as scratch:
+        try:
+            folder = pull_prompt(repository, Path(scratch) / "adapter", revision=revision, offline=offline)
+        except AdapterError:
+            raise
+        except StorageError as error:
+            raise ApiError(400, str(error), "hub_error", "hub") from error
+        files = read_adapter(folder, where=repository)
+    if files.weights_name == PICKLE_NAME:
+        raise AdapterError(f"{repository} holds a pickle ({PICKLE_NAME}); ask its author for {SAFETENSORS_NAME}")
+    return _read(files, base)
+
+
+def upload_limits(base: Base) -> dict[str, int]:
+    """The files that an upload may have, and the bytes that each may have on this base."""
+    longest = base.max_length * base.hidden_size * _WIDEST_VALUE + MAX_TEXT_BYTES
+    return {
+        SAFETENSORS_NAME: min(MAX_WEIGHTS_BYTES, longest),
+        CONFIG_NAME: MAX_TEXT_BYTES,
+        RECORD_NAME: MAX_RECORD_BYTES,
+    }
+
+
+class Hub:
+    """The Hugging Face Hub, asked for few prompts at a time."""
+
+    def __init__(self, base: Base, *, offline: bool = False) -> None:
+        """`offline`: take only what an earlier pull has left on this machine."""
+        self._base = base
+        self._offline = offline
+        self._limit = CapacityLimiter(_PULLS)  # threads of its own: a slow Hub must not hold up everybody's disk
+
+    async def pull(self, repository: str, revision: str | None) -> SoftPrompt:
+        """See `pull`."""
+        work = partial(pull, repository, revision, self._base, offline=self._offline)
+        return await to_thread.run_sync(work, limiter=self._limit)
+
+
+def _read(files: AdapterFiles, base: Base) -> SoftPrompt:
+    prompt = parse_adapter(files)
+    _check_record(prompt.record, files.where)
+    says_no_base = prompt.record.base_fingerprint is None  # PEFT's own: only the width can be compared
+    check_base(prompt, base, force=says_no_base, where=files.where)
+    if prompt.num_virtual_tokens >= base.max_length:
+        raise AdapterError(
+            f"{files.where} has {prompt.num_virtual_tokens} virtual tokens; {base.name!r} has {base.max_length} "
+            "positions in all, so no text fits behind it"
+        )
+    return prompt
+
+
+def _check_record(record: PromptRecord, where: str) -> None:
+    """What others wrote into a record can be used, and written down again."""
+    form = record.form
+    texts = (form.template, form.completion, *form.labels)
+    if form.kind not in get_args(FormKind) or not all(isinstance(text, str | None) for text in texts):
+        raise AdapterError(
+            f"{where}: the record's form is malformed; its kind is one of {', '.join(get_args(FormKind))}"
+        )
+    if _is_deeper(record.run, _DEEPEST_RUN):
+        raise AdapterError(f"{where}: the record's run is nested deeper than {_DEEPEST_RUN}; shorten it")
+    try:
+        dump_object(record.to_json())
+    except UnicodeEncodeError as error:
+        raise AdapterError(f"{where}: the record holds half a character ({error.reason}); write it again") from error
+
+
+def _is_deeper(value: object, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [item for each in level for item in _items(each)]
+    return bool(level)
+
+
+def _items(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _refuse_pickles(weights: bytes) -> None:
+    """What torch.save writes is a zip with a pickle in it; older ones are the pickle itself."""
+    for beginning, kind in ((b"PK", "a zip archive"), (b"\x80", "a pickle"), (b"\x1f\x8b", "a gzip archive")):
+        size = int.from_bytes(weights[:8], "little")  # of the header, were it safetensors
+        if weights.startswith(beginning) and size > len(weights):
+            raise AdapterError(
+                f"{SAFETENSORS_NAME} is {kind}, which may hold code or unfold to any size; send a safetensors file"
+            )

@@ -1,0 +1,221 @@
+"""/v1/prompts: what is served besides the base, loaded, changed and unloaded at run time."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi import Path as InPath
+from pydantic import TypeAdapter
+
+from softprompt.base import Base
+from softprompt.config import ServerConfig
+from softprompt.prompt import SoftPrompt
+from softprompt.server.clients.asking import TheAdmin, TheClient
+from softprompt.server.clients.client import Client
+from softprompt.server.errors import ApiError
+from softprompt.server.parts import part
+from softprompt.server.prompts import alias_routes
+from softprompt.server.prompts.arrivals import Hub, read_folder, read_upload, upload_limits
+from softprompt.server.prompts.catalogue import Catalogue, Model
+from softprompt.server.prompts.library import WatchedLibrary
+from softprompt.server.prompts.model import LIBRARY
+from softprompt.server.prompts.names import unknown
+from softprompt.server.prompts.pins import Pins
+from softprompt.server.prompts.shapes import (
+    Change,
+    Deleted,
+    FromUpload,
+    ProblemOut,
+    PromptIn,
+    PromptList,
+    PromptOut,
+    alias_out,
+    prompt_out,
+)
+from softprompt.server.prompts.upload import checked, is_form, read_form, read_json
+from softprompt.server.refusals import refusals
+from softprompt.storage.library import NAME
+
+router = APIRouter(tags=["prompts"], responses=refusals(400, 401, 429, 503))
+TheCatalogue = Annotated[Catalogue, part(Catalogue)]
+TheLibrary = Annotated[WatchedLibrary, part(WatchedLibrary)]
+ThePins = Annotated[Pins, part(Pins)]
+TheHub = Annotated[Hub, part(Hub)]
+TheBase = Annotated[Base, part(Base)]
+LibraryName = Annotated[
+    str, InPath(pattern=f"^{NAME.pattern}$", description="Its folder's name.", examples=["coach-v3"])
+]
+PromptName = Annotated[str, InPath(description="Its name, `:` included.", examples=["coach-v3"])]
+TheConfig = Annotated[ServerConfig, part(ServerConfig)]
+
+_PROMPT_IN = TypeAdapter(PromptIn)
+_FORM: dict[str, Any] = FromUpload.model_json_schema()
+_FORM["properties"]["files"] = {
+    "type": "array",
+    "items": {"type": "string", "format": "binary"},
+    "description": "adapter_model.safetensors, adapter_config.json and, where there is one, softprompt.json.",
+}
+_FORM["required"] = ["name", "files"]
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": PromptIn.model_json_schema()},
+            "multipart/form-data": {"schema": _FORM},
+        },
+    }
+}
+
+
+@router.get("/v1/prompts", summary="List prompts")
+async def list_prompts(
+    client: TheClient,
+    catalogue: TheCatalogue,
+    library: TheLibrary,
+    after: Annotated[str, Query(max_length=256, description="The last `id` of the page before.")] = "",
+    limit: Annotated[int, Query(ge=1, le=1000, description="Prompts of a page.")] = 100,
+) -> PromptList:
+    """Your prompts and those that everybody may use, by name, with where each comes from."""
+    found = sorted((each for each in catalogue.models(client) if each.prompt and each.id > after), key=_by_name)
+    aliases = catalogue.alias_names(client)
+    problems = {**library.problems, **catalogue.problems} if client.is_admin else None
+    return PromptList(
+        data=[_told(each, client, aliases) for each in found[:limit]],
+        has_more=len(found) > limit,
+        aliases=[alias_out(each, client.id) for each in catalogue.aliases(client)],
+        problems=None if problems is None else [ProblemOut(name=n, problem=p) for n, p in sorted(problems.items())],
+    )
+
+
+@router.get("/v1/prompts/{name:path}", summary="Retrieve a prompt", responses=refusals(404))
+async def retrieve_prompt(name: PromptName, client: TheClient, catalogue: TheCatalogue) -> PromptOut:
+    """One prompt with the whole record of its training."""
+    model = _found(name, client, catalogue)
+    return _told(model, client, catalogue.alias_names(client), with_run=True)
+
+
+@router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=refusals(403, 408, 409, 413))
+async def add_prompt(
+    request: Request, client: TheClient, catalogue: TheCatalogue, pins: ThePins, hub: TheHub, base: TheBase,
+    config: TheConfig,
+) -> PromptOut:  # fmt: skip
+    """Serve an adapter from now on: uploaded files (never a pickle), a repository on the Hub, or, for admins, a folder.
+
+    It must have been made for this base. A name that you use already is refused (409) unless `overwrite` is set; what
+    runs on the prompt before ends on it.
+    """
+    wanted: PromptIn | FromUpload
+    if is_form(request):
+        limits = {name: min(most, config.max_upload_bytes) for name, most in upload_limits(base).items()}
+        form = await read_form(request, limits)
+        wanted = checked(FromUpload, form.fields)
+        _check_wanted(wanted, "upload", client, catalogue)
+        prompt, source = await asyncio.to_thread(read_upload, form.files, base), "upload"
+    else:
+        wanted = await read_json(request, _PROMPT_IN, config.max_body_bytes)
+        source = "hub" if wanted.folder is None else "folder"
+        _check_wanted(wanted, source, client, catalogue)
+        prompt = await _fetched(wanted, hub, base)
+    keep = partial(catalogue.keep, prompt, name=wanted.name, owner=client.id, source=source)
+    model = await asyncio.to_thread(keep, is_shared=wanted.shared, overwrite=wanted.overwrite)
+    await pins.follow()
+    return _told(model, client, catalogue.alias_names(client), with_run=True)
+
+
+@router.post("/v1/prompts/{name}/load", summary="Load a prompt of the library again", responses=refusals(403, 404))
+async def load_prompt(
+    name: LibraryName, client: TheAdmin, catalogue: TheCatalogue, library: TheLibrary, pins: ThePins
+) -> PromptOut:
+    """Serve a prompt of the library that was deleted, or look at its folder now. For admins."""
+    model = await asyncio.to_thread(library.load, name)
+    await pins.follow()
+    return _told(model, client, catalogue.alias_names(client), with_run=True)
+
+
+@router.patch("/v1/prompts/{name:path}", summary="Rename, pin or share a prompt",
+              responses=refusals(403, 404, 408, 409, 413))  # fmt: skip
+async def change_prompt(
+    name: PromptName, change: Change, client: TheClient, catalogue: TheCatalogue, pins: ThePins
+) -> PromptOut:
+    """What is left out stays. A pinned prompt's keys and values stay in memory: no request waits for them again."""
+    model = _changeable(name, client, catalogue)
+    if change.shared is not None and not client.is_admin:
+        raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
+    if change.pinned and not model.is_pinned and model.prompt is not None:
+        await pins.try_on(model.prompt)
+    wanted = partial(catalogue.change, name=change.name, is_pinned=change.pinned, is_shared=change.shared)
+    try:
+        changed = await asyncio.to_thread(wanted, model)
+    finally:
+        await pins.follow()
+    return _told(changed, client, catalogue.alias_names(client), with_run=True)
+
+
+@router.delete("/v1/prompts/{name:path}", summary="Delete a prompt", responses=refusals(403, 404))
+async def delete_prompt(name: PromptName, client: TheClient, catalogue: TheCatalogue, pins: ThePins) -> Deleted:
+    """Your prompt is deleted, with its file. One of the library is only unloaded (for admins): its folder stays, and it
+    stays unloaded, also after a restart, until it is loaded again with `POST /v1/prompts/{name}/load`."""
+    await _delete(name, client, catalogue, pins)
+    return Deleted(id=name, object="prompt")
+
+
+@router.delete("/v1/models/{model:path}", summary="Delete a model", tags=["models"],
+               responses=refusals(403, 404))  # fmt: skip
+async def delete_model(model: PromptName, client: TheClient, catalogue: TheCatalogue, pins: ThePins) -> Deleted:
+    """The same as deleting a prompt, as OpenAI has it for fine-tuned models."""
+    await _delete(model, client, catalogue, pins)
+    return Deleted(id=model, object="model")
+
+
+router.include_router(alias_routes.router)
+
+
+async def _fetched(wanted: PromptIn, hub: Hub, base: Base) -> SoftPrompt:
+    if wanted.folder is not None:
+        return await asyncio.to_thread(read_folder, Path(wanted.folder), base)
+    assert wanted.hub is not None
+    return await hub.pull(wanted.hub, wanted.revision)
+
+
+def _check_wanted(wanted: PromptIn | FromUpload, source: str, client: Client, catalogue: Catalogue) -> None:
+    """Before anything is fetched: may this client have this under that name?"""
+    if source == "folder" and not client.is_admin:
+        raise ApiError(403, "only an admin's key may name a folder of the server; upload the files", param="folder")
+    if wanted.shared and not client.is_admin:
+        raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
+    model = Model(id=wanted.name, owner=client.id, is_shared=wanted.shared)
+    catalogue.check_free(model, wanted.overwrite)
+
+
+def _by_name(model: Model) -> str:
+    return model.id
+
+
+def _found(name: PromptName, client: Client, catalogue: Catalogue) -> Model:
+    model = catalogue.find(name, client)
+    if model.prompt is None:
+        raise unknown(f"{name!r} is the base and no prompt; see /v1/models")
+    return model
+
+
+def _changeable(name: PromptName, client: Client, catalogue: Catalogue) -> Model:
+    model = _found(name, client, catalogue)
+    if model.owner != client.id and not client.is_admin:
+        raise ApiError(403, f"{name!r} is shared with you and not yours to change", param="name")
+    return model
+
+
+async def _delete(name: PromptName, client: Client, catalogue: Catalogue, pins: Pins) -> None:
+    model = _changeable(name, client, catalogue)
+    await asyncio.to_thread(catalogue.unload if model.source == LIBRARY else catalogue.delete, model)
+    await pins.follow()
+
+
+def _told(
+    model: Model, client: Client, aliases: dict[tuple[str, str], list[str]], *, with_run: bool = False
+) -> PromptOut:
+    return prompt_out(model, client.id, aliases.get((model.owner, model.id), []), with_run=with_run)

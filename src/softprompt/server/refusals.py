@@ -1,0 +1,54 @@
+"""What routes may answer instead, for the API's description: OpenAI's envelope of an error, by status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
+
+Responses = dict[int | str, dict[str, Any]]  # Any: as FastAPI has it
+
+_EXAMPLE: JsonDict = {"error": {"message": "there is no model 'quots'; did you mean 'quotes'?",
+                                "type": "not_found_error", "param": "model", "code": "model_not_found"}}  # fmt: skip
+_MEANINGS = {
+    400: "Something in the request cannot be meant; the message says what.",
+    401: "No API key, or one that is wrong or revoked.",
+    403: "The key may not do this; another page's `Origin`, or a foreign `Host`, where no keys are asked for.",
+    404: "There is none, or none that the key may know of.",
+    408: "The answer took longer than the server allows, or the body came too slowly.",
+    409: "It cannot be done as things stand: the name is taken, or another thing needs it.",
+    413: "The body or a file of it is too large.",
+    429: "Over one of the key's limits; try again after `Retry-After` seconds.",
+    500: "The server has failed; its log says why.",
+    503: "Too many requests wait, the server is being stopped, or its database does not answer; try again after "
+    "`Retry-After` seconds.",
+    507: "No space is left on the server's disk; nothing was kept.",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    message: str = Field(description="What was wrong, the value, what to do.")
+    type: str = Field(description="The kind of error; one for each status.")
+    param: str | None = Field(None, description="The field of the request.")
+    code: str | None = Field(None, description="For programs.")
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's envelope of an error."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    error: ErrorDetail
+
+
+def refusals(*statuses: int, told: Mapping[int, str] | None = None) -> Responses:
+    """Answers of these statuses; `told` are others, with what they mean on this route."""
+    meanings = {**{status: _MEANINGS[status] for status in statuses}, **(told or {})}
+    return {status: {"model": ErrorBody, "description": meanings[status]} for status in sorted(meanings)}
+
+
+ANY_OTHER: Responses = {"default": {"model": ErrorBody, "description": "Any other error, in the same envelope."}}

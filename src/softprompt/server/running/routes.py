@@ -1,0 +1,73 @@
+"""/health, /ready and /metrics: for supervisors, load balancers and Prometheus.
+
+The first two tell nobody anything and ask for no key. /metrics names prompts and aliases of all clients: where keys are
+asked for it takes an admin's, which Prometheus sends as `authorization: {credentials_file: ...}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from pydantic import BaseModel, Field
+
+from softprompt.engine import AsyncEngine
+from softprompt.server.clients.asking import TheAdmin
+from softprompt.server.parts import part
+from softprompt.server.refusals import Responses, refusals
+from softprompt.server.running.figures import Figures
+from softprompt.server.running.lifecycle import Lifecycle
+from softprompt.server.running.metrics import Metrics
+
+router = APIRouter(tags=["running"])
+
+TheEngine = Annotated[AsyncEngine, part(AsyncEngine)]
+TheLifecycle = Annotated[Lifecycle, part(Lifecycle)]
+TheMetrics = Annotated[Metrics, part(Metrics)]
+TheFigures = Annotated[Figures, part(Figures)]
+
+
+class Status(BaseModel):
+    """How it stands."""
+
+    status: str = Field(description="`ok`, or what is wrong.", examples=["ok"])
+
+
+_STATUS: Responses = {200: {"model": Status, "description": "It is so."},
+                      503: {"model": Status, "description": "It is not; `status` says why."}}  # fmt: skip
+_TEXT = {
+    "description": "Prometheus' text form",
+    "content": {"text/plain": {"schema": {"type": "string"}, "example": "softprompt:num_requests_running 3.0\n"}},
+}
+
+
+@router.get("/health", summary="Is the process alive, and its engine?", responses=_STATUS)
+async def health(engine: TheEngine) -> JSONResponse:
+    """503 where the engine has stopped: only a new process helps."""
+    return _status(None if engine.is_working else "the engine has stopped")
+
+
+@router.get("/ready", summary="Does the server take requests?", responses=_STATUS)
+async def ready(engine: TheEngine, lifecycle: TheLifecycle) -> JSONResponse:
+    """503 also while the server is being stopped and answers what it has begun."""
+    stopping = "the server is being stopped" if lifecycle.is_draining else None
+    return _status(stopping or (None if engine.is_working else "the engine has stopped"))
+
+
+@router.get("/metrics", summary="Figures for Prometheus", response_class=Response,
+            responses={200: _TEXT, **refusals(401, 403, 429)})  # fmt: skip
+async def metrics(admin: TheAdmin, metrics: TheMetrics, figures: TheFigures) -> Response:
+    """vLLM's names with `softprompt:` before them, and those of prompts, jobs and HTTP."""
+    text = await asyncio.to_thread(_text, metrics.registry, await figures.look())
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _status(problem: str | None) -> JSONResponse:
+    return JSONResponse({"status": problem or "ok"}, 200 if problem is None else 503)
+
+
+def _text(*registries: CollectorRegistry) -> bytes:
+    return b"".join(generate_latest(registry) for registry in registries)

@@ -1,0 +1,92 @@
+"""OpenTelemetry traces, where they are asked for: one span per request, exported as OTLP over HTTP. No texts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from softprompt.errors import MissingDependencyError
+from softprompt.server.running.notes import Notes, Scope, client_of, route_of
+
+
+class HasStatus(Protocol):
+    """What knows an answer's HTTP status by its end."""
+
+    status: int
+
+
+class Tracing:
+    """Spans of this app; nothing is set for the whole process. Without an endpoint it does nothing."""
+
+    def __init__(self, endpoint: str | None) -> None:
+        """`endpoint`: "http://host:4318/v1/traces" say. Raises MissingDependencyError."""
+        self._provider: Any = None if endpoint is None else _provider(endpoint)  # Any: an optional package's
+        self._tracer: Any = None if self._provider is None else self._provider.get_tracer("softprompt")
+
+    @contextmanager
+    def span(self, scope: Scope, notes: Notes, answer: HasStatus) -> Iterator[None]:
+        """Around one request; a child of the client's own span where it names one (W3C traceparent)."""
+        if self._tracer is None:
+            yield
+            return
+        from opentelemetry.trace import SpanKind
+
+        with self._tracer.start_as_current_span(notes.method, _parent(scope), SpanKind.SERVER) as span:
+            try:
+                yield
+            finally:
+                span.update_name(f"{notes.method} {route_of(scope)}")
+                span.set_attributes(_attributes(scope, notes, answer.status))
+                if answer.status >= 500:
+                    span.set_status(_failed())
+
+    async def close(self) -> None:
+        """Export what is left."""
+        if self._provider is not None:
+            await asyncio.to_thread(self._provider.shutdown)
+
+
+def _provider(endpoint: str) -> Any:  # Any: an optional package's
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise MissingDependencyError(
+            "traces need OpenTelemetry's packages; pip install 'softprompt[tracing]'"
+        ) from error
+    provider = TracerProvider(resource=Resource.create({"service.name": "softprompt"}), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    return provider
+
+
+def _parent(scope: Scope) -> Any:  # Any: an optional package's
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    names = (b"traceparent", b"tracestate")
+    carrier = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in names}
+    return TraceContextTextMapPropagator().extract(carrier)
+
+
+def _attributes(scope: Scope, notes: Notes, status: int) -> dict[str, str | int]:
+    """OpenTelemetry's names where it has them."""
+    found: dict[str, str | int | None] = {
+        "http.request.method": notes.method,
+        "http.route": route_of(scope),
+        "http.response.status_code": status,
+        "gen_ai.request.model": notes.model,
+        "gen_ai.usage.input_tokens": notes.num_prompt_tokens,
+        "gen_ai.usage.output_tokens": notes.num_new_tokens,
+        "softprompt.client": client_of(scope),
+        "softprompt.request_id": notes.id,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _failed() -> Any:  # Any: an optional package's
+    from opentelemetry.trace import Status, StatusCode
+
+    return Status(StatusCode.ERROR)

@@ -1,0 +1,1 @@
+"""One change each, in the order that their `down_revision` says. A released one is never edited."""

@@ -1,0 +1,93 @@
+"""Servers for the tests of inference: a tiny base, prompts by name, and the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+from fastapi import FastAPI
+from served import served
+
+from softprompt.base import Base
+from softprompt.config import EngineConfig, ServerConfig
+from softprompt.engine import AsyncEngine, EngineStats
+from softprompt.prompt import SoftPrompt
+from softprompt.server.parts import part_of
+from softprompt.server.prompts.catalogue import Catalogue, Model
+from softprompt.server.start import serving_app
+
+
+@dataclass(frozen=True)
+class Place:
+    """A running server."""
+
+    app: FastAPI
+    url: str
+    client: openai.OpenAI
+    http: httpx2.Client
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def post(self, path: str, body: Any) -> httpx2.Response:
+        """Any JSON, also what the official client would not send."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.http.post(path, content=content, headers={"content-type": "application/json"})
+
+    def stats(self) -> EngineStats:
+        return asyncio.run(part_of(self.app, AsyncEngine).stats())
+
+    def until_idle(self, seconds: float = 5.0) -> float:
+        """Seconds until nobody runs or waits in the engine."""
+        began = time.monotonic()
+        while (stats := self.stats()).num_running or stats.num_waiting:
+            assert time.monotonic() - began < seconds, stats
+            time.sleep(0.01)
+        return time.monotonic() - began
+
+    def until_running(self, num_running: int) -> None:
+        end = time.monotonic() + 10
+        while self.stats().num_running < num_running:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+
+@contextmanager
+def serving(
+    base: Base, prompts: Mapping[str, SoftPrompt], state: Path, engine_config: EngineConfig | None = None, **config: Any
+) -> Iterator[Place]:
+    app = serving_app(base, ServerConfig(state=str(state), **config), engine_config)
+    for name, prompt in prompts.items():
+        part_of(app, Catalogue).put(Model(id=name, prompt=prompt))
+    with place_of(app) as place:
+        yield place
+
+
+@contextmanager
+def place_of(app: FastAPI) -> Iterator[Place]:
+    with (
+        served(app) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        httpx2.Client(base_url=url) as http,
+    ):
+        yield Place(app, url, client, http)
+
+
+def words(ids: tuple[int, ...]) -> str:
+    """The text of ids of a tiny base."""
+    return " ".join(f"w{token}" for token in ids)
+
+
+def events_of(body: str) -> list[Any]:
+    """The events of a stream, "[DONE]" as None."""
+    assert body.endswith("\n\n"), body[-100:]
+    lines = [event.removeprefix("data: ") for event in body[:-2].split("\n\n")]
+    return [None if line == "[DONE]" else json.loads(line) for line in lines]

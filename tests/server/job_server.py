@@ -1,0 +1,121 @@
+"""Fine-tuning jobs in tests: a server on a tiny base, files of every form, and the prompt that `train` makes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
+from served import served
+
+from softprompt.base import Base
+from softprompt.config import DataConfig, ServerConfig, TrainConfig
+from softprompt.data import split_rows
+from softprompt.prompt import SoftPrompt
+from softprompt.server.clients.client import Client
+from softprompt.server.parts import part_of
+from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.start import serving_app
+from softprompt.training import train
+
+ENDED = ("succeeded", "failed", "cancelled")
+SETTINGS = {"virtual_tokens": 3, "epochs": 2, "batch_rows": 8}
+LONG = {**SETTINGS, "epochs": 400}  # is stopped before its end
+
+Record = dict[str, Any]
+
+
+def words(row: int, count: int = 8) -> str:
+    return " ".join(f"w{3 + (row * 7 + 5 * place) % 90}" for place in range(count))
+
+
+def plain_rows(count: int = 24, first: int = 0) -> list[Record]:
+    return [{"text": words(row)} for row in range(first, first + count)]
+
+
+def template_rows(count: int = 24) -> list[Record]:
+    return [{"prompt": words(row, 5), "completion": f" w{10 + row % 2}"} for row in range(count)]
+
+
+def chat_rows(count: int = 24) -> list[Record]:
+    return [
+        {"messages": [{"role": "user", "content": words(row, 4)}, {"role": "assistant", "content": words(row + 1, 4)}]}
+        for row in range(count)
+    ]
+
+
+@contextmanager
+def job_server(base: Base, state: Path, **settings: Any) -> Iterator[tuple[OpenAI, FastAPI]]:
+    """A server with its state there, and a client that does not try again."""
+    app = serving_app(base, ServerConfig(state=str(state), **settings))
+    with served(app) as url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client, app
+
+
+def upload(client: OpenAI, rows: Sequence[Record], name: str = "rows.jsonl") -> str:
+    data = "\n".join(map(json.dumps, rows)).encode()
+    return client.files.create(file=(name, data), purpose="fine-tune").id
+
+
+def ask(client: OpenAI, file: str, settings: Record = SETTINGS, model: str = "base", **more: Any) -> FineTuningJob:
+    method = {"type": "supervised", "supervised": {"hyperparameters": settings}}
+    return client.fine_tuning.jobs.create(model=model, training_file=file, method=method, **more)  # type: ignore[arg-type]
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    ends = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < ends, "it does not come"
+        time.sleep(0.02)
+
+
+def ended(client: OpenAI, job: str) -> FineTuningJob:
+    """The job when it has ended."""
+    until(lambda: client.fine_tuning.jobs.retrieve(job).status in ENDED)
+    return client.fine_tuning.jobs.retrieve(job)
+
+
+def succeeded(client: OpenAI, job: str) -> FineTuningJob:
+    found = ended(client, job)
+    assert found.status == "succeeded", found.error
+    return found
+
+
+def steps_done(client: OpenAI, job: str) -> int:
+    """Of the latest event that tells."""
+    events = client.fine_tuning.jobs.list_events(job, limit=50).data
+    return max((event.data["step"] for event in events if event.type == "metrics"), default=0)  # type: ignore[index]
+
+
+def served_prompt(app: FastAPI, name: str) -> SoftPrompt:
+    prompt = part_of(app, Catalogue).resolve(name, Client()).prompt
+    assert prompt is not None
+    return prompt
+
+
+def trained_alone(
+    base: Base, folder: Path, rows: Sequence[Record], settings: Record = SETTINGS, *,
+    validation: Sequence[Record] | None = None, start: SoftPrompt | None = None, **data: Any,
+) -> SoftPrompt:  # fmt: skip
+    """What `softprompt train` makes of a file of these rows."""
+    file = _written(folder / "alone.jsonl", rows)
+    held_out = None if validation is None else str(_written(folder / "alone-validation.jsonl", validation))
+    config = TrainConfig(**settings)
+    split = split_rows(DataConfig(data=str(file), validation=held_out, **data), seed=config.seed)
+    return train(base, split.train, config, validation=split.validation, start=start).prompt
+
+
+def same_bits(left: SoftPrompt, right: SoftPrompt) -> bool:
+    return torch.equal(left.tensor, right.tensor)
+
+
+def _written(file: Path, rows: Sequence[Record]) -> Path:
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file

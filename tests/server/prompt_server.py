@@ -1,0 +1,139 @@
+"""A server of prompts for tests: the prompts' routes over a tiny base, with clients told by a header, and a route that
+streams an answer's token ids line by line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx2
+from fastapi import FastAPI, Header, Request
+from fastapi.responses import StreamingResponse
+from served import served
+from tiny_bases import random_prompt
+
+from softprompt.base import Base
+from softprompt.config import EngineConfig, SamplingConfig, ServerConfig
+from softprompt.engine import AsyncEngine, Engine, Finished, Tokens
+from softprompt.engine import Request as Generation
+from softprompt.prompt import SoftPrompt
+from softprompt.server.app import create_app
+from softprompt.server.clients import asking
+from softprompt.server.clients.client import Client
+from softprompt.server.prompts.arrivals import Hub
+from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.prompts.library import WatchedLibrary
+from softprompt.server.prompts.pins import Pins
+from softprompt.server.prompts.routes import router
+from softprompt.server.prompts.serving import serving_prompts
+from softprompt.server.prompts.shelf import Shelf
+from softprompt.server.state.database import Database
+from softprompt.storage.adapter import adapter_to_bytes
+from softprompt.types import PromptRecord
+
+
+@dataclass(frozen=True)
+class Room:
+    """A running server and what is behind it."""
+
+    url: str
+    catalogue: Catalogue
+    library: WatchedLibrary
+    engine: Engine
+    state: Path
+
+    def client(self, name: str = "") -> httpx2.Client:
+        """Whose key is `name`; the empty one, and those that begin with admin, are admins'."""
+        return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {name}"} if name else {}, timeout=60)
+
+
+@contextmanager
+def prompt_server(
+    base: Base, state: Path, library: Path | None = None, engine_config: EngineConfig | None = None, **hub: Any
+) -> Iterator[Room]:
+    state.mkdir(exist_ok=True, parents=True)
+    database = Database.in_folder(state)
+    catalogue = Catalogue("tiny", Shelf(state, database, base))
+    watched = WatchedLibrary(library, base, catalogue)
+    engine = Engine(base, engine_config)
+    running = AsyncEngine(engine)
+    pins = Pins(running, catalogue)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running, serving_prompts(catalogue, watched, pins):
+            yield
+        database.close()
+
+    config = ServerConfig(state=str(state))
+    app = create_app((base, config, database, catalogue, watched, pins, Hub(base, **hub)), (router,), lifespan)
+    app.dependency_overrides[asking._client] = _told_client
+    app.post("/stream")(_streaming(catalogue, running))
+    with served(app) as url:
+        yield Room(url, catalogue, watched, engine, state)
+
+
+async def _told_client(authorization: Annotated[str, Header()] = "") -> Client:
+    name = authorization.removeprefix("Bearer ")
+    return Client(name, name, is_admin=not name or name.startswith("admin"))
+
+
+def _streaming(catalogue: Catalogue, running: AsyncEngine) -> Callable[..., Any]:
+    async def stream(request: Request) -> StreamingResponse:
+        asked = await request.json()
+        client = await _told_client(request.headers.get("authorization", ""))
+        model = catalogue.resolve(asked["model"], client, asked.get("user"))
+        sampling = SamplingConfig(max_new_tokens=asked.get("max_tokens", 8), ignore_eos=True)
+        generation = Generation(tuple(asked["ids"]), model.prompt, sampling)
+
+        async def lines() -> AsyncIterator[str]:
+            yield json.dumps({"model": model.id, "alias": model.alias}) + "\n"
+            async for event in running.generate(generation):
+                if isinstance(event, Tokens):
+                    yield json.dumps(event.ids) + "\n"
+                else:
+                    assert isinstance(event, Finished), event
+
+        return StreamingResponse(lines())
+
+    return stream
+
+
+def streamed(
+    client: httpx2.Client, model: str, ids: tuple[int, ...], **asked: object
+) -> tuple[dict[str, Any], list[int]]:
+    """What an answer says of its model, and its token ids."""
+    with client.stream("POST", "/stream", json={"model": model, "ids": ids, **asked}) as answer:
+        assert answer.status_code == 200, answer.read()
+        head, *lines = map(json.loads, answer.iter_lines())
+    return head, [token for line in lines for token in line]
+
+
+def made_prompt(base: Base, seed: int = 0, length: int = 4, **record: Any) -> SoftPrompt:
+    """A random prompt that says it was made for that base."""
+    known = PromptRecord(base_name=base.name, base_fingerprint=base.fingerprint)
+    return SoftPrompt(random_prompt(base, length, seed), replace(known, **record))
+
+
+def as_upload(prompt: SoftPrompt, leave_out: tuple[str, ...] = ("README.md",), **other: bytes) -> list[Any]:
+    """An adapter as the files of a form. `other` are files by another name, with '_' for '.' before the ending."""
+    files = {name: data for name, data in adapter_to_bytes(prompt).items() if name not in leave_out}
+    return [("files", (name, data)) for name, data in {**files, **other}.items()]
+
+
+def upload(client: httpx2.Client, name: str, prompt: SoftPrompt, **fields: str) -> httpx2.Response:
+    return client.post("/v1/prompts", data={"name": name, **fields}, files=as_upload(prompt))
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 5.0) -> float:
+    """Seconds until it holds. Fails where it does not in time."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < within_s, "it has not come about"
+        time.sleep(0.02)
+    return time.monotonic() - began

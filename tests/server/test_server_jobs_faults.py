@@ -1,0 +1,159 @@
+"""A job outlives a killed server and a full disk; one that fails says why, and the next one trains."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from fastapi import FastAPI
+from job_process import job_process
+from job_server import (
+    SETTINGS,
+    ask,
+    ended,
+    job_server,
+    plain_rows,
+    same_bits,
+    served_prompt,
+    steps_done,
+    succeeded,
+    trained_alone,
+    until,
+    upload,
+)
+from openai import OpenAI
+
+from softprompt.base import Base
+from softprompt.errors import DatabaseError, MemoryLimitError, StorageError
+from softprompt.recording import Recorder
+from softprompt.server.clients.client import Client
+from softprompt.server.jobs import run
+from softprompt.server.jobs.files import Files
+from softprompt.server.jobs.records import JobRecords
+from softprompt.server.parts import part_of
+from softprompt.storage import load_prompt
+
+pytestmark = pytest.mark.medium
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OpenAI, FastAPI]]:
+    with job_server(tiny_llama, tmp_path_factory.mktemp("state")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def file(server: tuple[OpenAI, FastAPI]) -> str:
+    return upload(server[0], plain_rows())
+
+
+def test_a_killed_server_goes_on_with_its_job(tiny_llama: Base, tmp_path: Path) -> None:
+    state, settings = tmp_path / "state", {**SETTINGS, "epochs": 30}  # 90 steps, a checkpoint each third
+    with job_process(state) as (url, process):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        job = ask(client, upload(client, plain_rows()), settings)
+        until(lambda: steps_done(client, job.id) >= 5)
+        process.kill()
+        client.close()
+    saved = {int(place.name.removeprefix("step-")) for place in (state / "jobs" / job.id / "checkpoints").glob("s*")}
+    assert saved and max(saved) < 90
+    alone = trained_alone(tiny_llama, tmp_path, plain_rows(), settings)
+    with job_server(tiny_llama, state) as (client, app):
+        done = succeeded(client, job.id)
+        messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+        assert any(message.startswith("goes on behind step") for message in messages)
+        assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)
+    assert same_bits(load_prompt(state / "jobs" / job.id, tiny_llama), alone)
+    assert not same_bits(alone, trained_alone(tiny_llama, tmp_path, plain_rows(), {**settings, "epochs": 29}))
+
+
+def test_a_full_disk_pauses_a_job(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, app = server
+
+    def refuse(recorder: Recorder, event: Any) -> NoReturn:
+        raise StorageError(f"no space left on the disk for {recorder.place}: free some, or choose another disk")
+
+    monkeypatch.setattr(Recorder, "take", refuse)
+    job = ask(client, file)
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    told = client.fine_tuning.jobs.list_events(job.id).data[0]
+    assert told.level == "error" and "has paused it" in told.message and "/" not in told.message
+    monkeypatch.undo()
+    client.fine_tuning.jobs.resume(job.id)
+    done = succeeded(client, job.id)
+    alone = trained_alone(tiny_llama, tmp_path, plain_rows())
+    assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (MemoryLimitError("one row takes 9 MiB and 1 MiB are free; use shorter rows"), "out_of_memory", "9 MiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory", "fewer rows per step"),
+        (ZeroDivisionError("at /home/someone/secret.py"), "server_error", "its log says why"),
+    ],
+    ids=["limit", "allocator", "bug"],
+)
+def test_a_failure_is_told_in_words(
+    server: tuple[OpenAI, FastAPI], file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    error: Exception, code: str, words: str,
+) -> None:  # fmt: skip
+    client, _ = server
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(run, "train_together", fail)
+    with caplog.at_level(logging.ERROR):
+        found = ended(client, ask(client, file).id)
+    assert found.status == "failed" and found.error is not None
+    assert found.error.code == code and words in found.error.message and "/" not in found.error.message
+    assert ("ZeroDivisionError" in caplog.text) == (code == "server_error")
+    monkeypatch.undo()
+    succeeded(client, ask(client, file).id)
+
+
+def test_rows_that_were_changed_behind_our_back_fail_with_their_number(server: tuple[OpenAI, FastAPI]) -> None:
+    client, app = server
+    file = upload(client, plain_rows(), "mine.jsonl")
+    place = part_of(app, Files).get(file, Client()).path
+    lines = place.read_text().splitlines()
+    lines[6] = json.dumps({"text": 7})
+    place.write_text("\n".join(lines))
+    found = ended(client, ask(client, file).id)
+    assert found.error is not None and found.error.code == "invalid_file"
+    assert "row 7" in found.error.message and str(place.parent) not in found.error.message
+    lines[4] = '{"text": '
+    place.write_text("\n".join(lines))
+    found = ended(client, ask(client, file).id)
+    assert found.error is not None and found.error.message.startswith(f"{file}, line 5 is not JSON")
+    place.unlink()
+    found = ended(client, ask(client, file).id)
+    assert found.error is not None and str(place.parent) not in found.error.message
+
+
+def test_the_queue_outlives_a_database_that_does_not_answer(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    client, app = server
+    settings = {**SETTINGS, "epochs": 12}
+    job = ask(client, file, settings)
+    until(lambda: steps_done(client, job.id) >= 4)
+
+    def refuse(*_: Any) -> NoReturn:
+        raise DatabaseError("the database sqlite:////home/someone/x.db cannot be used: disk I/O error")
+
+    monkeypatch.setattr(JobRecords, "tell", refuse)
+    monkeypatch.setattr(JobRecords, "recover", refuse)
+    until(lambda: caplog.text.count("the queue of jobs was interrupted") >= 2)
+    monkeypatch.undo()
+    done = succeeded(client, job.id)
+    alone = trained_alone(tiny_llama, tmp_path, plain_rows(), settings)
+    assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)

@@ -1,0 +1,275 @@
+"""Cancel, pause and resume; whose turn it is; how many jobs a client may have; and a server that stops in mid-job."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from fastapi import FastAPI
+from job_server import (
+    LONG,
+    SETTINGS,
+    Record,
+    ask,
+    job_server,
+    plain_rows,
+    same_bits,
+    served_prompt,
+    steps_done,
+    succeeded,
+    trained_alone,
+    until,
+    upload,
+)
+from openai import OpenAI
+
+from softprompt.base import Base
+from softprompt.config import ServerConfig
+from softprompt.server.clients.client import Client, Limits
+from softprompt.server.errors import ApiError
+from softprompt.server.jobs.jobs import Jobs
+from softprompt.server.jobs.records import JobRecords, NewEvent
+from softprompt.server.jobs.run import JobRun
+from softprompt.server.jobs.shapes import CreateJob
+from softprompt.server.parts import part_of
+from softprompt.server.state.database import Database
+from softprompt.server.state.schema import JobRow
+from softprompt.storage import RunFolder
+from softprompt.training import Event, SliceDone, StepDone, Trial
+
+pytestmark = pytest.mark.medium
+
+MIDDLE = {**SETTINGS, "epochs": 12}  # 36 steps, stopped on the way and let end
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OpenAI, FastAPI]]:
+    with job_server(tiny_llama, tmp_path_factory.mktemp("state"), max_jobs=4) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def file(server: tuple[OpenAI, FastAPI]) -> str:
+    return upload(server[0], plain_rows())
+
+
+def test_a_running_job_is_cancelled_and_the_next_one_runs(server: tuple[OpenAI, FastAPI], file: str) -> None:
+    client, _ = server
+    long, short = ask(client, file, LONG), ask(client, file)
+    until(lambda: steps_done(client, long.id) > 2)
+    running = client.fine_tuning.jobs.retrieve(long.id)
+    assert running.status == "running" and running.trained_tokens is None
+    assert running.estimated_finish is not None and running.estimated_finish >= int(time.time())
+    assert client.fine_tuning.jobs.retrieve(short.id).status == "queued"
+
+    cancelled = client.fine_tuning.jobs.cancel(long.id)
+    assert cancelled.status == "cancelled" and cancelled.finished_at is not None
+    succeeded(client, short.id)
+    assert client.fine_tuning.jobs.retrieve(long.id).status == "cancelled"
+    assert client.fine_tuning.jobs.retrieve(long.id).fine_tuned_model is None
+    for call in (client.fine_tuning.jobs.cancel, client.fine_tuning.jobs.pause, client.fine_tuning.jobs.resume):
+        with pytest.raises(openai.BadRequestError, match="is cancelled"):
+            call(long.id)
+    for call in (client.fine_tuning.jobs.cancel, client.fine_tuning.jobs.pause, client.fine_tuning.jobs.resume):
+        with pytest.raises(openai.BadRequestError, match="is succeeded"):
+            call(short.id)
+
+
+@pytest.mark.parametrize("more", [{}, {"validate_every": 5, "save_every": 2}], ids=["epochs", "often"])
+def test_a_paused_job_lets_others_run_and_becomes_the_same_prompt(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, more: Record
+) -> None:
+    client, app = server
+    held_out = upload(client, plain_rows(4, first=60)) if more else None
+    job = ask(client, file, {**MIDDLE, **more}, validation_file=held_out)
+    for step in (4, 9):
+        until(lambda step=step: steps_done(client, job.id) >= step)  # type: ignore[misc]
+        assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+        succeeded(client, ask(client, file).id)
+        assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
+        assert client.fine_tuning.jobs.resume(job.id).status in ("queued", "validating_files")
+    done = succeeded(client, job.id)
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    assert 1 <= sum(message.startswith("goes on behind step") for message in messages) <= 2  # or paused before it began
+    assert done.trained_tokens == 12 * 24 * 10
+    alone = trained_alone(
+        tiny_llama, tmp_path, plain_rows(), {**MIDDLE, **more}, validation=plain_rows(4, first=60) if more else None
+    )
+    mine = served_prompt(app, str(done.fine_tuned_model))
+    assert same_bits(mine, alone)
+    assert mine.record.run["losses"] == alone.record.run["losses"]
+    assert mine.record.run["validation_losses"] == alone.record.run["validation_losses"]
+
+
+def test_a_pause_within_a_validation_waits_for_its_end(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a step and its validation there is no state to go on from: the validation would be left out."""
+    client, app = server
+    take, seen = JobRun._take_and_record, list[Event]()
+
+    def pause_in_validation(run: JobRun, event: Event) -> None:
+        take(run, event)
+        if seen and isinstance(event, SliceDone) and isinstance(seen[-1], StepDone) and event.step == 3:
+            client.fine_tuning.jobs.pause(run._row.id)
+        seen.append(event)
+
+    monkeypatch.setattr(JobRun, "_take_and_record", pause_in_validation)
+    held_out, settings = plain_rows(4, first=60), {**SETTINGS, "validate_every": 3, "relative_learning_rate": 3.0}
+    job = ask(client, file, settings, validation_file=upload(client, held_out))
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    client.fine_tuning.jobs.resume(job.id)
+    mine = served_prompt(app, str(succeeded(client, job.id).fine_tuned_model))
+    alone = trained_alone(tiny_llama, tmp_path, plain_rows(), settings, validation=held_out)
+    assert mine.record.run["validation_losses"] == alone.record.run["validation_losses"]
+    assert same_bits(mine, alone)
+
+
+def test_a_waiting_job_is_paused_and_cancelled_too(server: tuple[OpenAI, FastAPI], file: str) -> None:
+    client, _ = server
+    long, first, second = ask(client, file, LONG), ask(client, file), ask(client, file)
+    assert client.fine_tuning.jobs.pause(first.id).status == "paused"
+    assert client.fine_tuning.jobs.cancel(first.id).status == "cancelled"
+    assert client.fine_tuning.jobs.cancel(second.id).status == "cancelled"
+    client.fine_tuning.jobs.cancel(long.id)
+
+
+def test_a_client_has_so_many_jobs_and_no_more(server: tuple[OpenAI, FastAPI], file: str) -> None:
+    client, app = server
+    jobs = [ask(client, file, LONG) for _ in range(4)]
+    with pytest.raises(openai.RateLimitError, match="4 of your fine-tuning jobs") as refused:
+        ask(client, file)
+    assert int(refused.value.response.headers["retry-after"]) > 0
+    client.fine_tuning.jobs.pause(jobs[3].id)
+    jobs.append(ask(client, file, LONG))
+    with pytest.raises(openai.RateLimitError):
+        client.fine_tuning.jobs.resume(jobs[3].id)
+    assert client.fine_tuning.jobs.retrieve(jobs[3].id).status == "paused"
+    for job in jobs:
+        client.fine_tuning.jobs.cancel(job.id)
+    asked = CreateJob(model="base", training_file=file)
+    with pytest.raises(ApiError, match="0 of your fine-tuning jobs wait or run, and 0 may"):
+        part_of(app, Jobs).create(asked, Client(limits=Limits(max_jobs=0)))
+
+
+def test_jobs_are_listed_by_pages_and_by_metadata(server: tuple[OpenAI, FastAPI], file: str) -> None:
+    client, _ = server
+    marked = [ask(client, file, metadata={"run": str(index % 2), "set": "listed"}) for index in range(3)]
+    listed = [job.id for job in client.fine_tuning.jobs.list(limit=2, metadata={"set": "listed"})]
+    assert listed == [job.id for job in reversed(marked)]
+    assert [job.id for job in client.fine_tuning.jobs.list(metadata={"set": "listed", "run": "1"})] == [marked[1].id]
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=3)][:3] == listed
+    everything = list(client.fine_tuning.jobs.list(limit=100))
+    assert len({job.id for job in client.fine_tuning.jobs.list(limit=2)}) == len(everything)
+    without = client.fine_tuning.jobs.list(extra_query={"metadata": "null"}, limit=100).data
+    assert {job.id for job in everything} - {job.id for job in without} == {job.id for job in marked}
+    with pytest.raises(openai.BadRequestError, match="limit"):
+        client.fine_tuning.jobs.list(limit=0)
+    for job in marked:
+        succeeded(client, job.id)
+
+
+def test_clients_take_turns_and_an_interrupted_job_goes_first(tmp_path: Path) -> None:
+    database = Database.in_folder(tmp_path)
+    records = JobRecords(database)
+    for number, owner in enumerate("aaabbc"):
+        row = JobRow(id=f"{owner}{number}", owner=owner, status="queued", model="base", training_file="f",
+                     settings={}, outcome={}, created=float(number))  # fmt: skip
+        records.add(row, NewEvent("queued"))
+
+    def turn() -> str:
+        row = records.next()
+        assert row is not None
+        records.move(row.id, ("queued",), "running", started=time.time())
+        return row.id
+
+    assert [turn(), turn(), turn()] == ["a0", "b3", "c5"]
+    records.recover()  # all three were running when the server ended
+    assert {turn(), turn(), turn()} == {"a0", "b3", "c5"}
+    assert not records.move("a0", ("queued",), "cancelled")
+    for job in ("a0", "b3", "c5"):
+        assert records.move(job, ("running",), "succeeded")
+    assert [turn(), turn(), turn()] == ["a1", "b4", "a2"]
+    assert records.next() is None
+    database.close()
+
+
+def test_a_job_that_ends_the_server_again_and_again_is_set_aside(tmp_path: Path) -> None:
+    database = Database.in_folder(tmp_path)
+    records = JobRecords(database)
+    row = JobRow(id="a", owner="", status="queued", model="base", training_file="f", settings={}, outcome={}, created=0)
+    records.add(row, NewEvent("queued"))
+    for _ in range(10):
+        assert records.move("a", ("queued",), "running")
+        records.recover()
+    found = records.get("a")
+    assert found is not None and found.status == "paused"
+    assert "10 times in a row" in records.events("a", None, 1)[0][0].message
+    database.close()
+
+
+def test_a_stopped_server_goes_on_with_its_job(tiny_llama: Base, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with job_server(tiny_llama, state) as (client, _):
+        file = upload(client, plain_rows())
+        job = ask(client, file, MIDDLE)
+        until(lambda: steps_done(client, job.id) >= 4)
+        waiting = ask(client, file)
+    saved, problems = RunFolder(state / "jobs" / job.id).load_latest()
+    assert saved is not None and not problems and 4 <= saved.facts["step"] < 36
+    with job_server(tiny_llama, state) as (client, app):
+        done = succeeded(client, job.id)
+        assert same_bits(served_prompt(app, str(done.fine_tuned_model)),
+                         trained_alone(tiny_llama, tmp_path, plain_rows(), MIDDLE))  # fmt: skip
+        name = succeeded(client, waiting.id).fine_tuned_model
+        events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+        assert any("the server stops" in event.message for event in events)
+        assert not (state / "jobs" / job.id / "checkpoints").exists()
+        until(lambda: gc.collect() >= 0 and not any(isinstance(each, Trial) for each in gc.get_objects()))
+    with job_server(tiny_llama, state) as (client, app):  # what was trained is served again
+        assert client.fine_tuning.jobs.retrieve(waiting.id).status == "succeeded"
+        assert client.completions.create(model=str(name), prompt="w3", max_tokens=2).model == name
+
+
+def test_a_job_of_another_base_fails_in_words(tiny_llama: Base, tiny_gpt2: Base, tmp_path: Path) -> None:
+    with job_server(tiny_llama, tmp_path) as (client, _):
+        job = ask(client, upload(client, plain_rows()), LONG)
+        until(lambda: steps_done(client, job.id) >= 1)
+    with job_server(tiny_gpt2, tmp_path) as (client, _):
+        until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "failed")
+        error = client.fine_tuning.jobs.retrieve(job.id).error
+        assert error is not None and "made for another base" in error.message
+
+
+def test_an_order_is_heard_between_two_pieces_of_a_slice(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no slice ever told of itself, a long step would hold the job until its end."""
+    client, app = server
+    monkeypatch.setattr(JobRun, "_take", JobRun._take_and_record)
+    job = ask(client, file, MIDDLE)
+    until(lambda: steps_done(client, job.id) >= 4)
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    succeeded(client, ask(client, file, {**SETTINGS, "max_steps": 1}).id)
+    monkeypatch.undo()
+    saved, _ = RunFolder(Path(part_of(app, ServerConfig).state) / "jobs" / job.id).load_latest()
+    assert saved is not None and saved.facts["step"] < 36
+    client.fine_tuning.jobs.resume(job.id)
+    done = succeeded(client, job.id)
+    alone = trained_alone(tiny_llama, tmp_path, plain_rows(), MIDDLE)
+    assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)
+
+
+def test_a_paused_job_that_is_cancelled_leaves_no_state(server: tuple[OpenAI, FastAPI], file: str) -> None:
+    client, app = server
+    job = ask(client, file, LONG)
+    until(lambda: steps_done(client, job.id) > 2)
+    client.fine_tuning.jobs.pause(job.id)
+    folder = Path(part_of(app, ServerConfig).state) / "jobs" / job.id / "checkpoints"
+    until(lambda: any(folder.glob("step-*")))
+    client.fine_tuning.jobs.cancel(job.id)
+    until(lambda: not folder.exists())

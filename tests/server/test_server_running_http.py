@@ -1,0 +1,270 @@
+"""What stands around every request: its id, its line in the log, limits for bodies and for clients that stall."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from running_server import Running, running
+
+from softprompt.config import ServerConfig
+from softprompt.server.running.logs import JsonLines, TextLines
+
+MOST, MOST_UPLOADED = 1_000, 100_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    config = ServerConfig(max_body_bytes=MOST, max_upload_bytes=MOST_UPLOADED, client_timeout_s=0.5, drain_s=0.3)
+    with running(config) as found:
+        yield found
+
+
+# -- ids
+
+
+def test_a_request_gets_an_id(server):
+    first, second = (server.ask("POST", "/v1/length", b"abc") for _ in range(2))
+    assert first.body == b"3"
+    assert first.headers["x-request-id"].startswith("req-")
+    assert first.headers["x-request-id"] != second.headers["x-request-id"]
+
+
+def test_the_clients_own_id_is_kept(server):
+    given = "Trace-1.2_3" + "x" * 53
+    assert server.ask("GET", "/nothing", headers={"X-Request-ID": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "a b", 'a"b', "ä", "a;b", "<script>"])
+def test_an_id_that_is_not_sane_is_replaced(server, given):
+    answer = server.ask("GET", "/nothing", headers={"X-Request-ID": given.encode("latin-1")})
+    assert answer.headers["x-request-id"].startswith("req-")
+
+
+def test_errors_carry_it_too(server, caplog):
+    with caplog.at_level(logging.ERROR, "softprompt"):
+        answer = server.ask("GET", "/v1/broken", headers={"x-request-id": "mine"})
+    assert (answer.status, answer.headers["x-request-id"]) == (500, "mine")
+    assert answer.error == "the server has failed; its log says why"
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["a bug"]
+
+
+# -- bodies
+
+
+def test_a_body_up_to_the_limit(server):
+    assert server.ask("POST", "/v1/length", b"x" * MOST).body == str(MOST).encode()
+    assert server.ask("POST", "/v1/length", iter([b"x" * MOST])).body == str(MOST).encode()
+
+
+@pytest.mark.parametrize("size", [MOST + 1, 2 * MOST])
+def test_a_body_over_it_by_its_own_word(server, size):
+    answer = server.ask("POST", "/v1/length", b"x" * size)
+    assert answer.status == 413
+    assert (
+        answer.error == "the request's body is larger than 1000 bytes, the most that is taken here; send less at once"
+    )
+    assert answer.headers["connection"] == "close"
+
+
+def test_a_body_over_it_by_what_comes(server):
+    answer = server.ask("POST", "/v1/length", iter([b"x" * 600, b"x" * 600]))
+    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_json_body_over_it_by_what_comes(server):
+    """FastAPI reads this one itself and would call it a parsing error."""
+    answer = server.ask(
+        "POST", "/v1/echo/m", iter([b'{"a": "', b"x" * MOST, b'"}']), {"content-type": "application/json"}
+    )
+    assert answer.status == 413
+
+
+def test_uploads_have_a_limit_of_their_own(server):
+    assert server.ask("POST", "/v1/files", b"x" * 5 * MOST).body == str(5 * MOST).encode()
+    assert server.ask("POST", "/v1/files", b"x" * (MOST_UPLOADED + 2**17)).status == 413
+    assert server.ask("POST", "/v1/filesystem", b"x" * 5 * MOST).status == 413
+
+
+def test_a_body_that_comes_slowly(server):
+    with server.connect() as line:
+        line.sendall(b"POST /v1/length HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n")
+        began = time.monotonic()
+        line.settimeout(0.05)
+        answer = b""
+        while not answer and time.monotonic() - began < 5:
+            line.sendall(b"x")  # never silent for long
+            try:
+                answer = line.recv(10_000)
+            except TimeoutError:
+                continue
+        assert 0.4 < time.monotonic() - began < 2
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"bytes of the request's body came in" in answer
+
+
+# -- connections
+
+
+def test_a_head_that_never_ends(server):
+    with server.connect() as line:
+        line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n")
+        assert line.recv(100) == b""  # cut off after client_timeout_s
+
+
+def test_a_head_that_never_begins(server):
+    with server.connect() as line:
+        assert line.recv(100) == b""
+
+
+@pytest.mark.parametrize("piece", [b"x-pad: " + b"x" * 1_000 + b"\r\n", b"x" * 1_000])
+def test_a_head_that_is_too_long(server, piece):
+    answer = b""
+    with server.connect() as line:
+        try:
+            line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx-first: ")
+            for _ in range(1_000):
+                line.sendall(piece)
+            answer = line.recv(100)
+        except ConnectionError:
+            return
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+
+
+def test_trailers_are_bounded_too(server):
+    with server.connect() as line, pytest.raises(ConnectionError):  # noqa: PT012
+        line.sendall(b"POST /v1/length HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n")
+        for _ in range(10_000):
+            line.sendall(b"x-pad: " + b"x" * 1_000 + b"\r\n")
+
+
+def test_two_requests_on_one_line(server):
+    """A time limit for a head must not count while the first one is answered, nor cut off the second."""
+    ask = b"GET /v1/stream?seconds=0.8 HTTP/1.1\r\nhost: x\r\n\r\n"
+    with server.connect() as line:
+        for _ in range(2):
+            line.sendall(ask)
+            heard = b""
+            while b"[DONE]" not in heard:
+                heard += line.recv(10_000)
+            assert heard.startswith(b"HTTP/1.1 200")
+            while not heard.endswith(b"0\r\n\r\n"):
+                heard += line.recv(10_000)
+
+
+def test_an_answer_that_nobody_reads(server):
+    """It is given up: neither its bytes nor its task are kept."""
+    with server.connect() as line:
+        line.sendall(b"GET /v1/stream?seconds=20&num_bytes=50000 HTTP/1.1\r\nhost: x\r\n\r\n")
+        _until(lambda: server.lifecycle.num_running == 1)
+        (connection,) = server.server.server_state.connections
+        _until(lambda: connection.flow.write_paused)
+        assert connection.transport.get_write_buffer_size() < 2**18
+        _until(lambda: server.lifecycle.num_running == 0)
+    assert server.value("http_requests_total", method="GET", route="/v1/stream", status="200")
+
+
+@pytest.mark.medium
+def test_a_thousand_idle_clients():
+    with running(ServerConfig()) as server, ExitStack() as lines:
+        held = [lines.enter_context(server.connect()) for _ in range(1_000)]
+        for line in held[:500]:  # half of them have asked something before
+            line.sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert all(line.recv(1_000).startswith(b"HTTP/1.1 404") for line in held[:500])
+        _until(lambda: len(server.server.server_state.connections) == 1_000)
+        began = time.monotonic()
+        assert server.ask("POST", "/v1/length", b"x").body == b"1"
+        assert time.monotonic() - began < 1
+        held[0].sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert held[0].recv(1_000).startswith(b"HTTP/1.1 404")
+
+
+# -- the log and the metrics
+
+
+def test_a_line_per_request(server, caplog):
+    with caplog.at_level(logging.INFO, "softprompt"):
+        server.ask("POST", "/v1/echo/coach", b'{"secret": 1}', {"content-type": "application/json"})
+        _until(lambda: caplog.records)
+    (fields,) = [record.fields for record in caplog.records]
+    assert 0 < fields.pop("duration_ms") < 5_000
+    assert fields == {"method": "POST", "route": "/v1/echo/{name}", "status": 200, "client": None, "model": "coach",
+                      "prompt_tokens": 3, "completion_tokens": 5}  # fmt: skip
+
+
+def test_texts_only_where_they_are_asked_for(caplog):
+    with running(ServerConfig(log_texts=True)) as server, caplog.at_level(logging.INFO, "softprompt"):
+        server.ask("POST", "/v1/echo/coach", b'{"secret": 1}', {"content-type": "application/json"})
+        _until(lambda: caplog.records)
+    (fields,) = [record.fields for record in caplog.records if record.message == "request"]
+    assert (fields["request_body"], fields["response_body"]) == ('{"secret": 1}', '{"secret":1}')
+
+
+def test_lines_are_json_or_text_and_nobody_forges_one():
+    record = logging.LogRecord("softprompt.x", logging.INFO, "", 0, "name %s", ("a\nb",), None)
+    record.fields = {"model": 'x y"\n', "status": 200, "client": None}
+    line = json.loads(JsonLines().format(record))
+    assert (line["message"], line["model"], line["status"], line["level"]) == ("name a\nb", 'x y"\n', 200, "info")
+    assert "client" not in line
+    assert "\n" not in JsonLines().format(record)
+    text = TextLines().format(record)
+    assert "\n" not in text
+    assert text.endswith('INFO    name a\\nb model="x y\\"\\n" status=200')
+
+
+def test_routes_are_counted_by_their_template(server):
+    for name in ("a", "b"):
+        server.ask("POST", f"/v1/echo/{name}", b"{}", {"content-type": "application/json"})
+    for path in ("/made-up", "/made-up-2"):
+        server.ask("GET", path)
+    server.ask("PURGE", "/made-up")
+    _until(lambda: server.value("http_requests_total", method="other", route="other", status="404") == 1)
+    assert server.value("http_requests_total", method="GET", route="other", status="404") >= 2
+    routes = {sample.labels["route"] for metric in server.metrics.registry.collect()
+              for sample in metric.samples if "route" in sample.labels}  # fmt: skip
+    assert "/v1/echo/{name}" in routes
+    assert not any("made-up" in route or route.endswith("/a") for route in routes)
+
+
+# -- the end
+
+
+def test_draining():
+    with running(ServerConfig(drain_s=20)) as server, server.connect() as line:
+        line.sendall(b"GET /v1/stream?seconds=1 HTTP/1.1\r\nhost: x\r\n\r\n")
+        heard = line.recv(1_000)
+        server.server.handle_exit(15, None)
+        _until(lambda: server.lifecycle.is_draining)
+        refused = server.ask("POST", "/v1/length", b"x")
+        assert (refused.status, refused.error) == (503, "the server is being stopped; try again soon")
+        assert refused.headers["retry-after"] == "5"
+        began = time.monotonic()
+        while piece := line.recv(10_000):
+            heard += piece
+        assert heard.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert time.monotonic() - began < 3  # as soon as it could
+
+
+def test_what_does_not_end_in_time_is_cut_off():
+    with running(ServerConfig(drain_s=0.3)) as server, server.connect() as line:
+        line.sendall(b"GET /v1/stream?seconds=60 HTTP/1.1\r\nhost: x\r\n\r\n")
+        heard = line.recv(1_000)
+        server.server.handle_exit(15, None)
+        began = time.monotonic()
+        while piece := line.recv(10_000):
+            heard += piece
+        assert time.monotonic() - began < 3
+        assert heard.endswith(b"}}\n\n\r\n0\r\n\r\n")  # the stream's last event
+        told = json.loads(heard.rpartition(b"data: ")[2].partition(b"\n")[0])
+        assert told["error"]["code"] == "stopping"
+
+
+def _until(holds, seconds: float = 30.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
