@@ -287,7 +287,7 @@ class TestBrokenCheckpoints:
         assert_same_run(half_way, straight)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_candidates_are_killed_and_resumed_together(flags, tmp_path):
     several = [*flags, "--candidates", 4, "--epochs", 12]
     succeed(*several, "--out", tmp_path / "straight")

@@ -83,6 +83,7 @@ def test_one_process_of_accelerate_is_one_process_to_the_bit(flags, alone, tmp_p
     assert ran.json == {**alone[1], "out": str(tmp_path / "one")}
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once(flags, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")

@@ -229,7 +229,8 @@ class Jobs:
                 JobRun(row, self._at, partial(self._order, row.id)).run()
         finally:
             self._current = None
-            self._orders.pop(row.id, None)
+            if self._orders.pop(row.id, None) == "cancel":  # perhaps when it was about to pause
+                forget_state(self._at, row.id)
 
     def _order(self, job: str) -> Order | None:
         return self._orders.get(job) or ("stop" if self._is_stopping else None)
