@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -226,7 +227,8 @@ class Jobs:
         self._current = row.id
         try:
             if self._records.move(row.id, ("queued",), "validating_files", started=time.time()):
-                JobRun(row, self._at, partial(self._order, row.id)).run()
+                with ThreadPoolExecutor(1, "softprompt-job") as thread:  # whose pool of OpenMP threads ends with it
+                    thread.submit(JobRun(row, self._at, partial(self._order, row.id)).run).result()
         finally:
             self._current = None
             if self._orders.pop(row.id, None) == "cancel":  # perhaps when it was about to pause
