@@ -4,7 +4,16 @@ import threading
 import time
 from contextlib import contextmanager
 
+import pytest
+
+from softprompt import turns as module
 from softprompt.turns import Turns, breathe
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """A thread that this machine leaves waiting is not one that does not breathe."""
+    monkeypatch.setattr(module, "_PATIENCE_S", 30.0)
 
 
 class Clock:
@@ -71,6 +80,7 @@ def pieces_between(log):
     return counts
 
 
+@pytest.mark.usefixtures("patient")
 def test_training_gets_its_share_between_steps():
     clock, log = Clock(), []
     turns = Turns(share=0.5, clock=clock)
@@ -81,6 +91,7 @@ def test_training_gets_its_share_between_steps():
     assert max(counts) <= 5
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_small_share_is_small_and_a_piece_longer_than_it_still_runs():
     clock, log = Clock(), []
     turns = Turns(share=0.1, clock=clock)
@@ -91,6 +102,7 @@ def test_a_small_share_is_small_and_a_piece_longer_than_it_still_runs():
     assert 0.17 <= sum(counts[20:]) / len(counts[20:]) <= 0.25  # 0.04 / 9 of 0.02: two ninths
 
 
+@pytest.mark.usefixtures("patient")
 def test_no_step_is_delayed_by_more_than_the_latency():
     clock, log = Clock(), []
     turns = Turns(share=0.9, latency_s=0.025, clock=clock)
@@ -143,6 +155,7 @@ def test_a_training_that_does_not_breathe_delays_one_step_only():
     assert not thread.is_alive()
 
 
+@pytest.mark.usefixtures("patient")
 def test_an_error_in_a_step_lets_training_go_on():
     clock, log = Clock(), []
     turns = Turns(clock=clock)

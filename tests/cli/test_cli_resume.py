@@ -111,7 +111,7 @@ def test_killed_at_random_moments_it_is_the_same_to_the_bit(flags, straight, tmp
                 assert forks.wait() == 0, (seed, log.read_text())
             assert "Traceback" not in log.read_text(), (seed, log.read_text())
             assert_same_run(out, straight, seed)
-    assert num_on_the_way >= num_kills // 5, (seed, num_on_the_way)  # else the moments miss what they are for
+    assert num_on_the_way >= num_kills // 4, (seed, num_on_the_way)  # else the moments miss what they are for
 
 
 @pytest.mark.medium

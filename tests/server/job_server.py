@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fastapi import FastAPI
 from openai import OpenAI
@@ -20,10 +21,11 @@ from softprompt.config import DataConfig, ServerConfig, TrainConfig
 from softprompt.data import split_rows
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import Client
+from softprompt.server.jobs.run import JobRun
 from softprompt.server.parts import part_of
 from softprompt.server.prompts.catalogue import Catalogue
 from softprompt.server.start import serving_app
-from softprompt.training import train
+from softprompt.training import Event, StepDone, train
 
 ENDED = ("succeeded", "failed", "cancelled")
 SETTINGS = {"virtual_tokens": 3, "epochs": 2, "batch_rows": 8}
@@ -92,6 +94,20 @@ def steps_done(client: OpenAI, job: str) -> int:
     """Of the latest event that tells."""
     events = client.fine_tuning.jobs.list_events(job, limit=50).data
     return max((event.data["step"] for event in events if event.type == "metrics"), default=0)  # type: ignore[index]
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, *steps: int) -> list[int]:
+    """Training waits behind each of these steps, once, until it is told to stop or the step is taken from the list."""
+    take, held = JobRun._take_and_record, list[int]()
+
+    def take_and_wait(run: JobRun, event: Event) -> None:
+        take(run, event)
+        if isinstance(event, StepDone) and event.step in steps and event.step not in held:
+            held.append(event.step)
+            until(lambda: run._order() is not None or event.step not in held)
+
+    monkeypatch.setattr(JobRun, "_take_and_record", take_and_wait)
+    return held
 
 
 def served_prompt(app: FastAPI, name: str) -> SoftPrompt:

@@ -15,6 +15,7 @@ from job_server import (
     SETTINGS,
     Record,
     ask,
+    hold,
     job_server,
     plain_rows,
     same_bits,
@@ -81,20 +82,22 @@ def test_a_running_job_is_cancelled_and_the_next_one_runs(server: tuple[OpenAI, 
 
 @pytest.mark.parametrize("more", [{}, {"validate_every": 5, "save_every": 2}], ids=["epochs", "often"])
 def test_a_paused_job_lets_others_run_and_becomes_the_same_prompt(
-    server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, more: Record
-) -> None:
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, more: Record,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     client, app = server
+    held = hold(monkeypatch, 4, 9)
     held_out = upload(client, plain_rows(4, first=60)) if more else None
     job = ask(client, file, {**MIDDLE, **more}, validation_file=held_out)
     for step in (4, 9):
-        until(lambda step=step: steps_done(client, job.id) >= step)  # type: ignore[misc]
+        until(lambda step=step: step in held)  # type: ignore[misc]
         assert client.fine_tuning.jobs.pause(job.id).status == "paused"
         succeeded(client, ask(client, file).id)
         assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
         assert client.fine_tuning.jobs.resume(job.id).status in ("queued", "validating_files")
     done = succeeded(client, job.id)
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
-    assert 1 <= sum(message.startswith("goes on behind step") for message in messages) <= 2  # or paused before it began
+    assert sum(message.startswith("goes on behind step") for message in messages) == 2
     assert done.trained_tokens == 12 * 24 * 10
     alone = trained_alone(
         tiny_llama, tmp_path, plain_rows(), {**MIDDLE, **more}, validation=plain_rows(4, first=60) if more else None
@@ -212,15 +215,17 @@ def test_a_job_that_ends_the_server_again_and_again_is_set_aside(tmp_path: Path)
     database.close()
 
 
-def test_a_stopped_server_goes_on_with_its_job(tiny_llama: Base, tmp_path: Path) -> None:
-    state = tmp_path / "state"
+def test_a_stopped_server_goes_on_with_its_job(
+    tiny_llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, held = tmp_path / "state", hold(monkeypatch, 4)
     with job_server(tiny_llama, state) as (client, _):
         file = upload(client, plain_rows())
         job = ask(client, file, MIDDLE)
-        until(lambda: steps_done(client, job.id) >= 4)
+        until(lambda: held == [4])
         waiting = ask(client, file)
     saved, problems = RunFolder(state / "jobs" / job.id).load_latest()
-    assert saved is not None and not problems and 4 <= saved.facts["step"] < 36
+    assert saved is not None and not problems and saved.facts["step"] == 4
     with job_server(tiny_llama, state) as (client, app):
         done = succeeded(client, job.id)
         assert same_bits(served_prompt(app, str(done.fine_tuned_model)),
@@ -250,14 +255,15 @@ def test_an_order_is_heard_between_two_pieces_of_a_slice(
 ) -> None:
     """Where no slice ever told of itself, a long step would hold the job until its end."""
     client, app = server
+    held = hold(monkeypatch, 4)
     monkeypatch.setattr(JobRun, "_take", JobRun._take_and_record)
     job = ask(client, file, MIDDLE)
-    until(lambda: steps_done(client, job.id) >= 4)
+    until(lambda: held == [4])
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     succeeded(client, ask(client, file, {**SETTINGS, "max_steps": 1}).id)
     monkeypatch.undo()
     saved, _ = RunFolder(Path(part_of(app, ServerConfig).state) / "jobs" / job.id).load_latest()
-    assert saved is not None and saved.facts["step"] < 36
+    assert saved is not None and saved.facts["step"] == 4
     client.fine_tuning.jobs.resume(job.id)
     done = succeeded(client, job.id)
     alone = trained_alone(tiny_llama, tmp_path, plain_rows(), MIDDLE)
