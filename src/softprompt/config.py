@@ -209,7 +209,9 @@ class ServerConfig:
     require_keys: bool = option(False, "Ask for an API key on loopback too.")
     training_share: float = option(0.45, "Share of the time that a fine-tuning job gets while requests are answered.")
     training_latency_ms: float | None = option(
-        None, "A job delays a running answer's next token by so much at most; default: by the share alone."
+        None,
+        "A job's turn before a running answer's next token, unless a single piece of it takes longer; default: by the "
+        "share alone.",
     )
     max_jobs: int = option(100, "Fine-tuning jobs of one client that may wait or run.")
     requests_per_minute: int | None = option(None, "Requests of one client per minute; a key may have its own limit.")

@@ -21,6 +21,12 @@ def part_of(app: FastAPI, kind: type[Part]) -> Part:
     return found
 
 
+def part_if_any(app: FastAPI, kind: type[Part]) -> Part | None:
+    """The app's part of that type, or None: an app may be made without some."""
+    found: Part | None = app.state.parts.get(kind)
+    return found
+
+
 def part(kind: type[Part]) -> Any:  # Any: a FastAPI dependency
     """A dependency that gives a route the app's part of that type."""
 

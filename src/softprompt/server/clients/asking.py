@@ -12,6 +12,7 @@ from softprompt.server.clients.key_ring import KeyRing
 from softprompt.server.clients.limiter import Limiter
 from softprompt.server.clients.rate_headers import count_request
 from softprompt.server.errors import ApiError
+from softprompt.server.parts import part_if_any
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key, sp-...; where the server asks for one.")
 
@@ -19,10 +20,10 @@ _BEARER = HTTPBearer(auto_error=False, description="An API key, sp-...; where th
 async def _client(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 ) -> Client:
-    ring: KeyRing | None = request.app.state.parts.get(KeyRing)  # an app made without one asks for no keys
+    ring = part_if_any(request.app, KeyRing)  # without one no keys are asked for
     client = Client() if ring is None else await ring.client(credentials.credentials if credentials else None)
     request.state.client = client  # the log and the traces name it
-    limiter: Limiter | None = request.app.state.parts.get(Limiter)
+    limiter = part_if_any(request.app, Limiter)
     if limiter is not None:
         count_request(request.scope, limiter, client)
     return client

@@ -6,19 +6,20 @@ from fastapi import Request
 
 from softprompt.server.clients.limiter import Limiter
 from softprompt.server.inference.call import Call
+from softprompt.server.parts import part_if_any
 from softprompt.server.running.notes import Notes
 
 
 def admit(http: Request, call: Call) -> None:
     """Before its requests go to the engine. Raises ApiError 429 where the client is over its limits."""
-    limiter = _limiter(http)
+    limiter = part_if_any(http.app, Limiter)
     if limiter is not None:
         limiter.admit(call.client, num_answers=_num_answers(call), num_tokens=call.num_prompt_tokens)
 
 
 def ended(http: Request, call: Call, notes: Notes) -> None:
     """Exactly once for each call that was admitted, however it ended; `call.outcome` says how."""
-    limiter = _limiter(http)
+    limiter = part_if_any(http.app, Limiter)
     if limiter is not None:
         limiter.ended(call.client, num_answers=_num_answers(call), num_tokens=call.num_new_tokens)
     notes.model = call.model.id
@@ -28,8 +29,3 @@ def ended(http: Request, call: Call, notes: Notes) -> None:
 
 def _num_answers(call: Call) -> int:
     return len(call.requests) * call.num_choices
-
-
-def _limiter(http: Request) -> Limiter | None:
-    found: Limiter | None = http.app.state.parts.get(Limiter)  # an app made without one limits nobody
-    return found

@@ -6,6 +6,7 @@ from fastapi import Request
 
 from softprompt.engine import Finished, Tokens
 from softprompt.server.inference.call import Call, Told
+from softprompt.server.parts import part_if_any
 from softprompt.server.running.generations import End, Generation
 from softprompt.server.running.metrics import Metrics
 
@@ -16,7 +17,7 @@ class Counting:
     """Of one call. An app without metrics counts nothing."""
 
     def __init__(self, http: Request, call: Call) -> None:
-        metrics: Metrics | None = http.app.state.parts.get(Metrics)
+        metrics = part_if_any(http.app, Metrics)
         self._generation: Generation | None = None if metrics is None else metrics.generation_started(call.model.id)
         self._how: End = "stop"
         if metrics is not None and call.model.alias is not None:

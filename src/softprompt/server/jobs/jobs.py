@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: asked for by clients, trained one at a time by a thread of their own, beside the engine's.
+"""Fine-tuning jobs: asked for by clients, trained one at a time, each in a thread of its own beside the engine's.
 
 The queue lives in the database and outlives the process. Clients take turns: next is the oldest job of the client
 whose last turn is longest ago. A status changes in the database first; the running training then hears of it.
@@ -203,7 +203,7 @@ class Jobs:
                 "max_jobs", retry_after_s=_RETRY_AFTER_S,
             )  # fmt: skip
 
-    # From here on: in the thread that trains
+    # From here on: in the queue's thread
 
     def _work(self) -> None:
         is_sound = True

@@ -1,4 +1,4 @@
-"""One job's training, in the thread that trains: from its file to the prompt that is served.
+"""One job's training, in its own thread: from its file to the prompt that is served.
 
 It is `softprompt train` on the same rows with the same settings, and gives the same prompt to the bit. It stops where
 it is told to between two slices; what it goes on from lies in the run's folder.
