@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,14 +28,16 @@ async def answers(running, request):
     return [event.answers async for event in running.generate(request) if isinstance(event, Finished)]
 
 
-def answered(base, turns, is_over=None):
-    """Every stream's answers; with `is_over`, again and again until then, all of them alike."""
+def answered(engine, turns, training=None):
+    """Every stream's answers; with `training`, which starts behind them, again and again until its end, all alike."""
 
     async def run():
-        async with AsyncEngine(Engine(base), turns) as running:
-            found = await asyncio.gather(*(answers(running, request) for request in requests(base)))
-            while is_over is not None and not is_over.is_set():
-                assert await asyncio.gather(*(answers(running, request) for request in requests(base))) == found
+        async with AsyncEngine(engine, turns) as running:
+            found = await asyncio.gather(*(answers(running, request) for request in requests(engine.base)))
+            if training is not None:
+                training.start()
+            while training is not None and training.is_alive():
+                assert await asyncio.gather(*(answers(running, request) for request in requests(engine.base))) == found
             return found
 
     return asyncio.run(run())
@@ -45,19 +48,16 @@ def answered(base, turns, is_over=None):
 def test_both_give_what_they_give_alone(family):
     base = build_base(family)
     before = {name: value.clone() for name, value in base.model.named_parameters()}
-    alone, expected = train(base, TEXTS, CONFIG).prompt, answered(base, Turns())
-    turns, is_over, trained = Turns(share=0.5), threading.Event(), []
+    alone, expected = train(base, TEXTS, CONFIG).prompt, answered(Engine(base), Turns())
+    engine, turns, trained, steps = Engine(base), Turns(share=0.5), [], []
 
     def run():
-        try:
-            with turns.second():
-                trained.append(train(base, TEXTS, CONFIG).prompt)
-        finally:
-            is_over.set()
+        with turns.second():
+            sink = lambda event: steps.append(engine.stats().num_steps)  # noqa: E731
+            trained.append(train(base, TEXTS, CONFIG, sink=sink).prompt)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert answered(base, turns, is_over) == expected
-    thread.join(60)
+    assert answered(engine, turns, threading.Thread(target=run)) == expected
     assert torch.equal(trained[0].tensor, alone.tensor)
+    assert len({*steps}) > 12, "engine's steps and training's pieces have to have been mixed"
+    assert not torch.equal(alone.tensor, train(base, TEXTS, replace(CONFIG, seed=1)).prompt.tensor)
     assert all(torch.equal(value, before[name]) for name, value in base.model.named_parameters())
