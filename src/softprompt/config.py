@@ -176,7 +176,7 @@ class EngineConfig:
 
     max_rows: int | None = option(None, "Answers generated at once; default 32 on a CPU, 256 on a GPU.")
     max_step_tokens: int | None = option(
-        None, "Tokens of texts that one step reads while answers run; default 64 on a CPU, 2,048 on a GPU."
+        None, "Most tokens of texts that one step reads while answers run; default 64 on a CPU, 2,048 on a GPU."
     )
     max_waiting: int | None = option(
         None, "Answers that may wait; requests for more are refused. Default: no limit, and 2,048 of a server."

@@ -160,6 +160,36 @@ def test_whoever_answers_gets_a_token_every_step_while_long_texts_are_read(tiny_
     engine.close()
 
 
+@pytest.mark.parametrize(
+    ("num_answering", "length", "most", "num_steps"),
+    [(4, 12, 12, 1), (4, 40, 12, 4), (20, 40, 20, 2), (4, 320, 40, 8), (4, 1_000, 64, 16)],
+)
+def test_beside_answers_a_text_is_read_over_a_few_steps(num_answering, length, most, num_steps):
+    """Up to sixteen positions in all, as many as rows answer, or an eighth of the text: no step is much longer."""
+    base = build_base("llama", max_position_embeddings=1_100)
+    engine = Engine(base, EngineConfig(max_rows=num_answering + 1, prefix_bytes=0))
+    answering = [engine.add(of(None, base, seed, 1, 40)) for seed in range(num_answering)]
+    while engine.stats().num_new_tokens < num_answering:
+        engine.step()
+    engine.add(of(None, base, 5, length, 2))
+    read = []
+    while sum(read) < length:
+        before = engine.stats().num_read_tokens
+        told = {event.request for event in engine.step() if isinstance(event, Tokens)}
+        assert told >= set(answering)
+        read.append(engine.stats().num_read_tokens - before - len(answering))
+    assert max(read) == most and len(read) == num_steps
+    engine.close()
+
+
+def test_nobody_answering_a_text_is_read_at_once(tiny_llama):
+    engine = Engine(tiny_llama)
+    engine.add(of(None, tiny_llama, 5, 60, 2))
+    engine.step()
+    assert engine.stats().num_read_tokens == 60 and engine.stats().num_new_tokens == 1
+    engine.close()
+
+
 def test_a_row_alone_may_outgrow_its_place_though_both_do_not_fit():
     """It once stopped the engine: 64 positions and the next 128 are more than the memory's 130."""
     base = build_base("llama", max_position_embeddings=200)

@@ -48,7 +48,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.forward = forward or forward_of(base)
         self.runners: Runners = make_runners(base, self.forward, self.config, arrange)
-        self.scheduler = Scheduler(self.runners.max_rows, self.runners.max_step_tokens)
+        self.scheduler = Scheduler(self.runners.max_rows, self.runners.max_step_tokens, self.runners.num_reading_steps)
         self.counts = Counts()
         self._chooser = Chooser(base)
         self._clock = clock

@@ -29,6 +29,7 @@ _MAX_ROWS = {"cpu": 32}
 _MAX_ROWS_ELSEWHERE = 256
 _STEP_TOKENS = {"cpu": 64}  # more gain nothing on a CPU, and make everybody wait
 _STEP_TOKENS_ELSEWHERE = 2_048
+_READING_STEPS = {"cpu": 8}  # of a short text, where somebody answers: here each token more makes a step longer
 
 Facts = tuple[int, str | None]  # bytes of one position, and why rows cannot run together
 _FACTS: WeakKeyDictionary[Forward, Facts] = WeakKeyDictionary()  # found out once per base
@@ -46,6 +47,7 @@ class Runners:
     held_up_to: float  # positions: a longer row runs by itself
     max_rows: int
     max_step_tokens: int
+    num_reading_steps: int
     notes: tuple[str, ...]
 
     def of(self, request: Request, sampling: SamplingConfig) -> Runner:
@@ -109,6 +111,7 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bo
         held_up_to=forward.alone_beyond or math.inf,
         max_rows=config.max_rows or _MAX_ROWS.get(device, _MAX_ROWS_ELSEWHERE),
         max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
+        num_reading_steps=_READING_STEPS.get(device, 1),
         notes=("answers run together over held keys and values" if problem is None else problem,),
     )
 
