@@ -128,7 +128,7 @@ def test_steps_are_not_held_up_when_nothing_trains():
     for _ in range(1_000):
         with turns.first():
             pass
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 60  # a quarter of a second each would be 250
     breathe()  # outside of a training: nothing happens
 
 
@@ -148,7 +148,7 @@ def test_a_training_that_does_not_breathe_delays_one_step_only():
     for _ in range(100):
         with turns.first():
             pass
-    assert time.perf_counter() - began < 2  # one wait of a quarter of a second
+    assert time.perf_counter() - began < 10  # one wait of a quarter of a second; each waiting would be 25
     may_end.set()
     turns.idle()
     thread.join(10)

@@ -207,7 +207,7 @@ class ServerConfig:
     state: str = option("softprompt-state", "Folder for the database, uploaded files, jobs and their prompts.")
     database: str | None = option(None, "SQLAlchemy URL of the database; default SQLite in --state.")
     require_keys: bool = option(False, "Ask for an API key on loopback too.")
-    training_share: float = option(0.45, "Share of the time that a fine-tuning job gets while requests are answered.")
+    training_share: float = option(0.46, "Share of the time that a fine-tuning job gets while requests are answered.")
     training_latency_ms: float | None = option(
         None,
         "A job's turn before a running answer's next token, unless a single piece of it takes longer; default: by the "

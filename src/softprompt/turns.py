@@ -1,6 +1,7 @@
 """Two threads that compute on one machine take turns: answering goes first, training fills what is left.
 
-Two pools of threads on the same cores make both slower and neither predictable, so one of the two computes at a time.
+Two pools of threads on the same cores make both slower and neither predictable, so one of the two computes at a time,
+and puts its pool away when it stops.
 The training thread calls `breathe()` before each small piece of work (a product with a weight, an attention, a block of
 the head), in its forward and its backward pass alike; there it is held while it is the other's turn. It has no say in
 the results: the same pieces run in the same order, only later.
@@ -18,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+
+from softprompt.openmp import put_threads_away
 
 _THREAD = threading.local()
 _PATIENCE_S = 0.25  # how long a step waits for a training that does not breathe
@@ -37,7 +40,7 @@ class Turns:
     """Who computes: the engine's thread inside of `first`, or the training's inside of `second`."""
 
     def __init__(
-        self, share: float = 0.45, latency_s: float | None = None, clock: Callable[[], float] = time.perf_counter
+        self, share: float = 0.46, latency_s: float | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         """`share` of the time is training's while requests are answered; `latency_s` at most in front of a step.
 
@@ -72,10 +75,13 @@ class Turns:
             with self._changed:
                 self._is_stepping = False
                 self._give(self._ratio * (self._clock() - began))
-                self._hand_over()
+                if self._is_held and self._may_train():
+                    put_threads_away()
+                    self._hand_over()
 
     def idle(self) -> None:
-        """The engine has nothing to do: training runs freely."""
+        """The engine has nothing to do: training runs freely. In the engine's thread."""
+        put_threads_away()
         with self._changed:
             self._has_requests = False
             self._at_hand_s = 0.0
@@ -110,6 +116,7 @@ class Turns:
             self._is_held = True
             self._hand_over()
             if self._is_held:
+                put_threads_away()
                 self._stop()
                 self._changed.wait_for(lambda: not self._is_held)
             self._is_deaf = False
@@ -126,10 +133,12 @@ class Turns:
         self._piece_s = max(seconds, _FORGETTING * self._piece_s)
         self._at_hand_s = max(self._at_hand_s - seconds, -self._piece_s)
 
+    def _may_train(self) -> bool:
+        return not self._has_requests or (not self._is_stepping and self._at_hand_s >= self._piece_s)
+
     def _hand_over(self) -> None:
         """Training goes on, if it is held and may. Said here and not seen to by it: the next step would be faster."""
-        may_train = not self._has_requests or (not self._is_stepping and self._at_hand_s >= self._piece_s)
-        if self._is_held and may_train:
+        if self._is_held and self._may_train():
             self._is_held, self._is_training = False, True
             self._changed.notify_all()
 

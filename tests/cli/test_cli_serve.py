@@ -142,22 +142,6 @@ def test_its_help_loads_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
-def test_what_is_made_aside_leaves_no_threads_of_openmp():
-    """Here it would: one more for the second core."""
-    script = (
-        "import os, time, torch\nfrom softprompt.cli.serve import _aside\n"
-        "def multiply():\n    torch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
-        "def num_threads():\n    return len(os.listdir('/proc/self/task'))\n"
-        "before = num_threads()\n_aside(multiply)\nends = time.monotonic() + 20\n"
-        "while num_threads() > before and time.monotonic() < ends:\n    time.sleep(0.01)\n"
-        "aside = num_threads()\nmultiply()\nprint(aside - before, num_threads() - aside)"
-    )
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["0", "1"]
-
-
 # -- a process
 
 

@@ -102,7 +102,7 @@ def test_a_body_that_comes_slowly(server):
                 answer = line.recv(10_000)
             except TimeoutError:
                 continue
-        assert 0.4 < time.monotonic() - began < 2
+        assert 0.4 < time.monotonic() - began < 4
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"bytes of the request's body came in" in answer
 
@@ -180,7 +180,7 @@ def test_a_thousand_idle_clients():
         _until(lambda: len(server.server.server_state.connections) == 1_000)
         began = time.monotonic()
         assert server.ask("POST", "/v1/length", b"x").body == b"1"
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10
         held[0].sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
         assert held[0].recv(1_000).startswith(b"HTTP/1.1 404")
 
@@ -248,7 +248,7 @@ def test_draining():
         while piece := line.recv(10_000):
             heard += piece
         assert heard.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert time.monotonic() - began < 3  # as soon as it could
+        assert time.monotonic() - began < 15  # as soon as it could, long before the drain is over
 
 
 def test_what_does_not_end_in_time_is_cut_off():
@@ -259,7 +259,7 @@ def test_what_does_not_end_in_time_is_cut_off():
         began = time.monotonic()
         while piece := line.recv(10_000):
             heard += piece
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 15
         assert heard.endswith(b"}}\n\n\r\n0\r\n\r\n")  # the stream's last event
         told = json.loads(heard.rpartition(b"data: ")[2].partition(b"\n")[0])
         assert told["error"]["code"] == "stopping"

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,11 +15,11 @@ from softprompt.cli.serve_settings import ENVIRONMENT, check_environment, take_f
 from softprompt.config import EMBEDDED_BASE, BaseConfig, EngineConfig, ServerConfig
 from softprompt.embedded import prompts_folder
 from softprompt.errors import MissingDependencyError
+from softprompt.openmp import put_threads_away
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-Made = TypeVar("Made")
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "sqlalchemy", "alembic", "prometheus_client", "watchfiles", "multipart")
 
 
@@ -67,22 +64,13 @@ def _serve(base_config: BaseConfig, config: ServerConfig, engine_config: EngineC
 
     with bind(config.host, config.port) as place:
         _check_keys(config)
-        base = _aside(partial(load, base_config))
+        base = load(base_config)
         set_up_logging(config.log_format)
-        app = _aside(partial(serving_app, base, config, engine_config, offline=base_config.offline))
+        app = serving_app(base, config, engine_config, offline=base_config.offline)
         url = url_of(place)
+        put_threads_away()
         _spare_the_collector()
         run_server(app, place, config, lambda: click.echo(_told(app, url)))
-
-
-def _aside(make: Callable[[], Made]) -> Made:
-    """Made in a thread that ends, and its pool of OpenMP threads with it.
-
-    Where more of those threads live than there are cores, OpenMP's waiting ones sleep at once instead of spinning, and
-    the engine's own took a quarter longer for a step.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
 
 
 def _spare_the_collector() -> None:

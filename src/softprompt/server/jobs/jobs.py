@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: asked for by clients, trained one at a time, each in a thread of its own beside the engine's.
+"""Fine-tuning jobs: asked for by clients, trained one at a time by a thread of their own, beside the engine's.
 
 The queue lives in the database and outlives the process. Clients take turns: next is the oldest job of the client
 whose last turn is longest ago. A status changes in the database first; the running training then hears of it.
@@ -13,7 +13,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -203,7 +202,7 @@ class Jobs:
                 "max_jobs", retry_after_s=_RETRY_AFTER_S,
             )  # fmt: skip
 
-    # From here on: in the queue's thread
+    # From here on: in the thread that trains
 
     def _work(self) -> None:
         is_sound = True
@@ -227,8 +226,7 @@ class Jobs:
         self._current = row.id
         try:
             if self._records.move(row.id, ("queued",), "validating_files", started=time.time()):
-                with ThreadPoolExecutor(1, "softprompt-job") as thread:  # whose pool of OpenMP threads ends with it
-                    thread.submit(JobRun(row, self._at, partial(self._order, row.id)).run).result()
+                JobRun(row, self._at, partial(self._order, row.id)).run()
         finally:
             self._current = None
             if self._orders.pop(row.id, None) == "cancel":  # perhaps when it was about to pause

@@ -14,7 +14,7 @@ from softprompt.server.jobs.shapes import Json
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import FileRow, JobEventRow, JobRow
 
-TAKEN = ("validating_files", "running")  # from the queue
+TAKEN = ("validating_files", "running")  # by the thread that trains
 ACTIVE = ("queued", *TAKEN)  # what a client's limit counts
 OPEN = (*ACTIVE, "paused")
 _MAX_CRASHES = 10  # of the server without a step in between, memory that the kernel refused say

@@ -1,4 +1,4 @@
-"""One job's training, in its own thread: from its file to the prompt that is served.
+"""One job's training, in the thread that trains: from its file to the prompt that is served.
 
 It is `softprompt train` on the same rows with the same settings, and gives the same prompt to the bit. It stops where
 it is told to between two slices; what it goes on from lies in the run's folder.
@@ -19,6 +19,7 @@ from softprompt.config import DataConfig, TrainConfig
 from softprompt.data import Rows, Split, split_rows
 from softprompt.errors import ConfigError, DatabaseError
 from softprompt.evaluation import criterion
+from softprompt.openmp import put_threads_away
 from softprompt.prompt import SoftPrompt
 from softprompt.recording import Recorder
 from softprompt.server.clients.client import Client
@@ -96,7 +97,7 @@ class JobRun:
         self._owes_validation = False  # what a step is followed by has not come yet: no state to go on from
 
     def run(self) -> None:
-        """Raises DatabaseError alone. Afterwards nothing of the job is held."""
+        """Raises DatabaseError alone. Afterwards nothing of the job is held, nor threads to compute with."""
         try:
             self._keep(self._train())
         except Stopped as stopped:
@@ -107,6 +108,7 @@ class JobRun:
             self._end_failed(error)
         finally:
             self._ready = None
+            put_threads_away()
 
     def _train(self) -> TrainResult:
         self._check_base()

@@ -16,6 +16,7 @@ from anyio import CapacityLimiter, to_thread
 
 from softprompt.base import Base
 from softprompt.errors import AdapterError, ConfigError, StorageError
+from softprompt.openmp import put_threads_away
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
 from softprompt.storage import pull_prompt
@@ -111,7 +112,10 @@ class Hub:
 
 
 def _read(files: AdapterFiles, base: Base) -> SoftPrompt:
-    prompt = parse_adapter(files)
+    try:
+        prompt = parse_adapter(files)
+    finally:
+        put_threads_away()  # of a large prompt's checks: this thread may live as long as the server
     _check_record(prompt.record, files.where)
     says_no_base = prompt.record.base_fingerprint is None  # PEFT's own: only the width can be compared
     check_base(prompt, base, force=says_no_base, where=files.where)
