@@ -8,9 +8,13 @@ from engine_runs import take_out_without_copying
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from tiny_bases import random_ids
 from torch import nn
 
+from softprompt.config import EngineConfig, SamplingConfig
+from softprompt.engine import Engine, Request
 from softprompt.engine.memory import KeyValueMemory, Shelf, capacities
+from softprompt.families import Store
 
 MODULES = [nn.Identity(), nn.Identity()]
 SHAPES = [(2, 3), (1, 5)]  # key heads and their width, of each module
@@ -137,3 +141,33 @@ def test_what_left_with_nan_does_not_reach_the_next():
     memory.release(first)
     assert torch.isfinite(keys).all() and torch.isfinite(values).all()
     assert second.row == 0
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_an_engine_that_is_ready_takes_no_memory_while_short_rows_grow(tiny_llama, monkeypatch, is_ready):
+    resized = []
+    resize = Store.resize
+    monkeypatch.setattr(Store, "resize", lambda store, rows: resized.append(rows) or resize(store, rows))
+    engine = Engine(tiny_llama, EngineConfig(max_rows=5), arrange=is_ready)
+    held = engine.runners.memory.num_bytes
+    for seed in range(5):
+        engine.add(Request(tuple(random_ids(40, seed)), sampling=SamplingConfig(max_new_tokens=40, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    assert bool(resized) != is_ready
+    assert (held > 0) == is_ready and engine.runners.memory.num_bytes >= held
+
+
+def test_memory_is_made_ready_where_that_is_a_small_part_of_the_budget():
+    sample = Store(1, 1)
+    sample.of(MODULES[0], torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+    memory = KeyValueMemory(64 * 8 * 4 * BYTES, BYTES, 300)
+    memory.prepare(sample, 4)
+    assert {capacity: shelf.store.num_rows for capacity, shelf in memory.shelves.items()} == {64: 4}
+    assert memory.shelves[64].store.tensors[MODULES[0]][0].shape == (4, 2, 64, 3)
+    assert memory.num_bytes == 4 * 64 * BYTES and memory.num_bytes_in_use == 0
+    memory.check_integrity()
+    small = KeyValueMemory(64 * 8 * 4 * BYTES - 1, BYTES, 300)
+    small.prepare(sample, 4)
+    assert small.num_bytes == 0

@@ -43,7 +43,8 @@ class Engine:
         arrange: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`arrange`: keep the weights a second time, as this processor reads them fastest, where it gains."""
+        """`arrange`: get ready for many requests: keep the weights a second time, as this processor reads them
+        fastest, where it gains, and take the memory for keys and values of short rows now."""
         self.base = base
         self.config = config or EngineConfig()
         self.forward = forward or forward_of(base)

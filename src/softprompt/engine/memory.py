@@ -14,6 +14,8 @@ import torch
 from softprompt.families import Store
 
 _STEP = 64  # positions; a product over fewer is not faster
+_PREPARED = 2  # capacities
+_SMALL_PART = 8  # of the budget: an eighth
 _GROWTH = 1.5  # from one capacity to the next, at most
 
 
@@ -71,6 +73,17 @@ class KeyValueMemory:
     def num_bytes_in_use(self) -> int:
         places = (place for shelf in self.shelves.values() for place in shelf.places)
         return sum(place.shelf.store.capacity for place in places) * self.bytes_per_position
+
+    def prepare(self, sample: Store, num_rows: int) -> None:
+        """Take the memory of so many rows in the smallest stores now, where that is a small part of the budget.
+
+        Memory that is taken in mid-answer holds a step up for as long as several take. `sample` knows the modules.
+        """
+        for capacity in self.capacities[:_PREPARED]:
+            positions = self._num_positions() + num_rows * capacity
+            if capacity not in self.shelves and positions <= self.budget_positions // _SMALL_PART:
+                self.shelves[capacity] = Shelf(capacity)
+                self.shelves[capacity].store = sample.like(num_rows, capacity)
 
     def can_ever_hold(self, length: int) -> bool:
         """Whether one row of that many positions fits into the empty memory."""

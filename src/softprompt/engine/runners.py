@@ -18,7 +18,7 @@ from softprompt.engine.plain_runner import PlainRunner
 from softprompt.engine.prefixes import Key, PrefixCache, shared_beginnings
 from softprompt.engine.requests import Request
 from softprompt.engine.rows import Ran, Row, Runner
-from softprompt.engine.self_test import why_not_held
+from softprompt.engine.self_test import sample_store, why_not_held
 from softprompt.families import Forward, new_cache
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Stretch, splice_stretches
@@ -93,7 +93,10 @@ def _key(prompt: SoftPrompt) -> Key:
 
 
 def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bool) -> Runners:
-    """Both ways for one base, tested, with the memory that the machine allows where `config` does not say."""
+    """Both ways for one base, tested, with the memory that the machine allows where `config` does not say.
+
+    `arrange`: for many requests, with weights and memory made ready for them.
+    """
     if arrange:
         _arrange(base, forward)
     free = free_bytes(base.device)
@@ -102,6 +105,9 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bo
     per_position, problem = _facts(base, forward)
     memory, prefixes = KeyValueMemory(kv_bytes, per_position, base.max_length), PrefixCache(prefix_bytes)
     device = base.device.type
+    max_rows = config.max_rows or _MAX_ROWS.get(device, _MAX_ROWS_ELSEWHERE)
+    if arrange and problem is None:
+        memory.prepare(sample_store(base, forward), max_rows)
     return Runners(
         held=HeldRunner(base, forward, memory, prefixes),
         plain=PlainRunner(base, forward, kv_bytes, per_position),
@@ -109,7 +115,7 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bo
         prefixes=prefixes,
         is_held=problem is None,
         held_up_to=forward.alone_beyond or math.inf,
-        max_rows=config.max_rows or _MAX_ROWS.get(device, _MAX_ROWS_ELSEWHERE),
+        max_rows=max_rows,
         max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
         num_reading_steps=_READING_STEPS.get(device, 1),
         notes=("answers run together over held keys and values" if problem is None else problem,),

@@ -38,6 +38,14 @@ def why_not_held(base: Base, forward: Forward) -> str | None:
     return None
 
 
+@torch.inference_mode()
+def sample_store(base: Base, forward: Forward) -> Store:
+    """A store that one token of the base has been written to, so that it knows the attention modules."""
+    store = Store(1, 1)
+    _hidden(base, forward, Stretch(None, (0,), 0, 1), store, 0)
+    return store
+
+
 def _some_prompt(base: Base, seed: int) -> Tensor:
     """[P, H], of the size of the base's embeddings."""
     generator = torch.Generator().manual_seed(seed)
@@ -56,9 +64,13 @@ def _held_logits(base: Base, forward: Forward, prompt: Tensor, ids: tuple[int, .
 
 
 def _run(base: Base, forward: Forward, stretch: Stretch, store: Store, row: int) -> Tensor:
+    return forward.logits(_hidden(base, forward, stretch, store, row)[-1:])[0]
+
+
+def _hidden(base: Base, forward: Forward, stretch: Stretch, store: Store, row: int) -> Tensor:
     pieces = [Piece(store, row, stretch.first, stretch.length)]
     rows = held_rows(pieces, base.device, is_native(base.device, base.dtype))
-    return forward.logits(forward.packed_hidden_states(*splice_stretches(base, [stretch]), rows)[-1:])[0]
+    return forward.packed_hidden_states(*splice_stretches(base, [stretch]), rows)
 
 
 def _plain_logits(base: Base, forward: Forward, prompt: Tensor, ids: tuple[int, ...]) -> Tensor:

@@ -40,6 +40,13 @@ class Store:
             found = self.tensors[module] = (self._empty(key), self._empty(value))
         return found
 
+    def like(self, num_rows: int, capacity: int) -> Store:
+        """An empty one of other sizes for the same modules, its memory taken."""
+        made = Store(num_rows, capacity)
+        for module, (keys, values) in self.tensors.items():
+            made.of(module, keys[0].transpose(0, 1), values[0].transpose(0, 1))
+        return made
+
     def resize(self, num_rows: int) -> None:
         """More or fewer rows; the first ones keep what they hold. Where memory ends half-way, as many rows as before
         may be used."""
