@@ -1,4 +1,4 @@
-"""Chat messages to token ids, by the tokenizer's chat template; targets are the assistant's turns alone.
+"""Chat messages to token ids, by the tokenizer's chat template; targets are the assistant's turns alone, but for those of weight 0.
 
 A base whose tokenizer has no chat template gets DEFAULT_CHAT_TEMPLATE, in training and in serving alike. Control tokens
 ("<|im_end|>") are control tokens only where the template writes them: in a message they are text.
@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from softprompt.base import Base
 from softprompt.data.boundary import continuation_ids
-from softprompt.data.messages import Message
+from softprompt.data.messages import Message, is_learned
 from softprompt.errors import DataError
 
 # The assistant's turn ends with EOS in the history too, as it does when it is generated.
@@ -136,7 +136,7 @@ def _render(base: Base, messages: Sequence[Message], where: str, *, generation_p
 
 def _rendered(base: Base, messages: Sequence[Message], where: str, **settings: bool) -> tuple[str, list[_Span]]:
     variables: dict[str, Any] = {**base.tokenizer.special_tokens_map, **settings}  # Any: a template's variables
-    conversation = [dict(message) for message in messages]
+    conversation = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     render: Any = render_jinja_template  # Any: annotated as giving a string, it gives texts and their marked spans
     try:
         texts, spans = render([conversation], chat_template=_template(base), **variables)
@@ -147,14 +147,23 @@ def _rendered(base: Base, messages: Sequence[Message], where: str, **settings: b
 
 def _marked_spans(base: Base, messages: Sequence[Message], where: str) -> tuple[str, list[_Span]]:
     text, spans = _rendered(base, messages, where, return_assistant_tokens_mask=True)
-    return text, [span for span in spans if span.end > span.start]
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if all(map(is_learned, turns)):
+        return text, [span for span in spans if span.end > span.start]
+    if len(spans) != len(turns):
+        raise DataError(
+            f"{where}: the chat template marks {len(spans):,} stretches for {len(turns):,} turns of the assistant, so "
+            'nobody can say which of them a "weight": 0 means; leave the weights out'
+        )
+    learned = [span for span, turn in zip(spans, turns, strict=True) if is_learned(turn)]
+    return text, [span for span in learned if span.end > span.start]
 
 
 def _turn_spans(base: Base, messages: Sequence[Message], where: str) -> tuple[str, list[_Span]]:
     text = _render(base, messages, where)
     spans: list[_Span] = []
     for index, message in enumerate(messages):
-        if message["role"] == "assistant" and (span := _turn_span(base, messages[: index + 1], text, where)):
+        if is_learned(message) and (span := _turn_span(base, messages[: index + 1], text, where)):
             spans.append(span)
     return text, spans
 

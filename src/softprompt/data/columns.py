@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from softprompt.config import DataConfig
+from softprompt.data.messages import check_row_keys, choosing_columns
 from softprompt.data.rows import Rows, is_missing
 from softprompt.data.template import known_columns, require_fields, template_fields, typed_text
 from softprompt.errors import ConfigError, DataError
@@ -34,11 +35,13 @@ class Choice(NamedTuple):
 def rows_of(table: Table, config: DataConfig) -> Rows:
     """All rows of a table in the form that the settings ask for, only the needed columns kept.
 
-    Raises DataError for an empty table or a column it does not have, ConfigError for settings that contradict.
+    Raises DataError for an empty table, a column it does not have or one that would choose what is learned, ConfigError for settings that contradict.
     """
     if not table.records:
         raise DataError(f"{table.source} has no rows; there is nothing to learn from")
     choice = choose_form(table, config)
+    for number, record in enumerate(table.records if choosing_columns(table.columns, choice.needed) else (), start=1):
+        check_row_keys(record, choice.needed, choice.form.kind, f"row {number:,} of {table.source}")
     return Rows(
         records=tuple({name: record.get(name) for name in choice.needed} for record in table.records),
         indices=tuple(range(len(table.records))),

@@ -1,33 +1,93 @@
-"""Chat messages as values: what a row must hold to be a conversation."""
+"""Chat messages as values: what a row must hold to be a conversation, and which of its turns are learned.
+
+OpenAI's `weight` on an assistant's message says whether the turn is learned (1, the default) or only context (0). Every
+other key that would choose what is learned, or bring tools, is refused: nothing of it may be dropped in silence.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from softprompt.errors import DataError
+from softprompt.turns import breathe
+from softprompt.types import FormKind
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = Mapping[str, Any]  # Any: "role" and "content" are strings, other keys are the chat template's own business
 
+# What a message may hold beside role, content and weight: what chat templates write, and facts that change nothing.
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_HARMLESS_KEYS = frozenset({
+    "name", *_REASONING_KEYS, "id", "uuid", "index", "turn", "turn_identifier", "timestamp", "time", "date", "created",
+    "created_at", "updated_at", "metadata", "meta", "author", "user", "model", "source", "language", "lang", "country",
+    "state", "header", "hashed_ip", "redacted", "toxic", "num_tokens", "title", "url", "finish_reason",
+})  # fmt: skip
+_TOOL_KEYS = ("tools", "tool_calls", "functions", "function_call", "tool_choice", "parallel_tool_calls")
+_SELECTING_KEYS = frozenset({
+    "weight", "weights", "mask", "masks", "masked", "loss", "loss_mask", "loss_weight", "loss_weights", "label_mask",
+    "train", "train_mask", "train_on_turn", "train_on_turns", "train_on_input", "train_on_inputs", "train_detail",
+    "train_on_prompt", "train_on_responses", "training", "training_mask", "trainable", "is_trainable", "learn",
+    "target_mask", "attention_mask", "sample_weight", "example_weight", "ignore", "skip",
+})  # fmt: skip
+_PLAIN_VALUES = ("", "1", "1.0", "true", "yes")  # typed in a table: they ask for what happens anyway
+_LONGEST_SHOWN = 60
+
 
 def read_messages(cell: object, where: str, *, for_training: bool = True) -> tuple[Message, ...]:
-    """A conversation from a cell or a request; keys without a value are dropped.
+    """A conversation from a cell or a request; keys without a value are dropped, and so is a weight of 1.
 
-    Raises DataError, opening with `where`, for a message without a known role or with content that is no string, and,
-    for training, where the assistant never speaks.
+    Raises DataError, opening with `where`, for a message without a known role, with content that is no string or with
+    a key that would go unheeded, and, for training, where the assistant never speaks.
     """
     if not isinstance(cell, Sequence) or isinstance(cell, (str, bytes)):
         raise DataError(f"{where}: messages must be a list of {{role, content}}, not a {type(cell).__name__}")
-    messages = tuple(_read_message(item, f"{where}, message {number}") for number, item in enumerate(cell, start=1))
+    messages = tuple(_read_message(item, f"{where}, message {number:,}") for number, item in enumerate(cell, start=1))
     if for_training and messages and all(message["role"] != "assistant" for message in messages):
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"{where}: no assistant turn to learn from (the roles are {roles})")
+        roles = ", ".join(message["role"] for message in messages[:5])
+        more = f" and {len(messages) - 5:,} more" if len(messages) > 5 else ""
+        raise DataError(f"{where}: no assistant turn to learn from (the roles are {roles}{more})")
     return messages
 
 
+def is_learned(message: Message) -> bool:
+    """Whether the message is a turn of the assistant that is a target, and not context alone."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def choosing_columns(columns: Iterable[object], read: Collection[str]) -> list[Any]:
+    """The columns, of those that a form does not read, whose names say that they choose what is learned."""
+    return [name for name in columns if name not in read and str(name).lower() in {*_SELECTING_KEYS, *_TOOL_KEYS}]
+
+
+def check_row_keys(record: Mapping[str, Any], read: Collection[str], kind: FormKind, where: str) -> None:
+    """Raises DataError, opening with `where`, for a column that would choose what is learned or bring tools.
+
+    `read` are the columns that the form reads: those are text, whatever their name. Outside of chats a column called
+    `weight` or `loss` may well be a measurement, so there only values that switch learning off are refused.
+    """
+    for key in choosing_columns(record, read):
+        value = record[key]
+        if _is_nothing(value):
+            continue
+        if str(key).lower() in _TOOL_KEYS:
+            if kind == "chat":
+                raise DataError(f"{where} has the key {key!r}: {_NO_TOOLS}")
+        elif not _asks_for_nothing(value) and (kind == "chat" or _switches_off(value)):
+            raise DataError(f"{where} has {key!r} = {_shown(value)}, which would choose what is learned and is not "
+                            f"supported; {_WAY_OUT[kind == 'chat']}")  # fmt: skip
+
+
+_NO_TOOLS = "tools and their calls are not supported; write them into the messages' content as text"
+_WAY_OUT = {
+    True: "give the turns that are only context \"weight\": 0, or leave the key out",
+    False: "leave out the rows that must not be learned, and the column",
+}
+
+
 def _read_message(item: object, where: str) -> Message:
+    breathe()
     if not isinstance(item, Mapping):
         raise DataError(f"{where} must be an object with role and content, not a {type(item).__name__}")
     role, content = item.get("role"), item.get("content")
@@ -35,6 +95,61 @@ def _read_message(item: object, where: str) -> Message:
         raise DataError(f"{where} has no role; its keys are {', '.join(map(str, item)) or 'none'}")
     if role not in ROLES:
         raise DataError(f"{where} has the role {role!r}; known are {', '.join(ROLES)}")
+    message = {key: value for key, value in item.items() if not _is_nothing(value)}
+    if len(message) > 2:  # role and content
+        _check_keys(message, f"{where} ({role})")
+        message = _without_plain_weight(message, f"{where} ({role})")
     if not isinstance(content, str):
         raise DataError(f"{where} ({role}) has content that is no string but a {type(content).__name__}")
-    return {key: value for key, value in item.items() if value is not None}
+    return message
+
+
+def _check_keys(message: Message, where: str) -> None:
+    for key, value in message.items():
+        name = str(key)
+        if name in ("role", "content", "weight") or name in _HARMLESS_KEYS or name.endswith("_id"):
+            continue
+        if name in _TOOL_KEYS:
+            raise DataError(f"{where} has {name!r}: {_NO_TOOLS}")
+        if name.lower() in _SELECTING_KEYS:
+            raise DataError(f"{where} has {name!r} = {_shown(value)}, which is not supported; use \"weight\": 0 for a "
+                            "turn of the assistant that is only context, 1 for one that is learned")  # fmt: skip
+        raise DataError(f"{where} has the unknown key {_shown(name)}; a message holds role, content, name, weight and "
+                        "reasoning_content; put anything else into metadata, or leave it out")  # fmt: skip
+
+
+def _without_plain_weight(message: dict[str, Any], where: str) -> dict[str, Any]:
+    if "weight" not in message:
+        return message
+    weight = message["weight"]
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight not in (0, 1):
+        raise DataError(f"{where} has the weight {_shown(weight)}; it must be 0 (context only) or 1 (learned)")
+    if message["role"] != "assistant":
+        raise DataError(f"{where} has a weight; only turns of the assistant are learned, so only they have one")
+    del message["weight"]
+    return message if weight else {**message, "weight": 0}
+
+
+def _is_nothing(value: object) -> bool:
+    """What readers make of a key that is not given: None, NaN (in a table of numbers), an empty list or object."""
+    if isinstance(value, (list, tuple, dict)):
+        return not value
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _asks_for_nothing(value: object) -> bool:
+    return value in (1, True) if isinstance(value, (int, float)) else str(value).strip().lower() in _PLAIN_VALUES
+
+
+def _switches_off(value: object) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in ("0", "0.0", "false", "no")
+    return not value or isinstance(value, (list, tuple, dict))
+
+
+def _shown(value: object) -> str:
+    try:
+        shown = ascii(value)
+    except ValueError:  # a number of more digits than Python writes
+        shown = "a very large number"
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[: _LONGEST_SHOWN - 3]}..."

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from softprompt.data.messages import Message, read_messages
+from softprompt.data.messages import Message, is_learned, read_messages
 from softprompt.data.template import fill_template, template_fields
 from softprompt.errors import DataError
 from softprompt.turns import breathe
@@ -48,7 +48,7 @@ class Written(NamedTuple):
     text: str = ""  # what is learned: the plain text or the completion
     prompt: str = ""  # kind "template": what stands before the completion
     messages: tuple[Message, ...] = ()  # kind "chat"
-    is_empty: bool = False  # nothing to learn: no text, no completion, no assistant's word
+    is_empty: bool = False  # nothing to learn: no text, no completion, no learned word of the assistant
 
     @property
     def key(self) -> str:
@@ -66,7 +66,7 @@ def write_row(rows: Rows, position: int) -> Written:
     cell = record.get(rows.column)
     if form.kind == "chat":
         messages = () if is_missing(cell) else read_messages(cell, rows.where(position))
-        spoken = any(message["content"].strip() for message in messages if message["role"] == "assistant")
+        spoken = any(message["content"].strip() for message in messages if is_learned(message))
         return Written(messages=messages, is_empty=not spoken)
     text = _text_cell(cell, rows, position, rows.column)
     return Written(text=text, is_empty=not text.strip())

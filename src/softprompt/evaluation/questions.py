@@ -12,6 +12,7 @@ from typing import NamedTuple
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
 from softprompt.data import Rows, Written, chat_prompt_ids, completion_ids, write_rows
+from softprompt.data.messages import is_learned
 from softprompt.engine import Request, generate
 from softprompt.evaluation.fit import room_for_text, without_start
 from softprompt.families import Forward
@@ -81,11 +82,11 @@ class _Turn(NamedTuple):
 
 
 def _last_turn(row: Written) -> _Turn | None:
-    """The assistant's last words, if something was said before them."""
+    """The assistant's last words that are learned, if something was said before them."""
     spoken = [
         _Turn(position, message["content"])
         for position, message in enumerate(row.messages)
-        if position > 0 and message["role"] == "assistant" and message["content"].strip()
+        if position > 0 and is_learned(message) and message["content"].strip()
     ]
     return spoken[-1] if spoken else None
 

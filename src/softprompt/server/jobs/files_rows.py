@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from softprompt.data.messages import check_row_keys
 from softprompt.data.rows import Rows, write_row
 from softprompt.errors import DataError
 from softprompt.types import FormKind, InputForm
@@ -35,6 +36,11 @@ _FORMS: dict[FormKind, InputForm] = {
     "plain": InputForm(kind="plain"),
 }
 _SPOKEN: dict[FormKind, str] = {"template": "prompt and completion", "chat": "messages", "plain": "text"}
+_LEARNED: dict[FormKind, str] = {
+    "template": "prompt and completion must not be blank",
+    "chat": 'one turn of the assistant must have words and no "weight": 0',
+    "plain": "text must not be blank",
+}
 
 
 @dataclass
@@ -105,6 +111,7 @@ def _form_of(line: bytes | None, number: int) -> FormKind:
     column = None if form == "template" else _COLUMNS[form][0]
     rows = Rows(records=(record,), indices=(number - 1,), source="", form=_FORMS[form], column=column)
     try:
+        check_row_keys(record, _COLUMNS[form], form, rows.where(0))
         written = write_row(rows, 0)
         written.key.encode()
     except UnicodeEncodeError as error:
@@ -112,7 +119,7 @@ def _form_of(line: bytes | None, number: int) -> FormKind:
     except DataError as error:  # it opens with where the row is
         raise DataError(f"line {number:,}{str(error).removeprefix(rows.where(0))}") from error
     if written.is_empty:
-        raise DataError(f"line {number:,} has nothing to learn: {_SPOKEN[form]} must not be blank")
+        raise DataError(f"line {number:,} has nothing to learn: {_LEARNED[form]}")
     return form
 
 
