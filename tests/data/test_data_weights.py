@@ -30,7 +30,7 @@ def test_a_message_of_weight_zero_is_no_target(byte_base, template):
     weighted, whole = chat(said("no", weight=0), said("the thing", weight=1)), chat(said("no"), said("the thing"))
     (one,), (other,) = made(base, weighted).examples, made(base, whole).examples
     assert one.ids == other.ids
-    assert [part.strip() for part in targets(base, other)][0].startswith("no")
+    assert targets(base, other)[0].strip().startswith("no")
     assert targets(base, one) == targets(base, other)[1:]
 
 
@@ -44,7 +44,7 @@ def test_a_weight_of_one_or_none_is_learned(byte_base, weight):
 def test_a_row_without_a_learned_turn_is_skipped_and_a_set_of_them_refused(byte_base):
     nothing, something = chat(said("no", weight=0)), chat(said("yes"))
     assert made(byte_base, nothing, something).report.empty_rows == (0,)
-    with pytest.raises(DataError, match="there is nothing to learn from: none of the 2 rows has a turn .* without"):
+    with pytest.raises(DataError, match=r"there is nothing to learn from: none of the 2 rows has a turn .* without"):
         made(byte_base, nothing, nothing)
 
 

@@ -1,4 +1,4 @@
-"""Chat messages to token ids, by the tokenizer's chat template; targets are the assistant's turns alone, but for those of weight 0.
+"""Chat messages to token ids, by the tokenizer's chat template; targets are the assistant's turns alone.
 
 A base whose tokenizer has no chat template gets DEFAULT_CHAT_TEMPLATE, in training and in serving alike. Control tokens
 ("<|im_end|>") are control tokens only where the template writes them: in a message they are text.

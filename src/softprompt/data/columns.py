@@ -35,12 +35,14 @@ class Choice(NamedTuple):
 def rows_of(table: Table, config: DataConfig) -> Rows:
     """All rows of a table in the form that the settings ask for, only the needed columns kept.
 
-    Raises DataError for an empty table, a column it does not have or one that would choose what is learned, ConfigError for settings that contradict.
+    Raises DataError for an empty table, a column it does not have or one that would choose what is learned,
+    ConfigError for settings that contradict.
     """
     if not table.records:
         raise DataError(f"{table.source} has no rows; there is nothing to learn from")
     choice = choose_form(table, config)
-    for number, record in enumerate(table.records if choosing_columns(table.columns, choice.needed) else (), start=1):
+    is_suspect = choosing_columns(table.columns, choice.needed)
+    for number, record in enumerate(table.records if is_suspect else (), start=1):
         check_row_keys(record, choice.needed, choice.form.kind, f"row {number:,} of {table.source}")
     return Rows(
         records=tuple({name: record.get(name) for name in choice.needed} for record in table.records),

@@ -140,8 +140,8 @@ def _nothing_left(rows: Rows, is_truncated: bool, max_length: int) -> str:
         return f"{rows.source}: cut to {max_length:,} tokens, none of the {len(rows):,} rows keeps anything to learn"
     if rows.form.kind == "chat":
         return (
-            f"{rows.source}: there is nothing to learn from: none of the {len(rows):,} rows has a turn of the assistant "
-            'with words in it and without "weight": 0'
+            f"{rows.source}: there is nothing to learn from: none of the {len(rows):,} rows has a turn of the "
+            'assistant with words in it and without "weight": 0'
         )
     what = f"column {rows.column!r}" if rows.column else f"completion {rows.form.completion!r}"
     return f"{rows.source}: all {len(rows):,} rows are empty ({what}); there is nothing to learn from"

@@ -81,7 +81,7 @@ def check_row_keys(record: Mapping[str, Any], read: Collection[str], kind: FormK
 
 _NO_TOOLS = "tools and their calls are not supported; write them into the messages' content as text"
 _WAY_OUT = {
-    True: "give the turns that are only context \"weight\": 0, or leave the key out",
+    True: 'give the turns that are only context "weight": 0, or leave the key out',
     False: "leave out the rows that must not be learned, and the column",
 }
 
