@@ -84,6 +84,18 @@ def test_reading_shows_nothing_and_puts_the_progress_bars_back(tmp_path, capfd):
     assert not datasets.utils.are_progress_bars_disabled()
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv", "txt", "json", "jsonl", "parquet"])
+def test_a_git_lfs_pointer_is_refused_as_data(tmp_path, ending):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+    said = refusal(tmp_path / f"a.{ending}", pointer)
+    assert said == f"a.{ending} is a Git LFS pointer, not the file itself; fetch the file with git lfs pull"
+
+
+def test_text_that_only_mentions_git_lfs_is_read(tmp_path):
+    about = "version https://git-lfs.github.com is where Git LFS lives"
+    assert texts(read(tmp_path / "a.txt", about)) == [about]
+
+
 def test_a_folder_of_files_is_read_in_order_and_by_split(tmp_path):
     (tmp_path / "train-1.txt").write_text("b\n")
     (tmp_path / "train-0.txt").write_text("a\n")

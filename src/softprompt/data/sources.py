@@ -12,6 +12,7 @@ from softprompt.data.columns import Table
 from softprompt.data.hub import read_hub_set, read_parquet, read_saved_folder
 from softprompt.data.textfiles import Record, read_delimited, read_json, read_lines
 from softprompt.errors import DataError
+from softprompt.git_lfs import lfs_pointer_problem
 
 _READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".csv": partial(read_delimited, delimiter=","),
@@ -52,6 +53,9 @@ def _read_file(path: Path) -> list[Record]:
         raise DataError(f"{path}: ending {path.suffix!r} is not known; data can be {', '.join(_READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is an empty file; there is nothing to learn from")
+    problem = lfs_pointer_problem(path)
+    if problem is not None:
+        raise DataError(problem)
     return reader(path)
 
 
