@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -106,3 +108,14 @@ class PromptRecord:
         form = InputForm.from_json(record.get("form") or {})
         known = {key: record.get(key) for key in ("base_name", "base_fingerprint", "parent")}
         return cls(form=form, run=dict(record.get("run") or {}), **known)
+
+
+def finite(value: Any) -> Any:  # Any: whatever JSON holds
+    """The same value with None for NaN and infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

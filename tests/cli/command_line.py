@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest.mock import patch
 
 from softprompt.cli.main import main
@@ -47,6 +47,23 @@ class Ran:
 def run(*arguments: object, cwd: Path | None = None) -> Ran:
     """`softprompt ARGUMENTS`, in this process."""
     out, err = io.StringIO(), io.StringIO()
+    code = _run(arguments, out, err, cwd)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def run_encoded(encoding: str, *arguments: object) -> Ran:
+    """The same where stdout and stderr take only what `encoding` has, as PYTHONIOENCODING sets it.
+
+    Where that is ASCII, click takes the locale for broken and writes its own lines in UTF-8.
+    """
+    reading = "utf-8" if encoding == "ascii" else encoding
+    raw_out, raw_err = io.BytesIO(), io.BytesIO()
+    out, err = (io.TextIOWrapper(raw, encoding, newline="\n", write_through=True) for raw in (raw_out, raw_err))
+    code = _run(arguments, out, err, None)
+    return Ran(code, raw_out.getvalue().decode(reading), raw_err.getvalue().decode(reading))
+
+
+def _run(arguments: tuple[object, ...], out: TextIO, err: TextIO, cwd: Path | None) -> int:
     argv = ["softprompt", *map(str, arguments)]
     code = 0
     with patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err), _inside(cwd):
@@ -54,7 +71,7 @@ def run(*arguments: object, cwd: Path | None = None) -> Ran:
             main()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    return Ran(code, out.getvalue(), err.getvalue())
+    return code
 
 
 def succeed(*arguments: object, cwd: Path | None = None) -> Ran:

@@ -22,6 +22,7 @@ from command_line import ENVIRONMENT, run, start
 from softprompt.cli.main import commands
 from softprompt.cli.options import config_of
 from softprompt.cli.serve import command
+from softprompt.cli.serve_settings import check_environment
 from softprompt.config import BaseConfig, EngineConfig, ServerConfig
 
 KINDS = (BaseConfig, ServerConfig, EngineConfig)
@@ -223,3 +224,44 @@ def test_a_library_that_is_not_there(tmp_path):
     assert process.returncode == 2
     assert err.splitlines()[-1].startswith(f"softprompt: no library at {tmp_path / 'nothing'}")
     assert "Traceback" not in err
+
+
+SERVICE_VARIABLES = {
+    "SOFTPROMPT_SERVICE_HOST": "10.0.0.7",
+    "SOFTPROMPT_SERVICE_PORT": "8000",
+    "SOFTPROMPT_SERVICE_PORT_HTTP": "8000",
+    "SOFTPROMPT_PORT": "tcp://10.0.0.7:8000",
+    "SOFTPROMPT_PORT_8000_TCP": "tcp://10.0.0.7:8000",
+    "SOFTPROMPT_PORT_8000_TCP_ADDR": "10.0.0.7",
+    "SOFTPROMPT_PORT_8000_TCP_PORT": "8000",
+    "SOFTPROMPT_PORT_8000_TCP_PROTO": "tcp",
+    "SOFTPROMPT_METRICS_SERVICE_HOST": "fd00::7",
+    "SOFTPROMPT_METRICS_PORT": "udp://[fd00::7]:9000",
+}
+
+
+class TestVariablesOfAKubernetesService:
+    @pytest.mark.parametrize(("arguments", "port"), [((), 8000), (("--port", 9000), 9000)])
+    def test_are_ignored_in_one_line(self, monkeypatch, capsys, arguments, port):
+        for name, value in SERVICE_VARIABLES.items():
+            monkeypatch.setenv(name, value)
+        found = settings(*arguments)
+        check_environment({*found, "config"})
+        assert found["port"] == port
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "SOFTPROMPT_PORT and 9 more of a Kubernetes Service are ignored" in said
+        assert "enableServiceLinks: false" in said
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("SOFTPROMPT_PORTS", "8000"), ("SOFTPROMPT_PORT_8000", "1"), ("SOFTPROMPT_HOSTS", "0.0.0.0")],
+    )
+    def test_a_name_spelt_almost_like_a_flag_is_refused_all_the_same(self, monkeypatch, name, value):
+        monkeypatch.setenv("SOFTPROMPT_SERVICE_HOST", "10.0.0.7")
+        monkeypatch.setenv(name, value)
+        assert f"the environment has {name}, which is no setting; did you mean" in run("serve").complaint
+
+    def test_a_port_that_is_no_address_is_a_setting_and_judged_as_one(self, monkeypatch):
+        monkeypatch.setenv("SOFTPROMPT_PORT", "80OO")
+        assert "'80OO' is not a valid integer" in run("serve").complaint

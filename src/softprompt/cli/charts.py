@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+
+from softprompt.cli.console import stdout_is_unicode
 
 MARKS = "abcdefgh"  # one per curve: they are told apart without colours too
 MAX_CURVES = len(MARKS)
@@ -15,8 +18,19 @@ Points = Sequence[tuple[int, float]]  # (step, value)
 
 
 def can_draw() -> bool:
-    """Whether plotext is there."""
-    return find_spec("plotext") is not None
+    """Whether charts can be drawn on stdout."""
+    return reason_against_charts() is None
+
+
+def reason_against_charts() -> str | None:
+    """Why curves are tables of numbers, and what to do; None where they can be drawn."""
+    if find_spec("plotext") is None:
+        return "plotext is not installed, so the curves are tables of numbers; pip install 'softprompt[plots]'"
+    if not stdout_is_unicode():
+        return (
+            f"{sys.stdout.encoding} has no characters for charts, so the curves are tables of numbers; set PYTHONUTF8=1"
+        )
+    return None
 
 
 def draw(title: str, curves: Mapping[str, Points], width: int) -> str:

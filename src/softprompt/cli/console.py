@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
@@ -16,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from softprompt.base import Base, load_base
-from softprompt.base.load import describe
 from softprompt.config import BaseConfig
-from softprompt.storage import UnknownBaseWarning
-from softprompt.storage.files import finite
+from softprompt.types import finite
+
+if TYPE_CHECKING:
+    from softprompt.base import Base
 
 _PIPED_WIDTH = 120  # columns, where stdout is no terminal that has a width of its own
 _NARROWEST = 80  # columns; figures are not broken to fit into less
@@ -36,8 +37,13 @@ def say(line: str) -> None:
 
 
 def print_json(value: Any) -> None:  # Any: whatever JSON holds
-    """One JSON document for a machine, on stdout; NaN and infinity are null."""
-    click.echo(json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=2))
+    """One JSON document for a machine, on stdout, in ASCII where that is not in UTF-8; NaN and infinity are null."""
+    click.echo(json.dumps(finite(value), ensure_ascii=not stdout_is_unicode(), allow_nan=False, indent=2))
+
+
+def stdout_is_unicode() -> bool:
+    """Whether stdout takes every character: box-drawing ones, those of any answer."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def print_table(
@@ -70,6 +76,9 @@ def load(config: BaseConfig) -> Base:
     """Load a base and say what was loaded, with `auto` resolved."""
     from transformers.utils import logging
 
+    from softprompt.base import load_base
+    from softprompt.base.load import describe
+
     logging.disable_progress_bar()
     base = load_base(config)
     say(describe(base))
@@ -79,6 +88,8 @@ def load(config: BaseConfig) -> Base:
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
     """Our own warnings become one line each; those of other libraries are theirs to fix and stay silent."""
+    from softprompt.storage import UnknownBaseWarning
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UnknownBaseWarning)

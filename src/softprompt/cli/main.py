@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -68,6 +69,7 @@ def commands() -> None:
 def main() -> None:
     """Run a command. What a user did wrong is one line and exit code 2; Ctrl-C is 130."""
     _quieten()
+    _escape_what_streams_cannot_encode()
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
@@ -132,6 +134,13 @@ def _reader_left() -> int:
     with suppress(OSError, ValueError):  # a stdout that is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+
+
+def _escape_what_streams_cannot_encode() -> None:
+    r"""Write `\u65e5` where stdout or stderr has no such character, as in cp1252: a report never ends in mid-table."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quieten() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from softprompt.cli.charts import can_draw
+from softprompt.cli.charts import reason_against_charts
 from softprompt.cli.console import print_json, print_table, say, warnings_as_lines
 from softprompt.cli.run_history import RunHistory, find_runs, read_history
 from softprompt.cli.run_report import LIST_COLUMNS, facts, list_entry, list_row, show_candidates, show_curves, to_json
@@ -53,8 +53,9 @@ def show(run: str, as_json: bool) -> None:
     for task, prompts in history.by_task.items():
         if len(prompts) > 1:
             show_candidates(task, prompts)
-    if not can_draw():
-        say("plotext is not installed, so the curves are tables of numbers; pip install 'softprompt[plots]'")
+    reason = reason_against_charts()
+    if reason is not None:
+        say(reason)
     for task, prompts in history.by_task.items():
         show_curves(task, prompts)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,20 @@ from softprompt.errors import ConfigError
 SECTIONS: Mapping[str, type[Any]] = {"base": BaseConfig, "server": ServerConfig, "engine": EngineConfig}
 ENVIRONMENT = "SOFTPROMPT"
 _OF_OTHERS = ("SOFTPROMPT_RENDEZVOUS",)  # names of ours that are no flag's
+# What Kubernetes sets in every pod for a Service called `softprompt`, or `softprompt-...`: names and values.
+_URL = r"(tcp|udp|sctp)://\S+"
+_SERVICE_VARIABLES = tuple(
+    (re.compile(rf"{ENVIRONMENT}(_[A-Z0-9]+)*_{name}"), re.compile(value))
+    for name, value in {
+        "SERVICE_HOST": r"[0-9A-Fa-f.:]+",
+        r"SERVICE_PORT(_[A-Z0-9_]+)?": r"\d+",
+        "PORT": _URL,
+        r"PORT_\d+_(TCP|UDP|SCTP)": _URL,
+        r"PORT_\d+_(TCP|UDP|SCTP)_PROTO": "tcp|udp|sctp",
+        r"PORT_\d+_(TCP|UDP|SCTP)_PORT": r"\d+",
+        r"PORT_\d+_(TCP|UDP|SCTP)_ADDR": r"[0-9A-Fa-f.:]+",
+    }.items()
+)
 
 
 def read_settings(path: Path) -> Table:
@@ -49,9 +64,32 @@ def read_settings(path: Path) -> Table:
 
 
 def take_file(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
-    """The file's settings become the command's defaults, below its flags and the environment."""
+    """The file's settings become the command's defaults, below its flags and the environment.
+
+    It runs before any flag is read, and so it is here that Kubernetes' variables leave the environment.
+    """
+    drop_service_variables()
     if value is not None:
         context.default_map = read_settings(Path(value))
+
+
+def drop_service_variables() -> None:
+    """Forget Kubernetes' SOFTPROMPT_PORT=tcp://10.0.0.7:8000 and the like, which are no settings of ours."""
+    found = [name for name, value in os.environ.items() if _is_service_variable(name, value)]
+    for name in found:
+        del os.environ[name]
+    if found:
+        from softprompt.cli.console import say
+
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        say(
+            f"note: {min(found, key=len)}{others} of a Kubernetes Service are ignored; "
+            "enableServiceLinks: false in the pod's spec keeps them out"
+        )
+
+
+def _is_service_variable(name: str, value: str) -> bool:
+    return any(known.fullmatch(name) and shape.fullmatch(value) for known, shape in _SERVICE_VARIABLES)
 
 
 def check_environment(known: set[str]) -> None:

@@ -19,9 +19,8 @@ from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
 from softprompt.evaluation.task_scores import ScoreConfig, TaskScore, check_scores, task_scores
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.files import finite
 from softprompt.training import peak_bytes
-from softprompt.types import InputForm
+from softprompt.types import InputForm, finite
 
 BARE = "base"  # what the bare base is called beside prompts
 

@@ -6,7 +6,6 @@ A file is read only if it is a regular file inside its folder and no larger than
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import AdapterError
+from softprompt.types import finite
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -82,14 +82,3 @@ def _read_regular(target: Path, path: Path, max_bytes: int) -> bytes:
         if status.st_size > max_bytes:
             raise AdapterError(f"{path} has {status.st_size:,} bytes; the limit is {max_bytes:,}: is it an adapter?")
         return file.read(max_bytes)
-
-
-def finite(value: Any) -> Any:  # Any: whatever JSON holds
-    """The same value with None for NaN and infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value

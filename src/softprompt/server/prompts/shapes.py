@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softprompt.server.prompts.model import Alias, Model
-from softprompt.storage.files import finite
 from softprompt.storage.library import NAME
+from softprompt.types import finite
 
 Name = Annotated[
     str,
