@@ -207,6 +207,9 @@ class ServerConfig:
     state: str = option("softprompt-state", "Folder for the database, uploaded files, jobs and their prompts.")
     database: str | None = option(None, "SQLAlchemy URL of the database; default SQLite in --state.")
     require_keys: bool = option(False, "Ask for an API key on loopback too.")
+    share_prefix_cache: bool = option(
+        False, "Let API keys reuse each other's cached texts: faster, but answer times tell what others have sent."
+    )
     training_share: float = option(0.46, "Share of the time that a fine-tuning job gets while requests are answered.")
     training_latency_ms: float | None = option(
         None,

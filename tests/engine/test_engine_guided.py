@@ -309,3 +309,14 @@ def test_a_grammar_is_compiled_once_and_every_row_starts_at_its_beginning(base, 
         own.new_row(SamplingConfig(choice=(f"other {number}",)), ())
     assert answer(base, own.new_row(sampling, base.encode("It is")), chooser=own) == found[0]
     assert len(compiled) == 22  # the first was forgotten in the meantime
+
+
+def test_a_grammar_that_another_salt_has_compiled_is_compiled_again(base, monkeypatch):
+    """How soon the first token came once told which schema others had asked for."""
+    compiled = []
+    compile_now = LLMatcher.grammar_from_regex
+    monkeypatch.setattr(LLMatcher, "grammar_from_regex", lambda text: compiled.append(text) or compile_now(text))
+    own = Chooser(base)
+    for salt in ("alice", "alice", "bob", "alice"):
+        own.new_row(SamplingConfig(choice=CHOICES), (), salt=salt)
+    assert len(compiled) == 2

@@ -1,6 +1,7 @@
 """The cache of beginnings: who goes first, who stays, what it weighs; and whose beginning is whose."""
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from engine_runs import answers, asked, assert_true, kv_bytes
@@ -85,25 +86,26 @@ PROMPTS = [None, *(SoftPrompt(torch.randn(3, 4, generator=torch.Generator().manu
 SAME = SoftPrompt(PROMPTS[1].tensor.clone())
 
 
-@settings(deadline=None)
-@given(
-    st.tuples(st.sampled_from([*PROMPTS, SAME]), st.integers(0, 40), st.booleans()),
-    st.tuples(st.sampled_from([*PROMPTS, SAME]), st.integers(0, 40), st.booleans()),
-    st.integers(0, 70),
+SIDE = st.tuples(
+    st.sampled_from([*PROMPTS, SAME]), st.integers(0, 40), st.booleans(), st.sampled_from([None, "", "key-1", "\ud800"])
 )
-def test_rows_share_a_key_exactly_where_their_prompt_and_first_tokens_are_the_same(one, other, num_common):
-    (first_prompt, *_), (second_prompt, *_) = one, other
-    first, second = (
-        random_ids(num_common) + random_ids(count, seed) for seed, (_, count, _) in enumerate((one, other))
-    )
+
+
+@settings(deadline=None)
+@given(SIDE, SIDE, st.integers(0, 70))
+def test_rows_share_a_key_exactly_where_their_prompt_first_tokens_and_salt_are_the_same(one, other, num_common):
+    (first_prompt, *_, salt), (second_prompt, *_, other_salt) = one, other
+    first, second = (random_ids(num_common) + random_ids(side[1], seed) for seed, side in enumerate((one, other)))
     keys, others = (
-        dict(shared_beginnings(prompt, ids, again)) for ids, (prompt, _, again) in ((first, one), (second, other))
+        dict(shared_beginnings(prompt, ids, again, salt))
+        for ids, (prompt, _, again, salt) in ((first, one), (second, other))
     )
     num_virtual = 0 if first_prompt is None else 3
     is_same = first_prompt is second_prompt or {first_prompt, second_prompt} == {PROMPTS[1], SAME}
     for length, key in keys.items():
         own = length - num_virtual
-        expected = is_same and length in others and first[:own] == second[:own]
+        is_own_salt = own == 0 or salt == other_salt  # the soft prompt itself is everybody's
+        expected = is_same and is_own_salt and length in others and first[:own] == second[:own]
         assert (key in others.values()) == expected == (others.get(length) == key)
 
 
@@ -175,3 +177,39 @@ def test_one_that_waits_for_another_goes_on_when_the_other_is_given_up(tiny_llam
     engine.abort(first)
     (answer,) = answers(tiny_llama, [request], engine=engine)
     assert_true(tiny_llama, request, answer)
+
+
+def num_read(engine, request):
+    """Positions that the engine runs until the first token of a request."""
+    before, number = engine.stats().num_read_tokens, engine.add(request)
+    while not any(event.request == number for event in engine.step()):
+        pass
+    read = engine.stats().num_read_tokens - before
+    while engine.has_work:
+        engine.step()
+    return read
+
+
+def test_a_text_that_another_salt_has_sent_is_read_as_if_nobody_had(tiny_llama):
+    """The work until the first token once told, in steps of 16 tokens, what others had asked."""
+    engine, prompt = Engine(tiny_llama), SoftPrompt(random_prompt(tiny_llama, 9))
+    request = replace(asked(tiny_llama, random_ids(50), prompt), cache_salt="alice")
+    assert [num_read(engine, request) for _ in range(3)] == [59, 50, 2]  # nothing, the soft prompt, 48 of the text
+    for salt in ("bob", None, "", "alice "):
+        assert num_read(engine, replace(request, cache_salt=salt)) == 50
+    assert num_read(engine, request) == 2
+
+
+def test_nobody_waits_for_a_text_that_another_salt_computes(tiny_llama):
+    engine, text = Engine(tiny_llama, EngineConfig(max_step_tokens=8)), random_ids(50)
+    requests = [replace(asked(tiny_llama, text), cache_salt=salt) for salt in ("alice", "bob")]
+    answers(tiny_llama, [requests[0]], engine=engine)  # seen before: who comes now promises it
+    engine.add(requests[0])
+    engine.step()
+    engine.add(requests[1])
+    engine.step()
+    assert engine.stats().num_running == 2
+    engine.add(requests[0])
+    engine.step()
+    assert engine.stats().num_running == 2  # the control: with its salt one waits
+    engine.close()

@@ -48,12 +48,14 @@ POST /v1/completions create_completion
 POST /v1/chat/completions create_chat_completion
 """
 FIELDS = {
-    "CompletionBody": "add_special_tokens best_of echo frequency_penalty guided_choice guided_json ignore_eos "
-    "logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty priority prompt repetition_penalty "
-    "response_format seed stop stop_token_ids stream stream_options structured_outputs temperature top_k top_p user",
-    "ChatBody": "frequency_penalty guided_choice guided_json ignore_eos logit_bias logprobs max_completion_tokens "
-    "max_tokens messages min_p min_tokens model n presence_penalty priority repetition_penalty response_format seed "
-    "stop stop_token_ids stream stream_options structured_outputs temperature top_k top_logprobs top_p user",
+    "CompletionBody": "add_special_tokens best_of cache_salt echo frequency_penalty guided_choice guided_json "
+    "ignore_eos logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty priority prompt "
+    "repetition_penalty response_format seed stop stop_token_ids stream stream_options structured_outputs "
+    "temperature top_k top_p user",
+    "ChatBody": "cache_salt frequency_penalty guided_choice guided_json ignore_eos logit_bias logprobs "
+    "max_completion_tokens max_tokens messages min_p min_tokens model n presence_penalty priority repetition_penalty "
+    "response_format seed stop stop_token_ids stream stream_options structured_outputs "
+    "temperature top_k top_logprobs top_p user",
     "CreateJob": "hyperparameters integrations metadata method model seed suffix training_file validation_file",
     "Change": "name pinned shared",
     "AliasIn": "model shared targets",

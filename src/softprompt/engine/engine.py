@@ -154,13 +154,14 @@ class Engine:
             owner=owner,
             choice=choice,
             runner=runner,
-            choosing=self._chooser.new_row(sampling, request.ids, choice),
+            choosing=self._chooser.new_row(sampling, request.ids, choice, request.cache_salt),
             text=AnswerText(self.base, request.ids, sampling.stop, sampling.min_new_tokens),
             ids=list(request.ids),
             text_log_probs=new_report(request) if choice == 0 else None,
         )
         if runner is self.runners.held:
-            row.keys = shared_beginnings(request.prompt, request.ids, request.num_choices > 1)
+            is_asked_again = request.num_choices > 1
+            row.keys = shared_beginnings(request.prompt, request.ids, is_asked_again, request.cache_salt)
         return row
 
     def _run(self, plan: Plan) -> list[Event]:

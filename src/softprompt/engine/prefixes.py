@@ -1,7 +1,8 @@
 """Keys and values of soft prompts, and of texts that several requests begin with: computed once, kept within a budget.
 
-Entries go by what was run: the soft prompt's content and the token ids behind it. The least recently used go first; an
-entry that a running row came from stays, and so does what is kept on purpose.
+Entries go by what was run: the soft prompt's content and the token ids behind it. Those with token ids also go by the
+request's salt: how soon an answer comes tells whether its text was cached, so only requests with one salt share a text.
+The least recently used go first; an entry that a running row came from stays, and so does what is kept on purpose.
 """
 
 from __future__ import annotations
@@ -135,19 +136,22 @@ class PrefixCache:
 
 
 def shared_beginnings(
-    prompt: SoftPrompt | None, ids: Sequence[int], is_asked_again: bool = False
+    prompt: SoftPrompt | None, ids: Sequence[int], is_asked_again: bool = False, salt: str | None = None
 ) -> list[tuple[int, Key]]:
     """Positions and keys of what other rows may begin with too, the shortest first.
 
-    The soft prompt, and whole blocks of the text behind it; where the same text `is_asked_again`, all of it but the
-    last token, which every row runs itself.
+    The soft prompt, the same for every salt, and whole blocks of the text behind it; where the same text
+    `is_asked_again`, all of it but the last token, which every row runs itself.
     """
     num_virtual = 0 if prompt is None else prompt.num_virtual_tokens
-    lengths = list(range(0 if prompt is not None else BLOCK, len(ids), BLOCK))
+    lengths = list(range(BLOCK, len(ids), BLOCK))
     if is_asked_again and len(ids) > 1 and lengths[-1:] != [len(ids) - 1]:
         lengths.append(len(ids) - 1)
     digest = hashlib.sha256(b"" if prompt is None else prompt.content_hash.encode())
-    beginnings, done = [], 0
+    beginnings = [(num_virtual, digest.digest())] if prompt is not None and ids else []
+    if salt is not None:
+        digest.update(hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest())
+    done = 0
     for length in lengths:
         digest.update(np.asarray(ids[done:length], dtype=np.int64).tobytes())
         beginnings.append((num_virtual + length, digest.digest()))

@@ -24,6 +24,7 @@ class Request:
     num_text_log_probs: int | None = None  # the same for the text's own tokens: one `TextRead` tells them
     is_text_only: bool = False  # its text is read and nothing answered: for `num_text_log_probs`
     client: str | None = None  # whose it is: clients take turns
+    cache_salt: str | None = None  # only requests with the same one reuse each other's cached texts and guides
     priority: int = 0  # lower is served first
     timeout_s: float | None = None  # aborted when this many seconds have passed since it was added
 

@@ -52,8 +52,10 @@ class Chooser:
         self._base = base
         self._guides = Guides(base)
 
-    def new_row(self, sampling: SamplingConfig, text_ids: Sequence[int], choice_index: int = 0) -> ChoosingRow:
-        """The state of one answer that has no token yet.
+    def new_row(
+        self, sampling: SamplingConfig, text_ids: Sequence[int], choice_index: int = 0, salt: str | None = None
+    ) -> ChoosingRow:
+        """The state of one answer that has no token yet. Its guide is compiled once for all answers with that salt.
 
         Raises ConfigError for a bias on an id that the base does not have or a guide that cannot be followed, and
         MissingDependencyError for a guide without llguidance.
@@ -68,7 +70,7 @@ class Chooser:
             text_ids=tuple(text_ids),
             seed=sampling.seed + choice_index,
             touched=Touched(sampling, text_ids, ending),
-            guide=self._guides.guide_of(sampling, ending),
+            guide=self._guides.guide_of(sampling, ending, salt),
         )
 
     @torch.inference_mode()

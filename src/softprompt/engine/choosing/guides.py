@@ -71,10 +71,12 @@ class Guides:
         self._base = base
         self._tokenizer: LLTokenizer | None = None
         self._spelt: frozenset[int] = frozenset()  # bytes that some token is
-        self._compiled: OrderedDict[tuple[tuple[str, ...], str | None], LLMatcher] = OrderedDict()  # latest last
+        self._compiled: OrderedDict[tuple[str | None, tuple[str, ...], str | None], LLMatcher] = (
+            OrderedDict()
+        )  # latest last
 
-    def guide_of(self, sampling: SamplingConfig, ending_ids: Sequence[int]) -> Guide | None:
-        """A fresh guide, or None where the settings ask for none.
+    def guide_of(self, sampling: SamplingConfig, ending_ids: Sequence[int], salt: str | None = None) -> Guide | None:
+        """A fresh guide, or None where the settings ask for none. Compiled ones are shared within a salt alone.
 
         Raises ConfigError for a grammar that cannot be used or that this base cannot spell, and
         MissingDependencyError without llguidance.
@@ -82,7 +84,7 @@ class Guides:
         if not sampling.choice and sampling.json_schema is None:
             return None
         tokenizer = self._read_tokenizer()
-        key = (sampling.choice, sampling.json_schema)
+        key = (salt, sampling.choice, sampling.json_schema)
         matcher = self._compiled.pop(key, None) or self._matcher(tokenizer, sampling)
         self._compiled[key] = matcher  # compiling may take a second, copying takes none
         if len(self._compiled) > _KEPT:

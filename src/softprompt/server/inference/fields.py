@@ -16,6 +16,7 @@ _MOST_STOP_IDS = 1024
 _MOST_GUIDED, _LONGEST_GUIDED = 1024, 4096
 _PRIORITIES = 2**31
 _LARGEST_BIAS = 100.0
+_LONGEST_SALT = 1024
 _LARGEST = 1e6  # what float32 divides by without a fuss
 
 Json = dict[str, Any]
@@ -128,4 +129,6 @@ class GenerationBody(Body):
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's way to say so: `choice` or `json`.")
     guided_choice: Choices | None = Field(None, description="vLLM's older form of `structured_outputs.choice`.")
     guided_json: str | Json | bool | None = Field(None, description="vLLM's older form of `structured_outputs.json`.")
+    cache_salt: str | None = Field(None, min_length=1, max_length=_LONGEST_SALT, description="vLLM's: only your "
+                                   "requests with the same salt reuse each other's cached texts.")  # fmt: skip
     user: str | None = Field(None, description="Who asks: an alias that shares its requests out stays with one model.")

@@ -54,9 +54,16 @@ class Parts:
             num_choices=body.n,
             num_log_probs=None if num_tops is None else min(num_tops, self.base.vocab_size),
             client=self.client.id,
+            cache_salt=self._cache_salt(body),
             priority=body.priority,
             timeout_s=self.config.request_timeout_s,
         )
+
+    def _cache_salt(self, body: GenerationBody) -> str | None:
+        """Texts are cached for one key alone, unless the operator has them shared, and for one salt of it."""
+        if self.config.share_prefix_cache:
+            return body.cache_salt
+        return f"{self.client.id}\0{body.cache_salt or ''}"  # ids have no NUL, and a salt is not empty
 
     def call(self, endpoint: Endpoint, model: Model, requests: list[EngineRequest]) -> Call:
         return Call(endpoint=endpoint, client=self.client, model=model, requests=tuple(requests))
