@@ -82,7 +82,8 @@ async def _tell_own_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SoftpromptError)
     told = ApiError.of(error)
     if told.status >= 500 and (told.status != 503 or isinstance(error, DatabaseError)):
-        _log.error("a request failed", exc_info=error)
+        is_known = isinstance(error, DatabaseError)  # says all; every request that meets it would bring a traceback
+        _log.error("a request failed%s", f": {error}" if is_known else "", exc_info=None if is_known else error)
     return _answer(told)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from softprompt.server.prompts.routes import router as prompts_router
 from softprompt.server.prompts.serving import serving_prompts
 from softprompt.server.prompts.shelf import Shelf
 from softprompt.server.running.figures import Figures
-from softprompt.server.running.lifecycle import Lifecycle
+from softprompt.server.running.lifecycle import Lifecycle, end_revoked_answers
 from softprompt.server.running.metrics import Metrics
 from softprompt.server.running.observing import observe
 from softprompt.server.running.routes import router as running_router
@@ -59,6 +59,7 @@ def serving_app(
     metrics = Metrics()
     jobs = Jobs(base, config, database, catalogue, files, turns, metrics.trained)
     tracing = Tracing(config.traces)
+    ring, limiter, lifecycle = *keys_and_limits(config, database), Lifecycle()
     figures = Figures(engine, database, lambda: Counter(model.source for model in catalogue.everything()))
 
     @asynccontextmanager
@@ -67,7 +68,7 @@ def serving_app(
             files.clean()
             engine.start()
             try:
-                async with serving_prompts(catalogue, library, pins):
+                async with serving_prompts(catalogue, library, pins), _beside(end_revoked_answers(ring, lifecycle)):
                     jobs.start()
                     yield
             finally:
@@ -78,13 +79,23 @@ def serving_app(
 
     parts = (
         base, config, TokenTexts(base), turns, engine, database, catalogue, library, pins,
-        Hub(base, offline=offline), files, jobs, figures, tracing, metrics, Lifecycle(),
-        *keys_and_limits(config, database),
+        Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, ring, limiter,
     )  # fmt: skip
     app = create_app(parts, ROUTERS, lifespan)
     guard(app)
     observe(app)  # the outermost layer, so it comes last
     return app
+
+
+@asynccontextmanager
+async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Work that runs meanwhile, and is cancelled at the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _with_bounded_queue(config: EngineConfig | None) -> EngineConfig:

@@ -25,7 +25,7 @@ class KeyRing:
         self.asks = asks
         self._database = database
         self._clock = clock
-        self._lock = asyncio.Lock()
+        self._looking: asyncio.Future[None] | None = None
         self._clients: Mapping[str, Client] = {}
         self._version: tuple[object, ...] | None = None
         self._read: float | None = None  # when, by the clock
@@ -47,12 +47,23 @@ class KeyRing:
             raise ApiError(401, "the API key is wrong or revoked; ask the server's operator for one", "invalid_api_key")
         return found
 
+    async def ids(self) -> set[str]:
+        """Of the clients whose keys are not revoked. Raises DatabaseError."""
+        await self._refresh()
+        return {client.id for client in self._clients.values()}
+
     async def _refresh(self) -> None:
         if self._is_fresh():
             return
-        async with self._lock:  # one looks, the others wait for what it finds
-            if not self._is_fresh():
-                await asyncio.to_thread(self._look)
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(asyncio.to_thread(self._look))
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)  # one looks, and all who came meanwhile share what it finds, or its error
+
+    def _looked(self, looking: asyncio.Future[None]) -> None:
+        self._looking = None
+        if not looking.cancelled():
+            looking.exception()  # everybody who waited for it may have gone
 
     def _is_fresh(self) -> bool:
         return self._read is not None and self._clock() - self._read < _FRESH_S

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from softprompt.config import ServerConfig
 from softprompt.server.errors import ApiError
 from softprompt.server.parts import part_of
-from softprompt.server.running.lifecycle import Lifecycle
+from softprompt.server.running.lifecycle import Lifecycle, stopping
 from softprompt.server.running.limits import App, BodyLimits, Message, Receive, Send, refuse
 from softprompt.server.running.logs import request_id
 from softprompt.server.running.metrics import Metrics
@@ -69,15 +69,16 @@ class Observing:
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer, is_operators: bool) -> None:
         if self._lifecycle.is_draining and not is_operators:
-            await refuse(_stopping(), answer.send)
+            await refuse(stopping(), answer.send)
             return
         try:
-            with nullcontext() if is_operators else self._lifecycle.running():
+            with nullcontext() if is_operators else self._lifecycle.running(scope):
                 await self._app(scope, receive, answer.send)
         except asyncio.CancelledError:
-            if not self._lifecycle.is_cutting_off:
+            why = self._lifecycle.why_cut_off()
+            if why is None:
                 raise
-            await answer.cut_off(_stopping())
+            await answer.cut_off(why)
         except Exception:
             _log.exception("a request failed")
             await answer.cut_off(ApiError(500, "the server has failed; its log says why"))
@@ -150,7 +151,3 @@ class _Heard:
 
 def _shown(body: bytearray) -> str:
     return bytes(body[:_MOST_TEXT]).decode("utf-8", "replace")
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "the server is being stopped; try again soon", "stopping", retry_after_s=5)

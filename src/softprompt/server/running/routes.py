@@ -7,22 +7,26 @@ asked for it takes an admin's, which Prometheus sends as `authorization: {creden
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel, Field
 
 from softprompt.engine import AsyncEngine
+from softprompt.errors import DatabaseError
 from softprompt.server.clients.asking import TheAdmin
-from softprompt.server.parts import part
+from softprompt.server.parts import part, part_if_any
 from softprompt.server.refusals import Responses, refusals
 from softprompt.server.running.figures import Figures
 from softprompt.server.running.lifecycle import Lifecycle
 from softprompt.server.running.metrics import Metrics
+from softprompt.server.state.database import Database
 
 router = APIRouter(tags=["running"])
+_log = logging.getLogger(__name__)
 
 TheEngine = Annotated[AsyncEngine, part(AsyncEngine)]
 TheLifecycle = Annotated[Lifecycle, part(Lifecycle)]
@@ -51,10 +55,12 @@ async def health(engine: TheEngine) -> JSONResponse:
 
 
 @router.get("/ready", summary="Does the server take requests?", responses=_STATUS)
-async def ready(engine: TheEngine, lifecycle: TheLifecycle) -> JSONResponse:
-    """503 also while the server is being stopped and answers what it has begun."""
+async def ready(request: Request, engine: TheEngine, lifecycle: TheLifecycle) -> JSONResponse:
+    """503 also while the server is being stopped and answers what it has begun, and where its database's file is
+    another than when it started."""
     stopping = "the server is being stopped" if lifecycle.is_draining else None
-    return _status(stopping or (None if engine.is_working else "the engine has stopped"))
+    stopped = None if engine.is_working else "the engine has stopped"
+    return _status(stopping or stopped or _lost_database(part_if_any(request.app, Database)))
 
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response,
@@ -63,6 +69,16 @@ async def metrics(admin: TheAdmin, metrics: TheMetrics, figures: TheFigures) -> 
     """vLLM's names with `softprompt:` before them, and those of prompts, jobs and HTTP."""
     text = await asyncio.to_thread(_text, metrics.registry, await figures.look())
     return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _lost_database(database: Database | None) -> str | None:
+    try:
+        if database is not None:
+            database.check()
+    except DatabaseError as error:
+        _log.error("not ready: %s", error)
+        return "the database's file was replaced or removed"
+    return None
 
 
 def _status(problem: str | None) -> JSONResponse:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from softprompt.config import ServerConfig
-from softprompt.errors import DatabaseError, DataError, StorageError
+from softprompt.errors import DatabaseError, DataError
+from softprompt.server.state.folder import DATABASE, make_private
 from softprompt.server.state.migrate import migrate
+from softprompt.server.state.transactions import Transactions
 from softprompt.server.state.urls import database_url
 
 _DISK_FULL = "53100"  # PostgreSQL's word for it
-_PATIENCE_S = 10  # for another's transaction (SQLite), for a connection (PostgreSQL)
+_PATIENCE_S = 10.0  # for another's transaction or lock, and for a connection
 _REFUSED_VALUES = (exc.DataError, UnicodeEncodeError, OverflowError)
 _OF_STATEMENTS = (exc.IntegrityError, exc.ProgrammingError, exc.NotSupportedError)  # not of the database as a whole
 
@@ -26,8 +31,8 @@ _OF_STATEMENTS = (exc.IntegrityError, exc.ProgrammingError, exc.NotSupportedErro
 class Database:
     """`with database.session() as session:` is one transaction, committed at its end or rolled back."""
 
-    def __init__(self, url: str) -> None:
-        """Opens it, and brings its tables to this release's form.
+    def __init__(self, url: str, patience_s: float = _PATIENCE_S) -> None:
+        """Opens it, and brings its tables to this release's form. `patience_s`: the longest wait for others' locks.
 
         Raises ConfigError for a URL that cannot be meant, DatabaseError where it does not answer or is of a newer
         release.
@@ -35,7 +40,11 @@ class Database:
         self.url = database_url(url)
         self.name = self.url.render_as_string()  # without its password
         self._is_open = False
-        self._engine = _engine(self.url)
+        self._file = None if self.url.drivername != "sqlite" else Path(str(self.url.database))
+        self._transactions = None if self._file is None else Transactions(self.name, patience_s)
+        if self._file is not None:
+            _make_file(self._file)
+        self._engine = _engine(self.url, patience_s)
         try:
             with self._told_plainly():
                 migrate(self._engine)
@@ -43,17 +52,14 @@ class Database:
             self._engine.dispose()
             raise
         self._is_open = True
+        self._opened = self._identity()
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
 
     @classmethod
     def in_folder(cls, folder: Path) -> Database:
-        """SQLite in a state folder, which is made where it is missing. Raises StorageError where it cannot be."""
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # clients' files are nobody else's business
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise StorageError(f"cannot make the state folder {folder}: {reason}; choose another") from error
-        return cls(URL.create("sqlite", database=str(folder / "softprompt.db")).render_as_string())
+        """SQLite in a state folder, which is made where it is missing. Raises as `make_private` does."""
+        make_private(folder)
+        return cls(URL.create("sqlite", database=str(folder / DATABASE)).render_as_string())
 
     @classmethod
     def of(cls, config: ServerConfig) -> Database:
@@ -63,8 +69,21 @@ class Database:
     @contextmanager
     def session(self) -> Iterator[Session]:
         """Raises DatabaseError where the database does not answer, DataError for a value that it cannot hold."""
-        with self._told_plainly(), self._sessions.begin() as session:
+        self.check()
+        if self._transactions is None:
+            with self._told_plainly(), self._sessions.begin() as session:
+                yield session
+            return
+        with self._told_plainly(), self._transactions.one() as begun, self._sessions.begin() as session:
+            session.connection()  # takes the file's lock
+            begun()
             yield session
+
+    def check(self) -> None:
+        """Raises DatabaseError where a SQLite file is not the one that was opened: what is written would be lost."""
+        if self._identity() != self._opened:
+            raise DatabaseError(f"the file of the database {self.name} was replaced or removed while it was in use; "
+                                "restart the server")  # fmt: skip
 
     @contextmanager
     def server_lock(self, number: int) -> Iterator[bool]:
@@ -79,6 +98,16 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
 
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file it is, whatever its path comes to mean."""
+        if self._file is None:
+            return None
+        try:
+            found = self._file.stat()
+        except OSError:
+            return (0, 0)
+        return found.st_dev, found.st_ino
+
     @contextmanager
     def _told_plainly(self) -> Iterator[None]:
         """What the driver says, as an error of ours."""
@@ -86,6 +115,8 @@ class Database:
             yield
         except _REFUSED_VALUES as error:
             raise DataError("the database cannot hold one of the values: too long, too large or no text") from error
+        except exc.TimeoutError as error:  # of the pool of connections
+            raise DatabaseError(f"the database {self.name} is busy: no connection has come free") from error
         except DBAPIError as error:
             if self._is_open and isinstance(error, _OF_STATEMENTS):
                 raise
@@ -105,20 +136,34 @@ def _reason(error: DBAPIError) -> str:
     return str(error.orig).strip().splitlines()[0]
 
 
-def _engine(url: URL) -> Engine:
+def _make_file(path: Path) -> None:
+    """Nobody else's to read; what cannot be made SQLite says better."""
+    with suppress(OSError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _engine(url: URL, patience_s: float) -> Engine:
     if url.drivername != "sqlite":
-        return create_engine(
-            url, hide_parameters=True, pool_pre_ping=True, connect_args={"connect_timeout": _PATIENCE_S}
+        waits = {"connect_timeout": math.ceil(patience_s)}
+        engine = create_engine(
+            url, hide_parameters=True, pool_pre_ping=True, pool_timeout=patience_s, connect_args=waits
         )
+        event.listen(engine, "connect", partial(_set_up_postgresql, patience_s))
+        return engine
     engine = create_engine(url, hide_parameters=True)  # a log is no place for clients' words
-    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "connect", partial(_set_up_sqlite, patience_s))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def _set_up_sqlite(connection: Any, record: object) -> None:  # Any: sqlite3's connection
+def _set_up_postgresql(patience_s: float, connection: Any, record: object) -> None:  # Any: psycopg's connection
+    connection.execute(f"SET lock_timeout = {patience_s * 1000:.0f}")
+    connection.commit()
+
+
+def _set_up_sqlite(patience_s: float, connection: Any, record: object) -> None:  # Any: sqlite3's connection
     connection.isolation_level = None  # transactions are begun below, DDL's too
-    for pragma in (f"busy_timeout={_PATIENCE_S * 1000}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (f"busy_timeout={patience_s * 1000:.0f}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

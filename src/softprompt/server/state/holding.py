@@ -10,8 +10,8 @@ from pathlib import Path
 
 from softprompt.errors import StorageError
 from softprompt.server.state.database import Database
+from softprompt.server.state.folder import LOCK, make_private
 
-_LOCK = "server.lock"  # held by the process that serves; the system lets go of it when that ends, however it ends
 _NUMBER = 7_364_928_115_340_022  # the same of a database on PostgreSQL
 
 
@@ -21,7 +21,8 @@ def held(folder: Path, database: Database) -> Iterator[None]:
 
     Commands that only read and write rows (softprompt keys) need not hold them.
     """
-    with _held_file(folder / _LOCK, f"the state folder {folder}"), _held_database(database):
+    make_private(folder)
+    with _held_file(folder / LOCK, f"the state folder {folder}"), _held_database(database):  # until the process ends
         yield
 
 
