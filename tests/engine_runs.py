@@ -142,6 +142,8 @@ def assert_true(base: Base, request: Request, answer: Answer) -> None:
         assert len(answer.ids) == request.sampling.max_new_tokens
     else:
         assert float(log_probs[-1].max() - log_probs[-1, list(base.stop_ids)].max()) < NEAR_TIE
+        assert answer.end_log_prob is not None and answer.end_log_prob.id == answer.stopped_by
+        assert answer.end_log_prob.log_prob == pytest.approx(float(log_probs[-1, answer.stopped_by]), abs=1e-5)
 
 
 @torch.no_grad()

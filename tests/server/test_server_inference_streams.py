@@ -69,7 +69,8 @@ def test_a_stream_of_completions_is_the_whole_answer_in_pieces(place):
         assert [token for token, *_ in reports] == choice.logprobs.tokens
         assert [value for _, value, _ in reports] == pytest.approx(choice.logprobs.token_logprobs, abs=1e-5)
         assert [offset for *_, offset in reports] == choice.logprobs.text_offset
-        assert "".join(choice.logprobs.tokens) == choice.text
+        text_tokens = choice.logprobs.tokens[: -1 if finish_reason == "stop" else None]
+        assert "".join(text_tokens) == choice.text
         tops = zip(choice.logprobs.top_logprobs, choice.logprobs.tokens, strict=True)
         assert all(2 <= len(top) <= 3 and token in top for top, token in tops)
 

@@ -47,6 +47,12 @@ class Answer:
     finish_reason: FinishReason
     log_probs: tuple[float, ...] = ()  # one per id, where they were asked for
     stopped_by: str | int | None = None  # the stop string or token id that ended it
+    end_log_prob: TokenLogProb | None = None  # of that token, where log-probabilities were asked for
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that the base generated: `ids`, and the token that ended it."""
+        return len(self.ids) + isinstance(self.stopped_by, int)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,17 @@ class Tokens:
     text: str
     log_probs: tuple[TokenLogProb, ...] = ()
     end: Answer | None = None  # the whole answer, where the choice ends with these
+
+    @property
+    def num_generated(self) -> int:
+        """How many there are, a token that ends the choice included."""
+        return len(self.ids) + (self.end is not None and isinstance(self.end.stopped_by, int))
+
+    @property
+    def generated_log_probs(self) -> tuple[TokenLogProb, ...]:
+        """The log-probabilities of all of them, that of the ending token last."""
+        ending = None if self.end is None else self.end.end_log_prob
+        return self.log_probs if ending is None else (*self.log_probs, ending)
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,7 @@ class Failed:
 
     request: int
     why: str
+    is_request_fault: bool = False  # what was asked for cannot be done: a grammar that grew too large
 
 
 Terminal = Finished | Aborted | Failed

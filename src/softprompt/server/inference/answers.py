@@ -36,7 +36,7 @@ class Usage(BaseModel):
     """Tokens of one call."""
 
     prompt_tokens: int = Field(description="Of the texts, BOS included; without virtual tokens.")
-    completion_tokens: int = Field(description="Of the answers, without the tokens that ended them.")
+    completion_tokens: int = Field(description="Of the answers, the tokens that ended them included.")
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 

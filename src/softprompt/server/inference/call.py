@@ -47,7 +47,7 @@ class Call:
 
     def take(self, event: What) -> None:
         """Count what came."""
-        if isinstance(event, Tokens) and event.ids:
-            self.num_new_tokens += len(event.ids)
+        if isinstance(event, Tokens) and event.num_generated:
+            self.num_new_tokens += event.num_generated
             if self.first_token is None:
                 self.first_token = time.perf_counter()

@@ -28,8 +28,8 @@ class Counting:
         _, event = told
         if isinstance(event, Finished):
             self._how = event.answers[-1].finish_reason
-        elif isinstance(event, Tokens) and event.ids and self._generation is not None:
-            self._generation.tokens(len(event.ids))
+        elif isinstance(event, Tokens) and event.num_generated and self._generation is not None:
+            self._generation.tokens(event.num_generated)
 
     def end(self, call: Call) -> None:
         """Refused before it began: not a generation at all."""

@@ -83,7 +83,7 @@ async def _whole(told: AsyncGenerator[Told, None], writer: Writer) -> Json:
     async with aclosing(told):
         async for number, event in told:
             if isinstance(event, Tokens):
-                reports[writer.index(number, event.choice)] += event.log_probs
+                reports[writer.index(number, event.choice)] += event.generated_log_probs
                 continue
             if isinstance(event, TextRead):
                 writer.read(number, event)

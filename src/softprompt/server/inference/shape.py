@@ -75,10 +75,10 @@ class Writer:
 
     def tokens(self, index: int, event: Tokens) -> list[Json]:
         """The stream's events for new tokens: none where there is nothing to tell."""
-        if not event.text and not (event.ids and (self.has_reports or self.tells_usage_always)):
+        if not event.text and not (event.num_generated and (self.has_reports or self.tells_usage_always)):
             return []
         choice = {"index": index, **self.shape.piece(index, event.text), "finish_reason": None, "stop_reason": None,
-                  "logprobs": self._report(index, event.log_probs)}  # fmt: skip
+                  "logprobs": self._report(index, event.generated_log_probs)}  # fmt: skip
         return [*self._opening(index), self._chunk(choice)]
 
     def end(self, index: int, answer: Answer) -> list[Json]:

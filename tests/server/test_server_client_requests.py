@@ -1,0 +1,141 @@
+"""What programs that speak OpenAI's API send, as their sources have it, and what they read of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inference_runs import Place, events_of, serving, words
+from peft import PeftModel
+from tiny_bases import build_base, build_model
+
+from softprompt.base import Base
+from softprompt.config import TrainConfig
+from softprompt.data import rows_from_records
+from softprompt.prompt import SoftPrompt
+from softprompt.storage import save_prompt
+from softprompt.training import train
+
+QUESTIONS = [((5 + number, 20 + number), (40 + number, 60 + number, 80 + number % 2)) for number in range(6)]
+LOOSE, TIGHT = 1e-2, 1e-4
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return build_base()
+
+
+@pytest.fixture(scope="module")
+def prompts(base: Base) -> dict[str, SoftPrompt]:
+    """One that was trained to answer and to end, and a stranger to that."""
+    records = [{"prompt": words(asked), "completion": f" {words(answer)}"} for asked, answer in QUESTIONS]
+    rows = rows_from_records(records, template="{prompt}", completion="{completion}")
+    config = TrainConfig(virtual_tokens=8, epochs=60, eos=True, eos_weight=1.0, relative_learning_rate=1.0)
+    return {"ends": train(base, rows, config).prompt, "other": train(base, ["w7 w8 w9"], TrainConfig(epochs=1)).prompt}
+
+
+@pytest.fixture(scope="module")
+def place(base: Base, prompts: Mapping[str, SoftPrompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with serving(base, prompts, tmp_path_factory.mktemp("state")) as place:
+        yield place
+
+
+def contexts(base: Base) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Each question with its right answer, and with a wrong one."""
+    pairs = [(asked, each[1]) for asked, _ in QUESTIONS for each in QUESTIONS[:2]]
+    right = [(asked, answer) for asked, answer in QUESTIONS]
+    return [(base.bos_ids + asked, answer) for asked, answer in (*right, *pairs)]
+
+
+def lm_eval_request(model: str, rows: list[list[int]]) -> dict[str, Any]:
+    """lm-evaluation-harness, `local-completions`, a log-likelihood."""
+    return {"model": model, "prompt": rows, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234,
+            "echo": True}  # fmt: skip
+
+
+def lm_eval_log_likelihoods(answer: Any, context_lengths: list[int]) -> list[float]:
+    """As it reads them: the last entry is the generated token's."""
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    return [sum(choice["logprobs"]["token_logprobs"][length:-1])
+            for choice, length in zip(choices, context_lengths, strict=True)]  # fmt: skip
+
+
+@torch.no_grad()
+def pefts_log_likelihoods(prompt: SoftPrompt, base: Base, folder: Path) -> list[float]:
+    """Of PEFT's own model, loaded from the adapter's folder."""
+    model = PeftModel.from_pretrained(build_model("llama"), str(save_prompt(prompt, folder, base=base))).eval()
+    found = []
+    for context, answer in contexts(base):
+        logits = model(input_ids=torch.tensor([context + answer])).logits[0]
+        rows = torch.log_softmax(logits[-len(answer) - 1 : -1].float(), dim=-1)
+        found.append(float(rows[range(len(answer)), list(answer)].sum()))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::UserWarning:huggingface_hub")
+def test_log_likelihoods_behind_a_prompt_that_ends_are_pefts_item_by_item(place, base, prompts, tmp_path):
+    items = contexts(base)
+    body = lm_eval_request("ends", [list(context + answer) for context, answer in items])
+    answer = place.post("/v1/completions", body).json()
+    lengths = [len(context) for context, _ in items]
+    found = lm_eval_log_likelihoods(answer, lengths)
+    expected = pefts_log_likelihoods(prompts["ends"], base, tmp_path / "ends")
+    assert found == pytest.approx(expected, abs=TIGHT)
+    ends = [choice["logprobs"]["tokens"][-1] for choice in answer["choices"]]
+    assert ends.count("</s>") >= len(QUESTIONS), "the prompt has not learned to end: nothing is tested"
+    # the controls: another prompt, and the list without the token that ended the answer
+    other = pefts_log_likelihoods(prompts["other"], base, tmp_path / "other")
+    assert min(abs(a - b) for a, b in zip(found, other, strict=True)) > LOOSE
+    for choice in answer["choices"]:
+        if choice["logprobs"]["tokens"][-1] == "</s>":
+            choice["logprobs"]["token_logprobs"].pop()
+    assert lm_eval_log_likelihoods(answer, lengths) != pytest.approx(expected, abs=LOOSE)
+
+
+def test_the_token_that_ends_an_answer_is_reported_and_counted(place, base):
+    asked, answered = QUESTIONS[0]
+    body = {"model": "ends", "prompt": words(asked), "max_tokens": 9, "temperature": 0, "logprobs": 1}
+    answer = place.post("/v1/completions", body).json()
+    (choice,) = answer["choices"]
+    assert choice["text"].split() == words(answered).split() and choice["finish_reason"] == "stop"
+    report = choice["logprobs"]
+    assert [token.strip() for token in report["tokens"]] == [*words(answered).split(), "</s>"]
+    assert len(report["token_logprobs"]) == len(report["top_logprobs"]) == 4
+    assert report["text_offset"][-1] == len(choice["text"])
+    assert answer["usage"]["completion_tokens"] == 4
+
+    streamed = events_of(place.post("/v1/completions", body | {"stream": True}).text)[:-1]
+    reports = [event["choices"][0]["logprobs"] for event in streamed]
+    for key in report:
+        assert [each for one in reports if one for each in one[key]] == report[key]
+    assert "".join(event["choices"][0]["text"] for event in streamed) == choice["text"]
+
+
+@pytest.mark.parametrize("stops_at", ["the base's end", "a stop id", "a stop string"])
+def test_the_last_token_of_a_chat_is_in_its_log_probabilities(place, stops_at):
+    more = {"a stop id": {"stop_token_ids": [60]}, "a stop string": {"stop": "w60"}}.get(stops_at, {})
+    last = {"the base's end": "</s>"}.get(stops_at, "w60")
+    asked = {"role": "user", "content": words(QUESTIONS[0][0])}
+    body = {"model": "ends", "messages": [asked], "temperature": 0, "logprobs": True, "max_tokens": 9} | more
+    answer = place.post("/v1/chat/completions", body).json()
+    (choice,) = answer["choices"]
+    tokens = [each["token"].strip() for each in choice["logprobs"]["content"]]
+    assert tokens[-1] == last and last not in choice["message"]["content"]
+    assert answer["usage"]["completion_tokens"] == len(tokens)
+    streamed = events_of(place.post("/v1/chat/completions", body | {"stream": True}).text)[:-1]
+    reports = [event["choices"][0]["logprobs"] for event in streamed]
+    assert [each for one in reports if one for each in one["content"]] == choice["logprobs"]["content"]
+
+
+def test_the_metrics_count_what_usage_counts(place):
+    def generated() -> float:
+        lines = place.http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("softprompt:generation_tokens_total{"))
+
+    before = generated()
+    body = {"model": "ends", "prompt": words(QUESTIONS[0][0]), "max_tokens": 9, "temperature": 0}
+    usage = place.post("/v1/completions", body).json()["usage"]
+    assert usage["completion_tokens"] == 4 == generated() - before
