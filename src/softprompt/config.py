@@ -169,6 +169,11 @@ class SamplingConfig:
         _require(all(not math.isnan(b) for _, b in self.logit_bias), "logit_bias", self.logit_bias, "numbers")
         _require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether a grammar says which tokens may follow."""
+        return bool(self.choice) or self.json_schema is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:

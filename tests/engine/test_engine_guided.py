@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import sys
+import threading
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.base import freeze_base, load_base
 from softprompt.config import SamplingConfig
+from softprompt.engine import AsyncEngine, Engine, Request, generate
 from softprompt.engine.choosing import Chooser
 from softprompt.errors import ConfigError, MissingDependencyError
 
@@ -305,10 +308,10 @@ def test_a_grammar_is_compiled_once_and_every_row_starts_at_its_beginning(base, 
     sampling = SamplingConfig(choice=CHOICES, temperature=1.0, seed=3)
     found = [answer(base, own.new_row(sampling, base.encode("It is")), chooser=own) for _ in range(3)]
     assert len(compiled) == 1 and found[0][1] and found[0] == found[1] == found[2]
-    for number in range(20):
+    for number in range(64):
         own.new_row(SamplingConfig(choice=(f"other {number}",)), ())
     assert answer(base, own.new_row(sampling, base.encode("It is")), chooser=own) == found[0]
-    assert len(compiled) == 22  # the first was forgotten in the meantime
+    assert len(compiled) == 66  # the first was forgotten in the meantime
 
 
 def test_a_grammar_that_another_salt_has_compiled_is_compiled_again(base, monkeypatch):
@@ -320,3 +323,103 @@ def test_a_grammar_that_another_salt_has_compiled_is_compiled_again(base, monkey
     for salt in ("alice", "alice", "bob", "alice"):
         own.new_row(SamplingConfig(choice=CHOICES), (), salt=salt)
     assert len(compiled) == 2
+
+
+HOSTILE_SCHEMAS = {
+    "a reference to itself": ({"$ref": "#"}, "no text satisfies it"),
+    "a circle of references": (
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        "no text satisfies it",
+    ),
+    "a reference to nothing": ({"$ref": "#/$defs/x"}, "Pointer '/\\$defs/x' does not exist"),
+    "a reference to another site": ({"$ref": "http://a.example/b.json"}, "does not fetch resources"),
+    "a number that no float is": ({"type": "integer", "minimum": -(10**400)}, "number out of range"),
+    "not a number": ({"type": "number", "minimum": float("nan")}, "expected value"),
+    "many products": (
+        {"allOf": [{"anyOf": [{"properties": {f"k{i}{j}": {"type": "string"}}} for i in range(3)]} for j in range(9)]},
+        "schema too large",
+    ),
+    "a long pattern": ({"type": "string", "pattern": "(" * 3000}, "regex parse error.* \\.\\.\\. "),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_SCHEMAS)
+def test_a_schema_that_cannot_be_compiled_is_refused_with_the_reason(chooser, name):
+    schema, why = HOSTILE_SCHEMAS[name]
+    with pytest.raises(ConfigError, match=f"^json_schema cannot be followed: .*{why}") as caught:
+        chooser.new_row(SamplingConfig(json_schema=json.dumps(schema)), ())
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_schema_that_is_nested_too_deeply_is_refused(chooser):
+    schema = '{"items": ' * 121 + "{}" + "}" * 121
+    with pytest.raises(ConfigError, match="json_schema is nested more than 120 levels deep; make it flatter"):
+        chooser.new_row(SamplingConfig(json_schema=schema), ())
+
+
+def test_a_schema_that_grows_too_large_on_the_way_fails_its_request_with_the_reason(base):
+    many = {"type": "object", "properties": {f"k{number}": {"type": "string"} for number in range(1000)}}
+    sampling = SamplingConfig(json_schema=json.dumps(many))
+    with pytest.raises(ConfigError, match=r"JSON schema or choice cannot be followed any further: .*max is 2000"):
+        generate(base, [Request(base.encode("It is"), sampling=sampling)])
+
+
+def test_an_object_is_closed_unless_it_says_otherwise(base, chooser):
+    """Each may write `{"b": 1}` where it is open, and only the open one does."""
+    closed = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    nested = {"type": "array", "items": closed, "minItems": 1}
+    for schema, text, is_allowed in (
+        (closed, '{"a": 1}', True),
+        (closed, '{"b": 1}', False),
+        ({**closed, "additionalProperties": True}, '{"b": 1}', True),
+        (nested, '[{"b": 1}]', False),
+        ({"$defs": {"c": closed}, "$ref": "#/$defs/c"}, '{"b": 1}', False),
+        ({"type": "object"}, '{"b": 1}', True),
+        ({"allOf": [closed, {"properties": {"b": {"type": "integer"}}}]}, '{"a": 1, "b": 1}', True),
+        ({"properties": {"properties": closed}}, '{"properties": {"b": 1}}', False),
+        ({"enum": [{"properties": {"type": "integer"}}]}, '{"properties": {"type": "integer"}}', True),
+    ):
+        assert spells(base, chooser, schema, text) == is_allowed, (schema, text)
+
+
+def test_an_integer_has_at_most_fifteen_digits_unless_it_says_otherwise(base, chooser):
+    fifteen, sixteen = "9" * 15, "1" + "0" * 15
+    for schema, text, is_allowed in (
+        ({"type": "integer"}, fifteen, True),
+        ({"type": "integer"}, f"-{fifteen}", True),
+        ({"type": "integer"}, sixteen, False),
+        ({"type": ["integer", "null"], "minimum": 0}, sixteen, False),
+        ({"type": "integer", "maximum": 10**16}, sixteen, True),
+        ({"type": "integer", "minimum": 10**16}, "1" + "0" * 16, True),
+        ({"type": "integer", "enum": [10**15]}, sixteen, True),
+    ):
+        assert spells(base, chooser, schema, text) == is_allowed, (schema, text)
+
+
+def spells(base, chooser, schema, text):
+    """Whether the guide lets this text be written, and end there."""
+    guide = chooser.new_row(SamplingConfig(json_schema=json.dumps(schema)), ()).guide
+    for token in base.encode(text):
+        if not guide.allowed(base.vocab_size)[token]:
+            return False
+        guide.take(token)
+    return bool(guide.allowed(base.vocab_size)[list(base.stop_ids)].any()) or guide.is_complete
+
+
+def test_a_guide_is_compiled_outside_the_engines_thread(base, monkeypatch):
+    """Another client's answer goes on meanwhile."""
+    threads = []
+    compile_now = LLMatcher.grammar_from_json_schema
+    monkeypatch.setattr(
+        LLMatcher, "grammar_from_json_schema",
+        lambda *a, **k: threads.append(threading.current_thread().name) or compile_now(*a, **k),
+    )  # fmt: skip
+    schema = '{"type": "boolean"}'
+    request = Request(base.encode("It is"), sampling=SamplingConfig(json_schema=schema))
+
+    async def ask():
+        async with AsyncEngine(Engine(base)) as running:
+            return [event async for event in running.generate(request)][-1]
+
+    assert asyncio.run(ask()).answers[0].text in ("true", "false")
+    assert len(threads) == 1 and threads[0] != "softprompt-engine"

@@ -93,6 +93,8 @@ class AsyncEngine:
         Whoever stops listening (break, `aclose`, a cancelled task) gives the request up. Raises what `Engine.add`
         raises, and EngineError where the engine has stopped.
         """
+        if request.sampling is not None and request.sampling.is_guided:
+            await asyncio.to_thread(self._engine.prepare, request)  # the worker compiles nothing
         reader, has_ended = _Reader(asyncio.get_running_loop()), False
         admitted = self._ask(partial(self._admit, request, reader))
         try:

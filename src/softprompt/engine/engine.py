@@ -89,6 +89,14 @@ class Engine:
             self.scheduler.enter(row)
         return admitted.id
 
+    def prepare(self, request: Request) -> None:
+        """Compile its guide, if it has one, ahead of `add`; the one method that any thread may call.
+
+        Raises ConfigError where the guide cannot be followed, and MissingDependencyError without llguidance.
+        """
+        if request.sampling is not None:
+            self._chooser.prepare(request.sampling, request.cache_salt)
+
     def abort(self, request: int) -> None:
         """Give a request up; the next step says so. One that has ended, or never was, is let be."""
         if request in self._alive:
@@ -191,7 +199,7 @@ class Engine:
             if row.owner.id not in self._alive:
                 continue  # it failed together with another choice of its request
             if choice is None:
-                events += self._fail_unsound([row])
+                events += self._fail_stuck(row, row.choosing.problem)
                 continue
             self.counts.num_new_tokens += 1
             if row.text_log_probs is not None:
@@ -213,16 +221,20 @@ class Engine:
         self.counts.num_finished += 1
         return [end]
 
+    def _fail_stuck(self, row: Row, problem: str | None) -> list[Event]:
+        """No token could be chosen: its guide says why, or the base computes NaN."""
+        return self._fail_unsound([row]) if problem is None else self._fail({row.owner}, problem, is_request_fault=True)
+
     def _fail_unsound(self, rows: Sequence[Row]) -> list[Event]:
         why = f"base {self.base.name!r} computes NaN in {self.base.dtype}; load it in float32 or bfloat16"
         return self._fail({row.owner for row in rows}, why)
 
-    def _fail(self, owners: Iterable[Admitted], why: str) -> list[Event]:
+    def _fail(self, owners: Iterable[Admitted], why: str, *, is_request_fault: bool = False) -> list[Event]:
         events: list[Event] = []
         for admitted in sorted(owners, key=lambda owner: owner.id):
             self._drop(admitted)
             self.counts.num_failed += 1
-            events.append(Failed(admitted.id, why))
+            events.append(Failed(admitted.id, why, is_request_fault))
         return events
 
     def _give_up(self) -> list[Event]:

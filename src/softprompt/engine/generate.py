@@ -28,8 +28,8 @@ def generate(
     whose processors are fed the text's real ids.
 
     Raises LengthError where a prompt, its text and the new tokens exceed the base's positions, PromptError where a
-    prompt has another width than the base, ConfigError where more than one choice is asked for, TimeLimitError where
-    a request's time is over, and BaseModelError where the base computes NaN.
+    prompt has another width than the base, ConfigError where more than one choice is asked for or a guide cannot be
+    followed to its end, TimeLimitError where a request's time is over, and BaseModelError where the base computes NaN.
     """
     wanted = [_with_defaults(request, sampling or SamplingConfig()) for request in requests]
     num_steps = sum(request.sampling.max_new_tokens for request in wanted if request.sampling is not None) // 16
@@ -53,7 +53,7 @@ def _ends(engine: Engine) -> Iterator[Terminal]:
 
 def _answer(end: Terminal) -> Answer:
     if isinstance(end, Failed):
-        raise BaseModelError(end.why)
+        raise ConfigError(end.why) if end.is_request_fault else BaseModelError(end.why)
     if isinstance(end, Aborted):
         raise TimeLimitError("a request's time was over before its answer")
     return end.answers[0]

@@ -73,6 +73,13 @@ class Chooser:
             guide=self._guides.guide_of(sampling, ending, salt),
         )
 
+    def prepare(self, sampling: SamplingConfig, salt: str | None = None) -> None:
+        """Compile the guide that rows with these settings need, ahead of `new_row` and in any thread.
+
+        Raises what `new_row` raises for a guide.
+        """
+        self._guides.guide_of(sampling, (), salt)
+
     @torch.inference_mode()
     def choose(
         self, logits_BV: Tensor, rows: Sequence[ChoosingRow], num_log_probs: Sequence[int | None]

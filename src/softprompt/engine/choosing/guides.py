@@ -1,12 +1,14 @@
 """Answers that must be one of a list or satisfy a JSON schema, by llguidance's grammars over the base's own tokens.
 
 Token by token a guide says which ids may follow. White space between a JSON text's parts is that of `json.dumps`; a
-schema may free it: `"x-guidance": {"whitespace_flexible": true}`.
+schema may free it: `"x-guidance": {"whitespace_flexible": true}`. Compiling is bounded by llguidance's limits and safe
+in any thread; what proves too large only on the way ends its row with the reason.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,16 +18,19 @@ from numpy.typing import NDArray
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
+from softprompt.engine.choosing.schemas import read_schema
 from softprompt.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-    from llguidance._lib import JsonCompileOptions
+    from llguidance._lib import JsonCompileOptions, LLParserLimits
 
 # As json.dumps writes it: a model that may put spaces wherever JSON allows them may put nothing else.
 _WRITTEN: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _JSON_BYTES = frozenset(b'{}[]":,+-.0123456789eEtrufalsn')
-_KEPT = 16  # grammars
+_KEPT = 64  # grammars
+_MOST_LEXER_STATES = 2**16  # of one answer, some 300 bytes each; llguidance's own limit is four times that
+_PLAIN = {"NoExtensionBias": "no text satisfies it"}  # llguidance's words, and ours
 _LONGEST_REASON = 200  # characters of llguidance's message that are passed on
 
 
@@ -38,6 +43,7 @@ class Guide:
         self._ending_ids = np.array(ending_ids, dtype=np.int64)
         self._forbidden_ids = np.array(forbidden_ids, dtype=np.int64)
         self._has_ended = False
+        self._is_stuck = False
 
     def allowed(self, width: int) -> NDArray[np.bool_]:
         """Which ids [width] may follow; an end only where the grammar is satisfied, ids without a token never.
@@ -46,10 +52,12 @@ class Guide:
         """
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
+            self._is_stuck = True
             return np.zeros(width, dtype=np.bool_)
         flags = np.unpackbits(self._bits.view(np.uint8), count=width, bitorder="little").view(np.bool_)
         flags[self._forbidden_ids[self._forbidden_ids < width]] = False
         flags[self._ending_ids[self._ending_ids < width]] = self._matcher.is_accepting()
+        self._is_stuck = not flags.any()
         return flags
 
     def take(self, token: int) -> None:
@@ -57,6 +65,14 @@ class Guide:
             self._has_ended = True
         else:
             self._matcher.consume_token(token)
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing may follow, where nothing may though the grammar is not satisfied."""
+        if not self._is_stuck:
+            return None
+        reason = _short(self._matcher.get_error()) or "nothing may follow"
+        return f"the answer's JSON schema or choice cannot be followed any further: {reason}; make it simpler"
 
     @property
     def is_complete(self) -> bool:
@@ -74,6 +90,8 @@ class Guides:
         self._compiled: OrderedDict[tuple[str | None, tuple[str, ...], str | None], LLMatcher] = (
             OrderedDict()
         )  # latest last
+        self._lock = threading.Lock()  # of what is compiled; never while something is being compiled
+        self._reading = threading.Lock()  # of the tokenizer
 
     def guide_of(self, sampling: SamplingConfig, ending_ids: Sequence[int], salt: str | None = None) -> Guide | None:
         """A fresh guide, or None where the settings ask for none. Compiled ones are shared within a salt alone.
@@ -81,39 +99,44 @@ class Guides:
         Raises ConfigError for a grammar that cannot be used or that this base cannot spell, and
         MissingDependencyError without llguidance.
         """
-        if not sampling.choice and sampling.json_schema is None:
+        if not sampling.is_guided:
             return None
         tokenizer = self._read_tokenizer()
         key = (salt, sampling.choice, sampling.json_schema)
-        matcher = self._compiled.pop(key, None) or self._matcher(tokenizer, sampling)
-        self._compiled[key] = matcher  # compiling may take a second, copying takes none
-        if len(self._compiled) > _KEPT:
-            self._compiled.popitem(last=False)
+        with self._lock:
+            matcher = self._compiled.get(key)
+        matcher = matcher or self._matcher(tokenizer, sampling)
+        with self._lock:
+            self._compiled[key] = matcher  # compiling may take a while, copying takes none
+            self._compiled.move_to_end(key)
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
         return Guide(matcher.deep_copy(), tokenizer.vocab_size, ending_ids, (tokenizer.eos_token, *self._base.stop_ids))
 
     def _matcher(self, tokenizer: LLTokenizer, sampling: SamplingConfig) -> LLMatcher:
         from llguidance import LLMatcher
 
-        if sampling.json_schema is not None:
-            schema = self._read_schema(sampling.json_schema)
-            name, grammar = "json_schema", LLMatcher.grammar_from_json_schema(schema, defaults=_WRITTEN)
-        else:
-            self._check_spelling("choice", frozenset(b"".join(_utf8(text) for text in sampling.choice)))
-            name, grammar = "choice", LLMatcher.grammar_from_regex("|".join(map(_as_regex, sampling.choice)))
-        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        name = "choice" if sampling.json_schema is None else "json_schema"
+        try:
+            matcher = LLMatcher(tokenizer, self._grammar(sampling), log_level=0, limits=_limits())
+            matcher.compute_bitmask()  # some grammars fail at their first token
+        except ConfigError:
+            raise
+        except ValueError as error:  # what is no schema to llguidance
+            raise ConfigError(f"{name} cannot be followed: {_short(str(error))}") from error
         if matcher.is_error():
             raise ConfigError(f"{name} cannot be followed: {_short(matcher.get_error())}")
         return matcher
 
-    def _read_schema(self, text: str) -> str:
-        try:
-            schema = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"json_schema is not JSON: {error}") from error
-        if not isinstance(schema, dict | bool):
-            raise ConfigError("json_schema cannot be followed: schema must be an object or boolean")
+    def _grammar(self, sampling: SamplingConfig) -> str:
+        from llguidance import LLMatcher
+
+        if sampling.json_schema is None:
+            self._check_spelling("choice", frozenset(b"".join(_utf8(text) for text in sampling.choice)))
+            return LLMatcher.grammar_from_regex("|".join(map(_as_regex, sampling.choice)))
+        schema = read_schema(sampling.json_schema)
         self._check_spelling("json_schema", _JSON_BYTES | set(_utf8(json.dumps(schema, ensure_ascii=False))))
-        return "{}" if schema is True else text
+        return LLMatcher.grammar_from_json_schema(json.dumps({} if schema is True else schema), defaults=_WRITTEN)
 
     def _check_spelling(self, name: str, needed: frozenset[int]) -> None:
         """llguidance leaves out what no token spells, and the answer would not be what was asked for."""
@@ -124,11 +147,13 @@ class Guides:
             )
 
     def _read_tokenizer(self) -> LLTokenizer:
-        if self._tokenizer is None:
-            self._tokenizer = _tokenizer_of(self._base)
-            spellings = map(self._tokenizer.decode_bytes, ([token] for token in range(self._tokenizer.vocab_size)))
-            self._spelt = frozenset(spelling[0] for spelling in spellings if len(spelling) == 1)
-        return self._tokenizer
+        with self._reading:
+            if self._tokenizer is None:
+                tokenizer = _tokenizer_of(self._base)
+                spellings = map(tokenizer.decode_bytes, ([token] for token in range(tokenizer.vocab_size)))
+                self._spelt = frozenset(spelling[0] for spelling in spellings if len(spelling) == 1)
+                self._tokenizer = tokenizer
+            return self._tokenizer
 
 
 def _tokenizer_of(base: Base) -> LLTokenizer:
@@ -148,6 +173,12 @@ def _tokenizer_of(base: Base) -> LLTokenizer:
         ) from error
 
 
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=_MOST_LEXER_STATES)
+
+
 def _as_regex(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
@@ -157,4 +188,8 @@ def _utf8(text: str) -> bytes:
 
 
 def _short(reason: str) -> str:
-    return " ".join(reason.split())[:_LONGEST_REASON]
+    """llguidance's first sentence; what follows is its own state."""
+    sentence = " ".join(reason.split("<state>")[0].split("; consider")[0].split())
+    is_long = len(sentence) > _LONGEST_REASON
+    half = _LONGEST_REASON // 2
+    return _PLAIN.get(sentence, f"{sentence[:half]} ... {sentence[-half:]}" if is_long else sentence)

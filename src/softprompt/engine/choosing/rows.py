@@ -34,6 +34,11 @@ class ChoosingRow:
         return self.guide is not None and self.guide.is_complete
 
     @property
+    def problem(self) -> str | None:
+        """Why its guide lets nothing follow; None where it does, or there is none."""
+        return None if self.guide is None else self.guide.problem
+
+    @property
     def is_plain(self) -> bool:
         """Whether the likeliest token of the unchanged logits is the one to choose."""
         return self.sampling.temperature == 0 and self.guide is None and not self.is_penalised

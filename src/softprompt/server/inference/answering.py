@@ -77,6 +77,8 @@ class _Reader:
 
 
 def _sound(event: Event, request: Request) -> What:
+    if isinstance(event, Failed) and event.is_request_fault:
+        raise ApiError(400, event.why, "invalid_value", "response_format")
     if isinstance(event, Failed):
         raise ApiError(500, f"the answer could not be generated: {event.why}", "generation_failed")
     if isinstance(event, Aborted):
