@@ -139,3 +139,24 @@ def test_the_metrics_count_what_usage_counts(place):
     body = {"model": "ends", "prompt": words(QUESTIONS[0][0]), "max_tokens": 9, "temperature": 0}
     usage = place.post("/v1/completions", body).json()["usage"]
     assert usage["completion_tokens"] == 4 == generated() - before
+
+
+@pytest.mark.parametrize("asks", ["a long text", "a long answer", "token ids"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_context_that_is_too_long_is_refused_in_openais_words(place, path, asks):
+    """By this beginning litellm knows a ContextWindowExceededError and calls the model that it falls back to."""
+    text = "w3 " * 100 if asks == "a long text" else "w3"
+    given = {"prompt": [3] * 200 if asks == "token ids" else text}
+    if "chat" in path:
+        given = {"messages": [{"role": "user", "content": text}]}
+    most = 9 if asks == "a long text" else 500
+    answer = place.post(path, {"model": "ends", "max_tokens": most, **given})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["code"] == "context_length_exceeded"
+    assert error["message"].startswith("This model's maximum context length is 96 tokens. However, you ")
+    if asks == "a long answer":
+        num_ids = 2
+        assert (
+            f"requested {8 + num_ids + 500} tokens ({num_ids} in the text, 8 in the soft prompt, 500 in the"
+            in (error["message"])
+        )

@@ -109,8 +109,8 @@ BAD_PROMPTS = [
     ({"prompt": ["w3", "w3 \udfff"]}, "text 1"),
     ({"prompt": ["w3"] * 1025}, "1025"),
     ({"prompt": ["w3"] * 1000, "n": 2}, "2000"),
-    ({"prompt": "w3 " * 400_000}, "positions"),
-    ({"prompt": [3] * 1_000_000}, "positions"),
+    ({"prompt": "w3 " * 400_000}, "maximum context length is 96 tokens"),
+    ({"prompt": [3] * 1_000_000}, "maximum context length is 96 tokens"),
     ({"model": "base", "prompt": [[]]}, "empty"),
     ({"suffix": "the end"}, "suffix"),
     ({"best_of": 2}, "best_of"),
@@ -153,7 +153,7 @@ BAD_MESSAGES = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": 1000}, "1000"),
-    ({"messages": [{"role": "user", "content": "w3 " * 100}]}, "positions"),
+    ({"messages": [{"role": "user", "content": "w3 " * 100}]}, "maximum context length is 96 tokens"),
     ({"chat_template": "{{ x }}"}, "chat_template"),
 ]  # fmt: skip
 

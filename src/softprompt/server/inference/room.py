@@ -1,4 +1,7 @@
-"""Whether a text and its answer fit into the base's positions."""
+"""Whether a text and its answer fit into the base's positions.
+
+A refusal opens with OpenAI's words, by which gateways know that a model with more room could answer.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ def num_left(base: Base, model: Model, num_ids: int) -> int:
     num_virtual = 0 if model.prompt is None else model.prompt.num_virtual_tokens
     left = base.max_length - num_virtual - num_ids
     if left < 1:
-        raise _too_long(f"{num_virtual} virtual tokens and {num_ids} of the text leave no room for an answer in the "
-                        f"{base.max_length} positions of the base; shorten the text")  # fmt: skip
+        asked = _requested(num_virtual, num_ids, "1")
+        raise context_error(base, f"{asked}; that leaves no room for an answer; shorten the text")
     return left
 
 
@@ -24,9 +27,10 @@ def check_room(base: Base, model: Model, num_ids: int, max_tokens: int) -> None:
     """Raises ApiError 400 where so many new tokens do not fit."""
     left = num_left(base, model, num_ids) if max_tokens else 0
     if max_tokens > left:
-        wanted = max_tokens if max_tokens < 10**18 else "more than 10^18"
-        raise _too_long(f"max_tokens is {wanted}, but virtual tokens and text leave {left} of the base's "
-                        f"{base.max_length} positions; lower it or shorten the text")  # fmt: skip
+        num_virtual = base.max_length - num_ids - left
+        wanted = str(max_tokens) if max_tokens < 10**18 else "more than 10^18"
+        asked = _requested(num_virtual, num_ids, wanted)
+        raise context_error(base, f"{asked}; {left} are left for an answer; lower max_tokens or shorten the text")
 
 
 def check_num_answers(num_texts: int, n: int) -> None:
@@ -45,5 +49,13 @@ def check_num_echoed(num_ids: int, n: int, num_tops: int) -> None:
                        "invalid_value", "echo")  # fmt: skip
 
 
-def _too_long(message: str) -> ApiError:
+def context_error(base: Base, what: str) -> ApiError:
+    """A refusal of what is longer than the base's positions; `what` goes on behind "However, you "."""
+    message = f"This model's maximum context length is {base.max_length} tokens. However, you {what}."
     return ApiError(400, message, "context_length_exceeded")
+
+
+def _requested(num_virtual: int, num_ids: int, max_tokens: str) -> str:
+    total = f"{num_virtual + num_ids + int(max_tokens)} tokens" if max_tokens.isdecimal() else "far more"
+    soft = f", {num_virtual} in the soft prompt" if num_virtual else ""
+    return f"requested {total} ({num_ids} in the text{soft}, {max_tokens} in the completion)"

@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from softprompt.base import Base
 from softprompt.data import input_ids
 from softprompt.server.errors import ApiError
+from softprompt.server.inference.room import context_error
 from softprompt.server.prompts.catalogue import Model
 
 MOST_TEXTS = 1024
@@ -75,7 +76,7 @@ def _check_ids(base: Base, ids: Any, number: int) -> None:
     if not isinstance(ids, list):
         raise _refusal(f"item {number} of prompt is a {type(ids).__name__}; prompt must be {_SHAPES}")
     if len(ids) > base.max_length:
-        raise _refusal(f"text {number} has {len(ids)} token ids; the base has {base.max_length} positions; shorten it")
+        raise context_error(base, f"sent text {number} with {len(ids)} token ids; shorten it")
     num_known = base.vocab_size
     for place, token in enumerate(ids):
         if type(token) is not int:  # True is an int too
