@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from softprompt import openmp
+
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists() or (os.cpu_count() or 1) < 2, reason="needs /proc and two cores"
 )
@@ -32,9 +34,10 @@ def settled(count):
 """
 
 
-def told(script):
+def told(script, **settings):
     """What a process with two OpenMP threads prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {name: value for name, value in os.environ.items() if name not in openmp._USERS_OWN}
+    environment |= {"OMP_NUM_THREADS": "2", **settings}
     ran = subprocess.run(
         [sys.executable, "-c", BEGINS + script], env=environment, capture_output=True, text=True, timeout=100
     )
@@ -117,5 +120,81 @@ thread.join()
 
 @pytest.mark.medium
 def test_a_thread_that_has_read_a_large_soft_prompt_keeps_none():
-    assert told(READS) == ["1"]
-    assert told(READS.replace("def read", "arrivals.put_threads_away = lambda: None\ndef read")) == ["2"]
+    chosen = {"GOMP_SPINCOUNT": "300000"}  # libgomp's own: no load monitor adds threads
+    assert told(READS, **chosen) == ["1"]
+    assert told(READS.replace("def read", "arrivals.put_threads_away = lambda: None\ndef read"), **chosen) == ["2"]
+
+
+MONITORED = """
+from concurrent.futures import ThreadPoolExecutor
+
+times_s = (0.0, 0.0)
+monitor, thread = openmp.LoadMonitor(lambda: times_s), ThreadPoolExecutor(1)
+thread.submit(print).result()
+first, before = multiply(), num_threads()
+for times_s in TIMES:
+    thread.submit(monitor.look).result()
+    print(monitor.is_busy, settled(before + os.cpu_count() * monitor.is_busy) - before)
+print(torch.equal(multiply(), first))
+"""
+
+
+def test_a_process_that_waits_for_its_cores_keeps_a_spare_pool_until_it_no_longer_waits():
+    """Seconds waited and computed so far: a tenth of what was wanted is busy, less than a twentieth is quiet again."""
+    times = [(0.01, 1.0), (0.21, 1.8), (0.41, 2.6), (0.48, 3.53), (0.49, 4.53)]
+    *states, is_equal = told(f"TIMES = {times}" + MONITORED)
+    spare = str(os.cpu_count())
+    assert states == ["False", "0", "True", spare, "True", spare, "True", spare, "False", "0"]
+    assert is_equal == "True"
+
+
+def test_an_idle_process_does_not_change_how_its_threads_wait():
+    """A hundredth of a second of waiting is no sign of load, nor is a thread that has ended with its waiting."""
+    assert told("TIMES = [(0.01, 0.01), (0.02, 0.02), (0.0, 1.0)]" + MONITORED)[:-1] == ["False", "0"] * 3
+
+
+LOADED = """
+from softprompt import load_base
+
+load_base("embedded")
+print([thread.name for thread in threading.enumerate()].count("openmp-load-monitor"))
+"""
+
+
+@pytest.mark.medium
+def test_loading_bases_starts_one_load_monitor_unless_the_user_has_chosen_how_threads_wait():
+    assert told(LOADED + LOADED) == ["1", "1"]
+    assert told(LOADED, OMP_WAIT_POLICY="passive") == ["0"]
+    assert told(LOADED, GOMP_SPINCOUNT="1000") == ["0"]
+    assert told(LOADED, OMP_NUM_THREADS="1") == ["0"]
+
+
+BESIDE = """
+import subprocess, sys
+
+count = os.cpu_count()
+others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+monitor, ends = openmp.LoadMonitor(), time.monotonic() + 60
+while not monitor.is_busy and time.monotonic() < ends:
+    multiply()
+    monitor.look()
+for other in others:
+    other.kill()
+    other.wait()
+print(monitor.is_busy)
+"""
+
+
+@pytest.mark.medium
+def test_busy_processes_beside_this_one_are_noticed():
+    assert told(BESIDE) == ["True"]
+
+
+def test_a_load_above_the_number_of_cores_is_a_warning(monkeypatch):
+    cores = os.cpu_count()
+    monkeypatch.setattr(os, "getloadavg", lambda: (cores + 1.2, 0.0, 0.0))
+    assert openmp.load_warning() == (
+        f"other processes keep this machine's {cores} cores busy (load {cores + 1.2:.1f}); this will take longer"
+    )
+    monkeypatch.setattr(os, "getloadavg", lambda: (float(cores), 99.0, 99.0))
+    assert openmp.load_warning() is None

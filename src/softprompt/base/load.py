@@ -30,6 +30,7 @@ from softprompt.base.tokens import bos_ids_of, eos_id_of, stop_ids_of
 from softprompt.config import EMBEDDED_BASE, BaseConfig, make_config
 from softprompt.embedded import base_folder
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
+from softprompt.openmp import adapt_waiting_to_load
 
 UNLIMITED_LENGTH = 2_048  # for families without a limit of their own (ALiBi), unless --max-length says otherwise
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -89,6 +90,7 @@ def freeze_base(
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
         kind = type(model.get_input_embeddings()).__name__
         raise BaseModelError(f"base {name!r}: its input embeddings are a {kind}, not a table; it cannot take a prompt")
+    adapt_waiting_to_load()
     model.eval()
     model.requires_grad_(False)
     return Base(

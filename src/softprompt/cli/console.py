@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softprompt.config import BaseConfig
+from softprompt.openmp import load_warning
 from softprompt.types import finite
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def load(config: BaseConfig) -> Base:
     logging.disable_progress_bar()
     base = load_base(config)
     say(describe(base))
+    warning = load_warning()
+    if warning is not None:
+        say(f"warning: {warning}")
     return base
 
 
