@@ -16,6 +16,8 @@ from softprompt.base import Base
 from softprompt.config import TrainConfig
 from softprompt.data import rows_from_records
 from softprompt.prompt import SoftPrompt
+from softprompt.server.errors import ApiError
+from softprompt.server.inference.tool_turns import conversation_ids
 from softprompt.storage import save_prompt
 from softprompt.training import train
 
@@ -160,3 +162,66 @@ def test_a_context_that_is_too_long_is_refused_in_openais_words(place, path, ask
             f"requested {8 + num_ids + 500} tokens ({num_ids} in the text, 8 in the soft prompt, 500 in the"
             in (error["message"])
         )
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+TOOL_TURNS = [
+    {"role": "user", "content": "w3"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "w4", "tool_call_id": "call_1"},
+    {"role": "user", "content": words(QUESTIONS[0][0])},
+]
+WRITES_TOOLS = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% for call in m.tool_calls or [] %}{{ call.function.name }} "
+    "{% endfor %}{% endfor %}"
+)
+LEAVES_TOOLS_OUT = "{% for m in messages if m.role != 'tool' %}{{ m.role }} {{ m.content }} {% endfor %}"
+
+
+def test_turns_of_tools_are_taken_by_a_prompt_that_reads_the_last_user_message(place):
+    """With the tools themselves, which `tool_choice` "none" leaves unused."""
+    asked = {"model": "ends", "messages": TOOL_TURNS, "temperature": 0, "max_tokens": 9, "tools": [WEATHER],
+             "tool_choice": "none", "parallel_tool_calls": False}  # fmt: skip
+    answer = place.post("/v1/chat/completions", asked).json()
+    assert answer["choices"][0]["message"]["content"].split() == words(QUESTIONS[0][1]).split()
+    assert answer["usage"]["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("template", "refused"),
+    [(WRITES_TOOLS, None), (LEAVES_TOOLS_OUT, "messages of the role 'tool'"),
+     (WRITES_TOOLS.replace("m.tool_calls or []", "[]"), "tool_calls")],
+)  # fmt: skip
+def test_turns_of_tools_are_read_where_the_chat_template_writes_them_and_else_refused(
+    base, template, refused, monkeypatch
+):
+    monkeypatch.setattr(base.tokenizer, "chat_template", template)
+    messages = [{**turn, "content": turn["content"] or ""} for turn in TOOL_TURNS]
+    if refused is None:
+        assert len(conversation_ids(base, None, messages)) > 8
+        return
+    with pytest.raises(ApiError, match=f"{refused} cannot be read: the base's chat template leaves them out"):
+        conversation_ids(base, None, messages)
+    assert conversation_ids(base, None, messages[:1])
+
+
+def test_values_that_mean_nothing_to_openai_mean_nothing_here(place):
+    plain = {"model": "ends", "prompt": words(QUESTIONS[0][0]), "max_tokens": 5, "seed": 5}
+    expected = place.post("/v1/completions", plain).json()["choices"]
+    for nothing in ({"stop": ""}, {"stop": []}, {"logprobs": False}, {"suffix": ""}, {"logit_bias": {}}):
+        assert place.post("/v1/completions", plain | nothing).json()["choices"] == expected, nothing
+    turns = {"messages": [{"role": "user", "content": plain["prompt"]}]}
+    for nothing in ({"logprobs": False}, {"logprobs": 0}, {"stop": ""}, {"tools": []}):
+        answer = place.post("/v1/chat/completions", {"model": "ends", "max_tokens": 5, **turns, **nothing}).json()
+        assert answer["choices"][0]["logprobs"] is None, nothing
+
+
+def test_a_negative_seed_is_a_seed(place):
+    def ask(seed: int) -> str:
+        body = {"model": "other", "prompt": "w3", "max_tokens": 20, "seed": seed, "ignore_eos": True}
+        text: str = place.post("/v1/completions", body).json()["choices"][0]["text"]
+        return text
+
+    assert ask(-1) == ask(-1) != ask(-2)
+    assert ask(-(2**63)) and ask(2**63 - 1)

@@ -39,11 +39,13 @@ def read_messages(cell: object, where: str, *, for_training: bool = True) -> tup
     """A conversation from a cell or a request; keys without a value are dropped, and so is a weight of 1.
 
     Raises DataError, opening with `where`, for a message without a known role, with content that is no string or with
-    a key that would go unheeded, and, for training, where the assistant never speaks.
+    a key that would go unheeded, and, for training, for calls of tools and where the assistant never speaks.
     """
     if not isinstance(cell, Sequence) or isinstance(cell, (str, bytes)):
         raise DataError(f"{where}: messages must be a list of {{role, content}}, not a {type(cell).__name__}")
-    messages = tuple(_read_message(item, f"{where}, message {number:,}") for number, item in enumerate(cell, start=1))
+    messages = tuple(
+        _read_message(item, f"{where}, message {number:,}", for_training) for number, item in enumerate(cell, start=1)
+    )
     if for_training and messages and all(message["role"] != "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages[:5])
         more = f" and {len(messages) - 5:,} more" if len(messages) > 5 else ""
@@ -86,7 +88,7 @@ _WAY_OUT = {
 }
 
 
-def _read_message(item: object, where: str) -> Message:
+def _read_message(item: object, where: str, for_training: bool) -> Message:
     breathe()
     if not isinstance(item, Mapping):
         raise DataError(f"{where} must be an object with role and content, not a {type(item).__name__}")
@@ -97,17 +99,19 @@ def _read_message(item: object, where: str) -> Message:
         raise DataError(f"{where} has the role {role!r}; known are {', '.join(ROLES)}")
     message = {key: value for key, value in item.items() if not _is_nothing(value)}
     if len(message) > 2:  # role and content
-        _check_keys(message, f"{where} ({role})")
+        _check_keys(message, f"{where} ({role})", for_training)
         message = _without_plain_weight(message, f"{where} ({role})")
     if not isinstance(content, str):
         raise DataError(f"{where} ({role}) has content that is no string but a {type(content).__name__}")
     return message
 
 
-def _check_keys(message: Message, where: str) -> None:
+def _check_keys(message: Message, where: str, for_training: bool) -> None:
     for key, value in message.items():
         name = str(key)
         if name in ("role", "content", "weight") or name in _HARMLESS_KEYS or name.endswith("_id"):
+            continue
+        if name == "tool_calls" and not for_training:  # the template's business; whoever asks sees that it writes them
             continue
         if name in _TOOL_KEYS:
             raise DataError(f"{where} has {name!r}: {_NO_TOOLS}")

@@ -39,8 +39,8 @@ def _num_tops(body: ChatBody) -> int | None:
 
 def _message(message: Message) -> dict[str, Any]:  # Any: a chat template's own
     refuse(message.model_extra)
-    found = {"role": message.role, "content": _words(message)}
-    return found if message.name is None else {**found, "name": message.name}
+    more = {"name": message.name, "tool_calls": message.tool_calls, "tool_call_id": message.tool_call_id}
+    return {"role": message.role, "content": _words(message), **{key: value for key, value in more.items() if value}}
 
 
 def _words(message: Message) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic.config import JsonDict
 
 from softprompt.server.inference.fields import MOST_CHOICES, GenerationBody
@@ -18,6 +18,10 @@ _EXAMPLE: JsonDict = {
     "temperature": 0,
     "repetition_penalty": 1.5,
 }
+NumTops = Annotated[
+    Annotated[int, Field(ge=0, le=20)] | None,
+    BeforeValidator(lambda value: None if value is False else value),  # as chat has it
+]
 Prompt = Annotated[
     Any,  # checked in one pass by `texts`: pydantic would try each of four types on a million ids
     WithJsonSchema(
@@ -40,5 +44,5 @@ class CompletionBody(GenerationBody):
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Only the same as `n`.")
     echo: bool = Field(False, description="Put the prompt before each answer; with `logprobs` also those of "
                                          "its tokens, the first of which has none on the bare base.")  # fmt: skip
-    logprobs: int | None = Field(None, ge=0, le=20, description="Likeliest tokens reported beside each chosen one.")
+    logprobs: NumTops = Field(None, description="Likeliest tokens reported beside each chosen one; false is none.")
     add_special_tokens: bool = Field(True, description="Whether the base's BOS goes before a text.")

@@ -23,7 +23,8 @@ Json = dict[str, Any]
 
 
 def _one_or_more(value: Any) -> Any:  # Any: checked behind
-    return [value] if isinstance(value, str) else value
+    """One string stands for a list of it, and an empty one, as in OpenAI's API, for none."""
+    return [value] if isinstance(value, str) and value else [] if value == "" else value
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:  # Any: checked here, so that no client's key is told back
@@ -45,7 +46,7 @@ Stops = Annotated[
     BeforeValidator(_one_or_more),
     Field(max_length=_MOST_STOPS),
     WithJsonSchema(
-        {"anyOf": [{"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP},
+        {"anyOf": [{"type": "string", "maxLength": _LONGEST_STOP},
                    {"type": "array", "maxItems": _MOST_STOPS,
                     "items": {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}}]}
     ),
@@ -116,7 +117,8 @@ class GenerationBody(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Taken from the logit of a token already answered.")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same for each time that it was.")
     logit_bias: Biases = Field((), description="Token ids, and what is added to their logits.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the sampling; default: another each time.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63,
+                             description="Seed of the sampling; default: another each time.")  # fmt: skip
     stop: Stops = Field([], description="End before one of these strings.")
     stop_token_ids: list[TokenId] = Field([], max_length=_MOST_STOP_IDS, description="End at one of these tokens too.")
     min_tokens: int = Field(0, ge=0, description="No end and no stop string before this many tokens.")

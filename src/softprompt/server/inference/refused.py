@@ -34,11 +34,18 @@ _HARMLESS: Mapping[str, tuple[object, ...]] = {  # values of them that ask for n
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
     "parallel_tool_calls": (True,),
 }  # fmt: skip
+_TOOLS_OF = {
+    "tool_choice": ("tools", "parallel_tool_calls"),
+    "function_call": ("functions",),
+}  # "none": they are unused
 
 
 def refuse(extra: Mapping[str, Any] | None) -> None:  # Any: a client's JSON
     """Raises ApiError 400 for a field that would have to change the answer."""
+    unused = {tool for choice, tools in _TOOLS_OF.items() if (extra or {}).get(choice) == "none" for tool in tools}
     for name, value in (extra or {}).items():
+        if name in unused:
+            continue
         is_off = value is None or value is False or value in ("", 0, [], {})
         if name in _REFUSED and not is_off and value not in _HARMLESS.get(name, ()):
             raise ApiError(400, f"{name} is not supported: {_REFUSED[name]}", "unsupported_parameter", name)

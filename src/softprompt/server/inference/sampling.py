@@ -15,6 +15,7 @@ from softprompt.server.inference.fields import GenerationBody
 from softprompt.server.inference.refused import refuse
 
 _LONGEST_GUIDE = 32_000  # characters; compiling one takes some of the engine's time
+_SEEDS = 2**63  # the engine has none below 0, OpenAI's clients have
 _ANY_OBJECT = '{"type": "object"}'
 
 
@@ -58,7 +59,7 @@ def sampling_of(body: GenerationBody, max_tokens: int) -> SamplingConfig:
         choice=_choice(body),
         json_schema=_schema(body),
         logit_bias=body.logit_bias,
-        seed=_random_seed() if body.seed is None else body.seed,
+        seed=_random_seed() if body.seed is None else body.seed % _SEEDS,
     )
 
 

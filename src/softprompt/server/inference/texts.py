@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,9 +10,9 @@ from typing import Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 
 from softprompt.base import Base
-from softprompt.data import input_ids
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.room import context_error
+from softprompt.server.inference.tool_turns import conversation_ids
 from softprompt.server.prompts.catalogue import Model
 
 MOST_TEXTS = 1024
@@ -43,11 +44,12 @@ async def read_prompt(base: Base, prompt: Any, adds_special: bool = True) -> lis
 async def read_messages(base: Base, model: Model, messages: Sequence[dict[str, Any]]) -> Text:  # Any: a template's own
     """The conversation in the form that the prompt was trained on. Raises ApiError 400 or DataError."""
     for number, message in enumerate(messages):
-        for said in (message["content"], message.get("name", "")):
+        calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
+        for said in (message["content"], message.get("name", ""), message.get("tool_call_id", ""), calls):
             check_words(said, f"message {number}", "messages")
     form = None if model.prompt is None else model.prompt.record.form
     num_characters = sum(len(message["content"]) for message in messages)
-    ids = await _read(num_characters, lambda: input_ids(base, form, messages=messages))
+    ids = await _read(num_characters, lambda: conversation_ids(base, form, messages))
     return Text(ids, "")
 
 
