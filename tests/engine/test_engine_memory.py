@@ -171,3 +171,19 @@ def test_memory_is_made_ready_where_that_is_a_small_part_of_the_budget():
     small = KeyValueMemory(64 * 8 * 4 * BYTES - 1, BYTES, 300)
     small.prepare(sample, 4)
     assert small.num_bytes == 0
+
+
+def test_what_the_machine_does_not_have_is_not_made_ready(monkeypatch):
+    sample = Store(1, 1)
+    sample.of(MODULES[0], torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+
+    def refuse(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    memory = KeyValueMemory(64 * 8 * 4 * BYTES, BYTES, 300)
+    monkeypatch.setattr(Store, "_empty", refuse)
+    memory.prepare(sample, 4)
+    assert memory.num_bytes == 0
+    monkeypatch.undo()
+    assert memory.place(10) is not None
+    memory.check_integrity()

@@ -82,8 +82,7 @@ class KeyValueMemory:
         for capacity in self.capacities[:_PREPARED]:
             positions = self._num_positions() + num_rows * capacity
             if capacity not in self.shelves and positions <= self.budget_positions // _SMALL_PART:
-                self.shelves[capacity] = Shelf(capacity)
-                self.shelves[capacity].store = sample.like(num_rows, capacity)
+                _prepare(self._shelf(capacity), sample, num_rows)
 
     def can_ever_hold(self, length: int) -> bool:
         """Whether one row of that many positions fits into the empty memory."""
@@ -147,6 +146,15 @@ class KeyValueMemory:
         if self._num_positions() + shelf.store.capacity > self.budget_positions:
             return False
         return _resized(shelf.store, shelf.store.num_rows + 1)
+
+
+def _prepare(shelf: Shelf, sample: Store, num_rows: int) -> None:
+    """Nothing where the machine has less memory than the budget allows."""
+    try:
+        shelf.store = sample.like(num_rows, shelf.store.capacity)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def _resized(store: Store, num_rows: int) -> bool:
