@@ -6,6 +6,7 @@ SoftpromptError
 ├── PromptError        a soft prompt's tensor is not usable (ValueError)
 │   └── WrongBaseError a prompt made for another base
 ├── DataError          a training set, a row or an input (ValueError)
+│   ├── EncodingError  a text that the base's tokenizer cannot encode
 │   └── LengthError    longer than the base allows
 ├── StorageError       adapters, libraries and run folders on disk (OSError)
 │   ├── AdapterError   an adapter folder that must not be loaded
@@ -45,6 +46,10 @@ class WrongBaseError(PromptError):
 
 class DataError(SoftpromptError, ValueError):
     """A data set, a row of it or an input cannot be used."""
+
+
+class EncodingError(DataError):
+    """A text that the base's tokenizer cannot encode, or encodes to ids that the base does not have."""
 
 
 class LengthError(DataError):

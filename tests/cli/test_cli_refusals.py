@@ -29,6 +29,26 @@ def train(base_folder, texts, untouched):
     return call
 
 
+def test_a_file_that_ends_too_early_is_no_interruption(tmp_path, monkeypatch):
+    """click takes an EOFError for Ctrl-D, and 130 was the exit code."""
+
+    def end(self):
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr("softprompt.storage.Library.list", end)
+    ran = run("prompts", "list", "--library", tmp_path)
+    assert ran.complaint == "a file or the input ended too early (Ran out of input)"
+
+
+def test_an_interruption_is_130(tmp_path, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softprompt.storage.Library.list", stop)
+    ran = run("prompts", "list", "--library", tmp_path)
+    assert (ran.code, ran.err.strip()) == (130, "softprompt: interrupted")
+
+
 class TestBase:
     def test_no_such_folder(self, train, tmp_path):
         assert f"there is no such folder (looked at {tmp_path / 'nowhere'})" in train(base=tmp_path / "nowhere")

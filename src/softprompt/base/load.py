@@ -6,13 +6,13 @@ it is tested on folders and against an HTTP double, never yet on the real Hub.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,8 +25,11 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from softprompt.base.device import resolve_device, resolve_dtype
+from softprompt.base.folder import CONFIG_NAME, broken_weights, check_files, read_settings, weights_bytes
+from softprompt.base.guard import one_sentence
 from softprompt.base.model import Base
-from softprompt.base.tokens import bos_ids_of, eos_id_of, stop_ids_of
+from softprompt.base.size import check_numbers, check_size
+from softprompt.base.tokens import bos_ids_of, check_tokenizer, eos_id_of, stop_ids_of
 from softprompt.config import EMBEDDED_BASE, BaseConfig, make_config
 from softprompt.embedded import base_folder
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
@@ -41,38 +44,76 @@ _BIDIRECTIONAL = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", 
 def load_base(base: str | BaseConfig, **settings: Any) -> Base:
     """A frozen base from a Hub id, a folder or `"embedded"`; `settings` are the fields of BaseConfig.
 
-    Raises BaseModelError where there is nothing to load or it is no decoder-only language model, and ConfigError for
-    a dtype, device, device map or length that cannot be had.
+    Whatever transformers raises for a folder, and a tokenizer that does not fit the model, is a BaseModelError, and so
+    is a model that the free memory cannot hold. Raises ConfigError for a dtype, device, device map or length that
+    cannot be had.
     """
     config = base if isinstance(base, BaseConfig) else make_config(BaseConfig, {"base": base, **settings})
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     spread = _spread(config)
-    source = _source(config.base)
-    where: dict[str, Any] = {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "local_files_only": config.offline or Path(source).is_dir(),
-    }
-    if config.offline:  # by its id, transformers would still ask the Hub whether an adapter lies beside the base
-        source = _read(_folder, config.base, source, where)
-    _refuse_other_architectures(_read(AutoConfig.from_pretrained, config.base, source, where), config.base)
-    tokenizer = _read(AutoTokenizer.from_pretrained, config.base, source, where)
-    model, info = _read(
-        AutoModelForCausalLM.from_pretrained,
-        config.base,
-        source,
-        {**where, **spread, "dtype": dtype, "output_loading_info": True},
-    )
-    _refuse_incomplete(info, config.base)
-    _refuse_adapter(model, config.base)
-    return freeze_base(
-        model if spread else model.to(device),
-        tokenizer,
-        name=base_name(config.base),
-        folder=_folder(source, **where),
-        max_length=config.max_length,
-    )
+    with one_sentence(f"base {config.base!r} cannot be loaded"):
+        source = _source(config.base)
+        where: dict[str, Any] = {
+            "revision": config.revision,
+            "trust_remote_code": config.trust_remote_code,
+            "local_files_only": config.offline or Path(source).is_dir(),
+        }
+        if config.offline:  # by its id, transformers would still ask the Hub whether an adapter lies beside the base
+            source = _folder(source, **where)
+        model, tokenizer = _read(source, where, {**spread, "dtype": dtype}, config.base, None if spread else device)
+        return freeze_base(
+            model if spread else _moved(model, device),
+            tokenizer,
+            name=base_name(config.base),
+            folder=_folder(source, **{**where, "local_files_only": True}),
+            max_length=config.max_length,
+        )
+
+
+def _read(
+    source: str, where: dict[str, Any], how: dict[str, Any], base: str, device: torch.device | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, each judged by its files before transformers makes it."""
+    folder = Path(source) if Path(source).is_dir() else None
+    if folder is not None:
+        check_files(folder, base)
+    subject = f"base {base!r} cannot be loaded"
+    with one_sentence(f"{subject}: its config.json"):
+        settings = folder or _folder(source, **where)
+        check_numbers(read_settings(Path(settings), CONFIG_NAME, base), f"{subject}: config.json")
+        config = AutoConfig.from_pretrained(source, **where)
+        _refuse_other_architectures(config, base)
+    with one_sentence(f"{subject}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    with _naming_broken_weights(folder, base):
+        stored_bytes = 0 if folder is None else weights_bytes(folder, base)
+        check_size(config, base, dtype=how["dtype"], device=device, stored_bytes=stored_bytes)
+        options = {**where, **how, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)  # Any: annotated as the model alone
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    _refuse_incomplete(info, base)
+    _refuse_adapter(model, base)
+    return model, tokenizer
+
+
+def _moved(model: Any, device: torch.device) -> PreTrainedModel:  # Any: `to` of transformers is annotated wrongly
+    moved: PreTrainedModel = model.to(device)
+    return moved
+
+
+@contextmanager
+def _naming_broken_weights(folder: Path | None, base: str) -> Iterator[None]:
+    """Names the weight file that cannot be opened, whatever it made transformers or a judgement of sizes say."""
+    try:
+        with one_sentence(f"base {base!r} cannot be loaded"):
+            yield
+    except BaseModelError as error:
+        problem = None if folder is None else broken_weights(folder, base)
+        if problem is None:
+            raise
+        raise BaseModelError(f"base {base!r} cannot be loaded: {problem}") from error
 
 
 def freeze_base(
@@ -85,11 +126,13 @@ def freeze_base(
 ) -> Base:
     """A Base from a model already in memory: eval mode, every parameter frozen. The model is not copied.
 
-    Raises BaseModelError where its input embeddings are not an embedding table.
+    Raises BaseModelError where its input embeddings are not an embedding table or the tokenizer does not fit them.
     """
-    if not isinstance(model.get_input_embeddings(), nn.Embedding):
-        kind = type(model.get_input_embeddings()).__name__
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        kind = type(embedding).__name__
         raise BaseModelError(f"base {name!r}: its input embeddings are a {kind}, not a table; it cannot take a prompt")
+    check_tokenizer(tokenizer, name, embedding.num_embeddings)
     adapt_waiting_to_load()
     model.eval()
     model.requires_grad_(False)
@@ -137,21 +180,19 @@ def _source(base: str) -> str:
     return base
 
 
-def _folder(source: str, *, revision: str | None, **_: Any) -> str:  # Any: the other loading options
-    """Where the checkpoint lies: the folder itself, or the Hub's snapshot in the cache. Asks nobody."""
+def _folder(
+    source: str,
+    *,
+    revision: str | None,
+    local_files_only: bool = True,
+    **_: Any,  # Any: the other loading options
+) -> str:
+    """Where the checkpoint lies: the folder itself, or the Hub's snapshot in the cache, config.json fetched at need."""
     if Path(source).is_dir():
         return source
-    config_file = cached_file(source, "config.json", revision=revision, local_files_only=True)
+    config_file = cached_file(source, CONFIG_NAME, revision=revision, local_files_only=local_files_only)
     assert config_file is not None  # cached_file raises OSError where there is none
     return str(Path(config_file).parent)
-
-
-def _read(load: Any, base: str, source: str, options: dict[str, Any]) -> Any:  # Any: transformers' untyped factories
-    try:
-        return load(source, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        what = " ".join(str(error).split())
-        raise BaseModelError(f"base {base!r} cannot be loaded: {what[:400]}") from error
 
 
 def _refuse_other_architectures(config: PretrainedConfig, base: str) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.base.embedding import embedding_rms
 from softprompt.base.fingerprint import fingerprint
+from softprompt.base.tokens import encode_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +81,15 @@ class Base:
             return found.clone()
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, nothing added in front or behind; a special token written inside it is only text."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return tuple(encoded["input_ids"])
+        """Token ids of a text, nothing added in front or behind; a special token written inside it is only text.
+
+        Raises EncodingError where the tokenizer cannot encode it, or gives ids that the base does not embed.
+        """
+        return self.encode_with(self.tokenizer, text, split_special_tokens=True)
+
+    def encode_with(self, tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> tuple[int, ...]:
+        """See `encode`: by a copy of this base's tokenizer, under options of its own."""
+        return encode_text(tokenizer, text, self.name, self.vocab_size, **options)
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
         """Text of token ids, special tokens left out, spaces exactly as the tokens have them."""

@@ -1,16 +1,90 @@
-"""What a tokenizer adds to a text, and which tokens end one."""
+"""A base's tokenizer: whether it fits, the ids of a text, what is added to one and which tokens end it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softprompt.base.guard import cause_of
+from softprompt.errors import BaseModelError, EncodingError
+
 _PROBE = "a"
+_MOST_PROBES = 64  # tokens of a vocabulary that are read back
+_SHOWN = 60  # characters of a text in a message
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, name: str, vocab_size: int, **options: bool
+) -> tuple[int, ...]:
+    """Token ids of a text, nothing added in front or behind.
+
+    Raises EncodingError where the tokenizer of base `name` cannot encode it (one of words without an unknown token),
+    or gives an id that the base, which embeds `vocab_size` of them, does not have.
+    """
+    try:
+        ids = tuple(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the Rust library raises bare Exceptions, and panics that are not even that
+        raise EncodingError(
+            f"the tokenizer of base {name!r} cannot encode the text {_shortened(text)} ({cause_of(error)})"
+        ) from error
+    if ids and max(ids) >= vocab_size:
+        raise EncodingError(
+            f"token {tokenizer.convert_ids_to_tokens(max(ids))!r} has id {max(ids):,}, but base {name!r} embeds ids "
+            f"below {vocab_size:,}; leave it out of the text {_shortened(text)}, or take the base's own tokenizer"
+        )
+    return ids
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, vocab_size: int) -> None:
+    """Raises BaseModelError for a tokenizer that cannot be this base's.
+
+    It may have fewer tokens than the base embeds (padded tables), and added tokens beyond them, which are refused where
+    a text holds one. transformers makes an empty tokenizer where the files are missing: that is refused.
+    """
+    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    own = {token: index for token, index in vocabulary.items() if token not in added}
+    if not own and not _says_something(tokenizer, vocabulary):
+        raise BaseModelError(
+            f"the tokenizer of base {name!r} has no vocabulary ({len(vocabulary):,} tokens for {vocab_size:,} "
+            "embeddings); is a file of it missing, tokenizer.json say?"
+        )
+    largest = max(own.values(), default=-1)
+    if largest >= vocab_size:
+        raise BaseModelError(
+            f"the tokenizer of base {name!r} has ids up to {largest:,}, but the base embeds ids below {vocab_size:,}; "
+            "it belongs to another base"
+        )
+    beyond = [i for i in (*bos_ids_of(tokenizer), eos_id_of(tokenizer)) if i is not None and not 0 <= i < vocab_size]
+    if beyond:
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        raise BaseModelError(
+            f"the tokenizer of base {name!r} begins or ends texts with {token!r}, id {beyond[0]:,}, but the base has "
+            f"only {vocab_size:,} embeddings; correct its bos_token or eos_token"
+        )
+    if not _says_something(tokenizer, own):
+        raise BaseModelError(
+            f"the tokenizer of base {name!r} makes every text its unknown token or nothing at all ({len(own):,} tokens "
+            f"for {vocab_size:,} embeddings); is a file of it missing, tokenizer.json or the vocabulary?"
+        )
 
 
 def bos_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that the tokenizer puts before a text; empty for GPT-2 or Bloom, BOS for Llama."""
-    with_special = list(tokenizer(_PROBE)["input_ids"])
-    plain = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    for probe in _probes(tokenizer):
+        with suppress(Exception):  # a tokenizer of words cannot encode a word that it does not have
+            with_special = list(tokenizer(probe)["input_ids"])
+            plain = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+            return _before(plain, with_special)
+    return ()
+
+
+def _before(plain: list[int], with_special: list[int]) -> tuple[int, ...]:
     for first in range(len(with_special) - len(plain) + 1):
         if with_special[first : first + len(plain)] == plain:
             return tuple(with_special[:first])
@@ -30,3 +104,33 @@ def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     named = getattr(config, "eos_token_id", None)
     ids = {eos_id_of(tokenizer), *(named if isinstance(named, (list, tuple)) else (named,))}
     return tuple(sorted(i for i in ids if i is not None))
+
+
+def _says_something(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> bool:
+    """Whether some text of its own vocabulary comes back as more than its unknown and special tokens."""
+    empty = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
+    for text in _probes(tokenizer, vocabulary):
+        with suppress(Exception):  # a tokenizer of words cannot encode a word that it does not have
+            if set(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) - empty:
+                return True
+    return False
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int] | None = None) -> Iterator[str]:
+    """Texts that it should be able to encode: a letter, then some tokens of its vocabulary that are not special."""
+    yield _PROBE
+    yield from islice(_texts(tokenizer, tokenizer.get_vocab() if vocabulary is None else vocabulary), _MOST_PROBES)
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> Iterator[str]:
+    special = set(tokenizer.all_special_ids)
+    for index in vocabulary.values():
+        if index not in special:
+            with suppress(Exception):
+                text = tokenizer.decode([index])
+                if isinstance(text, str) and text.strip():
+                    yield text
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

@@ -103,7 +103,9 @@ def _run() -> int:
         return _reader_left()
     except OSError as error:
         return _refused(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):  # which click takes for Ctrl-D
+            return _refused(f"a file or the input ended too early ({stop.__cause__ or 'EOFError'})")
         _say("interrupted")
         return 130
     return code if isinstance(code, int) else 0

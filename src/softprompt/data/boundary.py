@@ -8,6 +8,7 @@ the word), the completion is tokenised alone.
 from __future__ import annotations
 
 from softprompt.base import Base
+from softprompt.errors import EncodingError
 
 _PROBE = "x"
 # Texts that do not fuse with what follows them; more than one, because any of them may fuse with something.
@@ -43,4 +44,7 @@ def continuation_ids(base: Base, text: str) -> tuple[int, ...]:
 
 def adds_space(base: Base) -> bool:
     """True where a text's first word is tokenised as if a space stood before it (SentencePiece, add_prefix_space)."""
-    return base.encode("\n" + _PROBE) != base.encode("\n") + base.encode(_PROBE)
+    try:
+        return base.encode("\n" + _PROBE) != base.encode("\n") + base.encode(_PROBE)
+    except EncodingError:  # a tokenizer of words that has no such word, and so no space within one
+        return False

@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from softprompt.base import Base
 from softprompt.data.boundary import continuation_ids
 from softprompt.data.messages import Message, is_learned
-from softprompt.errors import DataError
+from softprompt.errors import DataError, EncodingError
 
 # The assistant's turn ends with EOS in the history too, as it does when it is generated.
 DEFAULT_CHAT_TEMPLATE = (
@@ -250,7 +250,7 @@ def _encode(base: Base, text: str) -> tuple[int, ...]:
     """Ids of a rendered conversation: the tokenizer's own, unless a message holds a control token."""
     if _BREAK in text:
         return _segments_ids(base, text, at_start=True)
-    return tuple(_own_tokenizer(base.tokenizer)(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return base.encode_with(_own_tokenizer(base.tokenizer), text)
 
 
 def _segments_ids(base: Base, text: str, *, at_start: bool) -> tuple[int, ...]:
@@ -277,8 +277,10 @@ def _starts_anew(base: Base) -> bool:
     control = next((token.content for token in base.tokenizer.added_tokens_decoder.values() if token.special), None)
     if control is None:
         return False
-    ids = _own_tokenizer(base.tokenizer)(control + _PROBE, add_special_tokens=False)["input_ids"]
-    return tuple(ids[1:]) == base.encode(_PROBE)
+    try:
+        return base.encode_with(_own_tokenizer(base.tokenizer), control + _PROBE)[1:] == base.encode(_PROBE)
+    except EncodingError:  # a tokenizer of words that has no such word
+        return False
 
 
 @lru_cache(maxsize=4)

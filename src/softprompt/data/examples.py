@@ -14,7 +14,7 @@ from softprompt.data.chat import chat_ids
 from softprompt.data.labels import labelled_form
 from softprompt.data.report import show_example
 from softprompt.data.rows import Rows, Written, write_rows, written_hash
-from softprompt.errors import DataError, LengthError
+from softprompt.errors import DataError, EncodingError, LengthError
 from softprompt.turns import breathe
 from softprompt.types import DataReport, Example, ExampleSet, FormKind
 
@@ -47,8 +47,7 @@ def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> Exa
         raise LengthError(f"max_length is {max_length} tokens; it leaves no room for text behind the soft prompt")
     written = write_rows(rows)
     limits = _Limits(eos, (base.eos_id,) if eos and base.eos_id is not None else (), max_length)
-    tokenise = _WAYS[rows.form.kind]
-    results = [tokenise(base, row, limits, rows.where(i)) for i, row in enumerate(written)]
+    results = [_tokenised(base, row, limits, rows, i) for i, row in enumerate(written)]
     examples = [_example(base, rows, i, result) for i, result in enumerate(results) if any(result.target_mask)]
     if not examples:
         raise DataError(_nothing_left(rows, any(result.is_truncated for result in results), max_length))
@@ -58,6 +57,14 @@ def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> Exa
         report=_report(base, rows, results, examples),
         data_hash=written_hash(written),
     )
+
+
+def _tokenised(base: Base, row: Written, limits: _Limits, rows: Rows, position: int) -> _Ids:
+    where = rows.where(position)
+    try:
+        return _WAYS[rows.form.kind](base, row, limits, where)
+    except EncodingError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _plain(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:

@@ -1,0 +1,43 @@
+"""One guard for other people's loaders: whatever they raise becomes one sentence that a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from softprompt.errors import BaseModelError, SoftpromptError
+
+_LONGEST_CAUSE = 400  # characters of a foreign message that are passed on
+_PASSING = (SoftpromptError, KeyboardInterrupt, SystemExit, GeneratorExit)
+_SELF_EXPLAINING = (OSError, ValueError, RuntimeError, ImportError)  # the others' messages need their kind before them
+
+
+@contextmanager
+def one_sentence(subject: str) -> Iterator[None]:
+    """Raises BaseModelError, opening with `subject`, for anything that is raised inside; Ctrl-C and exits pass.
+
+    A panic of a Rust library is a BaseException and no Exception, so the closed lists of exceptions end here.
+    """
+    try:
+        yield
+    except _PASSING:
+        raise
+    except BaseException as error:
+        if type(error).__name__ == "CancelledError":  # asyncio's, where a server loads in a task
+            raise
+        raise BaseModelError(f"{subject}: {cause_of(error)}") from error
+
+
+def cause_of(error: BaseException) -> str:
+    """A foreign error in one line: its message, with its kind where the message alone says little."""
+    message = " ".join(str(error).split())
+    kind = type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory ({message[:_LONGEST_CAUSE] or kind})"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, EOFError) and not message:
+        message = "a file ends before its data does"
+    if (isinstance(error, _SELF_EXPLAINING) or type(error) is Exception) and message:
+        return message[:_LONGEST_CAUSE]
+    return f"{kind}: {message}"[:_LONGEST_CAUSE] if message else kind
