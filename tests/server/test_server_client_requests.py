@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from softprompt.data import rows_from_records
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.tool_turns import conversation_ids
+from softprompt.server.parts import part_of
+from softprompt.server.prompts.catalogue import Catalogue, Model
 from softprompt.storage import save_prompt
 from softprompt.training import train
 
@@ -225,3 +228,35 @@ def test_a_negative_seed_is_a_seed(place):
 
     assert ask(-1) == ask(-1) != ask(-2)
     assert ask(-(2**63)) and ask(2**63 - 1)
+
+
+def test_usage_tells_what_came_from_the_prefix_cache(place):
+    """A text's keys and values are kept when it is asked for again, in blocks of 16 tokens."""
+    body = {"model": "other", "prompt": words(tuple(range(30, 70))), "max_tokens": 1}
+    found = [place.post("/v1/completions", body).json()["usage"] for _ in range(3)]
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in found] == [0, 0, 32]
+    assert {usage["prompt_tokens"] for usage in found} == {41}
+    streamed = events_of(place.post("/v1/completions", body | {"stream": True, "stream_options": {
+        "include_usage": True}}).text)  # fmt: skip
+    assert streamed[-2]["usage"] == found[-1]
+
+
+def test_the_fingerprint_is_of_base_and_prompt(place, base, prompts):
+    def fingerprint(model: str, path: str = "/v1/completions", **more: Any) -> str:
+        answer = place.post(path, {"model": model, "prompt": "w3", "max_tokens": 1, **more})
+        found = events_of(answer.text)[0] if more.get("stream") else answer.json()
+        return str(found["system_fingerprint"])
+
+    assert fingerprint("ends").startswith("fp_") and fingerprint("ends") == fingerprint("ends", stream=True)
+    assert len({fingerprint(model) for model in ("base", "ends", "other")}) == 3
+    chat = {"messages": [{"role": "user", "content": "w3"}]}
+    assert fingerprint("ends", "/v1/chat/completions", **chat) == fingerprint("ends")
+    part_of(place.app, Catalogue).put(Model(id="again", prompt=prompts["ends"]))
+    assert fingerprint("again") == fingerprint("ends")
+
+
+def test_the_root_says_what_this_is_and_the_version_is_as_vllm_has_it(place):
+    index = place.http.get("/").json()
+    assert index["name"] == "softprompt" and index["version"] == version("softprompt")
+    assert {place.http.get(link).status_code for link in index["links"].values()} == {200}
+    assert place.http.get("/version").json() == {"version": version("softprompt")}

@@ -27,6 +27,9 @@ def base() -> Base:
     return build_base()
 
 
+OPENAIS_OWN = ("reasoning_tokens", "audio_tokens", "accepted_prediction_tokens", "rejected_prediction_tokens")
+
+
 @pytest.fixture(scope="module")
 def place(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     prompts = {name: SoftPrompt(random_prompt(base, 4, seed)) for seed, name in enumerate(("quotes", "ft:tiny:a:1"))}
@@ -104,7 +107,8 @@ def test_the_usage_comes_last_or_with_every_event(place):
         "prompt_tokens": 3,
         "completion_tokens": 5,
         "total_tokens": 8,
-        "prompt_tokens_details": {"virtual_tokens": 4},
+        "prompt_tokens_details": {"cached_tokens": 0, "virtual_tokens": 4},
+        "completion_tokens_details": dict.fromkeys(OPENAIS_OWN, 0),
     }
     assert (last["choices"], last["usage"], done) == ([], usage, None)
     assert all(event["usage"] is None for event in events)

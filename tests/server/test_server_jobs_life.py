@@ -327,3 +327,38 @@ def test_a_job_is_its_owners_alone(server: tuple[OpenAI, FastAPI], file: str) ->
     for name in (str(done.fine_tuned_model), f"{done.fine_tuned_model}:ckpt-step-6"):
         with pytest.raises(ApiError, match="there is no model"):
             part_of(app, Catalogue).resolve(name, other)
+
+
+def test_a_suffix_with_spaces_is_written_with_hyphens(server: tuple[OpenAI, FastAPI]) -> None:
+    client, _ = server
+    job = succeeded(client, ask(client, upload(client, plain_rows()), {"epochs": 1}, suffix="my first  prompt").id)
+    assert job.fine_tuned_model == f"ft:tiny-llama:my-first-prompt:{job.id}"
+    assert job.user_provided_suffix == "my first  prompt"  # type: ignore[attr-defined]  # not in the client's types
+    assert client.completions.create(model=job.fine_tuned_model, prompt="w3", max_tokens=2).usage
+
+
+def test_the_checkpoints_of_a_deleted_model_go_with_it(server: tuple[OpenAI, FastAPI]) -> None:
+    client, _ = server
+    file = upload(client, plain_rows())
+    gone, stays = (succeeded(client, ask(client, file, {"epochs": 2}).id) for _ in range(2))
+    assert gone.fine_tuned_model and stays.fine_tuned_model
+    (last, _), kept = (client.fine_tuning.jobs.checkpoints.list(job.id).data for job in (gone, stays))
+    client.put("/aliases/pointer", body={"model": last.fine_tuned_model_checkpoint}, cast_to=object)
+    with pytest.raises(openai.ConflictError, match=r"the alias 'pointer' points to .*ckpt-step"):
+        client.models.delete(gone.fine_tuned_model)
+    client.delete("/aliases/pointer", cast_to=object)
+    client.models.delete(gone.fine_tuned_model)
+    left = {model.id for model in client.models.list()}
+    assert not any(name.startswith(gone.fine_tuned_model) for name in left)
+    assert {each.fine_tuned_model_checkpoint for each in kept} < left
+    assert client.fine_tuning.jobs.checkpoints.list(gone.id).data == []
+    client.models.delete(kept[0].fine_tuned_model_checkpoint)  # a single one too
+    assert client.fine_tuning.jobs.checkpoints.list(stays.id).data == kept[1:]
+
+
+def test_a_job_that_fails_on_its_validation_file_names_it(server: tuple[OpenAI, FastAPI]) -> None:
+    client, _ = server
+    training, validation = (upload(client, plain_rows()) for _ in range(2))  # no row that is not trained on
+    job = ended(client, ask(client, training, {"epochs": 1}, validation_file=validation).id)
+    assert job.status == "failed" and job.error
+    assert (job.error.param, job.error.code) == ("validation_file", "invalid_file") and validation in job.error.message

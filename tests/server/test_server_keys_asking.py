@@ -26,7 +26,7 @@ from softprompt.server.errors import ApiError
 from softprompt.server.start import serving_app
 from softprompt.server.state.database import Database
 
-_OPEN = {"/health", "/ready"}  # asked by what watches the server; they tell nothing of anybody
+_OPEN = {"/", "/version", "/health", "/ready"}  # asked by what watches the server; they tell nothing of anybody
 _ROW = ("rows.jsonl", b'{"text": "w5 w6"}\n')
 
 

@@ -16,6 +16,8 @@ Json = dict[str, Any]
 # What clients build on. To change the API on purpose, change this list with it, and docs/http-api.md; a client that is
 # not changed should go on working. One line: method, path, operationId, and the parameters' names.
 OPERATIONS = """
+GET / index
+GET /version server_version
 GET /health health
 GET /ready ready
 GET /metrics metrics
@@ -47,6 +49,7 @@ GET /v1/models/{model} retrieve_model model
 POST /v1/completions create_completion
 POST /v1/chat/completions create_chat_completion
 """
+WITHOUT_KEY = {"/", "/version", "/health", "/ready"}
 FIELDS = {
     "CompletionBody": "add_special_tokens best_of cache_salt echo frequency_penalty guided_choice guided_json "
     "ignore_eos logit_bias logprobs max_tokens min_p min_tokens model n presence_penalty priority prompt "
@@ -104,13 +107,13 @@ def test_each_says_how_it_refuses(told: Json) -> None:
             assert answer["description"], (where, status)
             if status != "200" and not (status == "503" and path in ("/health", "/ready")):
                 assert schema_name(answer) == "ErrorBody", (where, status)
-        wanted = {"default"} if path in ("/health", "/ready") else {"default", "401", "429"}
+        wanted = {"default"} if path in WITHOUT_KEY else {"default", "401", "429"}
         wanted |= {"400", "408", "413"} if "requestBody" in found else set()
         wanted |= {"404"} if "{" in path else set()
         assert wanted <= answers.keys(), where
     assert told["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     without_key = {path for _, path, found in operations(told) if not found.get("security")}
-    assert without_key == {"/health", "/ready"}
+    assert without_key == WITHOUT_KEY
 
 
 def test_streams_and_uploads_are_told(told: Json) -> None:

@@ -216,7 +216,9 @@ class Engine:
         answers = [row.answer for row in admitted.rows if row.answer is not None]
         if len(answers) < len(admitted.rows):
             return []
-        end = Finished(admitted.id, tuple(answers), len(admitted.request.ids), admitted.rows[0].num_virtual)
+        first = admitted.rows[0]
+        num_cached = max(0, (first.num_cached or 0) - first.num_virtual)
+        end = Finished(admitted.id, tuple(answers), len(admitted.request.ids), first.num_virtual, num_cached)
         self._forget(admitted)
         self.counts.num_finished += 1
         return [end]

@@ -53,6 +53,8 @@ class HeldRunner:
             row.computed = min(row.prefix.length, row.most_taken)
             place.shelf.store.write(place.row, row.prefix.states, row.computed)
             place.length = row.computed
+        if row.num_cached is None:  # what a preempted row finds again is its own
+            row.num_cached = row.computed
         self._promise(row)
         return True
 

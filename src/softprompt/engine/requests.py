@@ -94,6 +94,7 @@ class Finished:
     answers: tuple[Answer, ...]  # one per choice
     num_prompt_tokens: int  # of the text
     num_virtual_tokens: int
+    num_cached_tokens: int = 0  # of the text's, taken from the prefix cache
 
 
 @dataclass(frozen=True)

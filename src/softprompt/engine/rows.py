@@ -28,6 +28,7 @@ class Row:
     ids: list[int]  # of the text and the answer
     keys: list[tuple[int, Key]] = field(default_factory=list)  # beginnings that may be shared: positions and key
     computed: int = 0  # positions whose keys and values are held
+    num_cached: int | None = None  # of them when it first started: from the prefix cache
     place: Place | None = None
     cache: Cache | None = None
     prefix: Prefix | None = None  # pinned: what it came from

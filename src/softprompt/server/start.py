@@ -67,6 +67,7 @@ def serving_app(
         with held(Path(config.state), database):
             files.clean()
             engine.start()
+            await asyncio.to_thread(lambda: base.fingerprint)  # answers have it; made once, and not beside others
             try:
                 async with serving_prompts(catalogue, library, pins), _beside(end_revoked_answers(ring, lifecycle)):
                     jobs.start()

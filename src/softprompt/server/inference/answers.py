@@ -11,15 +11,23 @@ _USAGE: JsonDict = {
     "prompt_tokens": 12,
     "completion_tokens": 2,
     "total_tokens": 14,
-    "prompt_tokens_details": {"virtual_tokens": 20},
+    "prompt_tokens_details": {"cached_tokens": 0, "virtual_tokens": 20},
+    "completion_tokens_details": {
+        "reasoning_tokens": 0,
+        "audio_tokens": 0,
+        "accepted_prediction_tokens": 0,
+        "rejected_prediction_tokens": 0,
+    },
 }
 _COMPLETION: JsonDict = {
     "id": "cmpl-0a1b", "object": "text_completion", "created": 1789000000, "model": "quotes",
+    "system_fingerprint": "fp_5b1c0d2e3f4a6978",
     "choices": [{"text": " love and", "index": 0, "logprobs": None, "finish_reason": "length", "stop_reason": None}],
     "usage": _USAGE,
 }  # fmt: skip
 _CHAT: JsonDict = {
     "id": "chatcmpl-0a1b", "object": "chat.completion", "created": 1789000000, "model": "coach",
+    "system_fingerprint": "fp_5b1c0d2e3f4a6978",
     "choices": [{"message": {"role": "assistant", "content": " Believe in yourself.", "refusal": None}, "index": 0,
                  "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
     "usage": _USAGE,
@@ -29,7 +37,17 @@ _CHAT: JsonDict = {
 class PromptTokensDetails(BaseModel):
     """What was read beside the text."""
 
+    cached_tokens: int = Field(description="Of the texts, taken from the prefix cache; counted in `prompt_tokens`.")
     virtual_tokens: int = Field(description="Of the soft prompt; counted in no total.")
+
+
+class CompletionTokensDetails(BaseModel):
+    """What OpenAI counts apart: none of it is made here."""
+
+    reasoning_tokens: int
+    audio_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
 
 
 class Usage(BaseModel):
@@ -39,6 +57,7 @@ class Usage(BaseModel):
     completion_tokens: int = Field(description="Of the answers, the tokens that ended them included.")
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class ChoiceEnd(BaseModel):
@@ -76,6 +95,7 @@ class Completion(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str = Field(description="Hash of the base and the soft prompt.")
     choices: list[CompletionChoice]
     usage: Usage
 
@@ -104,5 +124,6 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str = Field(description="Hash of the base and the soft prompt.")
     choices: list[ChatChoice]
     usage: Usage

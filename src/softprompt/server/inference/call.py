@@ -27,6 +27,7 @@ class Call:
     began: float = field(default_factory=time.perf_counter)  # seconds, of that clock
     first_token: float | None = None  # the same clock
     num_new_tokens: int = 0
+    num_cached_tokens: int = 0  # of its texts, from the prefix cache
     outcome: Outcome | None = None  # None while it runs
 
     @property
@@ -51,3 +52,5 @@ class Call:
             self.num_new_tokens += event.num_generated
             if self.first_token is None:
                 self.first_token = time.perf_counter()
+        if isinstance(event, Finished):
+            self.num_cached_tokens += event.num_cached_tokens

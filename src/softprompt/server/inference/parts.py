@@ -74,6 +74,7 @@ class Parts:
         return Writer(
             call=call,
             shape=shape,
+            fingerprint=call.model.fingerprint(self.base),
             stop_ids=frozenset(self.base.stop_ids) - frozenset(body.stop_token_ids),
             has_reports=has_reports,
             tells_usage=tells_usage,

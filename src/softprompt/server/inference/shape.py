@@ -14,6 +14,10 @@ from softprompt.server.inference.reports import Echo, Report, Reporter, joined
 
 Json = dict[str, Any]
 
+_MADE_DETAILS: Json = {
+    "reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -35,6 +39,7 @@ class Writer:
 
     call: Call
     shape: Shape
+    fingerprint: str  # of what answers
     stop_ids: frozenset[int]  # ends of text that the client has not named itself: they are no `stop_reason`
     has_reports: bool  # log-probabilities are wanted
     tells_usage: bool = False  # the stream's last event has the usage
@@ -95,12 +100,13 @@ class Writer:
     def usage(self) -> Json:
         """Tokens so far. Those of the soft prompt are counted apart and in no total."""
         read, made = self.call.num_prompt_tokens, self.call.num_new_tokens
-        details = {"virtual_tokens": self.call.num_virtual_tokens}
+        details = {"cached_tokens": self.call.num_cached_tokens, "virtual_tokens": self.call.num_virtual_tokens}
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made,
-                "prompt_tokens_details": details}  # fmt: skip
+                "prompt_tokens_details": details, "completion_tokens_details": _MADE_DETAILS}  # fmt: skip
 
     def _head(self, kind: str) -> Json:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.call.model.id}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.call.model.id,
+                "system_fingerprint": self.fingerprint}  # fmt: skip
 
     def _chunk(self, choice: Json) -> Json:
         chunk = {**self._head(self.shape.chunk_kind), "choices": [choice]}

@@ -26,7 +26,7 @@ from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
 from softprompt.server.jobs.run import JobRun, Order, Workplace, forget_state
 from softprompt.server.jobs.settings import check_rows, train_config
-from softprompt.server.jobs.shapes import CreateJob
+from softprompt.server.jobs.shapes import CreateJob, Json
 from softprompt.server.prompts.catalogue import Catalogue
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobEventRow, JobRow
@@ -135,6 +135,12 @@ class Jobs:
                 raise ApiError(404, f"job {row.id} has no event {after[:80]!r}", "event_not_found", "after")
         return self._records.events(row.id, behind, limit)
 
+    def checkpoints(self, job: str, client: Client) -> list[Json]:
+        """Those of the job's checkpoints that are still served, the latest first."""
+        row = self.get(job, client)
+        served = {model.id for model in self._at.catalogue.models(client) if model.job == row.id}
+        return [each for each in reversed(row.outcome.get("checkpoints", [])) if each["model"] in served]
+
     def _change(
         self, job: str, client: Client, before: Collection[str], status: str, order: Order | None, **values: float
     ) -> JobRow:
@@ -242,10 +248,10 @@ def _check_wishes(asked: CreateJob) -> None:
             400, "integrations are not supported; read the job's events and metrics instead", "unsupported",
             "integrations",
         )  # fmt: skip
-    if asked.suffix and not NAME.fullmatch(asked.suffix):
+    if asked.suffix and not NAME.fullmatch("-".join(asked.suffix.split())):
         raise ApiError(
-            400, f"suffix is {asked.suffix[:80]!r}; it must be 1 to 64 letters, digits, '.', '_' or '-', the first "
-            "one a letter or digit", "invalid_value", "suffix",
+            400, f"suffix is {asked.suffix[:80]!r}; it must be 1 to 64 letters, digits, spaces, '.', '_' or '-', the "
+            "first one a letter or digit", "invalid_value", "suffix",
         )  # fmt: skip
 
 

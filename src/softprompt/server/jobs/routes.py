@@ -20,6 +20,7 @@ from softprompt.server.jobs.shapes import (
     JobCheckpoint,
     JobEvent,
     JobList,
+    Json,
     Method,
     SupervisedMethod,
 )
@@ -93,8 +94,7 @@ def list_job_checkpoints(
     fine_tuning_job_id: JobId, jobs: TheJobs, client: TheClient, after: After = None, limit: Limit = 10
 ) -> CheckpointList:
     """The prompts on the way that are kept, each a model of its own; the latest first."""
-    row = jobs.get(fine_tuning_job_id, client)
-    known = [_checkpoint(row, each) for each in reversed(row.outcome.get("checkpoints", []))]
+    known = [_checkpoint(fine_tuning_job_id, each) for each in jobs.checkpoints(fine_tuning_job_id, client)]
     ids = [each.id for each in known]
     first = ids.index(after) + 1 if after in ids else 0
     page = known[first : first + limit]
@@ -149,9 +149,9 @@ def _event(row: JobEventRow) -> JobEvent:
     )  # fmt: skip
 
 
-def _checkpoint(row: JobRow, entry: dict[str, object]) -> JobCheckpoint:
+def _checkpoint(job: str, entry: Json) -> JobCheckpoint:
     return JobCheckpoint(
-        id=str(entry["id"]), created_at=int(float(str(entry["created"]))), fine_tuning_job_id=row.id,
+        id=str(entry["id"]), created_at=int(float(str(entry["created"]))), fine_tuning_job_id=job,
         fine_tuned_model_checkpoint=str(entry["model"]), step_number=int(str(entry["step"])),
-        metrics=entry["metrics"],  # type: ignore[arg-type]  # pydantic makes it of the JSON
+        metrics=entry["metrics"],
     )  # fmt: skip

@@ -72,8 +72,8 @@ class Workplace:
 
 
 def model_name(base_name: str, row: JobRow) -> str:
-    """What the job's prompt is called."""
-    return f"ft:{base_name}:{row.suffix or ''}:{row.id}"
+    """What the job's prompt is called; spaces of the suffix become hyphens, as in OpenAI's names."""
+    return f"ft:{base_name}:{'-'.join((row.suffix or '').split())}:{row.id}"
 
 
 def checkpoint_name(model: str, step: int) -> str:
@@ -285,8 +285,10 @@ class JobRun:
             self._tidy()
 
     def _end_failed(self, error: Exception) -> None:
-        code, param = code_and_param(error)
         message = said(error, self._paths())
+        code, param = code_and_param(error)
+        if param == "training_file" and self._names_validation_file(message):
+            param = "validation_file"
         if code in ("server_error", "storage_error"):
             _log.error("job %s failed", self._row.id, exc_info=error)
         error.__traceback__ = None  # its frames hold tensors
@@ -299,6 +301,10 @@ class JobRun:
         events, now = self._story.rest(), time.time()
         if self._at.records.move(self._row.id, TAKEN, "failed", events, outcome=outcome, finished=now):
             self._tidy()
+
+    def _names_validation_file(self, message: str) -> bool:
+        row = self._row
+        return row.validation_file not in (None, row.training_file) and str(row.validation_file) in message
 
     def _paths(self) -> dict[str, str]:
         """The server's names of the files, and the client's."""

@@ -93,7 +93,11 @@ class CreateJob(BaseModel):
     model: Text = Field(max_length=256, description="The base's id, `base`, or a prompt's name to train it further.")
     training_file: Text = Field(max_length=256)
     validation_file: Text | None = Field(None, max_length=256)
-    suffix: Text | None = Field(None, description="1 to 64 letters, digits, '.', '_' or '-': a part of the new name.")
+    suffix: Text | None = Field(
+        None,
+        description="1 to 64 letters, digits, '.', '_' or '-', and spaces, which become "
+        "hyphens: a part of the new name.",
+    )
     seed: int | None = Field(None, description="Default 0: the same file, settings and seed give the same prompt.")
     hyperparameters: Json | None = Field(None, description="As in `method`; deprecated by OpenAI.")
     method: Method | None = None

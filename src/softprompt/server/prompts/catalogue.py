@@ -165,10 +165,24 @@ class Catalogue:
             self._shelf.discard(folder)
 
     def delete(self, model: Model) -> None:
-        """`forget` for a client. Raises ApiError 409 where an alias of its owner's points to it."""
+        """`forget` for a client; the checkpoints of a job's prompt go with it.
+
+        Raises ApiError 409 where an alias of its owner's points to one of them.
+        """
         with self._lock:
-            self._refuse_aliased(model)
-            self.forget(model.id, model.owner)
+            going = [model, *self._checkpoints(model)]
+            for each in going:
+                self._refuse_aliased(each)
+            for each in going:
+                self.forget(each.id, each.owner)
+
+    def _checkpoints(self, model: Model) -> list[Model]:
+        if model.source != "job" or model.job is None:
+            return []
+        return [
+            each for each in self._names.everything()
+            if each.source == "checkpoint" and (each.job, each.owner) == (model.job, model.owner)
+        ]  # fmt: skip
 
     def change(
         self, model: Model, *, name: str | None = None, is_pinned: bool | None = None, is_shared: bool | None = None

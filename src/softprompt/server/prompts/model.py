@@ -8,12 +8,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from softprompt.base import Base
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import OPERATOR
 
 BASE_ALIAS = "base"  # always means the bare base
 LIBRARY = "library"  # the source of what lies in the operator's folder
 _BUCKETS = 2**64
+_FINGERPRINT_DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,11 @@ class Model:
     is_pinned: bool = False
     created: float = field(default_factory=time.time)
     alias: str | None = None  # the other name by which it was asked for
+
+    def fingerprint(self, base: Base) -> str:
+        """The same for the same answers to the same request: of the base and the soft prompt, whatever their names."""
+        parts = (base.fingerprint, "" if self.prompt is None else self.prompt.content_hash)
+        return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,20 @@
-"""/health, /ready and /metrics: for supervisors, load balancers and Prometheus.
+"""/health, /ready and /metrics, for supervisors, load balancers and Prometheus; / and /version, for who comes by.
 
-The first two tell nobody anything and ask for no key. /metrics names prompts and aliases of all clients: where keys are
-asked for it takes an admin's, which Prometheus sends as `authorization: {credentials_file: ...}`.
+All but /metrics say nothing of clients and ask for no key. /metrics names prompts and aliases of all clients: where
+keys are asked for it takes an admin's, which Prometheus sends as `authorization: {credentials_file: ...}`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from importlib.metadata import version
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from softprompt.engine import AsyncEngine
 from softprompt.errors import DatabaseError
@@ -40,12 +41,47 @@ class Status(BaseModel):
     status: str = Field(description="`ok`, or what is wrong.", examples=["ok"])
 
 
+_VERSION = version("softprompt")
+_LINKS = {"openapi": "/openapi.json", "models": "/v1/models", "health": "/health", "ready": "/ready",
+          "metrics": "/metrics", "version": "/version"}  # fmt: skip
+
+
+class Version(BaseModel):
+    """In vLLM's shape."""
+
+    version: str = Field(examples=[_VERSION])
+
+
+class Index(BaseModel):
+    """What this is, and where to go on."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"name": "softprompt", "version": _VERSION, "links": {**_LINKS}}
+    ]})  # fmt: skip
+
+    name: str
+    version: str
+    links: dict[str, str] = Field(description="Paths of this server, by what they are.")
+
+
 _STATUS: Responses = {200: {"model": Status, "description": "It is so."},
                       503: {"model": Status, "description": "It is not; `status` says why."}}  # fmt: skip
 _TEXT = {
     "description": "Prometheus' text form",
     "content": {"text/plain": {"schema": {"type": "string"}, "example": "softprompt:num_requests_running 3.0\n"}},
 }
+
+
+@router.get("/", summary="What is this?")
+async def index() -> Index:
+    """The server's name and version, and where its API is described."""
+    return Index(name="softprompt", version=_VERSION, links=_LINKS)
+
+
+@router.get("/version", summary="Which version is it?")
+async def server_version() -> Version:
+    """The version of softprompt that runs."""
+    return Version(version=_VERSION)
 
 
 @router.get("/health", summary="Is the process alive, and its engine?", responses=_STATUS)
