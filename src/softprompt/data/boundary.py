@@ -7,9 +7,14 @@ the word), the completion is tokenised alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from softprompt.base import Base
 from softprompt.errors import EncodingError
+from softprompt.turns import breathe
 
+_USUAL_CHARACTERS = 8  # of a token, at most, in most texts
+_UNSURE_IDS = 64  # at the end of a beginning; the rest of the text may change them
 _PROBE = "x"
 # Texts that do not fuse with what follows them; more than one, because any of them may fuse with something.
 _ANCHORS = ("\n", ".", "a", "1", ")")
@@ -48,3 +53,18 @@ def adds_space(base: Base) -> bool:
         return base.encode("\n" + _PROBE) != base.encode("\n") + base.encode(_PROBE)
     except EncodingError:  # a tokenizer of words that has no such word, and so no space within one
         return False
+
+
+def first_ids(encode: Callable[[str], Sequence[int]], text: str, count: int | None) -> Sequence[int]:
+    """The ids of a text's beginning, at least `count` of them; all of them where it has no more, or for None.
+
+    Of a text that is much longer, the rest is not read.
+    """
+    num_characters = _USUAL_CHARACTERS * ((count or 0) + _UNSURE_IDS)
+    while count is not None and num_characters < len(text):
+        breathe()
+        ids = encode(text[:num_characters])
+        if len(ids) >= count + _UNSURE_IDS:
+            return ids[: len(ids) - _UNSURE_IDS]
+        num_characters *= 4
+    return encode(text)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from softprompt.base import Base
-from softprompt.data.boundary import completion_ids
+from softprompt.data.boundary import completion_ids, first_ids
 from softprompt.data.chat import chat_ids
 from softprompt.data.labels import labelled_form
 from softprompt.data.report import show_example
@@ -68,7 +68,9 @@ def _tokenised(base: Base, row: Written, limits: _Limits, rows: Rows, position: 
 
 
 def _plain(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
-    return _fitted(base, (), () if row.is_empty else base.encode(row.text), limits)
+    return _fitted(
+        base, (), () if row.is_empty else tuple(first_ids(base.encode, row.text, limits.max_length + 1)), limits
+    )
 
 
 def _template(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
@@ -99,7 +101,7 @@ def _chat(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
     if row.is_empty:
         return _fitted(base, (), (), limits)
     breathe()
-    ids, mask, num_special, end_id = chat_ids(base, row.messages, where)
+    ids, mask, num_special, end_id = chat_ids(base, row.messages, where, limits.max_length)
     ends = {*base.stop_ids, base.eos_id, end_id}
     if not limits.eos:  # neither between the turns nor at the end
         mask = tuple(counted and token not in ends for token, counted in zip(ids, mask, strict=True))

@@ -12,6 +12,7 @@ SOFT_PROMPT = "[soft prompt]"  # stands for the virtual tokens, whose number the
 _OPEN, _CLOSE = "⟦", "⟧"  # around what training counts
 _SHOWN_ROWS = 5
 _SHOWN_CHARACTERS = 600
+_CONTEXT_IDS = 32  # that a stretch is decoded behind
 
 
 def report_lines(report: DataReport) -> list[str]:
@@ -42,8 +43,9 @@ def show_example(base: Base, example: Example) -> str:
 
 
 def _text_between(base: Base, ids: Sequence[int], start: int, end: int) -> str:
-    """Decoded as part of the whole, since many tokenizers drop the space of whatever they are given first."""
-    before, both = _decode(base, ids[:start]), _decode(base, ids[:end])
+    """Decoded behind some of what stands before it: many tokenizers drop the space of whatever they are given first."""
+    first = max(0, start - _CONTEXT_IDS)
+    before, both = _decode(base, ids[first:start]), _decode(base, ids[first:end])
     return both[len(before) :] if both.startswith(before) else _decode(base, ids[start:end])
 
 
