@@ -6,19 +6,22 @@ No torch here: `softprompt --help` reads this module.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
 
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, shortened
+from softprompt.settings import check_types, make_config, option, require, required, settings_class, typed_text
+
+__all__ = ["make_config", "option"]  # of `softprompt.settings`, beside the classes here
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
 Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Criterion = Literal["loss", "accuracy", "f1_macro", "exact_match", "f1", "rouge_l", "chrf"]
 
 DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
@@ -26,38 +29,39 @@ EMBEDDED_BASE = "embedded"
 _SEEDS = 2**63  # what torch's generators take
 _LARGEST_RATE = 1e30  # what float32 multiplies without overflow
 
-ConfigT = TypeVar("ConfigT")
 
-
-def option(default: Any, help: str, *, flag: bool = True) -> Any:  # Any: dataclasses.field is typed as its own type
-    """A config field with its meaning and unit; without `flag` the command line has none for it."""
-    return field(default=default, metadata={"help": help, "flag": flag})
-
-
+@settings_class
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
     """Which frozen base, and how it is held in memory."""
 
-    base: str = field(metadata={"help": "Hub id or folder of a causal language model, or 'embedded'."})
+    base: str = required("Hub id or folder of a causal language model, or 'embedded'.")
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     dtype: Dtype = option("auto", "Weights' dtype; auto is bfloat16 where the machine is fast at it, else float32.")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
-    device_map: str | None = option(
+    device_map: DeviceMap | None = option(
         None, "Spread a big base over all devices: auto, balanced, balanced_low_0 or sequential."
     )
     trust_remote_code: bool = option(False, "Run the model code that the base's own repository carries.")
     offline: bool = option(False, "Never ask the Hub; use local files only.")
     max_length: int | None = option(None, "Positions to use (tokens); needed where a family has no limit of its own.")
 
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.max_length is None or self.max_length >= 1, "max_length", self.max_length, "at least 1")
 
+
+@settings_class
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which rows to learn from, and how a row becomes text."""
 
-    data: str = field(metadata={"help": "CSV, TSV, JSON, JSON lines, Parquet or text file, a folder, or a Hub set."})
+    data: str = required("CSV, TSV, JSON, JSON lines, Parquet or text file, a folder, or a Hub set.")
     split: str | None = option(None, "Split of a data set; default train.")
     subset: str | None = option(None, "Configuration name of a Hub data set.")
+    delimiter: str | None = option(None, "What separates a CSV file's cells; default: found in its first line.")
     text_column: str | None = option(None, "Column with plain text (loss on all of it).")
+    label_column: str | None = option(None, "Column with labels: learn to answer each text with its label.")
     template: str | None = option(None, 'Prompt with {column} fields, e.g. "Review: {text}\\nSentiment:".')
     completion: str | None = option(None, 'Completion with {column} fields, e.g. " {label}" (loss on it alone).')
     messages_column: str | None = option(None, "Column with chat messages (loss on the assistant's turns).")
@@ -66,7 +70,30 @@ class DataConfig:
     validation: str | None = option(None, "Share of the rows (0.1) or a file; chooses the best checkpoint.")
     test: str | None = option(None, "Rows or share (200, 0.1) or a file that only compare reads; default up to 200.")
 
+    def __post_init__(self) -> None:
+        for name in ("validation", "test"):  # a share or a number of rows may be given as a number
+            value = getattr(self, name)
+            if type(value) is not bool and isinstance(value, Real):
+                object.__setattr__(self, name, str(value))
+        check_types(self)
+        require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
+        delimiter = None if self.delimiter is None else typed_text(self.delimiter)
+        is_usable = delimiter is None or (len(delimiter) == 1 and delimiter not in '"\r\n')
+        require(is_usable, "delimiter", self.delimiter, "one character, ';' or a tab say")
+        self._refuse_contradictions()
 
+    def _refuse_contradictions(self) -> None:
+        if (self.template is None) != (self.completion is None):
+            given, lacking = ("template", "completion") if self.completion is None else ("completion", "template")
+            value = shortened(getattr(self, given))
+            raise ConfigError(f"{given} {value} needs a {lacking} too: the two make one example")
+        for names in (("text_column", "template", "messages_column"), ("label_column", "template", "messages_column")):
+            given_names = [name for name in names if getattr(self, name) is not None]
+            if len(given_names) > 1:
+                raise ConfigError(f"{' and '.join(given_names)} exclude each other; give one")
+
+
+@settings_class
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How one soft prompt is trained."""
@@ -78,7 +105,7 @@ class TrainConfig:
     )
     bottleneck: int = option(64, "Width of the residual MLP, or rank, of --reparameterisation.")
     init: Start = option("data", "Start: data, text, vocab, labels, random or peft (PEFT's own N(0,1)).")
-    init_text: str | None = option(None, "The instruction for --init text.")
+    init_text: str | None = option(None, "The instruction for --init text.", typed=True)
     epochs: int = option(6, "Passes over the training rows.")
     max_steps: int | None = option(None, "Stop after this many optimiser steps.")
     batch_rows: int = option(8, "Rows per optimiser step.")
@@ -102,19 +129,20 @@ class TrainConfig:
     seed: int = option(0, "Seed of start, shuffle and order.")
 
     def __post_init__(self) -> None:
-        _require(self.virtual_tokens >= 1, "virtual_tokens", self.virtual_tokens, "at least 1")
-        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        _require(self.batch_rows >= 1, "batch_rows", self.batch_rows, "at least 1")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
-        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, and finite")
-        _require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
-        _require(self.bottleneck >= 1, "bottleneck", self.bottleneck, "at least 1")
+        check_types(self)
+        require(self.virtual_tokens >= 1, "virtual_tokens", self.virtual_tokens, "at least 1")
+        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        require(self.batch_rows >= 1, "batch_rows", self.batch_rows, "at least 1")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, and finite")
+        require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
+        require(self.bottleneck >= 1, "bottleneck", self.bottleneck, "at least 1")
         for name in ("max_steps", "batch_tokens", "micro_batch_rows", "validate_every", "patience", "save_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
+            require(value is None or value >= 1, name, value, "at least 1")
         for name in ("relative_learning_rate", "learning_rate", "max_grad_norm", "eos_weight"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < _LARGEST_RATE, name, value, f"above 0 and below {_LARGEST_RATE:g}")
+            require(value is None or 0 < value < _LARGEST_RATE, name, value, f"above 0 and below {_LARGEST_RATE:g}")
         if self.relative_learning_rate is not None and self.learning_rate is not None:
             raise ConfigError(
                 f"learning_rate={self.learning_rate:g} and relative_learning_rate={self.relative_learning_rate:g} "
@@ -126,6 +154,7 @@ class TrainConfig:
             raise ConfigError(f"init_text is given, but init is {self.init!r}; it must be 'text' to start from it")
 
 
+@settings_class
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How an answer's tokens are chosen."""
@@ -139,35 +168,37 @@ class SamplingConfig:
     repetition_penalty: float = option(1.0, "Above 1, tokens of the text and the answer so far become less likely.")
     presence_penalty: float = option(0.0, "Taken from the logit of each token that the answer already has.")
     frequency_penalty: float = option(0.0, "Taken from it once for each time that the answer has it.")
-    stop: tuple[str, ...] = option((), "End before this string; may be repeated.")
+    stop: tuple[str, ...] = option((), "End before this string; may be repeated.", typed=True)
     stop_ids: tuple[int, ...] = option((), "End at this token id too; may be repeated.")
     ignore_eos: bool = option(False, "Go on behind the base's end of text.")
-    choice: tuple[str, ...] = option((), "The answer must be one of these; may be repeated.")
+    choice: tuple[str, ...] = option((), "The answer must be one of these; may be repeated.", typed=True)
     json_schema: str | None = option(None, "The answer must be JSON that satisfies this schema (JSON text).")
     logit_bias: tuple[tuple[int, float], ...] = option((), "Token ids, and what is added to their logits.", flag=False)
     seed: int = option(0, "Seed of the sampling.")
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(
+        check_types(self)
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(
             0 <= self.min_new_tokens <= self.max_new_tokens,
             "min_new_tokens",
             self.min_new_tokens,
             f"between 0 and max_new_tokens ({self.max_new_tokens})",
         )
-        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more, and finite")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more, and finite")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         penalty = self.repetition_penalty
-        _require(0 < penalty < math.inf, "repetition_penalty", penalty, "above 0, and finite")
-        _require(all(self.stop), "stop", self.stop, "not empty")
-        _require(all(self.choice), "choice", self.choice, "not empty")
-        _require(not self.choice or self.json_schema is None, "json_schema", self.json_schema, "unset beside choice")
+        require(0 < penalty < math.inf, "repetition_penalty", penalty, "above 0, and finite")
+        require(all(token >= 0 for token in self.stop_ids), "stop_ids", self.stop_ids, "token ids, 0 or more")
+        require(all(self.stop), "stop", self.stop, "not empty")
+        require(all(self.choice), "choice", self.choice, "not empty")
+        require(not self.choice or self.json_schema is None, "json_schema", self.json_schema, "unset beside choice")
         for name in ("presence_penalty", "frequency_penalty"):
-            _require(math.isfinite(getattr(self, name)), name, getattr(self, name), "finite")
-        _require(all(not math.isnan(b) for _, b in self.logit_bias), "logit_bias", self.logit_bias, "numbers")
-        _require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
+            require(math.isfinite(getattr(self, name)), name, getattr(self, name), "finite")
+        require(all(not math.isnan(b) for _, b in self.logit_bias), "logit_bias", self.logit_bias, "numbers")
+        require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
 
     @property
     def is_guided(self) -> bool:
@@ -175,6 +206,7 @@ class SamplingConfig:
         return bool(self.choice) or self.json_schema is not None
 
 
+@settings_class
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What a generation engine may use."""
@@ -190,6 +222,7 @@ class EngineConfig:
     prefix_bytes: int | None = option(None, "Bytes for keys and values of soft prompts; default: 1/8 of what is free.")
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, least in (
             ("max_rows", 1),
             ("max_step_tokens", 1),
@@ -198,9 +231,10 @@ class EngineConfig:
             ("prefix_bytes", 0),
         ):
             value = getattr(self, name)
-            _require(value is None or value >= least, name, value, f"at least {least}")
+            require(value is None or value >= least, name, value, f"at least {least}")
 
 
+@settings_class
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """How a base and its prompts are served over HTTP."""
@@ -237,18 +271,19 @@ class ServerConfig:
     traces: str | None = option(None, "OTLP endpoint for OpenTelemetry traces, http://host:4318/v1/traces say.")
 
     def __post_init__(self) -> None:
-        _require(0 <= self.port < 2**16, "port", self.port, "between 0 and 65535")
-        _require(0 < self.training_share < 1, "training_share", self.training_share, "above 0 and below 1")
+        check_types(self)
+        require(0 <= self.port < 2**16, "port", self.port, "between 0 and 65535")
+        require(0 < self.training_share < 1, "training_share", self.training_share, "above 0 and below 1")
         for name in ("training_latency_ms", "request_timeout_s", "client_timeout_s"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
+            require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
         for name in ("max_jobs", "requests_per_minute", "tokens_per_minute", "max_concurrent", "max_body_bytes",
                      "max_upload_bytes"):  # fmt: skip
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        _require(0 <= self.drain_s < math.inf, "drain_s", self.drain_s, "0 or more, and finite")
+            require(value is None or value >= 1, name, value, "at least 1")
+        require(0 <= self.drain_s < math.inf, "drain_s", self.drain_s, "0 or more, and finite")
         has_scheme = self.traces is None or self.traces.startswith(("http://", "https://"))
-        _require(has_scheme, "traces", self.traces, "a URL, http://localhost:4318/v1/traces say")
+        require(has_scheme, "traces", self.traces, "a URL, http://localhost:4318/v1/traces say")
 
 
 # The settings of the notebook "Prompt Tuning With PEFT": PEFT's random start, transformers.Trainer's linear decay
@@ -266,27 +301,3 @@ NOTEBOOK_PRESET: Mapping[str, Any] = {
 }
 # What --preset sets among the flags of `train`; the notebook ran in float32.
 PRESETS: Mapping[str, Mapping[str, Any]] = {"notebook": {**NOTEBOOK_PRESET, "dtype": "float32"}}
-
-
-def make_config(kind: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:
-    """A config from loose settings; an unknown key fails with the nearest valid name.
-
-    Raises: ConfigError.
-    """
-    check_settings(kind, settings)
-    return kind(**settings)
-
-
-def check_settings(kind: type[Any], names: Iterable[str]) -> None:
-    """Raises ConfigError, with the nearest valid name, for one that is none of the config's settings."""
-    known = [item.name for item in dataclasses.fields(kind)]
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-            raise ConfigError(f"{kind.__name__} has no setting {name!r}{hint}")
-
-
-def _require(holds: bool, name: str, value: object, range_text: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {value!r}; it must be {range_text}")

@@ -2,6 +2,7 @@
 
 SoftpromptError
 ├── ConfigError        a setting that cannot be meant (ValueError)
+│   └── UnknownSettingError  a setting that there is none of (TypeError)
 ├── BaseModelError     a base that cannot be loaded or is not a causal LM (ValueError)
 ├── PromptError        a soft prompt's tensor is not usable (ValueError)
 │   └── WrongBaseError a prompt made for another base
@@ -30,6 +31,10 @@ class SoftpromptError(Exception):
 
 class ConfigError(SoftpromptError, ValueError):
     """A setting is out of its range, unknown, or contradicts another."""
+
+
+class UnknownSettingError(ConfigError, TypeError):
+    """A setting by a name that its class does not have, or by no name at all."""
 
 
 class BaseModelError(SoftpromptError, ValueError):
@@ -98,3 +103,12 @@ class RankError(SoftpromptError, RuntimeError):
 
 class MissingDependencyError(SoftpromptError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    """A value as a message shows it: its repr, cut to a length that can be read."""
+    try:
+        shown = repr(value)
+    except ValueError:  # a whole number of very many digits
+        return "a number of very many digits"
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -75,6 +75,7 @@ class DataReport:
     min_tokens: int = 0  # of one example
     max_tokens: int = 0
     example: str = ""  # the first example as the model sees it, targets marked
+    notes: tuple[str, ...] = field(default=(), compare=False)  # how the rows were read: a guess, columns not used
 
 
 @dataclass(frozen=True, kw_only=True)

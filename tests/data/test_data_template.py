@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.data.template import fill_template, parse_template, template_fields, typed_text
+from softprompt.data.template import fill_template, parse_template, template_fields
 from softprompt.errors import ConfigError, DataError
+from softprompt.settings import typed_text
 
 NAMES = st.text(min_size=1, max_size=8).filter(lambda name: "{" not in name and "}" not in name)
 

@@ -12,7 +12,7 @@ import click
 from softprompt.cli.console import load, print_json, print_table, say, warnings_as_lines
 from softprompt.cli.heldout import recorded_sets
 from softprompt.cli.inputs import named_prompts, parse_fields
-from softprompt.cli.options import config_of, given_flags, options_of
+from softprompt.cli.options import TYPED_TEXT, config_of, given_flags, options_of
 from softprompt.config import BaseConfig, DataConfig, SamplingConfig
 from softprompt.data import Rows, read_rows
 from softprompt.data.labels import with_labels
@@ -37,8 +37,6 @@ from softprompt.storage import load_prompt, load_set
 from softprompt.storage.atomic import write_file
 from softprompt.types import InputForm
 
-_FORM_FLAGS = ("text_column", "template", "completion", "messages_column")
-
 
 @click.command("compare")
 @options_of(BaseConfig)
@@ -49,7 +47,7 @@ _FORM_FLAGS = ("text_column", "template", "completion", "messages_column")
 @click.option("--ensemble", "sets", multiple=True, metavar="SET",
               help="Folder or name of prompts that vote, saved by --ensemble; may be repeated.")  # fmt: skip
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
-@click.option("--input", "texts", multiple=True, help="A text to continue; may be repeated.")
+@click.option("--input", "texts", multiple=True, type=TYPED_TEXT, help="A text to continue; may be repeated.")
 @click.option("--field", "fields", multiple=True, metavar="NAME=TEXT", help="A field of the prompts' template.")
 @click.option("--force", is_flag=True, help="Use prompts that were trained on another base of the same width.")
 @click.option("--markdown", type=click.Path(dir_okay=False), help="Also write the comparison to this Markdown file.")
@@ -140,10 +138,9 @@ def _held_out(prompts: Mapping[str, SoftPrompt], flags: Mapping[str, Any], seed:
 
 def _given_set(flags: Mapping[str, Any], forms: Sequence[InputForm], seed: int, offline: bool) -> dict[str, Rows]:
     """The set of --data, in the prompts' own template unless another form is asked for, and with their labels."""
-    config = config_of(DataConfig, flags)
-    template = next((form for form in forms if form.kind == "template"), None)
-    if template is not None and all(flags[name] is None for name in _FORM_FLAGS):
-        config = replace(config, template=template.template, completion=template.completion)
-    rows = with_labels(read_rows(config, seed=seed, offline=offline))
+    form = next((form for form in forms if form.kind == "template"), forms[0] if forms else None)
+    rows = with_labels(read_rows(config_of(DataConfig, flags), seed=seed, offline=offline, form=form))
+    for note in rows.notes:
+        say(f"note: {note}")
     same = (form for form in forms if replace(form, labels=()) == replace(rows.form, labels=()))
     return {Path(rows.source).name: replace(rows, form=next(same, rows.form))}

@@ -8,7 +8,7 @@ import click
 
 from softprompt.cli.console import load, print_json, warnings_as_lines
 from softprompt.cli.inputs import parse_fields
-from softprompt.cli.options import config_of, options_of
+from softprompt.cli.options import TYPED_TEXT, config_of, options_of
 from softprompt.config import BaseConfig, SamplingConfig
 from softprompt.data import input_ids
 from softprompt.engine import Request, generate
@@ -17,7 +17,7 @@ from softprompt.storage import load_prompt, resolve_prompt
 
 
 @click.command("generate")
-@click.argument("texts", nargs=-1)
+@click.argument("texts", nargs=-1, type=TYPED_TEXT)
 @options_of(BaseConfig)
 @options_of(SamplingConfig)
 @click.option("--prompt", help="Adapter: a folder with a separator in it, or a name in --library. Default: bare base.")

@@ -12,6 +12,7 @@ from softprompt.config import DataConfig
 from softprompt.data import Rows, held_out_record, split_rows
 from softprompt.errors import ConfigError, DataError, SoftpromptError
 from softprompt.prompt import SoftPrompt
+from softprompt.types import InputForm
 
 
 class _Recorded(NamedTuple):
@@ -36,7 +37,7 @@ def recorded_sets(prompts: Mapping[str, SoftPrompt], *, offline: bool = False) -
             recorded = _recorded(prompt.record.run)
             key = (recorded.rows_hash, prompt.record.form)
             if key not in [known for known, _ in found.values()]:
-                rows = _read(recorded, offline)
+                rows = _read(recorded, prompt.record.form, offline)
                 title = Path(rows.source).name
                 found[title if title not in found else f"{title} ({name})"] = (key, rows)
         except SoftpromptError as error:
@@ -63,8 +64,8 @@ def _from_folder(path: str | None, folder: Path) -> str | None:
     return str(folder / path)
 
 
-def _read(recorded: _Recorded, offline: bool) -> Rows:
-    split = split_rows(recorded.config, seed=recorded.seed, offline=offline)
+def _read(recorded: _Recorded, form: InputForm, offline: bool) -> Rows:
+    split = split_rows(recorded.config, seed=recorded.seed, offline=offline, form=form)
     if split.test is None or held_out_record(split.test)["hash"] != recorded.rows_hash:
         raise DataError(f"{recorded.config.data} has changed since the training")
     return split.test

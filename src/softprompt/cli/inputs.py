@@ -7,11 +7,15 @@ from pathlib import Path
 
 from softprompt.errors import ConfigError
 from softprompt.evaluation import BARE
+from softprompt.settings import typed_text
 from softprompt.storage import resolve_prompt
 
 
 def parse_fields(fields: Sequence[str]) -> dict[str, str]:
-    """`name=text` pairs as a mapping. Raises ConfigError for one without a name or given twice."""
+    r"""`name=text` pairs as a mapping, with `\n` in a text a line break.
+
+    Raises ConfigError for one without a name or given twice.
+    """
     parsed: dict[str, str] = {}
     for item in fields:
         name, equals, text = item.partition("=")
@@ -19,7 +23,7 @@ def parse_fields(fields: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--field {item!r} is not of the form name=text")
         if name in parsed:
             raise ConfigError(f"--field {name!r} is given twice")
-        parsed[name] = text
+        parsed[name] = typed_text(text)
     return parsed
 
 

@@ -10,12 +10,31 @@ from typing import Any, Literal, TypeVar, Union
 
 import click
 
-from softprompt.config import make_config
+from softprompt.settings import make_config, nearest, typed_text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ConfigT = TypeVar("ConfigT")
 
-_SHARED = ("base", "data")  # a config's one required field becomes a required flag
+
+class TypedText(click.ParamType[str]):
+    r"""Text as it is typed in a shell: `\n` and `\t` are a line break and a tab, `\\n` a backslash and an n."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return typed_text(value)
+
+
+class NearChoice(click.Choice[str]):
+    """One of a closed set; another value comes with the one that was probably meant."""
+
+    def get_invalid_choice_message(self, value: str, ctx: click.Context | None) -> str:
+        near = nearest(value, self.choices)
+        said = super().get_invalid_choice_message(value, ctx)
+        return said if near is None else f"{said} Did you mean {near!r}?"
+
+
+TYPED_TEXT = TypedText()
 
 
 def options_of(
@@ -62,9 +81,10 @@ def _option(item: dataclasses.Field[Any], hint: Any, optional: bool) -> Callable
     if hint is bool:
         names = f"{flag}/--no-{flag[2:]}" if item.default else flag
         return click.option(names, item.name, default=item.default, is_flag=True, help=text)
+    kind = TYPED_TEXT if item.metadata.get("typed") else _type_of(hint)
     multiple = typing.get_origin(hint) is tuple
     return click.option(
-        flag, item.name, default=item.default, help=text, type=_type_of(hint), show_default=shown, multiple=multiple
+        flag, item.name, default=item.default, help=text, type=kind, show_default=shown, multiple=multiple
     )
 
 
@@ -73,7 +93,7 @@ def _type_of(hint: Any) -> Any:  # Any: a type hint in, a click type out
     if origin in (Union, types.UnionType):
         return _type_of(next(argument for argument in arguments if argument is not type(None)))
     if origin is Literal:
-        return click.Choice(arguments)
+        return NearChoice(arguments)
     if origin is tuple:
         return _type_of(arguments[0])
     return hint

@@ -22,8 +22,6 @@ from softprompt.evaluation import Interval, LeaveOneOut, leave_one_out
 from softprompt.families import forward_of
 from softprompt.prompt import Drift, NearestTokens, SoftPrompt, drift_from_json, nearest_tokens
 
-_FORM_FLAGS = {"text_column", "template", "completion", "messages_column"}
-
 
 class HeldOut(NamedTuple):
     """The rows that a prompt is read on."""
@@ -111,10 +109,7 @@ def held_out_rows(prompt: SoftPrompt, name: str, flags: Mapping[str, Any], max_r
 
 def _given_rows(flags: Mapping[str, Any], prompt: SoftPrompt) -> Rows:
     """In the prompt's own template unless another form is asked for."""
-    config, form = config_of(DataConfig, flags), prompt.record.form
-    if form.kind == "template" and not _FORM_FLAGS & given_flags():
-        config = replace(config, template=form.template, completion=form.completion)
-    return read_rows(config, offline=flags["offline"])
+    return read_rows(config_of(DataConfig, flags), offline=flags["offline"], form=prompt.record.form)
 
 
 def show_inspection(name: str, found: Inspection, *, as_json: bool) -> None:

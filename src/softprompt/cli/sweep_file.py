@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from softprompt.cli.sweep_grid import grid_of
-from softprompt.cli.toml_settings import Table, check_names, read_toml, require_table, settings, typed
+from softprompt.cli.toml_settings import Table, check_names, read_toml, require_table, settings
 from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig, make_config
 from softprompt.errors import ConfigError
+from softprompt.settings import checked_value
 
 ConfigT = TypeVar("ConfigT")
 
@@ -37,9 +38,10 @@ _REPLACED_BY: Mapping[str, tuple[str, ...]] = {
     "learning_rate": ("relative_learning_rate",),
     "relative_learning_rate": ("learning_rate",),
     "text_column": ("template", "completion", "messages_column"),
-    "messages_column": ("template", "completion", "text_column"),
-    "template": ("text_column", "messages_column"),
-    "completion": ("text_column", "messages_column"),
+    "label_column": ("template", "completion", "messages_column"),
+    "messages_column": ("template", "completion", "text_column", "label_column"),
+    "template": ("text_column", "label_column", "messages_column"),
+    "completion": ("text_column", "label_column", "messages_column"),
 }
 
 
@@ -86,7 +88,7 @@ def _read_tables(path: Path) -> Table:
     for name in _SECTIONS:
         require_table(found.get(name, {}), f"{path} [{name}]")
     for name, default in _SWITCHES.items():
-        found[name] = typed(bool, found.get(name, default), f"{path}: {name}")
+        found[name] = checked_value(bool, found.get(name, default), f"{path}: {name}")
     return {**{name: {} for name in _SECTIONS}, **found}
 
 
@@ -114,7 +116,7 @@ def _grid_list(hint: Any, values: object, where: str) -> list[Any]:
         raise ConfigError(f"{where} is {values!r}; it must be a list of values to try, [{values!r}] say")
     if not values:
         raise ConfigError(f"{where} is an empty list; give the values to try, or leave it out")
-    found = [typed(hint, value, where) for value in values]
+    found = [checked_value(hint, value, where) for value in values]
     for index, value in enumerate(found):
         if value in found[:index]:
             raise ConfigError(f"{where} names {value!r} twice; give each value once")

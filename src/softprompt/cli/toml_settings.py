@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
-import types
 import typing
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any
 
-from softprompt.config import check_settings
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, shortened
+from softprompt.settings import check_settings, checked_value, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,8 +17,6 @@ else:
     import tomli as tomllib
 
 Table = dict[str, Any]  # Any: whatever TOML holds
-
-_TYPE_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def read_toml(path: Path, known: Collection[str], what: str) -> Table:
@@ -36,9 +32,9 @@ def read_toml(path: Path, known: Collection[str], what: str) -> Table:
         raise ConfigError(f"{path} is not TOML: {' '.join(str(error).split())}") from error
     for name in found:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-            raise ConfigError(f"{path} has no key {name!r}; {hint}")
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near is not None else f"known are {', '.join(known)}"
+            raise ConfigError(f"{path} has no key {shortened(name)}; {hint}")
     return found
 
 
@@ -47,7 +43,7 @@ def settings(kind: type[Any], table: object, where: str) -> Table:
     found = require_table(table, where)
     check_names(kind, found, where)
     hints = typing.get_type_hints(kind)
-    return {name: typed(hints[name], value, f"{where}: {name}") for name, value in found.items()}
+    return {name: checked_value(hints[name], value, f"{where}: {name}") for name, value in found.items()}
 
 
 def check_names(kind: type[Any], table: Table, where: str) -> None:
@@ -61,27 +57,5 @@ def check_names(kind: type[Any], table: Table, where: str) -> None:
 def require_table(value: object, where: str) -> Table:
     """A section. Raises ConfigError for anything else."""
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} is {value!r}; it must be a section of settings")
+        raise ConfigError(f"{where} is {shortened(value)}; it must be a section of settings")
     return value
-
-
-def typed(hint: Any, value: object, where: str) -> Any:  # Any: a type hint in, a value of that type out
-    """The value, a whole number as a float where that is wanted. Raises ConfigError for another type."""
-    kinds = _alternatives(hint)
-    if type(value) in kinds or value in _choices(hint):
-        return value
-    if type(value) is int and float in kinds:
-        return float(value)
-    wanted = [_TYPE_NAMES[kind] for kind in kinds] or [f"one of {', '.join(map(repr, _choices(hint)))}"]
-    raise ConfigError(f"{where} is {value!r}; it must be {' or '.join(wanted)}")
-
-
-def _alternatives(hint: Any) -> list[type]:
-    """The plain types that a hint allows."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return [kind for part in typing.get_args(hint) for kind in _alternatives(part)]
-    return [hint] if hint in _TYPE_NAMES else []
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()

@@ -10,7 +10,7 @@ from softprompt.data.boundary import completion_ids, label_ids
 from softprompt.data.chat import DEFAULT_CHAT_TEMPLATE, chat_prompt_ids
 from softprompt.data.examples import build_examples
 from softprompt.data.form import input_ids, prompt_text
-from softprompt.data.read import read_rows, rows_from_records, rows_from_texts
+from softprompt.data.read import as_rows, read_rows, rows_from_records, rows_from_texts
 from softprompt.data.report import report_lines
 from softprompt.data.rows import Rows, Written, rows_hash, write_row, write_rows
 from softprompt.data.split import Split, held_out_record, split_rows
@@ -21,6 +21,7 @@ __all__ = [
     "Rows",
     "Split",
     "Written",
+    "as_rows",
     "build_examples",
     "chat_prompt_ids",
     "completion_ids",

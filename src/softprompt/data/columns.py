@@ -1,4 +1,8 @@
-"""Which form a data set takes, and from which columns: decided once, from the settings and the columns there are."""
+"""Which form a data set takes, and from which columns: decided once, from the settings and the columns there are.
+
+Where no setting says it, the columns do if they are clear: chat messages, a prompt with its completion, a text with
+its label, one text. What was guessed, and which columns are not used, is said before anything is trained.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from softprompt.config import DataConfig
+from softprompt.data.labels import labels_of
 from softprompt.data.messages import check_row_keys, choosing_columns
-from softprompt.data.rows import Rows, is_missing
-from softprompt.data.template import known_columns, require_fields, template_fields, typed_text
+from softprompt.data.rows import Rows, is_missing, is_whole_number
+from softprompt.data.template import known_columns, require_fields, template_fields
 from softprompt.errors import ConfigError, DataError
+from softprompt.settings import typed_text
 from softprompt.types import InputForm
 
 _USUAL_TEXT = "text"
 _USUAL_MESSAGES = "messages"
+_USUAL_PAIR = ("prompt", "completion")
+_USUAL_LABELS = ("label_text", "label")  # words before numbers, where a set has both
+_NAMED = 8  # columns, or labels, that a note names at most
 
 
 class Table(NamedTuple):
@@ -22,6 +31,7 @@ class Table(NamedTuple):
     source: str
     columns: tuple[str, ...]
     records: Sequence[Mapping[str, Any]]  # Any: cells are checked when they are asked for
+    notes: tuple[str, ...] = ()  # what the user should know about how it was read
 
 
 class Choice(NamedTuple):
@@ -30,17 +40,18 @@ class Choice(NamedTuple):
     form: InputForm
     column: str | None  # text or messages column
     needed: tuple[str, ...]  # every column that the form reads
+    note: str | None = None  # what was guessed
 
 
-def rows_of(table: Table, config: DataConfig) -> Rows:
-    """All rows of a table in the form that the settings ask for, only the needed columns kept.
+def rows_of(table: Table, config: DataConfig, form: InputForm | None = None) -> Rows:
+    """All rows of a table in the form that the settings ask for, else in `form`, only the needed columns kept.
 
-    Raises DataError for an empty table, a column it does not have or one that would choose what is learned,
-    ConfigError for settings that contradict.
+    Raises DataError for an empty table, a column it does not have or one that would choose what is learned, and where
+    several columns may be meant.
     """
     if not table.records:
         raise DataError(f"{table.source} has no rows; there is nothing to learn from")
-    choice = choose_form(table, config)
+    choice = choose_form(table, config, form)
     is_suspect = choosing_columns(table.columns, choice.needed)
     for number, record in enumerate(table.records if is_suspect else (), start=1):
         check_row_keys(record, choice.needed, choice.form.kind, f"row {number:,} of {table.source}")
@@ -50,35 +61,66 @@ def rows_of(table: Table, config: DataConfig) -> Rows:
         source=table.source,
         form=choice.form,
         column=choice.column,
+        notes=tuple(note for note in (*table.notes, choice.note, _unused(table, choice)) if note is not None),
     )
 
 
-def choose_form(table: Table, config: DataConfig) -> Choice:
-    """Plain, template or chat, as asked; else by the column `messages`, the column `text`, or the only one of text."""
-    _refuse_contradictions(config)
+def choose_form(table: Table, config: DataConfig, form: InputForm | None = None) -> Choice:
+    """As the settings ask; else as `form` reads this table; else as its columns are called."""
     if config.template is not None and config.completion is not None:
         return _template_choice(table, typed_text(config.template), typed_text(config.completion))
     if config.messages_column is not None:
         return _column_choice(table, config.messages_column, "chat")
+    if config.label_column is not None:
+        return _label_choice(table, config.text_column, config.label_column)
     if config.text_column is not None:
         return _column_choice(table, config.text_column, "plain")
+    return _guessed(table) if form is None else _fitted(table, form)
+
+
+def _fitted(table: Table, form: InputForm) -> Choice:
+    """The table in a form that other rows have, or a prompt was trained in."""
+    if form.template is not None and form.completion is not None:
+        return _template_choice(table, form.template, form.completion)
+    if form.kind == "chat" and _USUAL_MESSAGES in table.columns:
+        return _column_choice(table, _USUAL_MESSAGES, "chat")
+    return _column_choice(table, _text_column(table), "plain")
+
+
+def _guessed(table: Table) -> Choice:
     if _USUAL_MESSAGES in table.columns:
         return _column_choice(table, _USUAL_MESSAGES, "chat")
-    return _column_choice(table, _only_text_column(table), "plain")
+    if all(name in table.columns for name in _USUAL_PAIR):
+        choice = _template_choice(table, *(f"{{{name}}}" for name in _USUAL_PAIR))
+        return choice._replace(note=f"{table.source}: learning to continue column 'prompt' with column 'completion'")
+    label = next((name for usual in _USUAL_LABELS for name in table.columns if name.strip().lower() == usual), None)
+    if label is not None and _labels(table, label):
+        try:
+            return _label_choice(table, None, label)
+        except DataError:  # no text, or several columns of it
+            pass
+    return _column_choice(table, _text_column(table), "plain")
 
 
-def _refuse_contradictions(config: DataConfig) -> None:
-    if (config.template is None) != (config.completion is None):
-        given, lacking = ("template", "completion") if config.completion is None else ("completion", "template")
-        raise ConfigError(f"{given} {getattr(config, given)!r} needs a {lacking} too: the two make one example")
-    named = {
-        "text_column": config.text_column,
-        "template": config.template,
-        "messages_column": config.messages_column,
-    }
-    given_names = [name for name, value in named.items() if value is not None]
-    if len(given_names) > 1:
-        raise ConfigError(f"{' and '.join(given_names)} exclude each other; give one")
+def _label_choice(table: Table, text: str | None, label: str) -> Choice:
+    """A text and, behind the name of the label's column, its label."""
+    for name in (label,) if text is None else (text, label):
+        _require_column(table, name)
+    text = text if text is not None else _text_column(table, but=label)
+    for name in (text, label):
+        if {"{", "}"} & set(name):
+            raise DataError(f"{table.source}: column {name!r} has braces in its name; rename it, or give a template")
+    cue = label.replace("_", " ").strip().capitalize()
+    template, completion = f"{{{text}}}\n{cue}:", f" {{{label}}}"
+    choice = _template_choice(table, template, completion)
+    labels = _labels(table, label)
+    which = f" ({len(labels)}: {_listed(labels)})" if labels else ", which are too many to choose from"
+    shown = (template + completion).replace("\n", "\\n")
+    note = (
+        f'{table.source}: labels in column {label!r}{which}, learned as "{shown}"; '
+        f"--text-column {text} alone trains a language model"
+    )
+    return choice._replace(note=note)
 
 
 def _template_choice(table: Table, template: str, completion: str) -> Choice:
@@ -91,22 +133,75 @@ def _template_choice(table: Table, template: str, completion: str) -> Choice:
 
 
 def _column_choice(table: Table, column: str, kind: Any) -> Choice:  # Any: a FormKind literal
-    if column not in table.columns:
-        raise DataError(f"{table.source} has no column {column!r}; {known_columns(column, table.columns)}")
+    _require_column(table, column)
     return Choice(InputForm(kind=kind), column, (column,))
 
 
-def _only_text_column(table: Table) -> str:
-    if _USUAL_TEXT in table.columns:
-        return _USUAL_TEXT
-    textual = [name for name in table.columns if _holds_text(table, name)]
-    if len(textual) == 1:
-        return textual[0]
-    listed = ", ".join(map(repr, textual or table.columns))
-    reason = f"{len(textual)} columns hold text ({listed})" if textual else f"no column holds text ({listed})"
-    raise DataError(f"{table.source}: {reason}; name one with text_column")
+def _require_column(table: Table, column: str) -> None:
+    if column not in table.columns:
+        raise DataError(f"{table.source} has no column {column!r}; {known_columns(column, table.columns)}")
+
+
+def _text_column(table: Table, but: str | None = None) -> str:
+    """The column called `text`, or the only one of text: numbers beside it are none, though a CSV has them as text."""
+    names = [name for name in table.columns if name != but]
+    usual = [name for name in names if name == _USUAL_TEXT] or [n for n in names if n.strip().lower() == _USUAL_TEXT]
+    if usual:
+        return usual[0]
+    textual = [name for name in names if _holds_text(table, name)]
+    wordy = [name for name in textual if not _holds_numbers(table, name)]
+    if len(wordy or textual) == 1:
+        return (wordy or textual)[0]
+    listed = _listed(wordy or textual or names)
+    reason = f"{len(wordy or textual)} columns hold text ({listed})" if textual else f"no column holds text ({listed})"
+    raise DataError(
+        f"{table.source}: {reason}; name one with text_column, beside it label_column for labels, or write a row with "
+        "template and completion"
+    )
 
 
 def _holds_text(table: Table, name: str) -> bool:
-    cells = [cell for record in table.records if not is_missing(cell := record.get(name))]
+    cells = _cells(table, name)
     return bool(cells) and all(isinstance(cell, str) for cell in cells)
+
+
+def _holds_numbers(table: Table, name: str) -> bool:
+    return all(_is_number(cell) for cell in _cells(table, name) if cell)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _labels(table: Table, name: str) -> tuple[str, ...]:
+    """The distinct cells, where all are words or whole numbers and so few that they are a closed set."""
+    cells = _cells(table, name)
+    if not all(isinstance(cell, str) or is_whole_number(cell) for cell in cells):
+        return ()
+    return labels_of([text for cell in cells if (text := str(cell)).strip()])
+
+
+def _cells(table: Table, name: str) -> list[Any]:  # Any: as a table's cells are
+    return [cell for record in table.records if not is_missing(cell := record.get(name))]
+
+
+def _unused(table: Table, choice: Choice) -> str | None:
+    """The columns that training will not see; of those called as labels are, what they hold and how to learn them."""
+    names = [name for name in table.columns if name not in choice.needed]
+    if not names:
+        return None
+    said = f"{table.source}: columns not used: {_listed(names)}"
+    label = next((name for usual in _USUAL_LABELS for name in names if name.strip().lower() == usual), None)
+    labels = () if label is None else _labels(table, label)
+    if not labels or choice.form.kind != "plain":
+        return said
+    return f"{said} (--label-column {label} learns the {len(labels)} labels {_listed(labels)})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more

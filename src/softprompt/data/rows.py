@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from softprompt.data.messages import Message, is_learned, read_messages
 from softprompt.data.template import fill_template, template_fields
-from softprompt.errors import DataError
+from softprompt.errors import DataError, shortened
 from softprompt.turns import breathe
 from softprompt.types import InputForm
 
@@ -24,6 +26,7 @@ class Rows:
     source: str  # file, folder or Hub id, for messages and for the run's record
     form: InputForm
     column: str | None = None  # the text or messages column; None where the form's template names the columns
+    notes: tuple[str, ...] = ()  # what the user should know about how they were read: columns not used, a guess
 
     def __len__(self) -> int:
         return len(self.records)
@@ -57,19 +60,18 @@ class Written(NamedTuple):
 
 
 def write_row(rows: Rows, position: int) -> Written:
-    """A row's text. Raises DataError, naming the row, for a cell that is not text or messages that are not a chat."""
+    """A row's text.
+
+    Raises DataError, naming the row, for a cell that is not text, half of a surrogate pair, and messages that are not
+    a chat.
+    """
     breathe()
-    record, form = rows.records[position], rows.form
-    if form.kind == "template":
-        return _write_template(rows, position)
-    assert rows.column is not None, form
-    cell = record.get(rows.column)
-    if form.kind == "chat":
-        messages = () if is_missing(cell) else read_messages(cell, rows.where(position))
-        spoken = any(message["content"].strip() for message in messages if is_learned(message))
-        return Written(messages=messages, is_empty=not spoken)
-    text = _text_cell(cell, rows, position, rows.column)
-    return Written(text=text, is_empty=not text.strip())
+    written = _written(rows, position)
+    try:
+        (written.key if written.messages else f"{written.prompt}{written.text}").encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{rows.where(position)} holds half of a surrogate pair, which is no text") from None
+    return written
 
 
 def write_rows(rows: Rows) -> list[Written]:
@@ -86,13 +88,32 @@ def written_hash(written: Sequence[Written]) -> str:
     """sha256 (hex) of rows already written as text, in order."""
     digest = hashlib.sha256()
     for row in written:
-        digest.update(row.key.encode("utf-8", "surrogatepass") + b"\n")
+        digest.update(row.key.encode() + b"\n")
     return digest.hexdigest()
 
 
 def is_missing(cell: object) -> bool:
     """None and NaN are what readers make of an empty cell."""
     return cell is None or (isinstance(cell, float) and cell != cell)
+
+
+def _written(rows: Rows, position: int) -> Written:
+    record, form = rows.records[position], rows.form
+    if form.kind == "template":
+        return _write_template(rows, position)
+    assert rows.column is not None, form
+    cell = record.get(rows.column)
+    if form.kind == "chat":
+        messages = () if is_missing(cell) else read_messages(cell, rows.where(position))
+        spoken = any(message["content"].strip() for message in messages if is_learned(message))
+        return Written(messages=messages, is_empty=not spoken)
+    text = _text_cell(cell, rows, position, rows.column)
+    return Written(text=text, is_empty=not text.strip())
+
+
+def is_whole_number(cell: object) -> bool:
+    """True of a label that is a number: Python's or numpy's, but no truth value."""
+    return isinstance(cell, Integral) and not isinstance(cell, bool)
 
 
 def _write_template(rows: Rows, position: int) -> Written:
@@ -119,8 +140,8 @@ def _all_blank(fields: Mapping[str, str]) -> bool:
 
 def _field_cell(cell: object, rows: Rows, position: int, name: str) -> str:
     """A template's field: text, or a whole number (labels often are) as its digits."""
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return str(cell)
+    if is_whole_number(cell):
+        return _digits(cell, rows, position, name)
     return _text_cell(cell, rows, position, name)
 
 
@@ -129,8 +150,16 @@ def _text_cell(cell: object, rows: Rows, position: int, name: str) -> str:
         return cell
     if is_missing(cell):
         return ""
-    shown = repr(cell)
     raise DataError(
-        f"{rows.where(position)}: column {name!r} holds no text but a {type(cell).__name__}, "
-        f"{shown if len(shown) <= 60 else shown[:57] + '...'}; choose another column or write it as text"
+        f"{rows.where(position)}: column {name!r} holds no text but a {type(cell).__name__}, {shortened(cell)}; "
+        "choose another column or write it as text"
     )
+
+
+def _digits(cell: Any, rows: Rows, position: int, name: str) -> str:  # Any: a whole number, Python's or numpy's
+    try:
+        return str(operator.index(cell))
+    except ValueError:
+        raise DataError(
+            f"{rows.where(position)}: column {name!r} holds a number of very many digits; write it as text"
+        ) from None

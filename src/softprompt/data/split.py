@@ -18,6 +18,7 @@ from softprompt.data.labels import with_labels
 from softprompt.data.read import read_all_rows, row_order
 from softprompt.data.rows import Rows, rows_hash, write_row
 from softprompt.errors import ConfigError, DataError
+from softprompt.types import InputForm
 
 DEFAULT_TEST_ROWS = 200
 
@@ -39,15 +40,16 @@ class _Part(NamedTuple):
     file: str | None = None
 
 
-def split_rows(config: DataConfig, *, seed: int = 0, offline: bool = False) -> Split:
+def split_rows(config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None) -> Split:
     """Read the data once and part it; the same settings and seed give the same rows.
 
     `rows` takes the first N for training (after `shuffle`). `validation` and, where training would take every row,
     `test` are drawn from those rows by seed; otherwise test rows are the ones behind them, in order.
-    Raises DataError as `read_rows` does and where a part would be empty; ConfigError for a part that cannot be meant.
+    `form` is as with `read_rows`.
+    Raises DataError as that does and where a part would be empty; ConfigError for a part that cannot be meant.
     """
     validation, test = (_part(name, getattr(config, name)) for name in ("validation", "test"))
-    deal = _Deal(read_all_rows(config, offline=offline), config, seed)
+    deal = _Deal(read_all_rows(config, offline=offline, form=form), config, seed)
     if test is not None and test.file is None:
         deal.hold_out_test(test)
     if validation is not None and validation.file is None:
@@ -159,12 +161,12 @@ def _read_part(config: DataConfig, part: _Part | None, train: Rows, offline: boo
     """A part that is a file of its own, read from the columns that the training rows came from."""
     if part is None or part.file is None:
         return None
-    settings = replace(config, data=part.file, subset=None)
-    if train.form.kind == "plain":
-        settings = replace(settings, text_column=train.column)
-    if train.form.kind == "chat":
-        settings = replace(settings, messages_column=train.column)
-    return read_all_rows(settings, offline=offline)
+    kind, column = train.form.kind, train.column
+    settings = replace(
+        config, data=part.file, subset=None, label_column=None, template=None, completion=None,
+        text_column=column if kind == "plain" else None, messages_column=column if kind == "chat" else None,
+    )  # fmt: skip
+    return read_all_rows(settings, offline=offline, form=train.form)
 
 
 def _without_shared_text(train: Rows, parts: dict[str, Rows | None]) -> Split:

@@ -15,8 +15,6 @@ from typing import NamedTuple
 from softprompt.errors import ConfigError, DataError
 
 _PIECES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+")
-_TYPED_ESCAPE = re.compile(r"\\(\\?)([nt])")
-_ESCAPES = {"n": "\n", "t": "\t"}
 
 
 class Piece(NamedTuple):
@@ -72,14 +70,6 @@ def known_columns(wanted: str, columns: Iterable[str]) -> str:
         return listed
     nearest = next(name for name in names if name.lower() == near[0])
     return f"did you mean {nearest!r}? {listed}"
-
-
-def typed_text(text: str) -> str:
-    r"""A template as it was typed on a command line: `\n` and `\t` become newline and tab, `\\n` stays a literal `\n`.
-
-    Applied once, where settings become an InputForm (`softprompt.data.columns`); a form holds the real characters.
-    """
-    return _TYPED_ESCAPE.sub(lambda match: "\\" + match[2] if match[1] else _ESCAPES[match[2]], text)
 
 
 def _literal(token: str) -> str:

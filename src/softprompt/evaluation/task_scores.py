@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompt.base import Base
-from softprompt.config import option
 from softprompt.data import Rows
 from softprompt.errors import ConfigError
 from softprompt.evaluation.contenders import contenders
@@ -18,8 +17,10 @@ from softprompt.evaluation.questions import Questions, ask, greedy_answers
 from softprompt.evaluation.text_scores import TextScore, text_scores, torchmetrics_text
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt
+from softprompt.settings import check_types, option, require, settings_class
 
 
+@settings_class
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """What a comparison measures beyond the loss."""
@@ -32,10 +33,10 @@ class ScoreConfig:
     calibrate: bool = option(False, "Divide a label's likelihood by what it has without content (arXiv 2102.09690).")
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("score_rows", "score_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be at least 1")
+            require(value is None or value >= 1, name, value, "at least 1")
 
 
 @dataclass(frozen=True)

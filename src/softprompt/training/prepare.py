@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softprompt.base import Base, free_bytes
 from softprompt.config import TrainConfig
-from softprompt.data import Rows, build_examples, rows_from_texts
+from softprompt.data import Rows, as_rows, build_examples
 from softprompt.errors import ConfigError, LengthError, MemoryLimitError, PromptError, StorageError
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt, StartTexts, starting_tensor
@@ -26,13 +26,14 @@ from softprompt.training.ranks import Alone, Ranks, least, most_shared
 from softprompt.training.state import RunState
 from softprompt.training.step import accumulate_gradient
 from softprompt.training.trial import Score, Trial, training_row
-from softprompt.types import Example, ExampleSet, PromptRecord
+from softprompt.types import Example, ExampleSet, InputForm, PromptRecord
 
 _ARRANGED_SHARE = 0.25  # of the free memory, at most
 _TOKENS_WORTH_ARRANGING = 20_000  # arranging takes as long as some 2,000 tokens, and saves a tenth of each
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
 
-Data = ExampleSet | Rows | Sequence[str]
+# Texts, dictionaries, a DataFrame or a data set of the `datasets` library count as rows too.
+Data = ExampleSet | Rows | Iterable[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,21 +101,24 @@ class _Reader:
 
     def __init__(self, base: Base) -> None:
         self._base = base
+        self._rows: dict[int, Rows] = {}
         self._known: dict[tuple[int, bool, int], ExampleSet] = {}
 
-    def examples(self, data: Data, config: TrainConfig) -> ExampleSet:
+    def examples(self, data: Data, config: TrainConfig, form: InputForm | None = None) -> ExampleSet:
+        """`form` is that of the training rows, for rows of validation that come without one."""
         key = (id(data), config.eos, config.virtual_tokens)
         if key not in self._known:
-            self._known[key] = self._built(data, config)
+            self._known[key] = self._built(data, config, form)
             _check_lengths(self._base, self._known[key], config)
         return self._known[key]
 
-    def _built(self, data: Data, config: TrainConfig) -> ExampleSet:
+    def _built(self, data: Data, config: TrainConfig, form: InputForm | None) -> ExampleSet:
         if isinstance(data, ExampleSet):
             return data
-        rows = data if isinstance(data, Rows) else rows_from_texts(data)
+        if id(data) not in self._rows:  # kept, since an iterator gives its rows once
+            self._rows[id(data)] = as_rows(data, form)
         return build_examples(
-            self._base, rows, eos=config.eos, max_length=self._base.max_length - config.virtual_tokens
+            self._base, self._rows[id(data)], eos=config.eos, max_length=self._base.max_length - config.virtual_tokens
         )
 
 
@@ -126,7 +130,9 @@ def _trial(
         config = replace(config, virtual_tokens=start.num_virtual_tokens)
     _check_criterion(candidate)
     examples = reader.examples(candidate.data, config)
-    held_out = reader.examples(candidate.validation, config) if candidate.validation is not None else None
+    held_out = (
+        reader.examples(candidate.validation, config, examples.form) if candidate.validation is not None else None
+    )
     _check_checkpointing(forward, config)
     tensor, notes = _start(base, examples, config, start)
     plan = make_plan(base, forward, examples, config)

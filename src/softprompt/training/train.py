@@ -32,7 +32,7 @@ class TrainResult:
     validation_losses: tuple[tuple[int, float], ...]  # (step, nats per text token)
     kept_step: int  # the step that `prompt` is from
     interrupted: bool  # stopped by KeyboardInterrupt
-    notes: tuple[str, ...]  # what the user should know about how `auto` was resolved
+    notes: tuple[str, ...]  # what the user should know about how the rows were read and `auto` was resolved
     name: str | None = None  # of the candidate
     scores: tuple[tuple[int, float], ...] = ()  # (step, what the caller's score gave)
     dropped_after: int | None = None  # the step after which its rivals trained on without it
@@ -135,10 +135,11 @@ def _result(ready: Prepared, trial: Trial, interrupted: bool, seconds: float) ->
     outcome["drift"] = [token.to_json() for token in drift(trial.start, kept)]
     if scores:
         outcome["scores"] = scores
+    notes = (*ready.data[ready.loop.trials.index(trial)].report.notes, *ready.notes)
     record = replace(kept.record, run={**kept.record.run, **outcome})
     return TrainResult(
         prompt=SoftPrompt(kept.tensor, record), plan=trial.plan, losses=losses, validation_losses=validated,
-        kept_step=kept_step, interrupted=interrupted, notes=ready.notes, name=trial.name, scores=scores,
+        kept_step=kept_step, interrupted=interrupted, notes=notes, name=trial.name, scores=scores,
         dropped_after=trial.step if trial.is_dropped else None,
         diverged_after=trial.step if trial.is_diverged else None,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from softprompt.data.messages import check_row_keys
 from softprompt.data.rows import Rows, write_row
+from softprompt.data.textfiles import RepeatedKeyError, load_json
 from softprompt.errors import DataError
 from softprompt.types import FormKind, InputForm
 
@@ -113,9 +114,6 @@ def _form_of(line: bytes | None, number: int) -> FormKind:
     try:
         check_row_keys(record, _COLUMNS[form], form, rows.where(0))
         written = write_row(rows, 0)
-        written.key.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"line {number:,} holds half of a surrogate pair, which is no text") from error
     except DataError as error:  # it opens with where the row is
         raise DataError(f"line {number:,}{str(error).removeprefix(rows.where(0))}") from error
     if written.is_empty:
@@ -127,9 +125,11 @@ def _record(line: bytes | None, where: str) -> dict[str, Any]:
     if line is None:
         raise DataError(f"{where} is longer than {_LONGEST_LINE:,} bytes")
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = load_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 (byte {error.start + 1:,} of it)") from error
+    except RepeatedKeyError as error:
+        raise DataError(f"{where} {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({_reason(error)})") from error
     if not isinstance(record, dict):
@@ -140,7 +140,7 @@ def _record(line: bytes | None, where: str) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at').removesuffix(' starting')}, column {error.colno:,}"
-    return "nested too deeply, or a number of too many digits"
+    return "nested too deeply"
 
 
 def _form_by_keys(record: dict[str, Any], where: str) -> FormKind:

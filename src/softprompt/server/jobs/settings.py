@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from softprompt.base import Base
 from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.shapes import CreateJob, Json
+from softprompt.settings import make_config, nearest
 
 _OPENAI = {"n_epochs": "epochs", "batch_size": "batch_rows", "learning_rate_multiplier": "relative_learning_rate"}
 _OURS = tuple(item.name for item in fields(TrainConfig))
@@ -24,7 +21,6 @@ _SERVERS = {"micro_batch_rows": "the server fits it to its memory"}  # what a cl
 _LEAST_WIDTH_LIMIT = 1024  # of a residual MLP; wider than four times the base's width it learns nothing more
 MAX_EPOCHS = 1_000
 MAX_ROW_VISITS = 5_000_000  # the order of all epochs is planned ahead, in memory
-_CONFIG = TypeAdapter(TrainConfig)
 
 
 def train_config(asked: CreateJob, base: Base, start: SoftPrompt | None) -> TrainConfig:
@@ -61,7 +57,9 @@ def _settings(asked: CreateJob) -> Json:
     for name, value in (pair for some in given for pair in some.items()):
         setting, value = _setting(name, value)
         if value is not None and found.setdefault(setting, value) != value:
-            raise _refusal(name, f"{name} is given twice, as {_short(found[setting])} and {_short(value)}; give one")
+            raise _refusal(
+                name, f"{name} is given twice, as {shortened(found[setting])} and {shortened(value)}; give one"
+            )
     return found
 
 
@@ -70,9 +68,9 @@ def _setting(name: str, value: Any) -> tuple[str, Any]:  # Any: as JSON gave it
     if name in _SERVERS:
         raise _refusal(name, f"{name} cannot be asked for: {_SERVERS[name]}; leave it out")
     if name not in _OPENAI and name not in _OURS:
-        close = difflib.get_close_matches(name, [*_OPENAI, *_OURS], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join((*_OPENAI, *_OURS))}"
-        raise _refusal(name, f"there is no hyperparameter {_short(name)}; {hint}")
+        near = nearest(name, [*_OPENAI, *_OURS])
+        hint = f"did you mean {near!r}?" if near is not None else f"known are {', '.join((*_OPENAI, *_OURS))}"
+        raise _refusal(name, f"there is no hyperparameter {shortened(name)}; {hint}")
     if value is None or value == "auto":
         return _OPENAI.get(name, name), None
     return _OPENAI.get(name, name), _rate(value) if name == "learning_rate_multiplier" else value
@@ -83,26 +81,17 @@ def _rate(multiplier: Any) -> float:  # Any: as above
     if not is_number or not 0 < multiplier < math.inf or multiplier > 1e6:
         raise _refusal(
             "learning_rate_multiplier",
-            f"learning_rate_multiplier is {_short(multiplier)}; it must be a number above 0 and at most 1,000,000",
+            f"learning_rate_multiplier is {shortened(multiplier)}; it must be a number above 0 and at most 1,000,000",
         )
     return float(multiplier) * DEFAULT_RELATIVE_LEARNING_RATE
 
 
 def _checked(settings: Mapping[str, Any]) -> TrainConfig:
-    """By way of JSON, whose types are then taken strictly: "6" is no number."""
     try:
-        return _CONFIG.validate_json(json.dumps(dict(settings)), strict=True)
-    except ValidationError as error:
-        raise _told(error, settings) from None
-
-
-def _told(error: ValidationError, settings: Mapping[str, Any]) -> ApiError:
-    first = error.errors(include_url=False)[0]
-    reason = first.get("ctx", {}).get("error")
-    name = str(first["loc"][0]) if first["loc"] else None
-    if isinstance(reason, ConfigError):
-        return _refusal(name, str(reason))
-    return _refusal(name, f"{name or 'hyperparameters'} is {_short(settings.get(name or ''))}: {first['msg']}")
+        return make_config(TrainConfig, settings)
+    except ConfigError as error:
+        name = next((name for name in settings if str(error).startswith(f"{name} ")), None)
+        raise _refusal(name, str(error)) from None
 
 
 def _check_limits(config: TrainConfig, base: Base) -> None:
@@ -129,11 +118,3 @@ def _check_start_stays(settings: Mapping[str, Any], start: SoftPrompt, name: str
 def _refusal(name: str | None, message: str) -> ApiError:
     is_known = name in _OPENAI or name in _OURS
     return ApiError(400, message, "invalid_value", f"hyperparameters.{name}" if is_known else "hyperparameters")
-
-
-def _short(value: object) -> str:
-    try:
-        shown = repr(value)
-    except ValueError:  # a whole number of very many digits
-        return "a number that is too large"
-    return shown if len(shown) <= 60 else shown[:57] + "..."

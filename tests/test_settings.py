@@ -1,0 +1,141 @@
+"""Settings are checked where they are made: types, closed sets and names, alike in Python, TOML, flags and HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from softprompt.config import (
+    BaseConfig,
+    DataConfig,
+    EngineConfig,
+    Reparameterisation,
+    SamplingConfig,
+    Schedule,
+    ServerConfig,
+    Start,
+    TrainConfig,
+)
+from softprompt.errors import ConfigError
+from softprompt.evaluation import ScoreConfig
+
+CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, EngineConfig, ServerConfig, ScoreConfig]
+NEEDED = {BaseConfig: {"base": "x"}, DataConfig: {"data": "x"}}
+FIELDS = [(kind, item.name) for kind in CONFIGS for item in dataclasses.fields(kind)]
+WRONG = [object(), b"x", [object()], {"a": object()}, 1j, type]
+
+
+def refusal(kind, **settings):
+    with pytest.raises(ConfigError) as caught:
+        kind(**{**NEEDED.get(kind, {}), **settings})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda part: getattr(part, "__name__", part))
+def test_a_value_of_a_wrong_type_is_refused_by_its_name(kind, name):
+    for value in WRONG:
+        assert refusal(kind, **{name: value}).startswith(name)
+    hint = kind.__dataclass_fields__[name].type
+    if not hint.startswith("bool"):
+        assert refusal(kind, **{name: True}).startswith(f"{name} is True; ")
+    if hint.startswith(("int", "float")):
+        assert refusal(kind, **{name: "4"}).startswith(f"{name} is '4'; ")
+        assert refusal(kind, **{name: float("nan")}).startswith(f"{name} is nan; it must be ")
+        assert refusal(kind, **{name: float("inf")}).startswith(f"{name} is inf; it must be ")
+        assert refusal(kind, **{name: 10**5000}).startswith(f"{name} is a number of very many digits; ")
+    if hint.startswith("int"):
+        assert refusal(kind, **{name: 1.0}).startswith(f"{name} is 1.0; ")
+        assert refusal(kind, **{name: -1}).startswith(f"{name} is -1; ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "near", "known"),
+    [
+        ("reparameterisation", "mlp", "residual-mlp", Reparameterisation),
+        ("schedule", "linaer", "linear", Schedule),
+        ("schedule", "poly", None, Schedule),
+        ("init", "Vocab", "vocab", Start),
+        ("init", "foo", None, Start),
+    ],
+)
+def test_a_value_outside_of_a_closed_set_comes_with_the_nearest_and_all(name, value, near, known):
+    hint = f"did you mean {near!r}? " if near else ""
+    listed = ", ".join(map(repr, get_args(known)))
+    assert refusal(TrainConfig, **{name: value}) == f"{name} is {value!r}; {hint}it must be one of {listed}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "hint"),
+    [
+        (TrainConfig, "virtual_token", "did you mean 'virtual_tokens'?"),
+        (TrainConfig, "num_virtual_tokens", "did you mean 'virtual_tokens'?"),
+        (TrainConfig, "num_train_epochs", "did you mean 'epochs'?"),
+        (TrainConfig, "per_device_train_batch_size", "did you mean 'batch_rows'?"),
+        (TrainConfig, "lr", "did you mean 'learning_rate'?"),
+        (TrainConfig, "text_column", "text_column is a setting of DataConfig"),
+        (TrainConfig, "max_length", "max_length is a setting of BaseConfig"),
+        (SamplingConfig, "max_length", "did you mean 'max_new_tokens'?"),
+        (BaseConfig, "model_name_or_path", "did you mean 'base'?"),
+        (EngineConfig, "nonsense", "known are max_rows, "),
+    ],
+)
+def test_an_unknown_name_comes_with_the_one_that_was_meant(kind, name, hint):
+    with pytest.raises(TypeError, match="has no setting") as caught:
+        kind(**{**NEEDED.get(kind, {}), name: 1})
+    assert isinstance(caught.value, ConfigError)
+    assert str(caught.value).startswith(f"{kind.__name__} has no setting {name!r}; ")
+    assert hint in str(caught.value)
+
+
+def test_a_setting_without_its_name_is_refused_with_an_example():
+    with pytest.raises(TypeError, match=r"takes its settings by name, TrainConfig\(virtual_tokens=\.\.\.\) say"):
+        TrainConfig(20)
+
+
+def test_a_bare_string_is_no_list_of_strings():
+    assert refusal(SamplingConfig, stop="###") == "stop is '###'; it must be a list, ['###'] say"
+    assert refusal(SamplingConfig, stop=["a", 1]) == "stop[1] is 1; it must be text in quotes"
+
+
+def test_lists_numpy_numbers_paths_and_shares_become_what_the_setting_holds():
+    sampling = SamplingConfig(stop=["a"], stop_ids=[np.int32(3)], logit_bias={5: 1}, temperature=np.float32(0.5))
+    assert (sampling.stop, sampling.stop_ids, sampling.logit_bias) == (("a",), (3,), ((5, 1.0),))
+    assert hash(sampling) is not None
+    assert type(TrainConfig(virtual_tokens=np.int64(4)).virtual_tokens) is int
+    assert type(TrainConfig(max_grad_norm=1).max_grad_norm) is float
+    data = DataConfig(data=Path("rows.csv"), validation=0.1, test=200)
+    assert (data.data, data.validation, data.test) == ("rows.csv", "0.1", "200")
+
+
+def test_half_of_a_surrogate_pair_is_no_text():
+    assert refusal(TrainConfig, init="text", init_text="a\ud83d") == (
+        "init_text holds half of a surrogate pair, which is no text"
+    )
+
+
+def test_settings_that_contradict_are_refused_when_they_are_made():
+    assert refusal(DataConfig, template="{a}") == "template '{a}' needs a completion too: the two make one example"
+    assert refusal(DataConfig, text_column="a", messages_column="b") == (
+        "text_column and messages_column exclude each other; give one"
+    )
+    assert refusal(DataConfig, label_column="a", messages_column="b") == (
+        "label_column and messages_column exclude each other; give one"
+    )
+    assert refusal(DataConfig, delimiter="::") == "delimiter is '::'; it must be one character, ';' or a tab say"
+    assert DataConfig(data="x", delimiter=r"\t").delimiter == r"\t"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_help_shows_what_each_setting_means(kind):
+    shown = inspect.getdoc(kind)
+    for item in dataclasses.fields(kind):
+        default = "" if item.default is dataclasses.MISSING else f" = {item.default!r}"
+        assert f"{item.name}: {item.type}{default}\n    " in shown
+    assert "--" not in shown, "Python's names, not the command line's"
+    assert "virtual_tokens" in str(inspect.signature(TrainConfig))
