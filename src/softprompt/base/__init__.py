@@ -1,7 +1,8 @@
 """The frozen base: load, freeze, fingerprint, embedding scale, dtype and device."""
 
 from softprompt.base.free_memory import free_bytes
+from softprompt.base.generation import GenerationRules
 from softprompt.base.load import freeze_base, load_base
 from softprompt.base.model import Base
 
-__all__ = ["Base", "free_bytes", "freeze_base", "load_base"]
+__all__ = ["Base", "GenerationRules", "free_bytes", "freeze_base", "load_base"]

@@ -6,6 +6,7 @@ it is tested on folders and against an HTTP double, never yet on the real Hub.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from transformers.utils.hub import cached_file
 
 from softprompt.base.device import resolve_device, resolve_dtype
 from softprompt.base.folder import CONFIG_NAME, broken_weights, check_files, read_settings, weights_bytes
+from softprompt.base.generation import rules_of
 from softprompt.base.guard import one_sentence
 from softprompt.base.model import Base
 from softprompt.base.size import check_numbers, check_size
@@ -34,6 +36,8 @@ from softprompt.config import EMBEDDED_BASE, BaseConfig, make_config
 from softprompt.embedded import base_folder
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
 from softprompt.openmp import adapt_waiting_to_load
+
+_log = logging.getLogger(__name__)
 
 UNLIMITED_LENGTH = 2_048  # for families without a limit of their own (ALiBi), unless --max-length says otherwise
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -62,13 +66,16 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
         if config.offline:  # by its id, transformers would still ask the Hub whether an adapter lies beside the base
             source = _folder(source, **where)
         model, tokenizer = _read(source, where, {**spread, "dtype": dtype}, config.base, None if spread else device)
-        return freeze_base(
+        loaded = freeze_base(
             model if spread else _moved(model, device),
             tokenizer,
             name=base_name(config.base),
             folder=_folder(source, **{**where, "local_files_only": True}),
             max_length=config.max_length,
         )
+    if loaded.rules.note is not None:
+        _log.info("base %r: %s", loaded.name, loaded.rules.note)
+    return loaded
 
 
 def _read(
@@ -144,7 +151,8 @@ def freeze_base(
         max_length=_max_length(model.config, max_length, name),
         bos_ids=bos_ids_of(tokenizer),
         eos_id=eos_id_of(tokenizer),
-        stop_ids=stop_ids_of(model, tokenizer),
+        stop_ids=stop_ids_of(model, tokenizer, name),
+        rules=rules_of(getattr(model, "generation_config", None), name, embedding.num_embeddings),
     )
 
 

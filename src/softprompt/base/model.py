@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.base.embedding import embedding_rms
 from softprompt.base.fingerprint import fingerprint
+from softprompt.base.generation import GenerationRules
 from softprompt.base.tokens import encode_text
 
 
@@ -32,6 +33,7 @@ class Base:
     bos_ids: tuple[int, ...]  # what the tokenizer adds in front of a text
     eos_id: int | None  # what ends a text; None where the tokenizer has none
     stop_ids: tuple[int, ...] = ()  # every id that ends an answer
+    rules: GenerationRules = GenerationRules()  # on the tokens of answers, by its generation settings
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,7 @@ from itertools import islice
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softprompt.base.generation import eos_ids_of
 from softprompt.base.guard import cause_of
 from softprompt.errors import BaseModelError, EncodingError
 
@@ -98,11 +99,9 @@ def eos_id_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return eos_id
 
 
-def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[int, ...]:
     """Every id that ends an answer: the tokenizer's EOS and those of the model's generation settings."""
-    config = getattr(model, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    ids = {eos_id_of(tokenizer), *(named if isinstance(named, (list, tuple)) else (named,))}
+    ids = {eos_id_of(tokenizer), *eos_ids_of(getattr(model, "generation_config", None), name)}
     return tuple(sorted(i for i in ids if i is not None))
 
 

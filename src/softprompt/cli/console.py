@@ -83,6 +83,8 @@ def load(config: BaseConfig) -> Base:
     logging.disable_progress_bar()
     base = load_base(config)
     say(describe(base))
+    if base.rules.note is not None:
+        say(f"note: {base.rules.note}")
     warning = load_warning()
     if warning is not None:
         say(f"warning: {warning}")

@@ -1,8 +1,9 @@
 """The next token of B rows, each under settings of its own.
 
-In this order on float32 logits: bias, repetition, presence and frequency penalties, no end before the minimum, the
-guide; then the likeliest at temperature 0, else temperature, top-k, top-p, min-p and a draw. Rows are grouped by what
-they need, and every reduction stays inside its row, so an answer does not depend on its neighbours.
+In this order on float32 logits: the base's sequence biases, bias, repetition, presence and frequency penalties, no end
+before the minimum, the base's rules on tokens, the guide; then the likeliest at temperature 0, else temperature, top-k,
+top-p, min-p and a draw. Rows are grouped by what they need, and every reduction stays inside its row, so an answer does
+not depend on its neighbours.
 
 B rows, N rows of one group, V vocabulary, W width of the scores: a whole number of blocks, larger than V.
 """
@@ -27,6 +28,7 @@ from softprompt.engine.choosing.peaks import BLOCK, first_peak
 from softprompt.engine.choosing.penalties import Touched, penalise
 from softprompt.engine.choosing.reporting import Alternatives, report
 from softprompt.engine.choosing.rows import ChoosingRow, ending_ids
+from softprompt.engine.choosing.token_rules import RowRules, add_sequence_biases, forbid
 from softprompt.engine.choosing.warping import Doubles, filters_of, has_top_k, masses
 from softprompt.errors import ConfigError
 
@@ -64,13 +66,14 @@ class Chooser:
             if not 0 <= token < self._base.vocab_size:
                 raise ConfigError(f"logit_bias names token {token}; base {self._base.name!r} has 0 to "
                                   f"{self._base.vocab_size - 1}")  # fmt: skip
-        ending = ending_ids(self._base, sampling)
+        ending, rules = ending_ids(self._base, sampling), self._base.rules
         return ChoosingRow(
             sampling=sampling,
             text_ids=tuple(text_ids),
             seed=sampling.seed + choice_index,
-            touched=Touched(sampling, text_ids, ending),
+            touched=Touched(sampling, text_ids, ending, max(sampling.min_new_tokens, rules.min_new(len(text_ids)))),
             guide=self._guides.guide_of(sampling, ending, salt),
+            rules=RowRules(rules, text_ids, sampling.max_new_tokens) if rules.has_token_rules else None,
         )
 
     def prepare(self, sampling: SamplingConfig, salt: str | None = None) -> None:
@@ -151,8 +154,10 @@ def _scores(logits_BV: Tensor, rows: Sequence[ChoosingRow], positions: Sequence[
     width = (vocab_size // BLOCK + 1) * BLOCK
     scores_NW = torch.empty(len(rows), width, device=logits_BV.device)
     scores_NW[:, :vocab_size] = logits_BV if len(rows) == len(logits_BV) else logits_BV[list(positions)]
+    add_sequence_biases(scores_NW, rows)
     if any(row.is_penalised for row in rows):
         penalise(scores_NW, rows, vocab_size)
+    forbid(scores_NW, rows)
     for number, row in enumerate(rows):
         if row.guide is not None:
             allowed = torch.from_numpy(row.guide.allowed(width)).to(scores_NW.device)

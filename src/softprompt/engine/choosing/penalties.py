@@ -28,14 +28,16 @@ _ROOM = 16
 class Touched:
     """The ids whose logits one row's settings change, with what is known of each; it grows with the answer."""
 
-    def __init__(self, sampling: SamplingConfig, text_ids: Iterable[int], stop_ids: Iterable[int]) -> None:
-        self._min_new_tokens = sampling.min_new_tokens
+    def __init__(
+        self, sampling: SamplingConfig, text_ids: Iterable[int], stop_ids: Iterable[int], min_new_tokens: int
+    ) -> None:
+        self.min_new_tokens = min_new_tokens  # the request's or the base's, whichever is more
         self._repeats = sampling.repetition_penalty != 1.0
         self._counts = self._repeats or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._places: dict[int, int] = {}
         self._ids = np.zeros(_ROOM, dtype=np.int64)
         self._facts = np.zeros((4, _ROOM), dtype=np.float32)
-        for token in set(stop_ids) if sampling.min_new_tokens else ():
+        for token in set(stop_ids) if min_new_tokens > 0 else ():
             self._add(token, _STOP, 1)
         self._num_early = len(self._places)  # ids that matter only as long as the answer must not end
         for token, bias in sampling.logit_bias:
@@ -55,7 +57,7 @@ class Touched:
 
     def matters(self, num_new: int) -> bool:
         """Whether any logit changes behind so many new tokens."""
-        return self._is_lasting or (num_new < self._min_new_tokens and len(self) > 0)
+        return self._is_lasting or (num_new < self.min_new_tokens and len(self) > 0)
 
     def copy_into(self, ids_E: NDArray[np.int64], facts_4E: NDArray[np.float32]) -> None:
         ids_E[: len(self)] = self._ids[: len(self)]
@@ -103,7 +105,7 @@ def _settings(rows: Sequence[ChoosingRow]) -> NDArray[np.float32]:
             row.sampling.repetition_penalty,
             row.sampling.presence_penalty,
             row.sampling.frequency_penalty,
-            len(row.new_ids) < row.sampling.min_new_tokens,
+            len(row.new_ids) < row.touched.min_new_tokens,
         )
         for row in rows
     ]

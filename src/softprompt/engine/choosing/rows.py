@@ -8,6 +8,7 @@ from softprompt.base import Base
 from softprompt.config import SamplingConfig
 from softprompt.engine.choosing.guides import Guide
 from softprompt.engine.choosing.penalties import Touched
+from softprompt.engine.choosing.token_rules import RowRules
 
 
 @dataclass
@@ -19,12 +20,15 @@ class ChoosingRow:
     seed: int  # of this answer alone
     touched: Touched
     guide: Guide | None = None
+    rules: RowRules | None = None  # None where the base's generation settings have none
     new_ids: list[int] = field(default_factory=list)
 
     def take(self, token: int) -> None:
         """The answer goes on with this token."""
         self.new_ids.append(token)
         self.touched.take(token)
+        if self.rules is not None:
+            self.rules.take(token)
         if self.guide is not None:
             self.guide.take(token)
 
@@ -41,7 +45,8 @@ class ChoosingRow:
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token of the unchanged logits is the one to choose."""
-        return self.sampling.temperature == 0 and self.guide is None and not self.is_penalised
+        is_bare = self.guide is None and (self.rules is None or not self.rules.matters())
+        return is_bare and self.sampling.temperature == 0 and not self.is_penalised
 
     @property
     def is_penalised(self) -> bool:
