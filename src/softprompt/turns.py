@@ -36,6 +36,16 @@ def breathe() -> None:
         pause()
 
 
+@contextmanager
+def interrupted_by(check: Callable[[], None]) -> Iterator[None]:
+    """Work in this thread that takes no turns: `breathe` calls `check`, and what that raises ends the work there."""
+    _THREAD.pause = check
+    try:
+        yield
+    finally:
+        _THREAD.pause = None
+
+
 class Turns:
     """Who computes: the engine's thread inside of `first`, or the training's inside of `second`."""
 

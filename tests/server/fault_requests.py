@@ -79,6 +79,7 @@ def bad_requests(routes: list[tuple[str, str]], seed: int, count: int) -> Iterat
         lambda method, path: _request(chance.choice(METHODS), _filled(path, chance), chance.choice(BODIES)),
         lambda method, path: _upload(chance.choice(uploads), chance),
         lambda method, path: _file(chance),
+        lambda method, path: _long(chance),
         lambda method, path: _broken_http(method, path, chance),
     )
     for _ in range(count):
@@ -123,6 +124,24 @@ def _mutated(path: str, chance: random.Random) -> bytes:
                 )
             break
     return json.dumps(body).encode()
+
+
+def _long(chance: random.Random) -> Bad:
+    """A text or a conversation that is much longer than any base."""
+    word = chance.choice(("w3 ", " ", "x", "<|end|>", "w3", "\n", "\u00e9"))
+    text, turn = word * chance.choice((5_000, 50_000)), {"role": "user", "content": "w3"}
+    messages = chance.choice((
+        [{**turn, "content": text}], [{**turn, "name": text}], [turn, {**turn, "role": "assistant"}] * 2_500,
+        [turn] * 7_000, [{**turn, "content": [{"type": "text", "text": "w3"}] * 4_000}],
+        [{**turn, "role": "tool", "tool_call_id": text}], [{**turn, "content": text[:500]}] * 300,
+        [{**turn, "role": "assistant", "tool_calls": [{"id": text}]}],
+    ))  # fmt: skip
+    chat = {"model": chance.choice(("base", "quotes")), "messages": messages, "max_tokens": 1}
+    prompt = chance.choice((text, [text], ["w3"] * 1_024, [text[:900]] * 1_024, [[3] * 500] * 200, [3] * 50_000))
+    path, body = chance.choice((
+        ("/v1/chat/completions", chat), ("/v1/completions", {"model": "base", "prompt": prompt, "max_tokens": 1}),
+    ))  # fmt: skip
+    return _request("POST", path, json.dumps(body).encode())
 
 
 def _request(method: str, path: str, body: bytes, kind: str = "application/json", *more: str) -> Bad:

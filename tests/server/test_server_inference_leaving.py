@@ -22,6 +22,7 @@ from softprompt.config import EngineConfig, ServerConfig
 from softprompt.engine import AsyncEngine, Engine
 from softprompt.prompt import SoftPrompt
 from softprompt.server.app import create_app
+from softprompt.server.inference.reading import Readers
 from softprompt.server.inference.routes import router
 from softprompt.server.inference.token_text import TokenTexts
 from softprompt.server.prompts.catalogue import Catalogue
@@ -147,7 +148,8 @@ def app_of(base: Base, engine: AsyncEngine, **config: float) -> FastAPI:
         async with engine:
             yield
 
-    return create_app((base, ServerConfig(**config), engine, Catalogue("base"), TokenTexts(base)), (router,), lifespan)
+    parts = (base, ServerConfig(**config), engine, Catalogue("base"), TokenTexts(base), Readers(base))
+    return create_app(parts, (router,), lifespan)
 
 
 def test_a_time_that_is_over_is_told(long_base):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softprompt.base import Base
+from softprompt.data.boundary import first_ids
 from softprompt.data.chat import chat_prompt_ids
 from softprompt.data.messages import Message, read_messages
 from softprompt.data.template import fill_template, require_fields, template_fields
@@ -20,19 +21,22 @@ def input_ids(
     text: str | None = None,
     fields: Mapping[str, str] | None = None,
     messages: Sequence[Mapping[str, Any]] | None = None,  # Any: checked here
+    max_ids: int | None = None,
 ) -> tuple[int, ...]:
     """Ids of one input, BOS included: raw `text`, `fields` of the form's template, or chat `messages`.
 
     `form` is None for the bare base. Messages go through the chat template where the form is chat or the base is bare;
     else the last user message goes through the form: its template, or raw for a prompt trained on plain text.
+    Of an input that is longer than `max_ids`, more than so many are given, but maybe not all: the rest is not read.
     Raises DataError where not exactly one input is given, or it does not suit the form.
     """
     given = [name for name, value in (("text", text), ("fields", fields), ("messages", messages)) if value is not None]
     if len(given) != 1:
         raise DataError(f"an input is one of text, fields or messages; given: {', '.join(given) or 'none'}")
     if messages is not None:
-        return _message_ids(base, form, read_messages(messages, "messages", for_training=False))
-    return base.bos_ids + base.encode(text if text is not None else prompt_text(form, fields or {}))
+        return _message_ids(base, form, read_messages(messages, "messages", for_training=False), max_ids)
+    written = text if text is not None else prompt_text(form, fields or {})
+    return (*base.bos_ids, *first_ids(base.encode, written, None if max_ids is None else max_ids + 1))
 
 
 def prompt_text(form: InputForm | None, fields: Mapping[str, str]) -> str:
@@ -53,23 +57,25 @@ def prompt_text(form: InputForm | None, fields: Mapping[str, str]) -> str:
     return fill_template(form.template, fields)
 
 
-def _message_ids(base: Base, form: InputForm | None, messages: tuple[Message, ...]) -> tuple[int, ...]:
+def _message_ids(
+    base: Base, form: InputForm | None, messages: tuple[Message, ...], max_ids: int | None
+) -> tuple[int, ...]:
     if not messages:
         raise DataError("messages is empty; give at least one message")
     if form is None or form.kind == "chat":
-        return chat_prompt_ids(base, messages)
+        return chat_prompt_ids(base, messages, max_ids=max_ids)
     said = [message["content"] for message in messages if message["role"] == "user"]
     if not said:
         raise DataError("messages hold no user message, and this prompt's form takes the last one as its text")
     if form.kind == "plain":
-        return input_ids(base, form, text=said[-1])
+        return input_ids(base, form, text=said[-1], max_ids=max_ids)
     assert form.template is not None, form
     names = template_fields(form.template)
     if len(names) != 1:
         raise DataError(
             f"a chat message fills one field, but template {form.template!r} has {_listed(names)}; send text instead"
         )
-    return input_ids(base, form, fields={names[0]: said[-1]})
+    return input_ids(base, form, fields={names[0]: said[-1]}, max_ids=max_ids)
 
 
 def _listed(names: Mapping[str, str] | Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from softprompt.engine import AsyncEngine, Engine
 from softprompt.server.app import create_app
 from softprompt.server.clients.guard import guard, keys_and_limits
 from softprompt.server.clients.listening import check_listening
+from softprompt.server.inference.reading import Readers
 from softprompt.server.inference.routes import router as inference_router
 from softprompt.server.inference.token_text import TokenTexts
 from softprompt.server.jobs.files import Files
@@ -79,7 +80,7 @@ def serving_app(
                 database.close()
 
     parts = (
-        base, config, TokenTexts(base), turns, engine, database, catalogue, library, pins,
+        base, config, TokenTexts(base), Readers(base), turns, engine, database, catalogue, library, pins,
         Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, ring, limiter,
     )  # fmt: skip
     app = create_app(parts, ROUTERS, lifespan)

@@ -22,7 +22,7 @@ async def chat(body: ChatBody, parts: Parts) -> Response:
     """The assistant's next turn. Raises ApiError and SoftpromptError."""
     model = parts.model_of(body)
     num_tops = _num_tops(body)
-    text = await read_messages(parts.base, model, [_message(message) for message in body.messages])
+    text = await read_messages(parts.reading(), model, [_message(message) for message in body.messages])
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if max_tokens is None:
         max_tokens = num_left(parts.base, model, len(text.ids))

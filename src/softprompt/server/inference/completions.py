@@ -33,7 +33,7 @@ async def complete(body: CompletionBody, parts: Parts) -> Response:
 
 async def _texts(body: CompletionBody, parts: Parts, model: Model) -> list[Text]:
     """What the model reads; it fits, and so do the answers."""
-    texts = await read_prompt(parts.base, body.prompt, body.add_special_tokens)
+    texts = await read_prompt(parts.reading(), body.prompt, body.add_special_tokens)
     check_num_answers(len(texts), body.n)
     for text in texts:
         check_room(parts.base, model, len(text.ids), max(1, body.max_tokens))

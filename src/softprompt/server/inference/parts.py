@@ -15,6 +15,7 @@ from softprompt.server.clients.asking import TheClient
 from softprompt.server.clients.client import Client
 from softprompt.server.inference.call import Call, Endpoint
 from softprompt.server.inference.fields import GenerationBody
+from softprompt.server.inference.reading import Readers, Reading
 from softprompt.server.inference.sampling import check_body
 from softprompt.server.inference.serving import Asked
 from softprompt.server.inference.shape import Shape, Writer
@@ -36,6 +37,10 @@ class Parts:
     engine: AsyncEngine
     catalogue: Catalogue
     texts: TokenTexts
+    readers: Readers
+
+    def reading(self) -> Reading:
+        return Reading(self.base, self.readers, self.client.id, self.http.receive)
 
     def model_of(self, body: GenerationBody) -> Model:
         """The model that is asked for, its body's fields checked. Raises ApiError."""
@@ -94,8 +99,9 @@ async def _parts(
     engine: Annotated[AsyncEngine, part(AsyncEngine)],
     catalogue: Annotated[Catalogue, part(Catalogue)],
     texts: Annotated[TokenTexts, part(TokenTexts)],
+    readers: Annotated[Readers, part(Readers)],
 ) -> Parts:
-    return Parts(http, client, notes, base, config, engine, catalogue, texts)
+    return Parts(http, client, notes, base, config, engine, catalogue, texts, readers)
 
 
 TheParts = Annotated[Parts, Depends(_parts)]

@@ -13,13 +13,18 @@ from softprompt.types import InputForm
 Message = dict[str, Any]  # Any: a chat template's own
 
 
-def conversation_ids(base: Base, form: InputForm | None, messages: Sequence[Message]) -> tuple[int, ...]:
+def conversation_ids(
+    base: Base, form: InputForm | None, messages: Sequence[Message], max_ids: int | None = None
+) -> tuple[int, ...]:
     """What the model reads of a conversation. A prompt that was not trained on chat reads no turn of a tool.
+
+    Of one longer than `max_ids` more than so many are given, but maybe not all.
 
     Raises DataError where the template refuses it, and ApiError 400 where it leaves a tool's answer or call out.
     """
-    ids = input_ids(base, form, messages=messages)
-    if form is None or form.kind == "chat":
+    ids = input_ids(base, form, messages=messages, max_ids=max_ids)
+    is_whole = max_ids is None or len(ids) <= max_ids
+    if is_whole and (form is None or form.kind == "chat"):
         for name, blanked in _BLANKED.items():
             without = [blanked(message) for message in messages]
             if without != list(messages) and input_ids(base, form, messages=without) == ids:
