@@ -82,6 +82,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
 def __getattr__(name: str) -> Any:  # Any: whatever the name stands for
     if name not in _HOME:
         raise AttributeError(f"module 'softprompt' has no attribute {name!r}")

@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 FormKind = Literal["plain", "template", "chat"]
+
+
+class _Short(reprlib.Repr):
+    """Long text, lists and mappings cut, a tensor as its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 60, 120
+        self.maxtuple = self.maxlist = self.maxdict = 3
+
+    def repr_Tensor(self, value: Any, level: int) -> str:  # noqa: N802  # reprlib's name; Any: torch is not known here
+        return f"tensor{list(value.shape)}"
+
+
+_SHORT = _Short()
+
+
+def brief_repr(value: Any) -> str:  # Any: an instance of any dataclass
+    """One line: fields at their defaults left out, whatever is long cut. For a class's own `__repr__`."""
+    shown = [(item.name, getattr(value, item.name)) for item in fields(value) if item.repr]
+    defaults = {item.name: _default(item) for item in fields(value)}
+    parts = [f"{name}={_SHORT.repr(found)}" for name, found in shown if not _is_same(found, defaults[name])]
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
+def _default(item: Field[Any]) -> object:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _is_same(found: object, default: object) -> bool:
+    """Told by type first: a tensor compares entry by entry."""
+    return type(found) is type(default) and bool(found == default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +67,8 @@ class Example:
     `ids` are what the tokenizer adds in front (BOS, `num_special` of them), the text, and EOS if `has_eos`.
     `target_mask` has one entry per id: True where training counts the loss. BOS is never a target.
     """
+
+    __repr__ = brief_repr
 
     ids: tuple[int, ...]
     target_mask: tuple[bool, ...]
@@ -65,6 +100,8 @@ class Example:
 class DataReport:
     """What was read, for the user to check before the training starts."""
 
+    __repr__ = brief_repr
+
     source: str
     num_read: int  # rows seen in the source (after --rows)
     num_used: int
@@ -82,6 +119,8 @@ class DataReport:
 class ExampleSet:
     """Examples of one data set, ready to be batched."""
 
+    __repr__ = brief_repr
+
     examples: tuple[Example, ...]
     form: InputForm
     report: DataReport
@@ -94,6 +133,8 @@ class ExampleSet:
 @dataclass(frozen=True, kw_only=True)
 class PromptRecord:
     """Where a soft prompt comes from. Every field may be unknown: PEFT's own folders carry none of it."""
+
+    __repr__ = brief_repr
 
     base_name: str | None = None
     base_fingerprint: str | None = None

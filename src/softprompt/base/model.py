@@ -35,6 +35,11 @@ class Base:
     stop_ids: tuple[int, ...] = ()  # every id that ends an answer
     rules: GenerationRules = GenerationRules()  # on the tokens of answers, by its generation settings
 
+    def __repr__(self) -> str:
+        kind, dtype = self.model.config.model_type, str(self.dtype).removeprefix("torch.")
+        size = f"{self.num_parameters:,} parameters, {dtype} on {self.device}, {self.max_length:,} positions"
+        return f"Base({self.name!r}, {kind}, {size})"
+
     @property
     def device(self) -> torch.device:
         """Where token ids and prompts meet. Of a base that is spread over devices, the input embeddings'."""

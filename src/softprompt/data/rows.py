@@ -14,12 +14,14 @@ from softprompt.data.messages import Message, is_learned, read_messages
 from softprompt.data.template import fill_template, template_fields
 from softprompt.errors import DataError, shortened
 from softprompt.turns import breathe
-from softprompt.types import InputForm
+from softprompt.types import InputForm, brief_repr
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """Rows of one source with the form that turns them into text."""
+
+    __repr__ = brief_repr
 
     records: tuple[Mapping[str, Any], ...]  # Any: a cell may hold whatever the file held, until it is asked for
     indices: tuple[int, ...]  # zero-based index in the source, one per record

@@ -18,7 +18,7 @@ from softprompt.data.labels import with_labels
 from softprompt.data.read import read_all_rows, row_order
 from softprompt.data.rows import Rows, rows_hash, write_row
 from softprompt.errors import ConfigError, DataError
-from softprompt.types import InputForm
+from softprompt.types import InputForm, brief_repr
 
 DEFAULT_TEST_ROWS = 200
 
@@ -26,6 +26,8 @@ DEFAULT_TEST_ROWS = 200
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """The rows of one run. Validation and test carry the training rows' form, labels included."""
+
+    __repr__ = brief_repr
 
     train: Rows
     validation: Rows | None  # chooses the checkpoint

@@ -7,6 +7,7 @@ from typing import Literal
 
 from softprompt.config import SamplingConfig
 from softprompt.prompt import SoftPrompt
+from softprompt.types import brief_repr
 
 FinishReason = Literal["stop", "length"]
 AbortReason = Literal["asked", "deadline"]
@@ -15,6 +16,8 @@ AbortReason = Literal["asked", "deadline"]
 @dataclass(frozen=True)
 class Request:
     """One generation asked for: the text's token ids (BOS included) and the soft prompt to put before them."""
+
+    __repr__ = brief_repr
 
     ids: tuple[int, ...]
     prompt: SoftPrompt | None = None
@@ -42,12 +45,17 @@ class TokenLogProb:
 class Answer:
     """What came out. `log_probs` are nats under the raw distribution, before penalties and temperature."""
 
+    __repr__ = brief_repr
+
     ids: tuple[int, ...]  # without the token that ended it
     text: str
     finish_reason: FinishReason
     log_probs: tuple[float, ...] = ()  # one per id, where they were asked for
     stopped_by: str | int | None = None  # the stop string or token id that ended it
     end_log_prob: TokenLogProb | None = None  # of that token, where log-probabilities were asked for
+
+    def __str__(self) -> str:
+        return self.text
 
     @property
     def num_generated(self) -> int:
@@ -58,6 +66,8 @@ class Answer:
 @dataclass(frozen=True)
 class Tokens:
     """New tokens of one choice, with the text that can be printed now: no half character, no begun stop string."""
+
+    __repr__ = brief_repr
 
     request: int
     choice: int
@@ -82,6 +92,8 @@ class Tokens:
 class TextRead:
     """The text has been read whose log-probabilities were asked for. It comes once, before the request's tokens."""
 
+    __repr__ = brief_repr
+
     request: int
     log_probs: tuple[TokenLogProb | None, ...]  # one per id; None for a first one that nothing stands before
 
@@ -89,6 +101,8 @@ class TextRead:
 @dataclass(frozen=True)
 class Finished:
     """The end of a request that was answered."""
+
+    __repr__ = brief_repr
 
     request: int
     answers: tuple[Answer, ...]  # one per choice

@@ -20,7 +20,7 @@ from softprompt.evaluation.task_scores import ScoreConfig, TaskScore, check_scor
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
 from softprompt.training import peak_bytes
-from softprompt.types import InputForm, finite
+from softprompt.types import InputForm, brief_repr, finite
 
 BARE = "base"  # what the bare base is called beside prompts
 
@@ -31,6 +31,8 @@ Input = str | Mapping[str, str]
 class Answered:
     """One input's answers. `answers` maps a prompt's name, or None for the bare base, to text."""
 
+    __repr__ = brief_repr
+
     input: str
     answers: Mapping[str | None, str]
 
@@ -38,6 +40,8 @@ class Answered:
 @dataclass(frozen=True)
 class Comparison:
     """What `compare` found. All prompts ran on one copy of the base."""
+
+    __repr__ = brief_repr
 
     base_name: str
     prompts: Mapping[str, int]  # name -> virtual tokens

@@ -28,6 +28,11 @@ class SoftPrompt:
         value = self.tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
         object.__setattr__(self, "tensor", value)
 
+    def __repr__(self) -> str:
+        base = f", base {self.record.base_name!r}" if self.record.base_name is not None else ""
+        size = f"{self.num_virtual_tokens} virtual tokens x {self.hidden_size}"
+        return f"SoftPrompt({size}, {self.record.form.kind}{base}, hash {self.content_hash[:8]})"
+
     @property
     def num_virtual_tokens(self) -> int:
         return self.tensor.shape[0]

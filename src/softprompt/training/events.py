@@ -8,6 +8,7 @@ from typing import Any
 
 from softprompt.prompt import SoftPrompt
 from softprompt.training.state import RunState
+from softprompt.types import brief_repr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class StepDone:
 class Checkpoint:
     """A prompt after an epoch or a validation."""
 
+    __repr__ = brief_repr
+
     step: int
     prompt: SoftPrompt
     validation_loss: float | None  # nats per text token; None without validation rows
@@ -67,6 +70,8 @@ class Dropped:
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
     """All that a run needs to go on from here as if it had never stopped."""
+
+    __repr__ = brief_repr
 
     step: int
     state: RunState

@@ -16,7 +16,7 @@ from softprompt.data.batches import plan_epoch
 from softprompt.families import Forward
 from softprompt.splice import can_share_prefix
 from softprompt.turns import breathe
-from softprompt.types import ExampleSet
+from softprompt.types import ExampleSet, brief_repr
 
 _VERSIONS_OF = ("softprompt", "torch", "transformers")
 
@@ -24,6 +24,8 @@ _VERSIONS_OF = ("softprompt", "torch", "transformers")
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A training run with nothing left to decide."""
+
+    __repr__ = brief_repr
 
     config: TrainConfig
     learning_rate: float  # absolute, at the top of its schedule

@@ -26,7 +26,7 @@ from softprompt.training.ranks import Alone, Ranks, least, most_shared
 from softprompt.training.state import RunState
 from softprompt.training.step import accumulate_gradient
 from softprompt.training.trial import Score, Trial, training_row
-from softprompt.types import Example, ExampleSet, InputForm, PromptRecord
+from softprompt.types import Example, ExampleSet, InputForm, PromptRecord, brief_repr
 
 _ARRANGED_SHARE = 0.25  # of the free memory, at most
 _TOKENS_WORTH_ARRANGING = 20_000  # arranging takes as long as some 2,000 tokens, and saves a tenth of each
@@ -40,6 +40,8 @@ Data = ExampleSet | Rows | Iterable[Any]
 class Candidate:
     """One prompt to train: its rows, settings and start. Candidates of one `group` are rivals on one validation set."""
 
+    __repr__ = brief_repr
+
     data: Data
     config: TrainConfig
     name: str | None = None
@@ -52,6 +54,8 @@ class Candidate:
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A run before its first step, or before the first after it is resumed."""
+
+    __repr__ = brief_repr
 
     loop: TrainingLoop
     data: tuple[ExampleSet, ...]  # of each candidate, as `loop.trials`

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.errors import StorageError
+from softprompt.types import brief_repr
 
 STATE_VERSION = 1
 
@@ -19,6 +20,8 @@ STATE_VERSION = 1
 @dataclass(frozen=True)
 class RunState:
     """`facts` is JSON; `tensors` are on the CPU in the dtype that they are trained in."""
+
+    __repr__ = brief_repr
 
     step: int
     identity: str  # of plan, data and base: a state belongs to one run

@@ -18,6 +18,7 @@ from softprompt.training.prepare import Candidate, Data, Prepared, prepare
 from softprompt.training.ranks import Ranks
 from softprompt.training.state import RunState
 from softprompt.training.trial import Score, Trial
+from softprompt.types import brief_repr
 
 Sink = Callable[[Event], None]
 
@@ -25,6 +26,8 @@ Sink = Callable[[Event], None]
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """A finished (or interrupted) run of one prompt."""
+
+    __repr__ = brief_repr
 
     prompt: SoftPrompt  # the best by validation; without validation, the last
     plan: Plan
