@@ -2,12 +2,12 @@
 
 import openai
 import pytest
-from hub_double import hub_double
+from hub_double import TOKEN, hub_double
 from prompt_server import as_upload, made_prompt, prompt_server, streamed, upload
 from tiny_bases import random_ids
 
 from softprompt.config import EngineConfig
-from softprompt.storage import save_prompt
+from softprompt.storage import pull_prompt, save_prompt
 from softprompt.storage.adapter import adapter_to_bytes
 
 IDS = random_ids(5)
@@ -133,6 +133,39 @@ def test_a_prompt_comes_from_the_hub(ann, tiny_llama, monkeypatch, tmp_path):
         for repository in ("me/nothing", "me/pickle", "../../x", "https://example.org/x"):
             told(ann.post("/v1/prompts", json={"name": "x", "hub": repository}), 400)
     assert "x" not in names(ann)
+
+
+def test_only_an_admin_has_what_the_operators_token_reads(ann, admin, tiny_llama, monkeypatch, tmp_path):
+    """Any key once pulled the operator's private repositories; with the token gone, they still came from the cache."""
+    with hub_double(tmp_path, monkeypatch) as hub:
+        hub.files["me/secret", "main"] = adapter_to_bytes(made_prompt(tiny_llama, 20))
+        hub.files["me/open", "main"] = adapter_to_bytes(made_prompt(tiny_llama, 21))
+        hub.private.add("me/secret")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        commit = hub.commit_of("me/secret", "main")
+
+        def pulled(client, repository, revision="main"):
+            wanted = {"name": "pulled", "hub": repository, "revision": revision, "overwrite": True}
+            return client.post("/v1/prompts", json=wanted)
+
+        assert "asked without a token" in told(pulled(ann, "me/secret"), 400)
+        assert pulled(admin, "me/secret").status_code == 200  # the control; it is in the machine's cache now
+        cached = sorted((tmp_path / "cache").rglob("*"))
+        for revision in ("main", commit):
+            assert "no repository me/secret" in told(pulled(ann, "me/secret", revision), 400)
+        assert pulled(ann, "me/open").status_code == 200
+        assert sorted((tmp_path / "cache").rglob("*")) == cached  # nobody else's pull is seen by how soon it comes
+        admin.delete("/v1/prompts/pulled")
+
+
+def test_an_offline_servers_cache_of_the_hub_is_for_admins(tiny_llama, monkeypatch, tmp_path):
+    with hub_double(tmp_path, monkeypatch) as hub, prompt_server(tiny_llama, tmp_path / "state", offline=True) as room:
+        hub.files["me/open", "main"] = adapter_to_bytes(made_prompt(tiny_llama, 21))
+        pull_prompt("me/open", tmp_path / "before")
+        wanted = {"name": "pulled", "hub": "me/open"}
+        with room.client("ann") as ann, room.client("admin") as admin:
+            assert "only an admin's key" in told(ann.post("/v1/prompts", json=wanted), 403)
+            assert admin.post("/v1/prompts", json=wanted).status_code == 200
 
 
 def test_renamed_pinned_and_shared(ann, bob, admin, room, tiny_llama):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from softprompt.errors import StorageError
+from softprompt.errors import ConfigError, StorageError
 from softprompt.storage.adapter import check_free, parse_adapter, read_adapter
 from softprompt.storage.atomic import write_folder
 from softprompt.storage.files import (
@@ -79,6 +80,7 @@ def pull_prompt(
     *,
     revision: str | None = None,
     token: str | None = None,
+    anonymous: bool = False,
     offline: bool = False,
     overwrite: bool = False,
     base: Base | None = None,
@@ -87,15 +89,29 @@ def pull_prompt(
     """Download an adapter to `folder` as it is on the Hub, checked as `load_prompt` checks; gives back the folder.
 
     Only an adapter's own files are fetched, safetensors where both kinds are there, and none over its size limit.
-    `offline` takes what an earlier pull left in the cache. For a library, give `library.place(name)` as the folder.
+    `offline` takes what an earlier pull left in the cache. `anonymous` sends no token, not even the one that this
+    machine keeps, and neither reads nor fills the cache, where private repositories may lie.
+    For a library, give `library.place(name)` as the folder.
     Tested against an HTTP double only, never against the real Hub.
 
-    Raises: StorageError for what the Hub refuses, AdapterError and WrongBaseError as `load_prompt`, ExistsError.
+    Raises: StorageError for what the Hub refuses, AdapterError and WrongBaseError as `load_prompt`, ExistsError;
+    ConfigError where anonymous and offline, or a token, are asked for at once.
     """
+    if anonymous and (offline or token is not None):
+        raise ConfigError(f"anonymous excludes {'offline' if offline else 'a token'}; give one of them")
     place = Path(folder)
     check_free(place, overwrite=overwrite)
-    with _hub_errors(repo_id):
-        snapshot = _cached(repo_id, revision) if offline else _download(repo_id, revision, token)
+    with ExitStack() as stack:
+        cache = stack.enter_context(TemporaryDirectory(prefix="softprompt-hub-")) if anonymous else None
+        with _hub_errors(repo_id):
+            snapshot = _cached(repo_id, revision) if offline else _download(repo_id, revision, token, cache)
+        files = _read(snapshot, repo_id, base, force)
+    write_folder(place, files, replace=overwrite)
+    return place
+
+
+def _read(snapshot: Path, repo_id: str, base: Base | None, force: bool) -> dict[str, bytes]:
+    """An adapter's files, checked."""
     where = f"{repo_id} on the Hub"
     adapter = read_adapter(snapshot, where=where, follow_links=True)  # the cache itself is made of links
     parse_adapter(adapter, base, force=force)
@@ -106,8 +122,7 @@ def pull_prompt(
         CARD_NAME: card,
         CONFIG_NAME: adapter.config,
     }
-    write_folder(place, {name: data for name, data in found.items() if data is not None}, replace=overwrite)
-    return place
+    return {name: data for name, data in found.items() if data is not None}
 
 
 def _publishable(folder: Path) -> dict[str, bytes]:
@@ -124,11 +139,17 @@ def _publishable(folder: Path) -> dict[str, bytes]:
     return files if card is None else {**files, CARD_NAME: card}
 
 
-def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """Ask for names and sizes first, then fetch exactly that commit's wanted files."""
+def _download(repo_id: str, revision: str | None, token: str | None, own_cache: str | None) -> Path:
+    """Ask for names and sizes first, then fetch exactly that commit's wanted files.
+
+    With a cache of its own no token goes out: the one of this machine would do so by itself.
+    """
     from huggingface_hub import snapshot_download
 
-    listed = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(_MAX_BYTES), dry_run=True)
+    sent = token if own_cache is None else False
+    listed = snapshot_download(
+        repo_id, revision=revision, token=sent, cache_dir=own_cache, allow_patterns=list(_MAX_BYTES), dry_run=True
+    )
     sizes = {item.filename: item.file_size for item in listed}
     wanted = _wanted(set(sizes))
     if SAFETENSORS_NAME not in wanted and PICKLE_NAME not in wanted:
@@ -138,7 +159,8 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
         size = sizes[name]
         if size is not None and size > limit:
             raise StorageError(f"{name} of {repo_id} has {size:,} bytes; the limit is {limit:,}: not fetched")
-    return Path(snapshot_download(repo_id, revision=listed[0].commit_hash, token=token, allow_patterns=wanted))
+    commit = listed[0].commit_hash
+    return Path(snapshot_download(repo_id, revision=commit, token=sent, cache_dir=own_cache, allow_patterns=wanted))
 
 
 def _cached(repo_id: str, revision: str | None) -> Path:

@@ -66,20 +66,28 @@ def read_upload(files: Mapping[str, bytes], base: Base) -> SoftPrompt:
     return _read(adapter, base)
 
 
-def pull(repository: str, revision: str | None, base: Base, *, offline: bool) -> SoftPrompt:
+def pull(
+    repository: str, revision: str | None, base: Base, *, offline: bool = False, anonymous: bool = False
+) -> SoftPrompt:
     """The soft prompt of a repository on the Hub; `offline` takes what an earlier pull has left on this machine.
 
-    Raises: AdapterError, WrongBaseError; ApiError for what the Hub refuses.
+    `anonymous`: without the operator's token and cache. Raises: AdapterError, WrongBaseError; ApiError for what the
+    Hub refuses, and 403 where an anonymous pull would need the cache.
     """
+    if anonymous and offline:
+        raise ApiError(403, "this server asks nothing of the Hub (--offline), and only an admin's key may have what it "
+                            "keeps of it; upload the files", param="hub")  # fmt: skip
     if not _REPOSITORY.fullmatch(repository):
         raise ConfigError(f"{repository[:200]!r} is not a repository's name; write it as owner/name")
     with tempfile.TemporaryDirectory(prefix="softprompt-hub-") as scratch:
         try:
-            folder = pull_prompt(repository, Path(scratch) / "adapter", revision=revision, offline=offline)
+            place = Path(scratch) / "adapter"
+            folder = pull_prompt(repository, place, revision=revision, offline=offline, anonymous=anonymous)
         except AdapterError:
             raise
         except StorageError as error:
-            raise ApiError(400, str(error), "hub_error", "hub") from error
+            asked = "; it was asked without a token, as for every key that is not an admin's" if anonymous else ""
+            raise ApiError(400, f"{error}{asked}", "hub_error", "hub") from error
         files = read_adapter(folder, where=repository)
     if files.weights_name == PICKLE_NAME:
         raise AdapterError(f"{repository} holds a pickle ({PICKLE_NAME}); ask its author for {SAFETENSORS_NAME}")
@@ -105,9 +113,9 @@ class Hub:
         self._offline = offline
         self._limit = CapacityLimiter(_PULLS)  # threads of its own: a slow Hub must not hold up everybody's disk
 
-    async def pull(self, repository: str, revision: str | None) -> SoftPrompt:
-        """See `pull`."""
-        work = partial(pull, repository, revision, self._base, offline=self._offline)
+    async def pull(self, repository: str, revision: str | None, *, is_admin: bool) -> SoftPrompt:
+        """See `pull`. Only an admin has what the operator's token reads, or has read."""
+        work = partial(pull, repository, revision, self._base, offline=self._offline, anonymous=not is_admin)
         return await to_thread.run_sync(work, limiter=self._limit)
 
 

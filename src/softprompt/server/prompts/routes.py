@@ -119,7 +119,7 @@ async def add_prompt(
         wanted = await read_json(request, _PROMPT_IN, config.max_body_bytes)
         source = "hub" if wanted.folder is None else "folder"
         _check_wanted(wanted, source, client, catalogue)
-        prompt = await _fetched(wanted, hub, base)
+        prompt = await _fetched(wanted, hub, base, client)
     keep = partial(catalogue.keep, prompt, name=wanted.name, owner=client.id, source=source)
     model = await asyncio.to_thread(keep, is_shared=wanted.shared, overwrite=wanted.overwrite)
     await pins.follow()
@@ -174,11 +174,11 @@ async def delete_model(model: PromptName, client: TheClient, catalogue: TheCatal
 router.include_router(alias_routes.router)
 
 
-async def _fetched(wanted: PromptIn, hub: Hub, base: Base) -> SoftPrompt:
+async def _fetched(wanted: PromptIn, hub: Hub, base: Base, client: Client) -> SoftPrompt:
     if wanted.folder is not None:
         return await asyncio.to_thread(read_folder, Path(wanted.folder), base)
     assert wanted.hub is not None
-    return await hub.pull(wanted.hub, wanted.revision)
+    return await hub.pull(wanted.hub, wanted.revision, is_admin=client.is_admin)
 
 
 def _check_wanted(wanted: PromptIn | FromUpload, source: str, client: Client, catalogue: Catalogue) -> None:
