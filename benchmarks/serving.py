@@ -4,10 +4,12 @@
     python benchmarks/serving.py --model build/bloom --cases job,cost --rounds 3
     python benchmarks/serving.py --quick                             # the embedded base, only to see that all runs
     python benchmarks/serving.py --model build/bloom --cases soak --minutes 30
+    python benchmarks/serving.py --model embedded --dtype float32 --cases soak --minutes 10 --prefix-bytes 8388608
 
 Cases: `cost` (the server's own processor time per token beside the bare engine's, 16 streams), `streams` (closed loops
 of 1 to 128 streams), `open` (Poisson arrivals at shares of the capacity), `idle` (1,000 open connections that say
-nothing), `job` (a fine-tuning job beside 8 streams), `soak`. 12 tokens of text, 50 of answer, every stream its own soft
+nothing), `job` (a fine-tuning job beside 8 streams), `soak` (with `--prefix-bytes`: no jobs, and texts that share
+beginnings, more of them than fit, under a few salts). 12 tokens of text, 50 of answer, every stream its own soft
 prompt (P = 4), greedy, streamed. The load runs in a process of its own, on the same cores; its processor time is
 reported. Prints Markdown tables; the last line is JSON, which `--out` keeps.
 """
@@ -43,6 +45,7 @@ TEXT_TOKENS, NEW_TOKENS, VIRTUAL_TOKENS, NUM_PROMPTS = 12, 50, 4, 128
 STREAMS = (1, 2, 4, 8, 16, 32, 64, 128)
 LOADS = (0.5, 0.8, 0.95)  # of the closed loop's requests per second at 32 streams
 COST_STREAMS, JOB_STREAMS, NUM_IDLE = 16, 8, 1_000
+BEGINNINGS = {"beginnings": 200, "beginning_tokens": 64, "salts": 4}  # of the soak's texts, with --prefix-bytes
 
 
 @dataclass
@@ -245,17 +248,21 @@ def training_speed(server: Server, seconds: float) -> float:
 
 def run_soak(flags: argparse.Namespace, folder: Path) -> Request:
     """Streams, jobs and nothing else for `minutes`; resident bytes every tenth of them."""
-    sizes, loads = [], []
-    with serving(flags, folder) as server:
+    sizes, loads, has_prefixes = [], [], flags.prefix_bytes is not None
+    more = ("--prefix-bytes", str(flags.prefix_bytes)) if has_prefixes else ()
+    with serving(flags, folder, *more) as server:
         for number in range(10):
-            job = start_job(server) if number % 3 == 0 else None
-            loads.append(run_load(flags, server, streams=JOB_STREAMS, seconds=flags.minutes * 6, seed=number))
+            job = start_job(server) if number % 3 == 0 and not has_prefixes else None
+            settings = {"streams": JOB_STREAMS, "seconds": flags.minutes * 6, "seed": number}
+            loads.append(run_load(flags, server, **settings, **(BEGINNINGS if has_prefixes else {})))
             if job is not None:
                 server.post(f"/v1/fine_tuning/jobs/{job}/cancel", {})
             time.sleep(2)
             sizes.append(server.process.memory_info().rss)
+        cache = {name: int(server.metric(f"softprompt:prefix_cache_{name}")) for name in
+                 ("bytes", "entries", "queries_total", "hits_total")}  # fmt: skip
     return {"resident_bytes": sizes, "requests": sum(each["requests"] for each in loads),
-            "tokens": sum(each["tokens"] for each in loads)}  # fmt: skip
+            "tokens": sum(each["tokens"] for each in loads), "prefix_cache": cache}  # fmt: skip
 
 
 def peak_bytes(process: int) -> int:
@@ -369,7 +376,12 @@ def tables(report: Request) -> Iterator[str]:
         )
     if found := report.get("soak"):
         sizes = ", ".join(f"{size / 2**20:,.0f}" for size in found["resident_bytes"])
-        yield f"{found['requests']:,} requests, {found['tokens']:,} tokens; resident MiB: {sizes}\n"
+        cache = found["prefix_cache"]
+        yield (
+            f"{found['requests']:,} requests, {found['tokens']:,} tokens; resident MiB: {sizes}; beginnings held: "
+            f"{cache['entries']:,} in {cache['bytes'] / 2**20:.1f} MiB, {cache['hits_total']:,} hits in "
+            f"{cache['queries_total']:,} looks\n"
+        )
 
 
 def _loads(name: str, loads: Request) -> Iterator[str]:
@@ -393,6 +405,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0, help="of one load")
     parser.add_argument("--minutes", type=float, default=30.0, help="of the soak")
+    parser.add_argument("--prefix-bytes", type=int, help="of the soak's server; see above")
     parser.add_argument("--streams", default=",".join(map(str, STREAMS)))
     parser.add_argument("--quick", action="store_true", help="the embedded base, two seconds a load")
     parser.add_argument("--out", type=Path)

@@ -81,9 +81,18 @@ class Stream:
 def body_of(request: Request, chance: random.Random, model: str) -> Request:
     ids = [chance.randrange(3, request["vocab"]) for _ in range(request["text_tokens"])]
     return {
-        "model": model, "prompt": ids, "max_tokens": request["new_tokens"], "temperature": 0, "ignore_eos": True,
-        "stream": True, "stream_options": {"include_usage": True},
+        "model": model, "prompt": _beginning(request, chance) + ids, "max_tokens": request["new_tokens"],
+        "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+        **({"cache_salt": f"salt {chance.randrange(request['salts'])}"} if "salts" in request else {}),
     }  # fmt: skip
+
+
+def _beginning(request: Request, chance: random.Random) -> list[int]:
+    """One of those that the texts share, where they share some."""
+    if "beginnings" not in request:
+        return []
+    own = random.Random(chance.randrange(request["beginnings"]))
+    return [own.randrange(3, request["vocab"]) for _ in range(request["beginning_tokens"])]
 
 
 async def closed_loop(request: Request, told: Told) -> None:
