@@ -256,6 +256,9 @@ class ServerConfig:
         "share alone.",
     )
     max_jobs: int = option(100, "Fine-tuning jobs of one client that may wait or run.")
+    max_prompts: int = option(1_000, "Prompts that a key may keep, and as many aliases; a key may have its own limit.")
+    max_files: int = option(1_000, "Files that a key may keep; likewise. Neither limit is for admins' keys.")
+    max_stored_bytes: int = option(8 * 2**30, "Bytes of a key's files and prompts together; likewise.")
     requests_per_minute: int | None = option(None, "Requests of one client per minute; a key may have its own limit.")
     tokens_per_minute: int | None = option(None, "Tokens of one client per minute, read and written; likewise.")
     max_concurrent: int | None = option(None, "Generations of one client that wait or run at once; likewise.")
@@ -277,8 +280,8 @@ class ServerConfig:
         for name in ("training_latency_ms", "request_timeout_s", "client_timeout_s"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, value, "above 0, and finite")
-        for name in ("max_jobs", "requests_per_minute", "tokens_per_minute", "max_concurrent", "max_body_bytes",
-                     "max_upload_bytes"):  # fmt: skip
+        for name in ("max_jobs", "max_prompts", "max_files", "max_stored_bytes", "requests_per_minute",
+                     "tokens_per_minute", "max_concurrent", "max_body_bytes", "max_upload_bytes"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         require(0 <= self.drain_s < math.inf, "drain_s", self.drain_s, "0 or more, and finite")

@@ -111,4 +111,9 @@ def shortened(value: object, limit: int = 60) -> str:
         shown = repr(value)
     except ValueError:  # a whole number of very many digits
         return "a number of very many digits"
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+    return truncated(shown, limit)
+
+
+def truncated(text: str, limit: int) -> str:
+    """Words of others in a message: what is longer than `limit` characters ends in "..."."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -23,6 +23,7 @@ from softprompt.errors import ConfigError, UnknownSettingError, shortened
 
 ConfigT = TypeVar("ConfigT")
 
+_LONGEST_NAME = 200  # characters of a name that may be one of ours, mistyped: finding the nearest takes time
 _TYPE_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 _LARGEST_WHOLE = 2**63  # what torch, SQLite and JSON's readers take
 _TYPED_ESCAPE = re.compile(r"\\(\\?)([nt])")
@@ -105,7 +106,7 @@ def check_settings(kind: type[Any], names: Iterable[str]) -> None:
 def nearest(wanted: object, known: Iterable[object]) -> str | None:
     """The one of the known names that was probably meant."""
     names = [str(name) for name in known]
-    if not isinstance(wanted, str) or not wanted.strip():
+    if not isinstance(wanted, str) or not wanted.strip() or len(wanted) > _LONGEST_NAME:
         return None
     lowered = wanted.strip().lower()
     close = difflib.get_close_matches(lowered, [name.lower() for name in names], n=1)

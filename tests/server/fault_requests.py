@@ -48,7 +48,8 @@ KINDS = (
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "get", "X" * 40)
 SOUND: Mapping[str, Mapping[str, Any]] = {
     "/v1/completions": {"model": "base", "prompt": "w3", "max_tokens": 2, "n": 1, "stop": ["w5"], "logprobs": 1,
-                        "temperature": 1, "seed": 1, "logit_bias": {"5": 1}, "stream": False, "echo": False},
+                        "temperature": 1, "seed": 1, "logit_bias": {"5": 1}, "stream": False, "echo": False,
+                        "cache_salt": "s"},
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "w3"}], "max_tokens": 2,
                              "response_format": {"type": "text"}, "logprobs": True, "top_logprobs": 1},
     "/v1/fine_tuning/jobs": {"model": "base", "training_file": "file-" + "0" * 32, "suffix": "x", "seed": 1,

@@ -18,6 +18,7 @@ from prompt_server import as_upload, made_prompt
 from softprompt.base import load_base
 
 MOST_MIB = 30.0
+MOST_CHARACTERS = 2_000  # of a message, whatever it echoes
 NOT_SERVED = (501, 503, 507)  # the only ones of the server's own that may be told
 ENVELOPE = {"message", "type", "param", "code"}
 
@@ -65,7 +66,9 @@ def check(request: Bad, answer: bytes, state: Path) -> int:
     status = int(head.split()[1])
     assert status < 500 or status in NOT_SERVED, shown
     if status >= 400 and b"application/json" in head and not request.data.startswith(b"HEAD"):
-        assert set(json.loads(body)["error"]) == ENVELOPE, shown
+        told = json.loads(body)["error"]
+        assert set(told) == ENVELOPE and len(told["message"]) <= MOST_CHARACTERS, shown
+        assert told["param"] is None or len(told["param"]) <= 100, shown
     return status
 
 

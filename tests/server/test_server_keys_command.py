@@ -22,7 +22,7 @@ def keys(state: Path, *arguments: str) -> Result:
 
 
 def test_a_key_is_made_listed_and_revoked(tmp_path: Path) -> None:
-    made = keys(tmp_path, "create", "alice", "--max-jobs", "3", "--tokens-per-minute", "1000")
+    made = keys(tmp_path, "create", "alice", "--max-jobs", "3", "--tokens-per-minute", "1000", "--max-files", "9")
     assert re.fullmatch(r"sp-[A-Za-z0-9_-]{43}\n", made.stdout)
     assert keys(tmp_path, "create", "root", "--admin").exit_code == 0
     alice, root = json.loads(keys(tmp_path, "list", "--json").stdout)
@@ -32,6 +32,9 @@ def test_a_key_is_made_listed_and_revoked(tmp_path: Path) -> None:
         "tokens_per_minute": 1000,
         "max_concurrent": None,
         "max_jobs": 3,
+        "max_prompts": None,
+        "max_files": 9,
+        "max_stored_bytes": None,
     }
     assert root["is_admin"]
     shown = keys(tmp_path, "list").stdout

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 from inference_runs import Place, place_of
+from job_server import LONG as LONG_JOB
+from job_server import ask, plain_rows, until, upload
+from served import served
 from tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.server.clients.keys import create_key, revoke_key
+from softprompt.server.jobs import jobs as queue
 from softprompt.server.start import serving_app
 from softprompt.server.state.database import Database
+from softprompt.server.state.schema import JobRow
 
 LONG = 60_000  # tokens: some minutes
 
@@ -90,3 +96,25 @@ def test_answers_on_a_revoked_key_end_and_those_on_others_go_on(place: Place, da
     revoke_key(database, other.id)
     others[1].join(5)
     place.until_idle()
+
+
+def test_jobs_of_a_revoked_key_are_cancelled_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They once trained on, one after the other, and nobody could see or cancel them."""
+    monkeypatch.setattr(queue, "_LOOK_AGAIN_S", 0.3)
+    database = Database.in_folder(tmp_path)
+    (key, secret), (_, other) = create_key(database, "ann"), create_key(database, "bob")
+    with served(serving_app(build_base(), ServerConfig(state=str(tmp_path), require_keys=True))) as url:
+        ann, bob = (openai.OpenAI(base_url=f"{url}/v1", api_key=each, max_retries=0) for each in (secret, other))
+        file = upload(ann, plain_rows())
+        jobs = [ask(ann, file, {**LONG_JOB, "epochs": 1000}).id for _ in range(3)]
+        paused = ann.fine_tuning.jobs.pause(jobs.pop()).id
+        until(lambda: ann.fine_tuning.jobs.retrieve(jobs[0]).status == "running")
+        mine = ask(bob, upload(bob, plain_rows())).id
+        revoke_key(database, key.id)
+        until(lambda: bob.fine_tuning.jobs.retrieve(mine).status == "succeeded")
+    with database.session() as session:
+        assert {session.get_one(JobRow, each).status for each in (*jobs, paused)} == {"cancelled"}
+    assert not list((tmp_path / "jobs").glob(f"{jobs[0]}/checkpoints"))
+    database.close()

@@ -13,7 +13,9 @@ from fastapi import FastAPI, Query
 from pydantic import BaseModel, Field, model_validator
 from served import served
 
+from softprompt.errors import DataError, truncated
 from softprompt.server.app import create_app
+from softprompt.server.errors import ApiError
 from softprompt.server.malformed import malformed
 
 JSON = {"content-type": "application/json"}
@@ -129,3 +131,13 @@ def test_half_a_character_in_a_place_or_a_reason(tmp_path: Path) -> None:
     told.message.encode()
     assert told.message.endswith("is null; it must be \\ud800")
     assert (told.param or "").encode()
+
+
+def test_no_error_echoes_much_of_what_a_client_has_sent() -> None:
+    """One place cuts for all: a message that echoed a value whole once came back with megabytes."""
+    sent = "x" * 2**20
+    for error in (ApiError(400, f"stop is {sent!r}", None, sent), ApiError.of(DataError(f"{sent} is no label"))):
+        told = error.envelope()["error"]
+        assert len(told["message"]) == 2_000 and told["message"].endswith("...")
+        assert told["param"] is None or len(told["param"]) == 100
+    assert truncated("as it is", 8) == "as it is" and truncated("as it was", 8) == "as it..."

@@ -27,6 +27,9 @@ _LIMITS = {
     "tokens_per_minute": "Tokens per minute, read and written; likewise.",
     "max_concurrent": "Generations that wait or run at once; likewise.",
     "max_jobs": "Fine-tuning jobs that wait or run; likewise.",
+    "max_prompts": "Prompts that are kept, and as many aliases; likewise, and by default no limit with --admin.",
+    "max_files": "Files that are kept; likewise.",
+    "max_stored_bytes": "Bytes of files and prompts together; likewise.",
 }
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

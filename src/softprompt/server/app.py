@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from softprompt.errors import DatabaseError, SoftpromptError
+from softprompt.errors import DatabaseError, SoftpromptError, truncated
 from softprompt.server.errors import ApiError
 from softprompt.server.malformed import malformed, sayable
 from softprompt.server.parts import give_parts
@@ -94,7 +94,7 @@ async def _tell_malformed(request: Request, error: Exception) -> JSONResponse:
 
 async def _tell_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    path = request.url.path[:_LONGEST_PATH]
+    path = truncated(request.url.path, _LONGEST_PATH)
     answer = _answer(ApiError(error.status_code, f"{request.method} {path}: {error.detail}"))
     if error.status_code == 405:
         answer.headers["Allow"] = ", ".join(sorted(_methods(request)))

@@ -25,9 +25,10 @@ class ApiError(Exception):
         return _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def envelope(self) -> dict[str, Any]:
-        """The answer's body."""
-        body = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": body}
+        """The answer's body. Whatever a message echoes, no client gets a long one back."""
+        param = None if self.param is None else errors.truncated(self.param, _LONGEST_PARAM)
+        message = errors.truncated(self.message, _LONGEST_MESSAGE)
+        return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
     @classmethod
     def of(cls, error: errors.SoftpromptError) -> ApiError:
@@ -42,6 +43,7 @@ class ApiError(Exception):
         return cls(500, "the server has failed; its log says why")
 
 
+_LONGEST_MESSAGE, _LONGEST_PARAM = 2_000, 100  # characters
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _KINDS = {
     401: "authentication_error",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from softprompt.errors import truncated
 from softprompt.server.errors import ApiError
 
 _PLACES = ("body", "query", "path", "header", "cookie")  # FastAPI's first word of where
@@ -22,7 +23,7 @@ def malformed(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     where = ".".join(places[1:] if places[:1] and places[0] in _PLACES else places)
     if first["type"] == "json_invalid":
         return _not_json(first)
-    shown = sayable(_shortened(where, _LONGEST_PLACE))
+    shown = sayable(truncated(where, _LONGEST_PLACE))
     return ApiError(400, sayable(_sentence(first, shown)), "invalid_value", shown or None)
 
 
@@ -40,7 +41,7 @@ def _sentence(problem: Mapping[str, Any], where: str) -> str:
     if kind == "extra_forbidden":
         return f"there is no field {where!r} here; leave it out"
     told = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    why = _shortened(_SUBJECT.sub("it must ", told).replace(" after validation", ""), _LONGEST_WHY)
+    why = truncated(_SUBJECT.sub("it must ", told).replace(" after validation", ""), _LONGEST_WHY)
     why = f"it {why}" if why.startswith(_DEMANDS) else why
     if kind in ("value_error", "assertion_error"):
         return f"{subject}: {why}"
@@ -49,7 +50,7 @@ def _sentence(problem: Mapping[str, Any], where: str) -> str:
 
 def _not_json(problem: Mapping[str, Any]) -> ApiError:
     context = problem.get("ctx") or {}
-    why = _shortened(str(context.get("error", problem["msg"])), _LONGEST_WHY)
+    why = truncated(str(context.get("error", problem["msg"])), _LONGEST_WHY)
     at = next((f" at character {part}" for part in problem["loc"] if isinstance(part, int)), "")
     return ApiError(400, sayable(f"the body is not JSON: {why}{at}; send a JSON object"), "invalid_json")
 
@@ -65,7 +66,3 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 4 * _LONGEST_VALUE:  # Python refuses to print very long ones
         return "a very large number"
     return json.dumps(value) if value is None or isinstance(value, bool | int | float) else f"a {type(value).__name__}"
-
-
-def _shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -15,7 +15,8 @@ _EXAMPLE: JsonDict = {"error": {"message": "there is no model 'quots'; did you m
 _MEANINGS = {
     400: "Something in the request cannot be meant; the message says what.",
     401: "No API key, or one that is wrong or revoked.",
-    403: "The key may not do this; another page's `Origin`, or a foreign `Host`, where no keys are asked for.",
+    403: "The key may not do this, or keeps as much as it may; another page's `Origin`, or a foreign `Host`, where no "
+    "keys are asked for.",
     404: "There is none, or none that the key may know of.",
     408: "The answer took longer than the server allows, or the body came too slowly.",
     409: "It cannot be done as things stand: the name is taken, or another thing needs it.",

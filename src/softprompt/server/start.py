@@ -17,6 +17,7 @@ from softprompt.engine import AsyncEngine, Engine
 from softprompt.server.app import create_app
 from softprompt.server.clients.guard import guard, keys_and_limits
 from softprompt.server.clients.listening import check_listening
+from softprompt.server.clients.quotas import Quotas
 from softprompt.server.inference.reading import Readers
 from softprompt.server.inference.routes import router as inference_router
 from softprompt.server.inference.token_text import TokenTexts
@@ -58,7 +59,8 @@ def serving_app(
     pins = Pins(engine, catalogue)
     files = Files(database, Path(config.state) / "files", config.max_upload_bytes)
     metrics = Metrics()
-    jobs = Jobs(base, config, database, catalogue, files, turns, metrics.trained)
+    quotas = Quotas.of(config, lambda owner: catalogue.amounts(owner) + files.amounts(owner))
+    jobs = Jobs(base, config, database, catalogue, files, turns, metrics.trained, quotas)
     tracing = Tracing(config.traces)
     ring, limiter, lifecycle = *keys_and_limits(config, database), Lifecycle()
     figures = Figures(engine, database, lambda: Counter(model.source for model in catalogue.everything()))
@@ -81,7 +83,7 @@ def serving_app(
 
     parts = (
         base, config, TokenTexts(base), Readers(base), turns, engine, database, catalogue, library, pins,
-        Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, ring, limiter,
+        Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, ring, limiter, quotas,
     )  # fmt: skip
     app = create_app(parts, ROUTERS, lifespan)
     guard(app)

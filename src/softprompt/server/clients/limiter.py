@@ -76,13 +76,7 @@ class Limiter:
 
     def limits(self, client: Client) -> Limits:
         """What holds for a client, `max_jobs` too."""
-        own, rest = client.limits, self._defaults
-        return Limits(
-            requests_per_minute=_first(own.requests_per_minute, rest.requests_per_minute),
-            tokens_per_minute=_first(own.tokens_per_minute, rest.tokens_per_minute),
-            max_concurrent=_first(own.max_concurrent, rest.max_concurrent),
-            max_jobs=_first(own.max_jobs, rest.max_jobs),
-        )
+        return client.limits.or_else(self._defaults)
 
     def _use(self, client: Client, limits: Limits, now: float) -> _Use:
         use = self._uses.get(client.id)
@@ -141,7 +135,3 @@ def _require_room(num_running: int, wanted: int, most: int) -> None:
     if num_running + wanted > most:
         raise ApiError(429, f"{num_running} answers of this key wait or run, and it may have {most} at once; try again "
                             "when some have ended", "rate_limit_exceeded", retry_after_s=_BUSY_S)  # fmt: skip
-
-
-def _first(own: int | None, default: int | None) -> int | None:
-    return default if own is None else own

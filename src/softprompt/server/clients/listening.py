@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from softprompt.config import ServerConfig
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, shortened
 from softprompt.server.clients.keys import has_keys
 from softprompt.server.errors import ApiError
 from softprompt.server.state.database import Database
@@ -65,11 +65,11 @@ def _refusal(scope: Scope) -> ApiError | None:
     hosts, origins = _headers(scope, b"host"), _headers(scope, b"origin")
     foreign = next((host for host in hosts if not is_loopback(_name(host))), None)
     if foreign is not None:
-        return ApiError(403, f"the Host is {foreign[:80]!r}; without API keys this server answers to loopback "
+        return ApiError(403, f"the Host is {shortened(foreign)}; without API keys this server answers to loopback "
                              "names alone: use 127.0.0.1, or start it with --require-keys", "foreign_host")  # fmt: skip
     other = next((origin for origin in origins if not _is_own(origin, hosts)), None)
     if other is not None:
-        return ApiError(403, f"the Origin is {other[:80]!r}; without API keys this server takes nothing from other "
+        return ApiError(403, f"the Origin is {shortened(other)}; without API keys this server takes nothing from other "
                              "web pages: start it with --require-keys", "foreign_origin")  # fmt: skip
     return None
 

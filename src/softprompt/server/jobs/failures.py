@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from softprompt import errors
 from softprompt.server.errors import ApiError
 
+_LONGEST = 2_000  # characters
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, on a GPU and on a CPU
 _CODES: tuple[tuple[type[Exception], str, str | None], ...] = (
     (errors.DataError, "invalid_file", "training_file"),
@@ -30,6 +31,10 @@ def code_and_param(error: Exception) -> tuple[str, str | None]:
 
 def said(error: Exception, names: Mapping[str, str]) -> str:
     """The sentence for the job's owner. `names` are the server's paths of the files, and what the owner calls them."""
+    return errors.truncated(_sentence(error, names), _LONGEST)
+
+
+def _sentence(error: Exception, names: Mapping[str, str]) -> str:
     if isinstance(error, ApiError):
         return error.message
     if is_of_disk(error):

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-from sqlalchemy import and_, delete, or_, select
+from sqlalchemy import and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from softprompt.errors import StorageError
+from softprompt.errors import StorageError, shortened
 from softprompt.server.clients.client import Client
+from softprompt.server.clients.quotas import Amounts
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files_form import Form
 from softprompt.server.jobs.files_rows import check_rows
@@ -90,6 +91,13 @@ class Files:
                 query = query.where(or_(later[0], and_(time_ == last.created, later[1])))
             found = [self._stored(row) for row in session.scalars(query)]
         return found[:limit], len(found) > limit
+
+    def amounts(self, owner: str) -> Amounts:
+        """What is kept for a client, results of its jobs included."""
+        with self._database.session() as session:
+            query = select(func.count(), func.coalesce(func.sum(FileRow.num_bytes), 0)).where(FileRow.owner == owner)
+            num_files, num_bytes = session.execute(query).one()
+        return Amounts(files=num_files, num_bytes=int(num_bytes))
 
     def new_id(self) -> str:
         """An id that nobody guesses."""
@@ -162,7 +170,7 @@ class Files:
     def _row(self, session: Session, file_id: str, client: Client) -> FileRow:
         row = session.get(FileRow, file_id) if _ID.fullmatch(file_id) else None
         if row is None or row.owner != client.id:
-            raise ApiError(404, f"there is no file {file_id[:80]!r}", "file_not_found", "file_id")
+            raise ApiError(404, f"there is no file {shortened(file_id, 100)}", "file_not_found", "file_id")
         return row
 
     def _place(self, file_id: str) -> Path:
@@ -186,7 +194,7 @@ def _purpose(form: Form) -> str:
         raise ApiError(400, f"{foreign}: files are kept until they are deleted; leave it out", None, "expires_after")
     purpose = form.fields.get("purpose")
     if purpose != PURPOSE:
-        given = "is not given" if purpose is None else f"is {purpose[:80]!r}"
+        given = "is not given" if purpose is None else f"is {shortened(purpose)}"
         raise ApiError(400, f"purpose {given}; it must be {PURPOSE!r}", "invalid_value", "purpose")
     return purpose
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from softprompt.errors import shortened
 from softprompt.server.errors import ApiError
 
 _FILE = b"file"
@@ -35,13 +36,19 @@ class Form:
     sha256: str = ""
 
 
-async def receive_form(content_type: str, body: AsyncIterator[bytes], place: Path, max_bytes: int) -> Form:
-    """A multipart form's fields; its file lies at `place`, synced. Raises ApiError for one that is not whole."""
+async def receive_form(
+    content_type: str, body: AsyncIterator[bytes], place: Path, max_bytes: int,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> Form:  # fmt: skip
+    """A multipart form's fields; its file lies at `place`, synced. Raises ApiError for one that is not whole.
+
+    `on_bytes` hears of the file's bytes as they come, and may refuse them.
+    """
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise ApiError(400, f"the body is {content_type[:80]!r}; send a multipart/form-data form with a file")
+        raise ApiError(400, f"the body is {shortened(content_type)}; send a multipart/form-data form with a file")
     with _told_plainly(), open(place, "xb") as file:
-        receiver = _Receiver(file, max_bytes)
+        receiver = _Receiver(file, max_bytes, on_bytes)
         try:
             await receiver.receive(options[b"boundary"], body)
         except FormParserError as error:
@@ -55,8 +62,9 @@ async def receive_form(content_type: str, body: AsyncIterator[bytes], place: Pat
 class _Receiver:
     """Takes a form apart as it arrives."""
 
-    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
+    def __init__(self, file: BinaryIO, max_bytes: int, on_bytes: Callable[[int], None]) -> None:
         self._file = file
+        self._on_bytes = on_bytes
         self._max_bytes = max_bytes
         self._hash = hashlib.sha256()
         self._form = Form()
@@ -121,11 +129,12 @@ class _Receiver:
             if self._form.num_bytes > self._max_bytes:
                 raise ApiError(413, f"the file is larger than {self._max_bytes:,} bytes, the most that is taken here",
                                "file_too_large", "file")  # fmt: skip
+            self._on_bytes(end - start)
             self._unwritten += data[start:end]
             return
         self._fields[self._name] += data[start:end]
         if len(self._fields[self._name]) > _MAX_FIELD_BYTES:
-            raise ApiError(400, f"field {_text(self._name)[:80]!r} is longer than {_MAX_FIELD_BYTES:,} bytes")
+            raise ApiError(400, f"field {shortened(_text(self._name))} is longer than {_MAX_FIELD_BYTES:,} bytes")
 
     def _end(self) -> None:
         self._is_whole = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, BinaryIO, Literal
 
 import anyio
@@ -12,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from softprompt.server.clients.asking import TheClient
+from softprompt.server.clients.quotas import Amounts, TheQuotas
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import PURPOSE, Files, StoredFile
 from softprompt.server.jobs.files_form import receive_form
@@ -90,15 +92,17 @@ _CONTENT = {"description": "The file.", "content": {"application/jsonl": {
 
 
 @router.post("", summary="Upload a file", openapi_extra={"requestBody": _FORM},
-             responses={200: _UPLOADED, **refusals(408, 413, 507)})  # fmt: skip
-async def upload_file(request: Request, client: TheClient, files: TheFiles) -> FileObject:
+             responses={200: _UPLOADED, **refusals(403, 408, 413, 507)})  # fmt: skip
+async def upload_file(request: Request, client: TheClient, files: TheFiles, quotas: TheQuotas) -> FileObject:
     """Takes a file of rows. They are checked line by line; a refusal names the first broken lines."""
-    file_id = files.new_id()
+    file_id, kind = files.new_id(), request.headers.get("content-type", "")
     place = files.arriving(file_id)
+    room, stored = await anyio.to_thread.run_sync(quotas.reserve, client, Amounts(files=1)), None
     try:
-        form = await receive_form(request.headers.get("content-type", ""), request.stream(), place, files.max_bytes)
+        form = await receive_form(kind, request.stream(), place, files.max_bytes, partial(quotas.grow, room))
         stored = await anyio.to_thread.run_sync(files.add, file_id, form, client, limiter=files.checks)
     finally:
+        quotas.release(room, is_kept=stored is not None)
         place.unlink(missing_ok=True)
     return _object(stored)
 

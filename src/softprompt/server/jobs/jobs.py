@@ -19,8 +19,10 @@ from pathlib import Path
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig, TrainConfig
+from softprompt.errors import shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import Client
+from softprompt.server.clients.quotas import Amounts, Quotas
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
@@ -38,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a job or an event
 _RETRY_AFTER_S = 60.0
-_LOOK_AGAIN_S = 5.0  # where nothing woke the thread
+_LOOK_AGAIN_S = 5.0  # where nothing woke the thread; for revoked keys also while a job runs
 
 
 class Jobs:
@@ -46,7 +48,7 @@ class Jobs:
 
     def __init__(
         self, base: Base, config: ServerConfig, database: Database, catalogue: Catalogue, files: Files, turns: Turns,
-        count_trained: Callable[[int], None] = lambda num_tokens: None,
+        count_trained: Callable[[int], None] = lambda num_tokens: None, quotas: Quotas | None = None,
     ) -> None:  # fmt: skip
         state = Path(config.state)
         self._at = Workplace(
@@ -55,12 +57,14 @@ class Jobs:
             count_trained=count_trained,
         )  # fmt: skip
         self._max_jobs = config.max_jobs
+        self._quotas = quotas
         self._records = self._at.records
         self._gate = threading.Lock()  # of the limits: two requests at once may not both be the last
         self._woken = threading.Event()
         self._is_stopping = False
         self._orders: dict[str, Order] = {}
         self._current: str | None = None
+        self._looked_at = 0.0  # for revoked keys, by the monotonic clock
         self._thread = threading.Thread(target=self._work, name="softprompt-training", daemon=True)
 
     def start(self) -> None:
@@ -96,7 +100,9 @@ class Jobs:
         """Raises ApiError 404 for one that is not there or is another's, in the same words."""
         row = self._records.get(job) if _ID.fullmatch(job) else None
         if row is None or row.owner != client.id:
-            raise ApiError(404, f"there is no fine-tuning job {job[:80]!r}", "job_not_found", "fine_tuning_job_id")
+            raise ApiError(
+                404, f"there is no fine-tuning job {shortened(job, 100)}", "job_not_found", "fine_tuning_job_id"
+            )
         return row
 
     def page(
@@ -132,7 +138,7 @@ class Jobs:
         if after is not None:
             behind = self._records.event(after) if _ID.fullmatch(after) else None
             if behind is None or behind.job != row.id:
-                raise ApiError(404, f"job {row.id} has no event {after[:80]!r}", "event_not_found", "after")
+                raise ApiError(404, f"job {row.id} has no event {shortened(after, 100)}", "event_not_found", "after")
         return self._records.events(row.id, behind, limit)
 
     def checkpoints(self, job: str, client: Client) -> list[Json]:
@@ -200,8 +206,11 @@ class Jobs:
         return row
 
     def _check_limit(self, client: Client) -> None:
+        """Each job that waits or runs becomes a prompt. Raises ApiError 403 or 429."""
         limit = self._max_jobs if client.limits.max_jobs is None else client.limits.max_jobs
         count = self._records.count(client.id, ACTIVE)
+        if self._quotas is not None:
+            self._quotas.check(client, Amounts(prompts=count + 1))
         if count >= limit:
             raise ApiError(
                 429, f"{count} of your fine-tuning jobs wait or run, and {limit} may; try again when one has ended",
@@ -225,6 +234,7 @@ class Jobs:
 
     def _work_on_next(self) -> None:
         self._woken.clear()
+        self._cancel_revoked()
         row = self._records.next()
         if row is None:
             self._woken.wait(_LOOK_AGAIN_S)
@@ -238,7 +248,17 @@ class Jobs:
             if self._orders.pop(row.id, None) == "cancel":  # perhaps when it was about to pause
                 forget_state(self._at, row.id)
 
+    def _cancel_revoked(self) -> None:
+        self._looked_at = time.monotonic()
+        for job in self._records.cancel_revoked():
+            if job == self._current:
+                self._orders[job] = "cancel"
+            else:
+                forget_state(self._at, job)
+
     def _order(self, job: str) -> Order | None:
+        if time.monotonic() - self._looked_at > _LOOK_AGAIN_S:
+            self._cancel_revoked()
         return self._orders.get(job) or ("stop" if self._is_stopping else None)
 
 
@@ -250,8 +270,8 @@ def _check_wishes(asked: CreateJob) -> None:
         )  # fmt: skip
     if asked.suffix and not NAME.fullmatch("-".join(asked.suffix.split())):
         raise ApiError(
-            400, f"suffix is {asked.suffix[:80]!r}; it must be 1 to 64 letters, digits, spaces, '.', '_' or '-', the "
-            "first one a letter or digit", "invalid_value", "suffix",
+            400, f"suffix is {shortened(asked.suffix)}; it must be 1 to 64 letters, digits, spaces, '.', '_' or '-', "
+            "the first one a letter or digit", "invalid_value", "suffix",
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from softprompt.server.jobs.shapes import Json
 from softprompt.server.state.database import Database
-from softprompt.server.state.schema import FileRow, JobEventRow, JobRow
+from softprompt.server.state.schema import FileRow, JobEventRow, JobRow, KeyRow
 
 TAKEN = ("validating_files", "running")  # by the thread that trains
 ACTIVE = ("queued", *TAKEN)  # what a client's limit counts
@@ -41,6 +41,9 @@ _HOPELESS = NewEvent(
     "fewer rows per step or shorter ones",
     level="warn",
 )
+
+
+_REVOKED = NewEvent("the job is cancelled: the API key that asked for it is revoked", level="warn")
 
 
 class JobRecords:
@@ -129,6 +132,19 @@ class JobRecords:
                 row.outcome = {**row.outcome, "is_interrupted": True, "crashes": crashes}
                 if is_hopeless:
                     _add_events(session, row.id, [_HOPELESS])
+
+    def cancel_revoked(self) -> list[str]:
+        """Cancel the jobs of revoked keys, which nobody sees any more; their ids."""
+        query = select(JobRow).join(KeyRow, KeyRow.id == JobRow.owner)
+        query = query.where(KeyRow.revoked.is_not(None), JobRow.status.in_(OPEN)).with_for_update(of=JobRow)
+        with self._database.session() as session:
+            found = list(session.scalars(query))
+            for row in found:
+                row.status, row.finished = "cancelled", time.time()
+                _add_events(
+                    session, row.id, [NewEvent("the job is cancelled: the API key that asked for it is revoked")]
+                )
+            return [row.id for row in found]
 
     def next(self) -> JobRow | None:
         """Whose turn it is: an interrupted job; else the oldest of the client whose last turn is longest ago."""

@@ -40,7 +40,7 @@ _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 # Not `async`: the database is asked in a thread, and the event loop goes on.
 
 
-@router.post("", summary="Create a job", responses=refusals(404, 408, 413))
+@router.post("", summary="Create a job", responses=refusals(403, 404, 408, 413))
 def create_job(asked: CreateJob, jobs: TheJobs, client: TheClient) -> FineTuningJob:
     """Train a soft prompt on an uploaded file; it is served under `fine_tuned_model` as soon as the job succeeds."""
     return _job(jobs.create(asked, client))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Path
 
 from softprompt.server.clients.asking import TheClient
+from softprompt.server.clients.client import Client
+from softprompt.server.clients.quotas import Amounts, Quotas, TheQuotas
 from softprompt.server.errors import ApiError
 from softprompt.server.parts import part
 from softprompt.server.prompts.catalogue import Alias, Catalogue
@@ -29,7 +33,9 @@ async def list_aliases(client: TheClient, catalogue: TheCatalogue) -> AliasList:
 
 
 @router.put("/v1/aliases/{alias}", summary="Set an alias", responses=refusals(403, 404, 408, 409, 413))
-async def set_alias(alias: AliasName, wanted: AliasIn, client: TheClient, catalogue: TheCatalogue) -> AliasOut:
+async def set_alias(
+    alias: AliasName, wanted: AliasIn, client: TheClient, catalogue: TheCatalogue, quotas: TheQuotas
+) -> AliasOut:
     """Make a name mean a prompt, or several by share, from the next request on; running requests end as they began.
 
     With shares each request draws its prompt; one that carries `user` draws the same one each time. Targets are names
@@ -38,7 +44,8 @@ async def set_alias(alias: AliasName, wanted: AliasIn, client: TheClient, catalo
     if wanted.shared and not client.is_admin:
         raise ApiError(403, "only an admin's key may share an alias with everybody", param="shared")
     made = Alias(name=alias, targets=_targets(wanted), owner=client.id, is_shared=wanted.shared)
-    await asyncio.to_thread(catalogue.put_alias, made)
+    is_new = catalogue.own_alias(alias, client.id) is None
+    await asyncio.to_thread(_put, quotas, client, Amounts(aliases=int(is_new)), partial(catalogue.put_alias, made))
     return alias_out(made, client.id)
 
 
@@ -47,6 +54,11 @@ async def delete_alias(alias: AliasName, client: TheClient, catalogue: TheCatalo
     """Your alias is none any more; what it pointed to stays."""
     await asyncio.to_thread(catalogue.remove_alias, alias, client.id)
     return Deleted(id=alias, object="alias")
+
+
+def _put(quotas: Quotas, client: Client, wanted: Amounts, put: Callable[[], None]) -> None:
+    with quotas.reserved(client, wanted):
+        put()
 
 
 def _targets(wanted: AliasIn) -> tuple[Target, ...]:

@@ -15,7 +15,7 @@ from typing import get_args
 from anyio import CapacityLimiter, to_thread
 
 from softprompt.base import Base
-from softprompt.errors import AdapterError, ConfigError, StorageError
+from softprompt.errors import AdapterError, ConfigError, StorageError, shortened
 from softprompt.openmp import put_threads_away
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
@@ -78,7 +78,7 @@ def pull(
         raise ApiError(403, "this server asks nothing of the Hub (--offline), and only an admin's key may have what it "
                             "keeps of it; upload the files", param="hub")  # fmt: skip
     if not _REPOSITORY.fullmatch(repository):
-        raise ConfigError(f"{repository[:200]!r} is not a repository's name; write it as owner/name")
+        raise ConfigError(f"{shortened(repository)} is not a repository's name; write it as owner/name")
     with tempfile.TemporaryDirectory(prefix="softprompt-hub-") as scratch:
         try:
             place = Path(scratch) / "adapter"

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Iterable
 from dataclasses import replace
 
+from softprompt.errors import shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import OPERATOR, Client
+from softprompt.server.clients.quotas import Amounts
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.model import BASE_ALIAS, LIBRARY, Alias, Model
 from softprompt.server.prompts.names import Names, taken, unknown
@@ -93,6 +95,19 @@ class Catalogue:
     def everything(self) -> Iterable[Model]:
         """Every prompt of everybody, the base apart."""
         return self._names.everything()
+
+    def amounts(self, owner: str) -> Amounts:
+        """What is kept for a client; the library is nobody's."""
+        kept = [each.prompt for each in self._names.owned(owner) if each.source != LIBRARY and each.prompt is not None]
+        return Amounts(prompts=len(kept), aliases=self._names.num_aliases(owner),
+                       num_bytes=sum(prompt.num_bytes for prompt in kept))  # fmt: skip
+
+    def more(self, name: str, owner: str, prompt: SoftPrompt | None = None) -> Amounts:
+        """What a client's amounts grow by with a prompt of that name, which may replace one of its own."""
+        there = self._names.own(name, owner)
+        old = None if there is None else there.prompt
+        num_bytes = (0 if prompt is None else prompt.num_bytes) - (0 if old is None else old.num_bytes)
+        return Amounts(prompts=1 if old is None else 0, num_bytes=max(0, num_bytes))
 
     # -- prompts
 
@@ -250,10 +265,14 @@ class Catalogue:
         """The owner's alias is none any more. Raises ApiError 404 where it has none of that name."""
         with self._lock:
             if self._names.alias(name, owner) is None:
-                raise unknown(f"you have no alias {name[:256]!r}")
+                raise unknown(f"you have no alias {shortened(name, 100)}")
             if self._shelf is not None:
                 self._shelf.remove_alias(name, owner)
             self._names.remove_alias(name, owner)
+
+    def own_alias(self, name: str, owner: str) -> Alias | None:
+        """The owner's alias of that name."""
+        return self._names.alias(name, owner)
 
     # -- parts of these
 

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import replace
 
+from softprompt.errors import shortened
 from softprompt.server.clients.client import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.model import BASE_ALIAS, Alias, Model, by_share
@@ -72,6 +73,13 @@ class Names:
         """Every prompt of everybody, the base apart."""
         for own in self._own.copy().values():
             yield from own.copy().values()
+
+    def owned(self, owner: str) -> list[Model]:
+        """Every prompt of an owner's."""
+        return list(self._own.get(owner, {}).copy().values())
+
+    def num_aliases(self, owner: str) -> int:
+        return len(self._aliases.get(owner, {}))
 
     def aliases_to(self, model: Model) -> list[str]:
         """Names of its owner's aliases that point to a prompt."""
@@ -137,7 +145,7 @@ class Names:
 
     def _unknown(self, name: str, client: Client) -> ApiError:
         if len(name) > _LONGEST_COMPARED:
-            return unknown(f"there is no model {name[:40]!r}... ({len(name):,} characters)")
+            return unknown(f"there is no model {shortened(name)} ({len(name):,} characters)")
         names = self._names(client)
         first = [each for each in names if each[:1].lower() == name[:1].lower()][:_MOST_COMPARED]
         close = difflib.get_close_matches(name, first or names[:_MOST_COMPARED], n=3)

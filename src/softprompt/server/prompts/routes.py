@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from softprompt.config import ServerConfig
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.asking import TheAdmin, TheClient
 from softprompt.server.clients.client import Client
+from softprompt.server.clients.quotas import Amounts, Quotas, TheQuotas
 from softprompt.server.errors import ApiError
 from softprompt.server.parts import part
 from softprompt.server.prompts import alias_routes
@@ -101,7 +103,7 @@ async def retrieve_prompt(name: PromptName, client: TheClient, catalogue: TheCat
 @router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=refusals(403, 408, 409, 413))
 async def add_prompt(
     request: Request, client: TheClient, catalogue: TheCatalogue, pins: ThePins, hub: TheHub, base: TheBase,
-    config: TheConfig,
+    config: TheConfig, quotas: TheQuotas,
 ) -> PromptOut:  # fmt: skip
     """Serve an adapter from now on: uploaded files (never a pickle), a repository on the Hub, or, for admins, a folder.
 
@@ -113,15 +115,16 @@ async def add_prompt(
         limits = {name: min(most, config.max_upload_bytes) for name, most in upload_limits(base).items()}
         form = await read_form(request, limits)
         wanted = checked(FromUpload, form.fields)
-        _check_wanted(wanted, "upload", client, catalogue)
+        await _check_wanted(wanted, "upload", client, catalogue, quotas)
         prompt, source = await asyncio.to_thread(read_upload, form.files, base), "upload"
     else:
         wanted = await read_json(request, _PROMPT_IN, config.max_body_bytes)
         source = "hub" if wanted.folder is None else "folder"
-        _check_wanted(wanted, source, client, catalogue)
+        await _check_wanted(wanted, source, client, catalogue, quotas)
         prompt = await _fetched(wanted, hub, base, client)
-    keep = partial(catalogue.keep, prompt, name=wanted.name, owner=client.id, source=source)
-    model = await asyncio.to_thread(keep, is_shared=wanted.shared, overwrite=wanted.overwrite)
+    keep = partial(catalogue.keep, prompt, name=wanted.name, owner=client.id, source=source,
+                   is_shared=wanted.shared, overwrite=wanted.overwrite)  # fmt: skip
+    model = await asyncio.to_thread(_keep, keep, quotas, client, catalogue.more(wanted.name, client.id, prompt))
     await pins.follow()
     return _told(model, client, catalogue.alias_names(client), with_run=True)
 
@@ -181,7 +184,14 @@ async def _fetched(wanted: PromptIn, hub: Hub, base: Base, client: Client) -> So
     return await hub.pull(wanted.hub, wanted.revision, is_admin=client.is_admin)
 
 
-def _check_wanted(wanted: PromptIn | FromUpload, source: str, client: Client, catalogue: Catalogue) -> None:
+def _keep(keep: Callable[[], Model], quotas: Quotas, client: Client, more: Amounts) -> Model:
+    with quotas.reserved(client, more):
+        return keep()
+
+
+async def _check_wanted(
+    wanted: PromptIn | FromUpload, source: str, client: Client, catalogue: Catalogue, quotas: Quotas
+) -> None:
     """Before anything is fetched: may this client have this under that name?"""
     if source == "folder" and not client.is_admin:
         raise ApiError(403, "only an admin's key may name a folder of the server; upload the files", param="folder")
@@ -189,6 +199,7 @@ def _check_wanted(wanted: PromptIn | FromUpload, source: str, client: Client, ca
         raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
     model = Model(id=wanted.name, owner=client.id, is_shared=wanted.shared)
     catalogue.check_free(model, wanted.overwrite)
+    await asyncio.to_thread(quotas.check, client, catalogue.more(wanted.name, client.id))
 
 
 def _by_name(model: Model) -> str:

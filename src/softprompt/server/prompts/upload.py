@@ -13,7 +13,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from softprompt.errors import StorageError
+from softprompt.errors import StorageError, shortened, truncated
 from softprompt.server.errors import ApiError
 
 _MOST_FIELDS = 8
@@ -79,7 +79,7 @@ async def _read_parts(form: FormData, max_bytes: Mapping[str, int]) -> Form:
             _check_file(value, found.files, max_bytes)
             found.files[value.filename or ""] = await value.read()
         elif name in found.fields:
-            raise ApiError(400, f"the form has {name[:80]!r} twice", "invalid_value", name[:80])
+            raise ApiError(400, f"the form has {shortened(name)} twice", "invalid_value", truncated(name, 80))
         else:
             found.fields[name] = value
     return found
@@ -91,7 +91,9 @@ def _check_file(file: UploadFile, before: Mapping[str, bytes], max_bytes: Mappin
     if limit is None:
         allowed = ", ".join(max_bytes)
         why = "; a pickle may hold code and is never read" if name.endswith((".bin", ".pt", ".pth", ".pkl")) else ""
-        raise ApiError(400, f"{name[:80]!r} is not a file of an adapter; send {allowed}{why}", "invalid_value", "files")
+        raise ApiError(
+            400, f"{shortened(name)} is not a file of an adapter; send {allowed}{why}", "invalid_value", "files"
+        )
     if name in before:
         raise ApiError(400, f"the form has {name} twice", "invalid_value", "files")
     if (file.size or 0) > limit:
