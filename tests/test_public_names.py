@@ -34,6 +34,7 @@ OWN_FLAGS = {
     "train": {
         "init_from",
         "library",
+        "base_id",
         "preset",
         "out",
         "overwrite",
@@ -47,9 +48,9 @@ OWN_FLAGS = {
         "ensemble",
         "processes",
     },
-    "compare": {"prompts", "sets", "library", "texts", "fields", "force", "markdown", "as_json"},
+    "compare": {"prompts", "sets", "library", "texts", "fields", "raw", "force", "markdown", "as_json"},
     "sweep": {"file", "out", "overwrite", "resume", "keep_checkpoints", "tensorboard", "as_json", "processes"},
-    "generate": {"texts", "prompt", "library", "fields", "force", "as_json"},
+    "generate": {"texts", "prompt", "library", "fields", "messages", "raw", "force", "as_json"},
     "serve": {"config"},
 }
 SOMETIMES_NEEDED = {  # a run that is resumed knows them, and so may a sweep's file; a server has the embedded base
@@ -162,7 +163,7 @@ def test_a_command_line_without_flags_gives_the_configs_own_defaults(name):
     given = {"--base": "x", "--data": "x", "--out": "x", "--prompt": "x/y"}
     known = {option for parameter in command.params for option in parameter.opts}
     arguments = [part for flag, value in given.items() if flag in known for part in (flag, value)]
-    arguments += ["x.toml"] if name == "sweep" else []
+    arguments += {"sweep": ["x.toml"], "generate": ["x"]}.get(name, [])
     context = command.make_context(name, arguments, click.Context(commands, **commands.context_settings))
     for kind in FLAGS[name]:
         required = {"base": "x"} if kind is BaseConfig else {"data": "x"} if kind is DataConfig else {}

@@ -23,9 +23,11 @@ Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Criterion = Literal["loss", "accuracy", "f1_macro", "exact_match", "f1", "rouge_l", "chrf"]
+TextScore = Literal["exact_match", "f1", "rouge_l", "chrf"]
 
 DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
 EMBEDDED_BASE = "embedded"
+KEPT_CHECKPOINTS = 3  # of a run, the latest
 _SEEDS = 2**63  # what torch's generators take
 _LARGEST_RATE = 1e30  # what float32 multiplies without overflow
 
@@ -204,6 +206,25 @@ class SamplingConfig:
     def is_guided(self) -> bool:
         """Whether a grammar says which tokens may follow."""
         return bool(self.choice) or self.json_schema is not None
+
+
+@settings_class
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """What a comparison measures beyond the loss."""
+
+    score: tuple[TextScore, ...] = option(
+        (), "Score greedy answers against the rows' completions; may be repeated. Needs softprompt[scores]."
+    )
+    score_rows: int = option(200, "Rows of each set that --score reads at most, the first ones.")
+    score_tokens: int | None = option(None, "Tokens of such an answer at most; default: the longest completion's + 1.")
+    calibrate: bool = option(False, "Divide a label's likelihood by what it has without content (arXiv 2102.09690).")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("score_rows", "score_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
 
 
 @settings_class

@@ -137,6 +137,7 @@ class PromptRecord:
     __repr__ = brief_repr
 
     base_name: str | None = None
+    base_source: str | None = None  # how it is loaded, the Hub id or folder that was given; None: as its name says
     base_fingerprint: str | None = None
     form: InputForm = field(default_factory=InputForm)
     parent: str | None = None  # content hash of the prompt that this one was trained on from
@@ -148,7 +149,7 @@ class PromptRecord:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> PromptRecord:
         form = InputForm.from_json(record.get("form") or {})
-        known = {key: record.get(key) for key in ("base_name", "base_fingerprint", "parent")}
+        known = {key: record.get(key) for key in ("base_name", "base_source", "base_fingerprint", "parent")}
         return cls(form=form, run=dict(record.get("run") or {}), **known)
 
 

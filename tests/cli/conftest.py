@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,20 @@ def library(place: Path, base_folder: Path, texts: Path, reviews: Path) -> Path:
     succeed(*train, "--data", texts, "--text-column", "prompt", "--out", place / "library" / "coach")
     succeed(*train, "--data", reviews, *TEMPLATE, "--out", place / "library" / "critic")
     return place / "library"
+
+
+@pytest.fixture(scope="session")
+def prompts(library: Path, place: Path, base_folder: Path, chats: Path) -> Path:
+    """`coach` on plain text, `critic` on a template with labels, `helper` on chats, `pairs` on two fields."""
+    train = ("train", "--base", base_folder, *QUICK)
+    two = [{"a": f"w{i}", "b": f"w{i + 3}", "label": f"w{50 + i}"} for i in range(24)]
+    pairs = write_jsonl(place / "pairs.jsonl", two)
+    succeed(*train, "--data", chats, "--out", place / "inputs" / "helper")
+    flags = ("--template", "{a} w5 {b}", "--completion", " {label}")
+    succeed(*train, "--data", pairs, *flags, "--out", place / "inputs" / "pairs")
+    for name in ("coach", "critic"):
+        shutil.copytree(library / name, place / "inputs" / name)
+    return place / "inputs"
 
 
 @pytest.fixture

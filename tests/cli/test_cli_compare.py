@@ -175,7 +175,7 @@ class TestHeldOutRows:
 
 def test_fields_go_through_the_template(compare):
     found = compare("--field", "text=w7 w40", "--max-new-tokens", 4, "--json", prompts=("critic",)).json
-    raw = compare("--input", "w5 w7 w40 w6", "--max-new-tokens", 4, "--json", prompts=("critic",)).json
+    raw = compare("--input", "w5 w7 w40 w6", "--raw", "--max-new-tokens", 4, "--json", prompts=("critic",)).json
     assert found["answered"][0]["input"] == "text=w7 w40"
     assert found["answered"][0]["answers"] == raw["answered"][0]["answers"]
 

@@ -157,3 +157,45 @@ def test_a_terminal_sees_a_moving_line_and_nothing_of_the_libraries(base_folder,
     assert "Loading" not in shown
     assert "it/s" not in shown
     assert f"saved to {tmp_path / 'run'}" in shown.replace("\r\n", "")
+
+
+LIGHT = [
+    ("train", "--help"),
+    ("sweep", "--help"),
+    ("generate", "--help"),
+    ("compare", "--help"),
+    ("serve", "--help"),
+    ("demo", "--help"),
+    ("prompts", "show", "--help"),
+    ("runs", "show", "--help"),
+    ("keys", "list", "--help"),
+    ("train", "--bogus"),
+    ("train",),
+    ("compare", "--prompt", "a"),
+    ("generate", "--base", "b"),
+    ("serve", "--port", "x"),
+    ("keys", "list", "--state", "none", "--json"),
+]
+
+
+def test_help_usage_errors_and_keys_import_no_torch(tmp_path):
+    """All in one process: torch would stay once it was there."""
+    script = f"""
+import sys
+from softprompt.cli.main import main
+for arguments in {LIGHT!r}:
+    sys.argv = ["softprompt", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        print(" ".join(arguments), ended.code, file=sys.stderr)
+    for name in ("torch", "transformers", "scipy"):
+        assert name not in sys.modules, (arguments, name)
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60
+    )
+    assert child.returncode == 0, child.stderr
+    for arguments in LIGHT:
+        refused = "--help" not in arguments and "keys" not in arguments
+        assert f"{' '.join(arguments)} {2 if refused else 0}\n" in child.stderr, child.stderr

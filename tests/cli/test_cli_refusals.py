@@ -317,8 +317,8 @@ class TestInputs:
         assert "3 virtual tokens, 61 of the input and 50 new ones are 114, more than the 96 positions" in said
 
     def test_none_or_both(self, generate):
-        assert "give either" in generate()
-        assert "give either" in generate("w5", "--field", "text=w5")
+        assert "TEXTS, '--field' or '--message'" in generate()
+        assert "texts and --field exclude each other" in generate("w5", "--field", "text=w5")
 
     def test_fields_that_do_not_fit(self, generate, library):
         critic = ("--prompt", library / "critic")
@@ -353,7 +353,7 @@ class TestUsage:
             (("tran",), "no such command 'tran'; did you mean 'train'?"),
             (("train", "--bse", "x"), "--base"),
             (("prompts", "lst"), "list"),
-            (("compare",), "Missing option '--base'"),
+            (("compare",), "Missing options '--base' and '--prompt' or '--ensemble'"),
             (("train", "--base"), "requires an argument"),
             (("prompts", "show"), "Missing argument 'PROMPT'"),
         ],

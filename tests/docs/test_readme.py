@@ -59,7 +59,7 @@ def run_here(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.medium
 def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for block in blocks("console") for line in block.splitlines()]
-    assert len(shown) == 12
+    assert len(shown) == 13
     for line in shown:
         run_here(line, folder, monkeypatch)
     for name in ("coach", "quotes", "reviews"):

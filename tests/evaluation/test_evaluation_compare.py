@@ -43,10 +43,15 @@ def test_fields_go_through_each_prompts_own_template_and_the_first_one_for_the_b
     other = replace(TEMPLATE, template="w50 w51 {text}")
     prompts = {"one": soft(tiny_llama, 0, TEMPLATE), "two": soft(tiny_llama, 0, other)}
     (item,) = compare(tiny_llama, prompts, [{"text": "w9"}], sampling=SHORT).answered
-    (raw,) = compare(tiny_llama, prompts, ["w5 w9"], sampling=SHORT).answered
-    (raw_two,) = compare(tiny_llama, prompts, ["w50 w51 w9"], sampling=SHORT).answered
+    (raw,) = compare(tiny_llama, prompts, ["w5 w9"], sampling=SHORT, raw=True).answered
+    (raw_two,) = compare(tiny_llama, prompts, ["w50 w51 w9"], sampling=SHORT, raw=True).answered
     assert item.input == "text=w9"
     assert item.answers == {None: raw.answers[None], "one": raw.answers["one"], "two": raw_two.answers["two"]}
+    (text,) = compare(tiny_llama, prompts, ["w9"], sampling=SHORT).answered
+    assert text.answers == item.answers
+    (messages,) = compare(tiny_llama, prompts, [[{"role": "user", "content": "w9"}]], sampling=SHORT).answered
+    assert messages.answers == item.answers
+    assert messages.input == "user: w9"
 
 
 def test_only_sets_with_labels_have_an_accuracy(tiny_llama):

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
 from softprompt.base.model import Base
 from softprompt.errors import AdapterError, ExistsError, PromptError, StorageError, WrongBaseError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage import UnknownBaseWarning, files, load_prompt, save_prompt
+from softprompt.types import InputForm
 
 MakePrompt = Callable[..., SoftPrompt]
 MakeBase = Callable[..., Base]
@@ -104,7 +106,28 @@ class TestKept:
         assert 'base_model: "tiny/llama"\n' in front
         assert all(part in card for part in ("PeftModel.from_pretrained", "load_prompt(", "- epochs: 6", "- seed: 0",
                                              "- torch: 2.13.0", prompt.content_hash))  # fmt: skip
-        assert not any(part in card for part in ("secret", "good", "Review:"))
+        assert "secret" not in card
+        assert "Review: {text}" in card
+        assert "good" in card
+
+    def test_a_template_and_labels_cannot_end_their_block_in_the_card(
+        self, tmp_path: Path, make_prompt: MakePrompt
+    ) -> None:
+        form = InputForm(kind="template", template="```\n# Evil {text}", completion="{x}", labels=("````", "b"))
+        save_prompt(make_prompt(form=form), tmp_path / "x")
+        blocks = MarkdownIt().parse((tmp_path / "x" / "README.md").read_text())
+        assert "Evil {text}" not in "".join(token.content for token in blocks if token.type == "inline")
+        assert "```\n# Evil {text}\n" in [token.content for token in blocks if token.type == "fence"]
+
+    def test_the_base_is_named_as_it_was_given(self, tmp_path: Path, make_prompt: MakePrompt) -> None:
+        prompt = make_prompt(base_name="llama", base_source="/models/llama")
+        save_prompt(prompt, tmp_path / "x")
+        config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "/models/llama"
+        assert load_prompt(tmp_path / "x").record.base_source == "/models/llama"
+        card = (tmp_path / "x" / "README.md").read_text()
+        assert "load_base('/models/llama')" in card
+        assert "base_model:" not in card
 
     def test_a_bases_name_cannot_write_into_the_card(self, tmp_path: Path, make_prompt: MakePrompt) -> None:
         save_prompt(make_prompt(base_name='x"\n---\n# Evil `code`'), tmp_path / "x")

@@ -64,6 +64,18 @@ def test_what_is_published_tells_no_path_and_no_text(
     assert b"sentence" not in whole
 
 
+def test_a_local_bases_path_stays_at_home(hub: HubState, tmp_path: Path, make_prompt: MakePrompt) -> None:
+    push_prompt(
+        save_prompt(make_prompt(base_name="llama", base_source="/home/me/llama"), tmp_path / "x"),
+        "me/coach",
+        token=TOKEN,
+    )
+    pulled = pull_prompt("me/coach", tmp_path / "y", token=TOKEN)
+    assert not any(b"/home/me" in (pulled / name).read_bytes() for name in ADAPTER_FILES)
+    assert load_prompt(pulled).record.base_name == "llama"
+    assert "load_base('llama')" in (pulled / "README.md").read_text()
+
+
 def test_pushing_again_and_to_a_branch(hub: HubState, saved: Path, tmp_path: Path, make_prompt: MakePrompt) -> None:
     push_prompt(saved, "me/coach", token=TOKEN)
     save_prompt(make_prompt(seed=8), saved, overwrite=True)

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.console import load, print_json, print_table, say, warnings_as_lines
-from softprompt.cli.heldout import recorded_sets
-from softprompt.cli.inputs import named_prompts, parse_fields
+from softprompt.cli.command import Command
+from softprompt.cli.console import load, print_json, print_table, print_words, say, warnings_as_lines
 from softprompt.cli.options import TYPED_TEXT, config_of, given_flags, options_of
-from softprompt.config import BaseConfig, DataConfig, SamplingConfig
-from softprompt.data import Rows, read_rows
-from softprompt.data.labels import with_labels
+from softprompt.config import BaseConfig, DataConfig, SamplingConfig, ScoreConfig
 from softprompt.errors import ConfigError
-from softprompt.evaluation import (
-    Comparison,
-    ScoreConfig,
-    accuracy_tables,
-    answer_tables,
-    class_tables,
-    compare,
-    confusion_tables,
-    ensemble_tables,
-    is_small,
-    loss_tables,
-    memory_line,
-    score_tables,
-    to_markdown,
-)
-from softprompt.prompt import SoftPrompt
-from softprompt.storage import load_prompt, load_set
-from softprompt.storage.atomic import write_file
 from softprompt.types import InputForm
 
+if TYPE_CHECKING:
+    from softprompt.data import Rows
+    from softprompt.evaluation import Comparison
+    from softprompt.prompt import SoftPrompt
 
-@click.command("compare")
+_SECTIONS = {
+    "Prompts": ("prompts", "sets", "library", "force"),
+    "Inputs": ("texts", "fields", "raw"),
+    "Held-out figures": (
+        *(item.name for item in dataclasses.fields(DataConfig)),
+        *(item.name for item in dataclasses.fields(ScoreConfig)),
+    ),
+    "Answers": SamplingConfig,
+    "Base": BaseConfig,
+}
+_EXAMPLES = (
+    'softprompt compare --base embedded --prompt prompts/coach --prompt prompts/quotes --input "Be kind to"',
+    "softprompt compare --base BASE --prompt prompts/reviews --data heldout.csv --markdown report.md",
+)
+
+
+def _lacking(given: Collection[str]) -> list[str]:
+    return [] if {"prompts", "sets"} & set(given) else ["'--prompt' or '--ensemble'"]
+
+
+@click.command("compare", cls=Command, sections=_SECTIONS, examples=_EXAMPLES, lacking=_lacking)
 @options_of(BaseConfig)
 @options_of(SamplingConfig)
 @options_of(DataConfig, optional=True, leave_out=("validation", "test"))
@@ -47,16 +51,20 @@ from softprompt.types import InputForm
 @click.option("--ensemble", "sets", multiple=True, metavar="SET",
               help="Folder or name of prompts that vote, saved by --ensemble; may be repeated.")  # fmt: skip
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
-@click.option("--input", "texts", multiple=True, type=TYPED_TEXT, help="A text to continue; may be repeated.")
+@click.option("--input", "texts", multiple=True, type=TYPED_TEXT, help="A text to answer; may be repeated.")
 @click.option("--field", "fields", multiple=True, metavar="NAME=TEXT", help="A field of the prompts' template.")
+@click.option("--raw", is_flag=True, help="Continue each --input as it is, without template or chat.")
 @click.option("--force", is_flag=True, help="Use prompts that were trained on another base of the same width.")
 @click.option("--markdown", type=click.Path(dir_okay=False), help="Also write the comparison to this Markdown file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def command(
     prompts: tuple[str, ...], sets: tuple[str, ...], library: str | None, texts: tuple[str, ...],
-    fields: tuple[str, ...], force: bool, markdown: str | None, as_json: bool, **flags: Any,
+    fields: tuple[str, ...], raw: bool, force: bool, markdown: str | None, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Answer the same inputs with the bare base and each prompt, and show held-out figures.
+
+    Each prompt gets an input as its training rows were: in its template, where that has one field, or as a chat
+    message. The bare base gets what the first prompt gets. With --raw all continue the text itself.
 
     Held-out rows are those that each prompt's training set aside; --data names another set to read instead.
 
@@ -66,8 +74,11 @@ def command(
     """
     sampling, scoring = config_of(SamplingConfig, flags), _scoring(flags)
     base_config = config_of(BaseConfig, flags)
-    if not prompts and not sets:
-        raise click.UsageError("Missing option '--prompt' or '--ensemble'.")
+    from softprompt.cli.inputs import named_prompts, parse_fields
+    from softprompt.evaluation import compare, to_markdown
+    from softprompt.storage import load_prompt, load_set
+    from softprompt.storage.atomic import write_file
+
     folders = named_prompts(prompts, library)
     set_folders = _beside(folders, named_prompts(sets, library))
     inputs: list[str | dict[str, str]] = [*texts, *([parse_fields(fields)] if fields else [])]
@@ -80,7 +91,7 @@ def command(
     if not inputs and not held_out:
         raise ConfigError("nothing to compare: give --input, --field or --data")
     found = compare(
-        base, loaded, inputs, held_out=held_out, ensembles=ensembles, sampling=sampling, scoring=scoring
+        base, loaded, inputs, held_out=held_out, ensembles=ensembles, sampling=sampling, scoring=scoring, raw=raw,
     )  # fmt: skip
     _say_cut_sets(found)
     if markdown is not None:
@@ -97,15 +108,33 @@ def show(found: Comparison) -> None:
 
 def show_answers(found: Comparison) -> None:
     """Each input's answers, the bare base's first."""
+    from softprompt.evaluation import answer_tables
+
     for table in answer_tables(found):
         print_table(table.title, table.columns, [[name, text.strip("\n")] for name, text in table.rows], lines=True)
 
 
 def show_figures(found: Comparison) -> None:
     """Held-out losses, accuracies, classes, task scores and memory."""
+    from softprompt.evaluation import (
+        accuracy_tables,
+        class_tables,
+        confusion_tables,
+        ensemble_tables,
+        is_small,
+        loss_tables,
+        memory_line,
+        score_tables,
+        verdict_lines,
+    )
+
     matrices = confusion_tables(found)
     small = [table for table in matrices if is_small(table)]
-    before = (loss_tables, accuracy_tables, ensemble_tables, class_tables)
+    for table in accuracy_tables(found):
+        print_table(*table, figures=True)
+    for line in verdict_lines(found):
+        print_words(line)
+    before = (ensemble_tables, loss_tables, class_tables)
     for table in [*(table for of in before for table in of(found)), *small, *score_tables(found)]:
         print_table(*table, figures=True)
     if len(small) < len(matrices):
@@ -131,6 +160,8 @@ def _say_cut_sets(found: Comparison) -> None:
 
 
 def _held_out(prompts: Mapping[str, SoftPrompt], flags: Mapping[str, Any], seed: int, offline: bool) -> dict[str, Rows]:
+    from softprompt.cli.heldout import recorded_sets
+
     if flags["data"] is None:
         return recorded_sets(prompts, offline=offline)
     return _given_set(flags, [prompt.record.form for prompt in prompts.values()], seed, offline)
@@ -138,6 +169,9 @@ def _held_out(prompts: Mapping[str, SoftPrompt], flags: Mapping[str, Any], seed:
 
 def _given_set(flags: Mapping[str, Any], forms: Sequence[InputForm], seed: int, offline: bool) -> dict[str, Rows]:
     """The set of --data, in the prompts' own template unless another form is asked for, and with their labels."""
+    from softprompt.data import read_rows
+    from softprompt.data.labels import with_labels
+
     form = next((form for form in forms if form.kind == "template"), forms[0] if forms else None)
     rows = with_labels(read_rows(config_of(DataConfig, flags), seed=seed, offline=offline, form=form))
     for note in rows.notes:

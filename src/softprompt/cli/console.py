@@ -47,6 +47,11 @@ def stdout_is_unicode() -> bool:
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
+def print_words(sentence: str) -> None:
+    """A sentence of a result on stdout, broken between words; control characters are shown instead of obeyed."""
+    _results().print(_text(sentence.replace("\n", "\\n")))
+
+
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lines: bool = False, figures: bool = False
 ) -> None:

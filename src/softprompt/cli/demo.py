@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from softprompt.cli.command import Command
 from softprompt.cli.compare import show
 from softprompt.cli.console import load, print_table, say, warnings_as_lines
 from softprompt.config import EMBEDDED_BASE, BaseConfig
-from softprompt.demo import Demo, Finding, run_demo
+from softprompt.errors import MissingDependencyError
 
+if TYPE_CHECKING:
+    from softprompt.demo import Demo, Finding
+
+_PEERS = {"peft": "PEFT", "accelerate": "accelerate (PEFT's Trainer)", "sklearn": "scikit-learn"}
 _COLUMNS = ["task", "held-out", "bare base", "PEFT's defaults", "softprompt", "bag of words"]
 
 
-@click.command("demo")
+@click.command("demo", cls=Command)
 @click.option("--out", type=click.Path(), default="demo-out", show_default=True, help="Folder for the trained prompts.")
 @click.option("--overwrite/--no-overwrite", default=True, show_default=True, help="Replace an earlier demo's prompts.")
 def command(out: str, overwrite: bool) -> None:
     """Train three soft prompts on the embedded base and compare before and after (about a minute)."""
+    _require_peers()
+    from softprompt.demo import run_demo
+
     base = load(BaseConfig(base=EMBEDDED_BASE, dtype="float32"))
     with warnings_as_lines():
         found = run_demo(base, Path(out), say, overwrite=overwrite)
@@ -27,6 +37,13 @@ def command(out: str, overwrite: bool) -> None:
         "Before and after, on rows that training never saw", _COLUMNS, [_cells(item) for item in found.findings]
     )
     _conclude(found)
+
+
+def _require_peers() -> None:
+    """Before anything is trained. Raises MissingDependencyError without what the figures are compared with."""
+    missing = [package for module, package in _PEERS.items() if find_spec(module) is None]
+    if missing:
+        raise MissingDependencyError(f"the demo compares with {' and '.join(missing)}; pip install 'softprompt[demo]'")
 
 
 def _cells(item: Finding) -> list[str]:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.errors import ConfigError
-from softprompt.evaluation import BARE
 from softprompt.settings import typed_text
-from softprompt.storage import resolve_prompt
 
 
 def parse_fields(fields: Sequence[str]) -> dict[str, str]:
@@ -27,8 +25,23 @@ def parse_fields(fields: Sequence[str]) -> dict[str, str]:
     return parsed
 
 
+def parse_messages(messages: Sequence[str]) -> list[dict[str, str]]:
+    """A conversation of `role=text` pairs; a text that opens with no role is the user's."""
+    from softprompt.data.messages import ROLES
+
+    parsed = []
+    for item in messages:
+        role, equals, text = item.partition("=")
+        is_role = bool(equals) and role in ROLES
+        parsed.append({"role": role, "content": text} if is_role else {"role": "user", "content": item})
+    return parsed
+
+
 def named_prompts(prompts: Sequence[str], library: str | None) -> dict[str, Path]:
     """Each prompt's folder under a name to show: the folder's own, or the whole path where two are called alike."""
+    from softprompt.evaluation import BARE
+    from softprompt.storage import resolve_prompt
+
     folders = [resolve_prompt(prompt, library) for prompt in prompts]
     places = [folder.resolve() for folder in folders]
     for index, place in enumerate(places):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from softprompt.cli.command import Group
 from softprompt.cli.console import print_json, print_table, say
 from softprompt.cli.options import config_of, options_of
 from softprompt.cli.serve_settings import ENVIRONMENT
@@ -50,7 +51,7 @@ def _limits(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@click.group("keys")
+@click.group("keys", cls=Group)
 def command() -> None:
     """Create, list or revoke API keys. A server that is running follows within two seconds."""
 

@@ -7,20 +7,10 @@ from typing import Any
 
 import click
 
+from softprompt.cli.command import Group
 from softprompt.cli.console import load, print_json, print_table, say, warnings_as_lines
 from softprompt.cli.options import config_of, options_of
-from softprompt.cli.prompt_inspection import (
-    check_flags,
-    held_out_rows,
-    inspect,
-    shape_text,
-    show_inspection,
-    with_leave_out,
-)
-from softprompt.cli.prompt_similarity import prompts_of, say_other_bases, show_similarity, similarity_json
 from softprompt.config import BaseConfig, DataConfig
-from softprompt.prompt import mean_embedding, similar_pairs
-from softprompt.storage import Library, load_prompt, pull_prompt, push_prompt, resolve_prompt
 
 _library = click.option("--library", type=click.Path(), required=True, help="Folder of adapters.")
 _maybe_library = click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
@@ -28,7 +18,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _force = click.option("--force", is_flag=True, help="Accept a prompt of another base of the same width.")
 
 
-@click.group("prompts")
+@click.group("prompts", cls=Group)
 def command() -> None:
     """List, show, check, import, export, remove, push or pull prompts."""
 
@@ -38,6 +28,9 @@ def command() -> None:
 @_json
 def list_prompts(library: str, as_json: bool) -> None:
     """Every prompt of a library; a broken one is listed with its problem."""
+    from softprompt.cli.prompt_inspection import shape_text
+    from softprompt.storage import Library
+
     entries = Library(library).list()
     if as_json:
         print_json([asdict(entry) for entry in entries])
@@ -69,6 +62,9 @@ def show(
 
     --leave-out reads the rows that the prompt's training set aside; --data names another set to read instead.
     """
+    from softprompt.cli.prompt_inspection import check_flags, held_out_rows, inspect, show_inspection, with_leave_out
+    from softprompt.storage import load_prompt, resolve_prompt
+
     check_flags(flags, leave_out=leave_out)
     base = load(config_of(BaseConfig, flags)) if flags["base"] is not None else None
     with warnings_as_lines():
@@ -91,6 +87,10 @@ def show_similarities(names: tuple[str, ...], library: str, force: bool, as_json
     Each virtual token is matched with the most similar one of the other prompt; 1 is the same set of vectors. With
     --base the mean embedding of its vocabulary is subtracted first.
     """
+    from softprompt.cli.prompt_similarity import prompts_of, say_other_bases, show_similarity, similarity_json
+    from softprompt.prompt import mean_embedding, similar_pairs
+    from softprompt.storage import Library
+
     base = load(config_of(BaseConfig, flags)) if flags["base"] is not None else None
     with warnings_as_lines():
         prompts = prompts_of(Library(library), names, base, force=force)
@@ -105,6 +105,8 @@ def show_similarities(names: tuple[str, ...], library: str, force: bool, as_json
 @_json
 def check(library: str, as_json: bool, **flags: Any) -> None:
     """Load every prompt of a library, against --base if given; exit code 1 if one has a problem."""
+    from softprompt.storage import Library
+
     base = load(config_of(BaseConfig, flags)) if flags["base"] is not None else None
     with warnings_as_lines():
         verdicts = Library(library).check(base)
@@ -130,6 +132,8 @@ def import_prompt(
     **flags: Any,
 ) -> None:  # fmt: skip
     """Copy the adapter in FOLDER (PEFT's or ours) into a library under NAME."""
+    from softprompt.storage import Library
+
     base = load(config_of(BaseConfig, flags)) if flags["base"] is not None else None
     with warnings_as_lines():
         place = Library(library).import_folder(
@@ -145,6 +149,8 @@ def import_prompt(
 @click.option("--overwrite", is_flag=True, help="Replace the adapter in FOLDER.")
 def export(name: str, folder: str, library: str, overwrite: bool) -> None:
     """Write a library's prompt to FOLDER as an adapter that PEFT loads."""
+    from softprompt.storage import Library
+
     say(f"exported to {Library(library).export(name, folder, overwrite=overwrite)}")
 
 
@@ -153,6 +159,8 @@ def export(name: str, folder: str, library: str, overwrite: bool) -> None:
 @_library
 def remove(name: str, library: str) -> None:
     """Delete a prompt from a library."""
+    from softprompt.storage import Library
+
     Library(library).remove(name)
     say(f"removed {name} from {library}")
 
@@ -165,6 +173,8 @@ def remove(name: str, library: str) -> None:
 @click.option("--revision", help="Branch to push to.")
 def push(prompt: str, repo_id: str, library: str | None, private: bool, revision: str | None) -> None:
     """Upload a prompt to REPO_ID on the Hub; the token is huggingface_hub's own (HF_TOKEN or its login)."""
+    from softprompt.storage import push_prompt, resolve_prompt
+
     with warnings_as_lines():
         url = push_prompt(resolve_prompt(prompt, library), repo_id, private=private, revision=revision)
     say(f"pushed: {url}")
@@ -179,6 +189,8 @@ def push(prompt: str, repo_id: str, library: str | None, private: bool, revision
 @click.option("--overwrite", is_flag=True, help="Replace the prompt of that name.")
 def pull(repo_id: str, name: str, library: str, revision: str | None, offline: bool, overwrite: bool) -> None:
     """Download REPO_ID from the Hub into a library under NAME."""
+    from softprompt.storage import Library, pull_prompt
+
     with warnings_as_lines():
         place = pull_prompt(
             repo_id, Library(library).place(name), revision=revision, offline=offline, overwrite=overwrite

@@ -14,8 +14,8 @@ from softprompt.storage import RunFolder
 
 # What says where things are and how they are computed, not what is computed.
 MAY_CHANGE = frozenset(
-    {"base", "data", "validation", "test", "init_from", "library", "device", "dtype", "offline", "trust_remote_code",
-     "micro_batch_rows", "checkpoint_layers", "tensorboard", "keep_checkpoints", "device_map"}
+    {"base", "base_id", "data", "validation", "test", "init_from", "library", "device", "dtype", "offline",
+     "trust_remote_code", "micro_batch_rows", "checkpoint_layers", "tensorboard", "keep_checkpoints", "device_map"}
 )  # fmt: skip
 SWEEP_KEY = "sweep"  # of the plan: what the file of a sweep says
 _PATHS = ("base", "data", "validation", "test", "init_from", "library")

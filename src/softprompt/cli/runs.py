@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from softprompt.cli.charts import reason_against_charts
+from softprompt.cli.command import Group
 from softprompt.cli.console import print_json, print_table, say, warnings_as_lines
-from softprompt.cli.run_history import RunHistory, find_runs, read_history
-from softprompt.cli.run_report import LIST_COLUMNS, facts, list_entry, list_row, show_candidates, show_curves, to_json
 from softprompt.errors import SoftpromptError
-from softprompt.storage import load_prompt
+
+if TYPE_CHECKING:
+    from softprompt.cli.run_history import RunHistory
 
 
-@click.group("runs")
+@click.group("runs", cls=Group)
 def command() -> None:
     """List training runs, or show one with its curves."""
 
@@ -27,6 +29,9 @@ def list_runs(folder: str, as_json: bool) -> None:
 
     An unfinished run is still going, or was killed; it is resumable from its last checkpoint.
     """
+    from softprompt.cli.run_history import find_runs
+    from softprompt.cli.run_report import LIST_COLUMNS, list_entry, list_row
+
     place = Path(folder)
     found = {str(path.relative_to(place)): _read(path) for path in find_runs(place)}
     if as_json:
@@ -45,6 +50,9 @@ def show(run: str, as_json: bool) -> None:
     A run may be shown while it is going. Curves are drawn by plotext (pip install 'softprompt[plots]'); without it they
     are tables of numbers.
     """
+    from softprompt.cli.run_history import read_history
+    from softprompt.cli.run_report import facts, show_candidates, show_curves, to_json
+
     history = read_history(Path(run))
     if as_json:
         print_json(to_json(history))
@@ -62,6 +70,9 @@ def show(run: str, as_json: bool) -> None:
 
 def _read(path: Path) -> RunHistory | str:
     """A run, or what is wrong with it: files that do not read as a run's, or adapters that do not load."""
+    from softprompt.cli.run_history import read_history
+    from softprompt.storage import load_prompt
+
     try:
         history = read_history(path)
         with warnings_as_lines():

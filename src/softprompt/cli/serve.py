@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from softprompt.cli.command import Command
 from softprompt.cli.options import config_of, options_of
 from softprompt.cli.serve_settings import ENVIRONMENT, check_environment, take_file
 from softprompt.config import EMBEDDED_BASE, BaseConfig, EngineConfig, ServerConfig
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "sqlalchemy", "alembic", "prometheus_client", "watchfiles", "multipart")
 
 
-@click.command("serve", context_settings={"auto_envvar_prefix": ENVIRONMENT})
+_SECTIONS = {"Server": ServerConfig, "Base": BaseConfig, "Engine": EngineConfig}
+_EXAMPLES = (
+    "softprompt serve",
+    "softprompt serve --base bigscience/bloomz-560m --library prompts --port 9000",
+    "softprompt keys create me && softprompt serve --base BASE --host 0.0.0.0",
+    "SOFTPROMPT_PORT=9000 softprompt serve --config serve.toml",
+)
+
+
+@click.command(
+    "serve", cls=Command, context_settings={"auto_envvar_prefix": ENVIRONMENT}, sections=_SECTIONS, examples=_EXAMPLES
+)
 @options_of(BaseConfig, optional=True)
 @options_of(ServerConfig)
 @options_of(EngineConfig)

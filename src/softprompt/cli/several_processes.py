@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.base import Base
-from softprompt.cli.console import load
 from softprompt.config import BaseConfig
-from softprompt.launch.accelerated import config_of_rank, one_voice, ranks_of_environment
 from softprompt.launch.processes import run_processes
-from softprompt.launch.sharded import shard_base
-from softprompt.training import Ranks
+
+if TYPE_CHECKING:
+    from softprompt.base import Base
+    from softprompt.training import Ranks
 
 
 def in_processes(function: Callable[..., None]) -> Callable[..., None]:
@@ -26,6 +25,8 @@ def in_processes(function: Callable[..., None]) -> Callable[..., None]:
     def command(processes: int | None, **flags: Any) -> None:
         if processes is not None and processes > 1:
             raise click.exceptions.Exit(run_processes(processes, sys.argv[1:]))
+        from softprompt.launch.accelerated import one_voice, ranks_of_environment
+
         ranks = ranks_of_environment(flags["device"])
         with one_voice(ranks):
             function(ranks=ranks, **flags)
@@ -35,6 +36,10 @@ def in_processes(function: Callable[..., None]) -> Callable[..., None]:
 
 def load_among(config: BaseConfig, ranks: Ranks) -> Base:
     """The base on this rank's device, or its part of it where Accelerate's configuration shards it."""
+    from softprompt.cli.console import load
+    from softprompt.launch.accelerated import config_of_rank
+    from softprompt.launch.sharded import shard_base
+
     base = load(config_of_rank(config, ranks))
     shard_base(base, ranks)
     return base

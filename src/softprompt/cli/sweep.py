@@ -5,27 +5,30 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from softprompt.cli.command import Command
 from softprompt.cli.options import config_of, given_flags, options_of
-from softprompt.cli.resume import MAY_CHANGE, SWEEP_KEY, resumed_settings, say_finished
-from softprompt.cli.run_place import RunPlace
+from softprompt.cli.run_place import RUN_FLAGS, RunPlace, run_options
 from softprompt.cli.several_processes import in_processes, load_among
 from softprompt.cli.sweep_file import Sweep, read_sweep
-from softprompt.cli.training_run import Job, Task, run_job, run_options
 from softprompt.config import BaseConfig
-from softprompt.data import split_rows
 from softprompt.errors import ConfigError, StorageError
-from softprompt.storage import RunFolder
-from softprompt.storage.runs import check_part_name
-from softprompt.training import Ranks
+
+if TYPE_CHECKING:
+    from softprompt.cli.training_run import Job, Task
+    from softprompt.training import Ranks
 
 Settings = dict[str, Any]
+_EXAMPLES = (
+    "softprompt sweep sweep.toml --out prompts/sweep",
+    "softprompt sweep sweep.toml --base BASE --resume --out prompts/sweep",
+)
 
 
-@click.command("sweep")
+@click.command("sweep", cls=Command, sections={"Run": RUN_FLAGS, "Base": BaseConfig}, examples=_EXAMPLES)
 @click.argument("file", type=click.Path(), metavar="SWEEP.toml")
 @options_of(BaseConfig, optional=True)
 @run_options
@@ -40,6 +43,9 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
     `ensemble` are as with `train`. Flags override [base]. The prompt kept for a task lies in --out/NAME, or in --out
     where the tasks have no names.
     """
+    from softprompt.cli.resume import SWEEP_KEY, say_finished
+    from softprompt.cli.training_run import run_job
+
     sweep = read_sweep(Path(file))
     _check_names(file, sweep)
     place = RunPlace.of(out, overwrite=overwrite, resume=resume)
@@ -56,14 +62,19 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
 
 
 def _job(file: str, sweep: Sweep, base_config: BaseConfig, ranks: Ranks) -> Job:
+    from softprompt.cli.training_run import Job, source_of
+
     tasks = _tasks(sweep, offline=base_config.offline)
     return Job(
         base=load_among(base_config, ranks), tasks=tasks, configs=sweep.candidates,
         halving=sweep.halving and not sweep.ensemble, keeps_all=sweep.ensemble, command=f"sweep {shlex.quote(file)}",
+        base_source=source_of(base_config.base),
     )  # fmt: skip
 
 
 def _check_names(file: str, sweep: Sweep) -> None:
+    from softprompt.storage.runs import check_part_name
+
     for section, names in (("tasks", sweep.tasks), ("candidates", sweep.candidates)):
         for name in () if list(names) == [""] else names:
             try:
@@ -79,6 +90,9 @@ def _with_base(base: Mapping[str, Any], flags: Settings) -> Settings:
 
 
 def _tasks(sweep: Sweep, *, offline: bool) -> list[Task]:
+    from softprompt.cli.training_run import Task
+    from softprompt.data import split_rows
+
     return [
         Task(name=name, data=data, seed=sweep.seed, split=split_rows(data, seed=sweep.seed, offline=offline))
         for name, data in sweep.tasks.items()
@@ -87,6 +101,9 @@ def _tasks(sweep: Sweep, *, offline: bool) -> list[Task]:
 
 def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
     """The flags that the run was begun with, those given anew, and what the file says anew of the base."""
+    from softprompt.cli.resume import SWEEP_KEY, resumed_settings
+    from softprompt.storage import RunFolder
+
     plan = RunFolder(Path(out)).read_plan()
     begun = plan.get(SWEEP_KEY)
     if isinstance(begun, dict):
@@ -100,6 +117,8 @@ def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
 
 def _check_same(file: str, now: Mapping[str, Any], begun: Mapping[str, Any], out: str) -> None:
     """Raises ConfigError where the file means another sweep than the one begun, the base's settings aside."""
+    from softprompt.cli.resume import MAY_CHANGE
+
     for section in ("tasks", "candidates"):
         names, known = list(now[section]), list(begun.get(section, ()))
         if names != known:

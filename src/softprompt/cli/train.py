@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.base import Base
 from softprompt.cli.candidates import VARIED, vary
+from softprompt.cli.command import Command
 from softprompt.cli.console import warnings_as_lines
 from softprompt.cli.options import config_of, given_flags, options_of, require_flags
-from softprompt.cli.resume import resumed_settings, say_finished
-from softprompt.cli.run_place import RunPlace
+from softprompt.cli.run_place import RUN_FLAGS, RunPlace, run_options
 from softprompt.cli.several_processes import in_processes, load_among
-from softprompt.cli.training_run import Job, Task, run_job, run_options
 from softprompt.config import PRESETS, BaseConfig, DataConfig, TrainConfig
-from softprompt.data import split_rows
 from softprompt.errors import ConfigError
-from softprompt.prompt import SoftPrompt
-from softprompt.storage import load_prompt, resolve_prompt
-from softprompt.training import Ranks
+
+if TYPE_CHECKING:
+    from softprompt.base import Base
+    from softprompt.cli.training_run import Job
+    from softprompt.prompt import SoftPrompt
+    from softprompt.training import Ranks
+
+_SECTIONS = {
+    "Run": RUN_FLAGS,
+    "Data": DataConfig,
+    "Base": (*(item.name for item in dataclasses.fields(BaseConfig)), "base_id"),
+    "Start": ("preset", "init", "init_text", "init_from", "library"),
+    "Several prompts": ("candidates", "vary", "halving", "ensemble"),
+    "Training": TrainConfig,
+}
+_EXAMPLES = (
+    "softprompt train --base embedded --data quotes.jsonl --text-column quote --out prompts/quotes",
+    'softprompt train --base BASE --data reviews.csv --template "Review: {text}\\nSentiment:" \\\n'
+    '    --completion " {label}" --validation 0.1 --out prompts/reviews',
+    "softprompt train --base BASE --data chats.jsonl --messages-column messages --out prompts/support",
+    "softprompt train --resume --out prompts/quotes",
+)
 
 
-@click.command("train")
+def _lacking(given: Collection[str]) -> list[str]:
+    return [] if "resume" in given else [f"'--{name}'" for name in ("base", "data") if name not in given]
+
+
+@click.command("train", cls=Command, sections=_SECTIONS, examples=_EXAMPLES, lacking=_lacking)
 @options_of(BaseConfig, optional=True)
 @options_of(DataConfig, optional=True)
 @options_of(TrainConfig)
+@click.option("--base-id", metavar="OWNER/NAME",
+              help="Hub id that the adapter names as its base, where --base is a folder.")  # fmt: skip
 @click.option("--init-from", metavar="PROMPT", help="Train further from this adapter (folder, or name in --library).")
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings to start from; flags given override them.")
@@ -43,6 +66,9 @@ def command(
     out: str, overwrite: bool, resume: bool, as_json: bool, preset: str | None, ranks: Ranks, **flags: Any
 ) -> None:
     """Train a soft prompt on a frozen base."""
+    from softprompt.cli.resume import resumed_settings, say_finished
+    from softprompt.cli.training_run import run_job
+
     place = RunPlace.of(out, overwrite=overwrite, resume=resume)
     if place.is_finished:
         say_finished(out, as_json)
@@ -56,15 +82,19 @@ def command(
 
 
 def _job(flags: Mapping[str, Any], ranks: Ranks) -> Job:
+    from softprompt.cli.training_run import Job, Task
+    from softprompt.data import split_rows
+
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
     config = config_of(TrainConfig, flags)
-    configs = _candidates(config, flags)
+    configs, source = _candidates(config, flags), _base_source(flags)
     split = split_rows(data_config, seed=config.seed, offline=base_config.offline)
     base = load_among(base_config, ranks)
     return Job(
         base=base, tasks=[Task(name="", data=data_config, seed=config.seed, split=split)], configs=configs,
         start=_start(flags, base, config), start_name=flags["init_from"],
         halving=flags["halving"] and not flags["ensemble"], keeps_all=flags["ensemble"],
+        base_source=source, is_base_id=flags.get("base_id") is not None,
     )  # fmt: skip
 
 
@@ -78,8 +108,21 @@ def _candidates(config: TrainConfig, flags: Mapping[str, Any]) -> dict[str, Trai
     return {"": config} if count == 1 else vary(config, count, flags["vary"])
 
 
+def _base_source(flags: Mapping[str, Any]) -> str:
+    """What the adapter says that its base is loaded from: --base-id, or --base, a folder from wherever it is seen."""
+    from softprompt.cli.training_run import source_of
+    from softprompt.storage.record import is_hub_id
+
+    base_id = flags.get("base_id")  # a run of an earlier release knew none
+    if base_id is not None and not is_hub_id(base_id):
+        raise ConfigError(f"--base-id {base_id[:100]!r} is no Hub id; write it as owner/name")
+    return source_of(flags["base"]) if base_id is None else base_id
+
+
 def _check_start_stays(flags: Mapping[str, Any], out: str) -> None:
     """Raises ConfigError where a run would write over the prompt that it starts from."""
+    from softprompt.storage import resolve_prompt
+
     if flags["init_from"] is None:
         return
     place = resolve_prompt(flags["init_from"], flags["library"]).resolve()
@@ -98,6 +141,8 @@ def _preset(name: str | None) -> dict[str, Any]:
 
 
 def _start(flags: Mapping[str, Any], base: Base, config: TrainConfig) -> SoftPrompt | None:
+    from softprompt.storage import load_prompt, resolve_prompt
+
     init_from = flags["init_from"]
     if init_from is None:
         return None

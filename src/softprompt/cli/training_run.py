@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,16 +17,15 @@ import click
 from softprompt.base import Base
 from softprompt.base.load import trainable_line
 from softprompt.cli.console import print_json, print_table, say
-from softprompt.cli.options import Function
 from softprompt.cli.progress import TrainingProgress
 from softprompt.config import DataConfig, TrainConfig
 from softprompt.data import Split, held_out_record, report_lines
-from softprompt.errors import ConfigError
-from softprompt.evaluation import criterion
+from softprompt.errors import ConfigError, DataError
+from softprompt.evaluation import Verdict, criterion, verdict_of
 from softprompt.prompt import SoftPrompt
 from softprompt.recording import Recorder
 from softprompt.storage import RunFolder
-from softprompt.storage.runs import KEPT_CHECKPOINTS, TASKS_KEY
+from softprompt.storage.runs import TASKS_KEY
 from softprompt.training import (
     Candidate,
     Event,
@@ -36,19 +36,7 @@ from softprompt.training import (
     train_together,
 )
 
-_RUN_OPTIONS = (
-    click.option(
-        "--out", required=True, type=click.Path(), help="The run's folder: adapter, run.json, metrics.jsonl."
-    ),
-    click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out."),
-    click.option("--resume", is_flag=True, help="Go on with the run in --out where it stopped, or begin it."),
-    click.option(
-        "--keep-checkpoints", type=click.IntRange(min=1), default=KEPT_CHECKPOINTS, show_default=True,
-        help="Checkpoints to keep, the latest.",
-    ),
-    click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events into --out/tensorboard."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-)  # fmt: skip
+_MOST_JUDGED_ROWS = 100  # of a labelled set, at the end of a training; compare reads all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +65,8 @@ class Job:
     start_name: str | None = None
     halving: bool = False
     keeps_all: bool = False  # all candidates vote: none is dropped, and none is the best
+    base_source: str | None = None  # what the adapters say that their base is loaded from
+    is_base_id: bool = False  # that is --base-id, which names the base too
     command: str = "train"  # and its arguments: what goes on with the job where it was interrupted
 
     def facts(self) -> dict[str, Any]:
@@ -107,13 +97,6 @@ class Job:
         return [each.name for each in self.tasks] == [""] and list(self.configs) == [""]
 
 
-def run_options(function: Function) -> Function:
-    """The flags that say where and how a run is recorded."""
-    for decorate in reversed(_RUN_OPTIONS):
-        function = decorate(function)
-    return function
-
-
 def check_choice(job: Job) -> None:
     """Raises ConfigError where there is nothing to choose among candidates by."""
     missing = [task.data.data for task in job.tasks if task.split.validation is None]
@@ -127,14 +110,29 @@ def check_choice(job: Job) -> None:
 def run_job(job: Job, recorder: Recorder, *, ranks: Ranks, as_json: bool) -> None:
     """Train, record, say and print. Ends with exit code 130 where it was interrupted. Raises as `train_together`."""
     check_choice(job)
-    results = _train(job, recorder, ranks)
+    results = [_with_source(job, result) for result in _train(job, recorder, ranks)]
     if ranks.rank == 0:
-        outcome = _record(job, recorder, results)
-        _say_results(job, recorder, results, shows=not as_json, num_ranks=ranks.count)
+        found = _verdicts(job, results) if ranks.count == 1 else {}
+        outcome = _record(job, recorder, results, found)
+        _say_results(job, recorder, results, found, shows=not as_json, num_ranks=ranks.count)
         if as_json:
             print_json({"out": str(recorder.place), **outcome})
     if results[0].interrupted:
         raise click.exceptions.Exit(130)
+
+
+def _with_source(job: Job, result: TrainResult) -> TrainResult:
+    """The prompt's record says how its base is loaded."""
+    if job.base_source is None:
+        return result
+    name = job.base_source if job.is_base_id else result.prompt.record.base_name
+    record = replace(result.prompt.record, base_name=name, base_source=job.base_source)
+    return replace(result, prompt=SoftPrompt(result.prompt.tensor, record))
+
+
+def source_of(base: str) -> str:
+    """A base as it was given, a folder from wherever it is looked at."""
+    return os.path.abspath(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
 
 
 def _train(job: Job, recorder: Recorder, ranks: Ranks) -> Sequence[TrainResult]:
@@ -177,12 +175,51 @@ def _by_task(job: Job, results: Sequence[TrainResult]) -> list[tuple[Task, Seque
     return [(task, results[index * each : (index + 1) * each]) for index, task in enumerate(job.tasks)]
 
 
-def _record(job: Job, recorder: Recorder, results: Sequence[TrainResult]) -> dict[str, Any]:
+def _verdicts(job: Job, results: Sequence[TrainResult]) -> dict[str, Verdict]:
+    """How often the prompt kept for each labelled task is right, on rows that it was not trained on."""
+    if results[0].interrupted:
+        return {}
+    judged = {task.name: _verdict(job.base, task, best_of(rivals)) for task, rivals in _by_task(job, results)}
+    return {name: verdict for name, verdict in judged.items() if verdict is not None}
+
+
+def _verdict(base: Base, task: Task, kept: TrainResult) -> Verdict | None:
+    form, split = kept.prompt.record.form, task.split
+    title, rows = ("validation", split.validation) if split.validation is not None else ("test", split.test)
+    if rows is None or not form.labels:
+        return None
+    first = replace(rows.take(range(min(_MOST_JUDGED_ROWS, len(rows)))), form=form)
+    try:
+        return verdict_of(base, f"the {title} set", first, task.name or "the prompt", kept.prompt)
+    except DataError as error:
+        say(f"note: no accuracy on the {title} set: {error}")
+        return None
+
+
+def _held_out_facts(verdict: Verdict | None) -> dict[str, Any]:
+    """What the prompt's record and the run's result keep of it."""
+    if verdict is None:
+        return {}
+    known = verdict.baselines
+    return {
+        "held_out": {
+            "rows": verdict.num_rows, "accuracy": verdict.accuracy, "interval": list(astuple(verdict.interval)),
+            "majority": known.majority, "bare_base": known.template,
+        }
+    }  # fmt: skip
+
+
+def _record(
+    job: Job, recorder: Recorder, results: Sequence[TrainResult], verdicts: Mapping[str, Verdict]
+) -> dict[str, Any]:
     for task, rivals in _by_task(job, results):
         others = rivals if len(rivals) > 1 else ()
-        recorder.finish(best_of(rivals), others, task.facts(), task.name, is_set=job.keeps_all)
+        facts = {**task.facts(), **_held_out_facts(verdicts.get(task.name))}
+        recorder.finish(best_of(rivals), others, facts, task.name, is_set=job.keeps_all)
     if job.is_one_prompt:
-        found = {"content_hash": results[0].prompt.content_hash, **_outcome(results[0])}
+        found = {
+            "content_hash": results[0].prompt.content_hash, **_outcome(results[0]), **_held_out_facts(verdicts.get("")),
+        }  # fmt: skip
         recorder.end({"plan": results[0].plan.to_json(), "result": found})
         return found
     kept = {task.name: best_of(rivals).name for task, rivals in _by_task(job, results)}
@@ -240,13 +277,18 @@ def _say_prepared(job: Job, ready: Prepared) -> None:
         say(f"note: {note}")
 
 
-def _say_results(job: Job, recorder: Recorder, results: Sequence[TrainResult], shows: bool, num_ranks: int) -> None:
+def _say_results(
+    job: Job, recorder: Recorder, results: Sequence[TrainResult], verdicts: Mapping[str, Verdict], *, shows: bool,
+    num_ranks: int,
+) -> None:  # fmt: skip
     first = results[0]
     place = shlex.quote(str(recorder.place))
     processes = f" --processes {num_ranks}" if num_ranks > 1 else ""
     if first.interrupted:
         kept = f"the prompt of step {first.kept_step} is" if job.is_one_prompt else "the prompts so far are"
         say(f"interrupted; {kept} kept; go on with: softprompt {job.command} --resume --out {place}{processes}")
+    for verdict in verdicts.values():
+        say(verdict.text)
     if not job.is_one_prompt:
         for task, rivals in _by_task(job, results) if shows else ():
             _show_candidates(job, task, rivals)

@@ -9,7 +9,7 @@ from softprompt.data.batches import plan_epoch
 from softprompt.data.boundary import completion_ids, label_ids
 from softprompt.data.chat import DEFAULT_CHAT_TEMPLATE, chat_prompt_ids
 from softprompt.data.examples import build_examples
-from softprompt.data.form import input_ids, prompt_text
+from softprompt.data.form import Input, form_ids, input_ids, prompt_text, template_text
 from softprompt.data.read import as_rows, read_rows, rows_from_records, rows_from_texts
 from softprompt.data.report import report_lines
 from softprompt.data.rows import Rows, Written, rows_hash, write_row, write_rows
@@ -18,6 +18,7 @@ from softprompt.data.template import fill_template, template_fields
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
+    "Input",
     "Rows",
     "Split",
     "Written",
@@ -26,6 +27,7 @@ __all__ = [
     "chat_prompt_ids",
     "completion_ids",
     "fill_template",
+    "form_ids",
     "held_out_record",
     "input_ids",
     "label_ids",
@@ -38,6 +40,7 @@ __all__ = [
     "rows_hash",
     "split_rows",
     "template_fields",
+    "template_text",
     "write_row",
     "write_rows",
 ]

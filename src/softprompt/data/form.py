@@ -1,4 +1,8 @@
-"""An input for generation, written as the prompt's training rows were."""
+"""An input for generation, written as the prompt's training rows were.
+
+An input is one text, the fields of a template by name, or chat messages. One text is raw for the bare base and for a
+prompt trained on plain text; it fills a template that has one field; to a prompt trained on chat it is the user's.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,32 @@ from softprompt.data.messages import Message, read_messages
 from softprompt.data.template import fill_template, require_fields, template_fields
 from softprompt.errors import DataError
 from softprompt.types import InputForm
+
+Input = str | Mapping[str, str] | Sequence[Mapping[str, Any]]  # Any: a message, checked where it is read
+
+
+def form_ids(base: Base, form: InputForm | None, item: Input, *, max_ids: int | None = None) -> tuple[int, ...]:
+    """Ids of one input as the form has it, BOS included; `form` is None for the bare base.
+
+    Raises DataError for an input that does not suit the form.
+    """
+    if isinstance(item, Mapping):
+        return input_ids(base, form, fields=item, max_ids=max_ids)
+    if not isinstance(item, str):
+        return input_ids(base, form, messages=item, max_ids=max_ids)
+    if form is None or form.kind == "plain":
+        return input_ids(base, form, text=item, max_ids=max_ids)
+    if form.kind == "chat":
+        return input_ids(base, form, messages=[{"role": "user", "content": item}], max_ids=max_ids)
+    return input_ids(base, form, fields=_only_field(form, item), max_ids=max_ids)
+
+
+def template_text(form: InputForm, item: Input) -> str:
+    """One input through the form's template: what stands before the completion. Raises DataError as `form_ids` does."""
+    if isinstance(item, Mapping):
+        return prompt_text(form, item)
+    text = item if isinstance(item, str) else _last_said(read_messages(item, "messages", for_training=False))
+    return prompt_text(form, _only_field(form, text))
 
 
 def input_ids(
@@ -64,18 +94,25 @@ def _message_ids(
         raise DataError("messages is empty; give at least one message")
     if form is None or form.kind == "chat":
         return chat_prompt_ids(base, messages, max_ids=max_ids)
-    said = [message["content"] for message in messages if message["role"] == "user"]
+    return form_ids(base, form, _last_said(messages), max_ids=max_ids)
+
+
+def _last_said(messages: Sequence[Message]) -> str:
+    said: list[str] = [message["content"] for message in messages if message["role"] == "user"]
     if not said:
         raise DataError("messages hold no user message, and this prompt's form takes the last one as its text")
-    if form.kind == "plain":
-        return input_ids(base, form, text=said[-1], max_ids=max_ids)
+    return said[-1]
+
+
+def _only_field(form: InputForm, text: str) -> dict[str, str]:
     assert form.template is not None, form
     names = template_fields(form.template)
     if len(names) != 1:
         raise DataError(
-            f"a chat message fills one field, but template {form.template!r} has {_listed(names)}; send text instead"
+            f"one text fills one field, but the template {form.template!r} has {_listed(names)}; give each by its name "
+            "(--field NAME=TEXT), or the whole text (--raw, or /v1/completions)"
         )
-    return input_ids(base, form, fields={names[0]: said[-1]}, max_ids=max_ids)
+    return {names[0]: text}
 
 
 def _listed(names: Mapping[str, str] | Sequence[str]) -> str:

@@ -71,11 +71,12 @@ def run_demo(base: Base, folder: Path, say: Say, *, overwrite: bool = False, tas
     say(f"measured on held-out rows, {time.perf_counter() - began:.0f} s so far")
     prompts = {item.task.name: item.ours for item in trained}
     inputs = [*INPUTS, *(_first_text(item.test) for item in trained if item.test.form.labels)]
+    sampling = SamplingConfig(max_new_tokens=40, repetition_penalty=1.5)
     return Demo(
         folder=folder,
         data=data,
         findings=findings,
-        answers=compare(base, prompts, inputs, sampling=SamplingConfig(max_new_tokens=40, repetition_penalty=1.5)),
+        answers=compare(base, prompts, inputs, sampling=sampling, raw=True),
         peft_difference=_difference_in_peft(base, places[trained[0].task.name].path, trained[0].ours),
         seconds=time.perf_counter() - began,
     )

@@ -1,14 +1,18 @@
 """Compare prompts with the bare base: what they say, held-out loss, accuracy, task scores."""
 
+from softprompt.config import ScoreConfig, TextScore
+from softprompt.data import Input
+from softprompt.evaluation.baselines import Baselines, Verdict, verdict_of
 from softprompt.evaluation.classes import ClassScore
 from softprompt.evaluation.classification import (
     Accuracy,
     accuracies,
     accuracy,
     accuracy_by_likelihood,
+    label_answers,
     likeliest_labels,
 )
-from softprompt.evaluation.compare import BARE, Answered, Comparison, Input, compare
+from softprompt.evaluation.compare import BARE, Answered, Comparison, compare
 from softprompt.evaluation.criterion import CRITERIA, criterion
 from softprompt.evaluation.ensemble import Ensembles, vote, vote_accuracies, vote_accuracy
 from softprompt.evaluation.heldout import HeldOutLoss, Interval, held_out_losses, mean_loss
@@ -25,15 +29,16 @@ from softprompt.evaluation.tables import (
     loss_tables,
     memory_line,
     score_tables,
+    verdict_lines,
 )
-from softprompt.evaluation.task_scores import ScoreConfig, TaskScore
-from softprompt.evaluation.text_scores import TextScore
+from softprompt.evaluation.task_scores import TaskScore
 
 __all__ = [
     "BARE",
     "CRITERIA",
     "Accuracy",
     "Answered",
+    "Baselines",
     "ClassScore",
     "Comparison",
     "Ensembles",
@@ -46,6 +51,7 @@ __all__ = [
     "Table",
     "TaskScore",
     "TextScore",
+    "Verdict",
     "accuracies",
     "accuracy",
     "accuracy_by_likelihood",
@@ -58,6 +64,7 @@ __all__ = [
     "ensemble_tables",
     "held_out_losses",
     "is_small",
+    "label_answers",
     "leave_one_out",
     "likeliest_labels",
     "loss_tables",
@@ -65,6 +72,8 @@ __all__ = [
     "memory_line",
     "score_tables",
     "to_markdown",
+    "verdict_lines",
+    "verdict_of",
     "vote",
     "vote_accuracies",
     "vote_accuracy",

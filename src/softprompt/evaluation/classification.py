@@ -12,8 +12,10 @@ M prompts, N texts, K labels.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -23,7 +25,7 @@ from softprompt.base import Base
 from softprompt.config import SamplingConfig
 from softprompt.data import Rows, fill_template, label_ids, template_fields, write_rows
 from softprompt.engine import Request, generate
-from softprompt.errors import DataError
+from softprompt.errors import DataError, LengthError
 from softprompt.evaluation.classes import (
     ClassScore,
     Confusion,
@@ -35,7 +37,7 @@ from softprompt.evaluation.classes import (
 from softprompt.evaluation.contenders import contenders
 from softprompt.evaluation.fit import room_for_text, without_start
 from softprompt.evaluation.heldout import CONFIDENCE, Interval
-from softprompt.families import Forward
+from softprompt.families import Forward, forward_of
 from softprompt.loss import target_nlls
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
@@ -151,8 +153,12 @@ def accuracy_by_likelihood(base: Base, forward: Forward, rows: Rows, prompt: Sof
 
 def label_confusion(base: Base, forward: Forward, known: LabelledRows, prompt: SoftPrompt | None) -> Confusion:
     """Rows of data by their own label, then by the likeliest one, uncalibrated."""
-    found = _likeliest(base, forward, known, prompt, None, False)
-    return confusion_matrix(known.own, found, len(known.labels))
+    return confusion_matrix(known.own, predicted_labels(base, forward, known, prompt), len(known.labels))
+
+
+def predicted_labels(base: Base, forward: Forward, known: LabelledRows, prompt: SoftPrompt | None) -> list[int]:
+    """For each row, the number of its likeliest label, uncalibrated."""
+    return _likeliest(base, forward, known, prompt, None, False)
 
 
 def likeliest_labels(
@@ -170,6 +176,45 @@ def likeliest_labels(
     """
     (scores_NK,) = label_scores(base, forward, texts, labels, [prompt], max_length, content_free)
     return [int(number) for number in scores_NK.argmax(axis=1)]
+
+
+class LabelAnswer(NamedTuple):
+    """The likeliest label after one text."""
+
+    label: str
+    ids: tuple[int, ...]  # its tokens
+    log_probs: tuple[float, ...]  # of each of them
+    log_likelihoods: Mapping[str, float]  # of every label: the sum over its tokens
+
+
+def label_answers(base: Base, texts: Sequence[str], labels: Sequence[str], prompt: SoftPrompt) -> list[LabelAnswer]:
+    """One answer per text, as `accuracy` counts them. Raises LengthError where a text leaves no room for a label."""
+    rows = [_label_row(base, text, label, 0, sys.maxsize) for text in texts for label in labels]
+    room = room_for_text(base, prompt)
+    longest = max(len(row.ids) for row in rows)
+    if longest > room:
+        raise LengthError(
+            f"the input and its label are {longest} tokens, and beside {prompt.num_virtual_tokens} virtual ones there "
+            f"are {room} positions of base {base.name!r}; shorten the input"
+        )
+    losses = target_nlls(base, forward_of(base), rows, [prompt.tensor])
+    each = len(labels)
+    return [
+        _label_answer(labels, rows[start : start + each], losses[start : start + each])
+        for start in range(0, len(rows), each)
+    ]
+
+
+def _label_answer(labels: Sequence[str], rows: Sequence[Row], losses: Sequence[Mapping[int, float]]) -> LabelAnswer:
+    likelihoods = [-sum(loss.values()) for loss in losses]
+    best = max(range(len(labels)), key=likelihoods.__getitem__)
+    columns = sorted(losses[best])
+    return LabelAnswer(
+        label=labels[best],
+        ids=tuple(rows[best].ids[column] for column in columns),
+        log_probs=tuple(-losses[best][column] for column in columns),
+        log_likelihoods=dict(zip(labels, likelihoods, strict=True)),
+    )
 
 
 def label_scores(

@@ -8,23 +8,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from softprompt.base import Base
-from softprompt.config import SamplingConfig
-from softprompt.data import Rows, build_examples, input_ids
+from softprompt.config import SamplingConfig, ScoreConfig
+from softprompt.data import Input, Rows, build_examples, form_ids
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError
+from softprompt.evaluation.baselines import Baselines, Verdict, baselines, verdicts
 from softprompt.evaluation.classification import Accuracy, accuracies
 from softprompt.evaluation.contenders import contenders
 from softprompt.evaluation.ensemble import Ensembles, check_ensembles, vote_accuracies
 from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
-from softprompt.evaluation.task_scores import ScoreConfig, TaskScore, check_scores, task_scores
+from softprompt.evaluation.task_scores import TaskScore, check_scores, task_scores
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
 from softprompt.training import peak_bytes
 from softprompt.types import InputForm, brief_repr, finite
 
 BARE = "base"  # what the bare base is called beside prompts
-
-Input = str | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,12 @@ class Comparison:
     peak_bytes: int  # peak resident size of this process
     scores: tuple[TaskScore, ...] = ()  # of greedy answers, where they were asked for
     ensembles: Mapping[str, int] = field(default_factory=dict)  # name -> prompts that vote
+    baselines: Mapping[str, Baselines] = field(default_factory=dict)  # labelled set -> what is reached untrained
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Each prompt's accuracy beside the baselines, on each labelled set."""
+        return verdicts(self.accuracies, self.baselines)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only; the bare base is named `base` among the answers, and NaN is null."""
@@ -62,6 +67,10 @@ class Comparison:
             for item in self.answered
         ]
         record["losses"] = [{**asdict(loss), "perplexity": loss.perplexity} for loss in self.losses]
+        record["verdicts"] = [
+            {"held_out": item.baselines.held_out, "prompt": item.prompt, "is_better": item.is_better, "text": item.text}
+            for item in self.verdicts
+        ]
         clean: dict[str, Any] = json.loads(json.dumps(finite(record), allow_nan=False))
         return clean
 
@@ -76,14 +85,18 @@ def compare(
     sampling: SamplingConfig | None = None,
     scoring: ScoreConfig | None = None,
     seed: int = 0,
+    raw: bool = False,
 ) -> Comparison:
     """Answers for every input, and held-out loss, perplexity and accuracy for every set, base first.
 
     `scoring` adds scores of greedy answers to the sets that have completions or chats, and calibrates the accuracy.
     `ensembles` (name -> prompts by name) vote on the labels of the sets that have some, beside the prompts.
 
-    An input is raw text, or fields that each prompt's own template takes (the bare base gets the first template among
-    the prompts). Raises DataError or LengthError for an input or a set that cannot be used, ConfigError for a prompt
+    An input is a text, fields of a template or chat messages, and each prompt gets it in its own form (`form_ids`):
+    a text in its template, say. The bare base gets what the first prompt gets, and fields in the first template among
+    the prompts. With `raw`, texts go to everybody as they are. All answer freely, prompts with labels too.
+
+    Raises DataError or LengthError for an input or a set that cannot be used, ConfigError for a prompt
     called `base`, an ensemble called as a prompt, and a score or an ensemble that no set suits, MissingDependencyError
     for a score without torchmetrics.
     """
@@ -96,12 +109,14 @@ def compare(
     voters = [prompt for members in ensembles.values() for prompt in members.values()]
     room = _room(base, [*prompts.values(), *voters])
     examples = {name: build_examples(base, rows, eos=True, max_length=room) for name, rows in sets.items()}
+    found = _accuracies(base, forward, prompts, ensembles, sets, room, scoring.calibrate)
     return Comparison(
         base_name=base.name,
         prompts={name: prompt.num_virtual_tokens for name, prompt in prompts.items()},
-        answered=tuple(_answer_all(base, forward, prompts, inputs, sampling or SamplingConfig())),
+        answered=tuple(_answer_all(base, forward, prompts, inputs, sampling or SamplingConfig(), raw)),
         losses=tuple(held_out_losses(base, forward, prompts, examples, seed)),
-        accuracies=_accuracies(base, forward, prompts, ensembles, sets, room, scoring.calibrate),
+        accuracies=found,
+        baselines=_baselines(base, forward, found, sets),
         base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
         prompt_bytes=sum(prompt.num_bytes for prompt in [*prompts.values(), *voters]),
         scores=tuple(task_scores(base, forward, prompts, sets, scoring, room, seed)),
@@ -134,22 +149,36 @@ def _accuracies(
     return tuple(sorted(found, key=lambda item: order.index(item.held_out)))
 
 
+def _baselines(
+    base: Base, forward: Forward, found: Sequence[Accuracy], sets: Mapping[str, Rows]
+) -> dict[str, Baselines]:
+    bare = {item.held_out: item.by_likelihood for item in found if item.prompt is None}
+    return {name: baselines(base, forward, name, sets[name], share) for name, share in bare.items()}
+
+
 def _answer_all(
-    base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], inputs: Sequence[Input], sampling: SamplingConfig
-) -> list[Answered]:
-    fallback = next((p.record.form for p in prompts.values() if p.record.form.kind == "template"), None)
-    requests = [
-        Request(_input_ids(base, item, prompt.record.form if prompt is not None else fallback), prompt)
-        for item in inputs
-        for _, prompt in contenders(prompts)
-    ]
+    base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], inputs: Sequence[Input], sampling: SamplingConfig,
+    raw: bool,
+) -> list[Answered]:  # fmt: skip
+    forms = [prompt.record.form for prompt in prompts.values()]
+
+    def ids(item: Input, prompt: SoftPrompt | None) -> tuple[int, ...]:
+        form = _form_for_bare(forms, item) if prompt is None else prompt.record.form
+        return form_ids(base, None if raw and isinstance(item, str) else form, item)
+
+    requests = [Request(ids(item, prompt), prompt) for item in inputs for _, prompt in contenders(prompts)]
     texts = iter([answer.text for answer in generate(base, requests, sampling, forward=forward)])
     return [Answered(_shown(item), {name: next(texts) for name, _ in contenders(prompts)}) for item in inputs]
 
 
-def _input_ids(base: Base, item: Input, form: InputForm | None) -> tuple[int, ...]:
-    return input_ids(base, form, text=item) if isinstance(item, str) else input_ids(base, form, fields=item)
+def _form_for_bare(forms: Sequence[InputForm], item: Input) -> InputForm | None:
+    """The first prompt's, or the first that takes fields where there are fields to take."""
+    return next((form for form in forms if form.kind == "template" or not isinstance(item, Mapping)), None)
 
 
 def _shown(item: Input) -> str:
-    return item if isinstance(item, str) else ", ".join(f"{name}={text}" for name, text in item.items())
+    if isinstance(item, str):
+        return item
+    if isinstance(item, Mapping):
+        return ", ".join(f"{name}={text}" for name, text in item.items())
+    return ", ".join(f"{message.get('role')}: {message.get('content')}" for message in item)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import get_args
 
 from softprompt.base import Base
-from softprompt.config import Criterion
+from softprompt.config import Criterion, TextScore
 from softprompt.data import Rows
 from softprompt.data.labels import with_labels
 from softprompt.errors import ConfigError
 from softprompt.evaluation.classes import class_scores, macro_f1, share_right
 from softprompt.evaluation.classification import label_confusion, labelled_rows
 from softprompt.evaluation.questions import ask, greedy_answers
-from softprompt.evaluation.text_scores import TextScore, text_scores, torchmetrics_text
+from softprompt.evaluation.text_scores import text_scores, torchmetrics_text
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
 

@@ -15,6 +15,7 @@ from softprompt.evaluation.tables import (
     loss_tables,
     memory_line,
     score_tables,
+    verdict_lines,
 )
 
 # What Markdown and its dialects may read as more than text, addresses that they make links of included.
@@ -23,10 +24,12 @@ _MARKS = re.compile(r"[\\`*_{}\[\]<>#|!&~$@^]|:(?=//)|(?<=www)\.")
 
 def to_markdown(comparison: Comparison) -> str:
     """Answers side by side, then the held-out figures; whatever an input, an answer or a name holds is text."""
-    figures = (loss_tables, accuracy_tables, ensemble_tables, class_tables, confusion_tables, score_tables)
-    tables = [*answer_tables(comparison), *(table for of in figures for table in of(comparison))]
+    figures = (ensemble_tables, loss_tables, class_tables, confusion_tables, score_tables)
+    first = [*answer_tables(comparison), *accuracy_tables(comparison)]
+    rest = [table for of in figures for table in of(comparison)]
     title = f"# {_text(comparison.base_name)}: before and after"
-    return "\n\n".join([title, *map(_section, tables), memory_line(comparison)]) + "\n"
+    verdicts = map(_text, verdict_lines(comparison))
+    return "\n\n".join([title, *map(_section, first), *verdicts, *map(_section, rest), memory_line(comparison)]) + "\n"
 
 
 def _section(table: Table) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.cells import cell_len
 
+from softprompt.evaluation.baselines import Baselines
 from softprompt.evaluation.classes import Confusion
 from softprompt.evaluation.classification import Accuracy
 from softprompt.evaluation.compare import BARE, Comparison
@@ -43,14 +44,30 @@ def loss_tables(comparison: Comparison) -> list[Table]:
     """One table per held-out set."""
     groups = [list(group) for _, group in groupby(comparison.losses, key=lambda loss: loss.held_out)]
     columns = ["prompt", "nats/token", "perplexity", "change", "95 % interval", "better/worse"]
-    return [Table(_loss_title(group[0]), columns, [_loss_row(loss) for loss in group]) for group in groups]
+    labelled = {item.held_out for item in comparison.accuracies}
+    return [
+        Table(_loss_title(group[0], group[0].held_out in labelled), columns, [_loss_row(loss) for loss in group])
+        for group in groups
+    ]
 
 
 def accuracy_tables(comparison: Comparison) -> list[Table]:
-    """One table per labelled held-out set."""
+    """One table per labelled held-out set, what is reached without training in its last rows."""
     groups = [list(group) for _, group in groupby(comparison.accuracies, key=lambda item: item.held_out)]
     columns = ["prompt", "by likelihood", "95 % interval", "generated"]
-    return [Table(_accuracy_title(group[0]), columns, [_accuracy_row(a) for a in group]) for group in groups]
+    return [
+        Table(
+            _accuracy_title(group[0]),
+            columns,
+            [*(_accuracy_row(item) for item in group), *_baseline_rows(comparison.baselines.get(group[0].held_out))],
+        )
+        for group in groups
+    ]
+
+
+def verdict_lines(comparison: Comparison) -> list[str]:
+    """What the accuracies mean, a sentence or two for each prompt on each labelled set."""
+    return [item.text for item in comparison.verdicts]
 
 
 def ensemble_tables(comparison: Comparison) -> list[Table]:
@@ -101,8 +118,9 @@ def memory_line(comparison: Comparison) -> str:
     )
 
 
-def _loss_title(loss: HeldOutLoss) -> str:
-    return f"Held-out loss on {loss.held_out}: {loss.num_rows:,} rows, {loss.num_tokens:,} text tokens"
+def _loss_title(loss: HeldOutLoss, is_labelled: bool) -> str:
+    of_what = ", of the labels" if is_labelled else ""
+    return f"Held-out loss on {loss.held_out}: {loss.num_rows:,} rows, {loss.num_tokens:,} text tokens{of_what}"
 
 
 def _loss_row(loss: HeldOutLoss) -> list[str]:
@@ -135,6 +153,14 @@ def _accuracy_row(item: Accuracy) -> list[str]:
     interval = f"{item.interval.low:.1%} to {item.interval.high:.1%}"
     generated = _NOTHING if item.generated is None else f"{item.generated:.1%}"
     return [item.prompt or BARE, f"{item.by_likelihood:.1%}", interval, generated]
+
+
+def _baseline_rows(known: Baselines | None) -> list[list[str]]:
+    if known is None:
+        return []
+    best = [[f"{BARE}, best of {known.num_templates} templates", f"{known.template:.1%}", _NOTHING, _NOTHING]]
+    always = [f"always {known.majority_label!r}", f"{known.majority:.1%}", _NOTHING, _NOTHING]
+    return [*(best if known.num_templates > 1 else []), always]
 
 
 def _ensemble_title(item: Accuracy) -> str:

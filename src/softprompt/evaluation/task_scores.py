@@ -9,34 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompt.base import Base
+from softprompt.config import ScoreConfig, TextScore
 from softprompt.data import Rows
 from softprompt.errors import ConfigError
 from softprompt.evaluation.contenders import contenders
 from softprompt.evaluation.heldout import Interval, bootstrap_interval
 from softprompt.evaluation.questions import Questions, ask, greedy_answers
-from softprompt.evaluation.text_scores import TextScore, text_scores, torchmetrics_text
+from softprompt.evaluation.text_scores import text_scores, torchmetrics_text
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt
-from softprompt.settings import check_types, option, require, settings_class
-
-
-@settings_class
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """What a comparison measures beyond the loss."""
-
-    score: tuple[TextScore, ...] = option(
-        (), "Score greedy answers against the rows' completions; may be repeated. Needs softprompt[scores]."
-    )
-    score_rows: int = option(200, "Rows of each set that --score reads at most, the first ones.")
-    score_tokens: int | None = option(None, "Tokens of such an answer at most; default: the longest completion's + 1.")
-    calibrate: bool = option(False, "Divide a label's likelihood by what it has without content (arXiv 2102.09690).")
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("score_rows", "score_tokens"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
 
 
 @dataclass(frozen=True)

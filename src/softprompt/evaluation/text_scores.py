@@ -10,11 +10,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Literal
 
+from softprompt.config import TextScore
 from softprompt.errors import MissingDependencyError
-
-TextScore = Literal["exact_match", "f1", "rouge_l", "chrf"]
 
 _CHRF_ORDER = 6  # n-grams of characters up to this long
 

@@ -1,6 +1,7 @@
-"""The model card: what an adapter is and how to load it, for people and for the Hub.
+"""The model card: what an adapter is, how to use it and how good it is, for people and for the Hub.
 
-It states numbers and settings from a fixed list. No text of the training data, no path and no label gets in.
+It states the prompt's form with its template and labels, and numbers and settings from a fixed list. No row of the
+training data gets in, and no path but that of a local base, which is left out of what is pushed to the Hub.
 """
 
 from __future__ import annotations
@@ -10,25 +11,28 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from softprompt.config import EMBEDDED_BASE
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.record import PLAIN_WORD
+from softprompt.storage.record import PLAIN_WORD, is_hub_id
+from softprompt.types import InputForm
 
 _FACTS = (
     "virtual_tokens", "init", "epochs", "max_steps", "steps", "kept_step", "interrupted", "seconds", "batch_rows",
     "batch_tokens", "learning_rate", "relative_learning_rate", "schedule", "warmup_steps", "weight_decay",
     "max_grad_norm", "eos", "seed", "rows", "data_hash", "dtype", "softprompt", "torch", "transformers",
 )  # fmt: skip
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # as `softprompt.data.template` reads a template
 
 
 def model_card(prompt: SoftPrompt) -> str:
     """README.md of an adapter folder, in Markdown with the Hub's front matter."""
-    return f"{_front_matter(prompt)}\n{_description(prompt)}\n{_loading(prompt)}\n{_training(prompt)}"
+    parts = (_front_matter, _description, _form, _figures, _loading, _training)
+    return "\n".join(text for part in parts if (text := part(prompt)))
 
 
 def _front_matter(prompt: SoftPrompt) -> str:
-    base = prompt.record.base_name
-    known = base is not None and _HUB_ID.fullmatch(base) is not None
+    base = _base(prompt)
+    known = base is not None and is_hub_id(base)
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
     lines += [f"base_model: {json.dumps(base)}"] if known else []
     lines += ["tags:", "- prompt-tuning", "- soft-prompt", "- softprompt"]
@@ -54,33 +58,116 @@ def _description(prompt: SoftPrompt) -> str:
     return "\n".join([*lines, ""])
 
 
-def _loading(prompt: SoftPrompt) -> str:
-    base = json.dumps(prompt.record.base_name or "BASE")
-    return f"""## Load it
+def _form(prompt: SoftPrompt) -> str:
+    """What stands before an answer, and which answers there are."""
+    form = prompt.record.form
+    lines = []
+    if form.template is not None:
+        lines += ["## Template", "", "An input is put into", "", _fenced(form.template), ""]
+    if form.labels:
+        lines += ["and the answer is one of", "", _fenced(json.dumps(form.labels, ensure_ascii=False)), ""]
+    return "\n".join(lines)
 
-With softprompt:
+
+def _figures(prompt: SoftPrompt) -> str:
+    """On rows that it was not trained on, where they were read when the training ended."""
+    run = prompt.record.run
+    lines = [*_accuracy_lines(run.get("held_out")), *_loss_lines(run.get("validation_losses"), run.get("kept_step"))]
+    return "\n".join(["## On rows that it was not trained on", "", *lines, ""]) if lines else ""
+
+
+def _accuracy_lines(found: Any) -> list[str]:  # Any: a record is JSON, and may be a stranger's
+    try:
+        low, high = found["interval"]
+        shares = [found["accuracy"], low, high, found["majority"], found["bare_base"]]
+        right, low, high, majority, bare = (f"{100 * float(share):.0f}" for share in shares)
+        num_rows = int(found["rows"])
+    except (TypeError, KeyError, ValueError):
+        return []
+    return [
+        f"- Right {right} times in 100 ({low} to {high}), of {num_rows:,} rows; always answering the commonest label "
+        f"would be {majority}, the bare base with the same template {bare}"
+    ]
+
+
+def _loss_lines(losses: Any, kept_step: Any) -> list[str]:  # Any: as above
+    try:
+        return [f"- Validation loss: {dict(losses)[kept_step]:.3f} nats per text token"]
+    except (TypeError, KeyError, ValueError):
+        return []
+
+
+def _loading(prompt: SoftPrompt) -> str:
+    base, form = _base(prompt) or "BASE", prompt.record.form
+    return f"""## Use it
+
+With softprompt, in this folder:
 
 ```python
-from softprompt import load_base, load_prompt
+from softprompt import Request, generate, load_base, load_prompt
+from softprompt.data import form_ids
 
-base = load_base({base})
-prompt = load_prompt("this/folder", base)
+base = load_base({base!r})
+prompt = load_prompt(".", base)
+ids = form_ids(base, prompt.record.form, {_example_input(form)!r})
+print(generate(base, [Request(ids, prompt)])[0].text)
 ```
 
 With PEFT:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "this/folder")
+from transformers import AutoModelForCausalLM, AutoTokenizer
+{_peft_imports(base, form)}
+base = {_peft_base(base)}
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".")
+{_peft_inputs(form)}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 """
 
 
+def _example_input(form: InputForm) -> str | dict[str, str]:
+    fields = _fields(form)
+    return "TEXT" if len(fields) == 1 or form.template is None else dict.fromkeys(fields, "TEXT")
+
+
+def _peft_imports(base: str, form: InputForm) -> str:
+    lines = ["from softprompt.embedded import base_folder"] if base == EMBEDDED_BASE else []
+    lines += ["from softprompt.data import DEFAULT_CHAT_TEMPLATE"] if form.kind == "chat" else []
+    return "\n".join(["", *sorted(lines), ""]) if lines else ""
+
+
+def _peft_base(base: str) -> str:
+    return "base_folder()" if base == EMBEDDED_BASE else repr(base)
+
+
+def _peft_inputs(form: InputForm) -> str:
+    if form.kind == "chat":
+        return (
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    [{"role": "user", "content": "TEXT"}], add_generation_prompt=True, return_dict=True, '
+            'return_tensors="pt",\n'
+            "    chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE,\n"
+            ")"
+        )
+    text = "TEXT" if form.template is None else _FIELD.sub(_filled, form.template)
+    return f'inputs = tokenizer({text!r}, return_tensors="pt")'
+
+
+def _filled(match: re.Match[str]) -> str:
+    return "TEXT" if match[1] is not None else match[0][0]
+
+
+def _fields(form: InputForm) -> list[str]:
+    found = _FIELD.finditer(form.template or "")
+    return list(dict.fromkeys(match[1] for match in found if match[1] is not None))
+
+
 def _training(prompt: SoftPrompt) -> str:
     facts: dict[str, str] = {}
-    for name, text in _plain_facts(prompt.record.run):
+    for name, text in _plain_facts({key: value for key, value in prompt.record.run.items() if key != "held_out"}):
         facts.setdefault(name, text)
     if not facts:
         return "## Training\n\nNothing is recorded.\n"
@@ -97,6 +184,18 @@ def _plain_facts(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
         elif name in _FACTS and isinstance(value, str) and PLAIN_WORD.fullmatch(value):
             yield name, value
+
+
+def _base(prompt: SoftPrompt) -> str | None:
+    """How its base is loaded: the Hub id or folder that was given, else the name alone."""
+    return prompt.record.base_source or prompt.record.base_name
+
+
+def _fenced(text: str) -> str:
+    """Text as a block of code that it cannot end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _one_line(text: str) -> str:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from softprompt.errors import ConfigError, StorageError
+from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import check_free, parse_adapter, read_adapter
 from softprompt.storage.atomic import write_folder
+from softprompt.storage.card import model_card
 from softprompt.storage.files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -24,10 +27,12 @@ from softprompt.storage.files import (
     PICKLE_NAME,
     RECORD_NAME,
     SAFETENSORS_NAME,
+    dump_object,
+    parse_object,
     read_file,
 )
 from softprompt.storage.peft_config import TASK_TYPE
-from softprompt.storage.record import publishable_record
+from softprompt.storage.record import is_hub_id, publishable_record
 
 if TYPE_CHECKING:
     from softprompt.base import Base
@@ -126,17 +131,26 @@ def _read(snapshot: Path, repo_id: str, base: Base | None, force: bool) -> dict[
 
 
 def _publishable(folder: Path) -> dict[str, bytes]:
+    """Without the path of a local base, which would say how this machine is laid out and lead nowhere elsewhere."""
     adapter = read_adapter(folder)
-    parse_adapter(adapter, task_type=TASK_TYPE)
+    prompt = parse_adapter(adapter, task_type=TASK_TYPE)
     if adapter.weights_name != SAFETENSORS_NAME or adapter.config is None:
         raise StorageError(
             f"{folder} lacks {SAFETENSORS_NAME} or {CONFIG_NAME}; import it into a library and push that"
         )
-    files = {SAFETENSORS_NAME: adapter.weights, CONFIG_NAME: adapter.config}
+    config = parse_object(adapter.config, f"{folder}/{CONFIG_NAME}")
+    named = config.get("base_model_name_or_path")
+    is_local = isinstance(named, str) and not is_hub_id(named) and prompt.record.base_source is not None
+    if is_local:
+        config = {**config, "base_model_name_or_path": prompt.record.base_name}
+        prompt = SoftPrompt(prompt.tensor, replace(prompt.record, base_source=None))
+    files = {SAFETENSORS_NAME: adapter.weights, CONFIG_NAME: dump_object(config) if is_local else adapter.config}
     if adapter.record is not None:
         files[RECORD_NAME] = publishable_record(adapter.record, f"{folder}/{RECORD_NAME}")
     card = read_file(folder, CARD_NAME, MAX_TEXT_BYTES)
-    return files if card is None else {**files, CARD_NAME: card}
+    if card is None:
+        return files
+    return {**files, CARD_NAME: model_card(prompt).encode() if is_local else card}
 
 
 def _download(repo_id: str, revision: str | None, token: str | None, own_cache: str | None) -> Path:

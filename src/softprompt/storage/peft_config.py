@@ -22,7 +22,7 @@ def config_for(prompt: SoftPrompt, base: Base | None) -> dict[str, Any]:
     model_config = None if base is None else base.model.config.get_text_config()
     return {
         "auto_mapping": None,
-        "base_model_name_or_path": prompt.record.base_name,
+        "base_model_name_or_path": prompt.record.base_source or prompt.record.base_name,
         "inference_mode": True,
         "modules_to_save": None,
         "num_attention_heads": getattr(model_config, "num_attention_heads", None),

@@ -15,7 +15,8 @@ from softprompt.types import PromptRecord
 
 FORMAT_VERSION = 1
 PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")  # a setting or a version; no path, no sentence
-_TEXT_FIELDS = ("base_name", "base_fingerprint", "parent", "created")
+_TEXT_FIELDS = ("base_name", "base_source", "base_fingerprint", "parent", "created")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,14 @@ def publishable_record(data: bytes, where: str) -> bytes:
     Raises: AdapterError.
     """
     value = parse_object(data, where)
-    return dump_object({**value, "run": _plain(value.get("run") or {})})
+    source = value.get("base_source")
+    known = source if isinstance(source, str) and is_hub_id(source) else None
+    return dump_object({**value, "base_source": known, "run": _plain(value.get("run") or {})})
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a base's name can be one of the Hub's, and is no path of this machine."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def record_from_bytes(data: bytes, where: str) -> StoredRecord:

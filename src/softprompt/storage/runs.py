@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from softprompt.config import KEPT_CHECKPOINTS
 from softprompt.errors import AdapterError, ExistsError, StorageError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import save_prompt, save_prompt_into
@@ -48,7 +49,6 @@ PLAN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
 CANDIDATES_NAME = "candidates"
-KEPT_CHECKPOINTS = 3
 BOARD_NAME = "tensorboard"
 TASKS_KEY = "tasks"  # of the plan: an object whose keys are the tasks' names
 _PLAN_MARK = "softprompt_run"  # the key that makes a run.json ours; its value is the format's version

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softprompt.base import Base
-from softprompt.config import DataConfig, TrainConfig
+from softprompt.config import KEPT_CHECKPOINTS, DataConfig, TrainConfig
 from softprompt.data import Rows, Split, split_rows
 from softprompt.errors import ConfigError, DatabaseError
 from softprompt.evaluation import criterion
@@ -32,7 +32,7 @@ from softprompt.server.jobs.story import Story
 from softprompt.server.prompts.catalogue import Catalogue
 from softprompt.server.state.schema import JobRow
 from softprompt.storage import RunFolder, load_prompt
-from softprompt.storage.runs import CHECKPOINTS_NAME, KEPT_CHECKPOINTS
+from softprompt.storage.runs import CHECKPOINTS_NAME
 from softprompt.training import (
     Candidate,
     Checkpoint,
