@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _PIPED_WIDTH = 120  # columns, where stdout is no terminal that has a width of its own
 _NARROWEST = 80  # columns; figures are not broken to fit into less
+_NARROWEST_CUT = 6  # columns of a cell that is cut
 _NARROWEST_NAME = 10  # columns of a name before figures
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
@@ -60,7 +62,7 @@ def print_table(
     `lines` between the rows are for cells of many lines; `figures` to the right of the first column stay whole. Text is
     shown as it is, never read as markup, and control characters are shown instead of obeyed.
     """
-    table = Table(title=_text(title), title_justify="left", show_lines=lines, box=box.ROUNDED)
+    table = Table(title=_text(title) if title else None, title_justify="left", show_lines=lines, box=box.ROUNDED)
     if figures:
         table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
     for index, column in enumerate(columns):
@@ -71,6 +73,37 @@ def print_table(
     for row in rows:
         table.add_row(*(_text(cell) for cell in row))
     _results().print(table)
+
+
+def print_list(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Sequence[str] = ()) -> None:
+    """A table of one line per row, no wider than the terminal: the longest cells are cut, those of `whole` last."""
+    console = _results()
+    table = [[cell.replace("\n", "\\n") for cell in row] for row in (columns, *rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
+    room = console.width - 3 * len(columns) - 1  # borders and padding
+    widths = _shrunk(widths, room, [column not in whole for column in columns])
+    widths = _shrunk(widths, room, [True] * len(columns))
+    heads, *cut = [[_cut(cell, width) for cell, width in zip(row, widths, strict=True)] for row in table]
+    console.print(_text(_cut(title, console.width)))
+    print_table("", heads, cut)
+
+
+def _shrunk(widths: Sequence[int], room: int, may_shrink: Sequence[bool]) -> list[int]:
+    """The widths with the widest made narrower until all fit; the first column, the name, counts half."""
+    found = list(widths)
+    while sum(found) > room:
+        shrinkable = [index for index, width in enumerate(found) if may_shrink[index] and width > _NARROWEST_CUT]
+        if not shrinkable:
+            break
+        found[max(shrinkable, key=lambda index: found[index] / (1 if index else 2))] -= 1
+    return found
+
+
+def _cut(text: str, width: int) -> str:
+    if cell_len(text) <= width:
+        return text
+    ellipsis = "…" if stdout_is_unicode() else "..."
+    return set_cell_size(text, max(width - len(ellipsis), 0)).rstrip() + ellipsis
 
 
 def results_width() -> int:

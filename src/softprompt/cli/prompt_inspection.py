@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import click
 
 from softprompt.base import Base
-from softprompt.cli.console import print_json, print_table, say
+from softprompt.cli.console import print_json, print_list, print_table, say
 from softprompt.cli.heldout import recorded_sets
 from softprompt.cli.options import config_of, given_flags
 from softprompt.config import DataConfig
@@ -117,10 +117,10 @@ def show_inspection(name: str, found: Inspection, *, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
         return
-    print_table(name, ["fact", "value"], _facts(found.prompt))
+    print_list(name, ["fact", "value"], _facts(found.prompt), whole=("fact",))
     columns = _token_columns(found)
     rows = [[str(token), *cells] for token, cells in enumerate(zip(*columns.values(), strict=True))]
-    print_table("Virtual tokens", ["", *columns], rows)
+    print_list("Virtual tokens", ["", *columns], rows, whole=("", *list(columns)[:-1]))
     if found.leave_out is not None:
         _show_leave_out(found.leave_out, found.held_out or "")
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from softprompt.cli.command import Group
-from softprompt.cli.console import load, print_json, print_table, say, warnings_as_lines
+from softprompt.cli.console import load, print_json, print_list, print_table, print_words, say, warnings_as_lines
 from softprompt.cli.options import config_of, options_of
 from softprompt.config import BaseConfig, DataConfig
 
@@ -37,10 +37,16 @@ def list_prompts(library: str, as_json: bool) -> None:
         return
     rows = [
         [entry.name, shape_text(entry.num_virtual_tokens, entry.hidden_size), entry.base_name or "",
-         entry.created or "", f"{entry.num_bytes:,}", (entry.content_hash or "")[:12], entry.problem or "ok"]
+         (entry.created or "")[:10], f"{entry.num_bytes:,}", (entry.content_hash or "")[:8],
+         "ok" if entry.problem is None else "broken"]
         for entry in entries
     ]  # fmt: skip
-    print_table(f"{library}: {len(rows)} prompts", ["name", "shape", "base", "created", "bytes", "hash", "state"], rows)
+    columns = ["name", "shape", "base", "created", "bytes", "hash", "state"]
+    title = f"{library}: {len(rows)} prompt{'' if len(rows) == 1 else 's'}"
+    print_list(title, columns, rows, whole=("shape", "created", "bytes", "hash", "state"))
+    for entry in entries:
+        if entry.problem is not None:
+            print_words(f"{entry.name} is broken: {entry.problem}")
 
 
 @command.command("show")

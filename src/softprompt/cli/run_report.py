@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields as dataclass_fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from softprompt.cli.console import print_table, results_width
 from softprompt.cli.run_history import PromptHistory, RunHistory
 from softprompt.config import TrainConfig
 
-LIST_COLUMNS = ("run", "base", "data", "steps", "loss (nats per token)", "state", "begun (UTC)")
+LIST_COLUMNS = ("run", "base", "data", "steps", "loss", "state", "begun")
 _TRAINING, _VALIDATION = "training loss (nats per target)", "validation loss (nats per text token)"
 _WIDEST_CHART = 100  # columns
 
@@ -21,8 +22,9 @@ _WIDEST_CHART = 100  # columns
 def list_row(run: RunHistory | str) -> list[str]:
     """The cells of `LIST_COLUMNS` behind the name, of a run or of what is wrong with one."""
     if isinstance(run, str):
-        return ["", "", "", "", f"broken: {run}", ""]
-    return [run.base, ", ".join(run.data), _steps(run), _losses(run), _state(run), _begun(run)]
+        return ["", "", "", "", "broken", ""]
+    data = ", ".join(Path(name).name for name in run.data)
+    return [Path(run.base).name, data, _steps(run), _short_losses(run), _state(run), _begun(run)[:10]]
 
 
 def list_entry(run: RunHistory | str) -> dict[str, Any]:
@@ -109,6 +111,18 @@ def _steps(run: RunHistory) -> str:
 def _losses(run: RunHistory) -> str:
     shown = {task: _loss(prompts) for task, prompts in run.by_task.items()}
     return "; ".join(f"{task} {text}" if task else text for task, text in shown.items() if text)
+
+
+def _short_losses(run: RunHistory) -> str:
+    """The figure first, so that a cut cell still has it."""
+    shown = {task: _short_loss(prompts[0]) for task, prompts in run.by_task.items()}
+    return "; ".join(f"{task} {text}" if task else text for task, text in shown.items() if text)
+
+
+def _short_loss(prompt: PromptHistory) -> str:
+    if prompt.best is None:
+        return ""
+    return f"{prompt.best:.3f} " + ("validation, best" if prompt.validation else "training")
 
 
 def _loss(prompts: Sequence[PromptHistory]) -> str:

@@ -9,7 +9,7 @@ import click
 
 from softprompt.cli.charts import reason_against_charts
 from softprompt.cli.command import Group
-from softprompt.cli.console import print_json, print_table, say, warnings_as_lines
+from softprompt.cli.console import print_json, print_list, print_table, print_words, say, warnings_as_lines
 from softprompt.errors import SoftpromptError
 
 if TYPE_CHECKING:
@@ -38,7 +38,12 @@ def list_runs(folder: str, as_json: bool) -> None:
         print_json([{"run": name, **list_entry(run)} for name, run in found.items()])
         return
     rows = [[name, *list_row(run)] for name, run in found.items()]
-    print_table(f"{folder}: {len(rows)} run{'' if len(rows) == 1 else 's'}", LIST_COLUMNS, rows)
+    print_list(
+        f"{folder}: {len(rows)} run{'' if len(rows) == 1 else 's'}", LIST_COLUMNS, rows, whole=("steps", "begun")
+    )
+    for name, run in found.items():
+        if isinstance(run, str):
+            print_words(f"{name} is broken: {run}")
 
 
 @command.command("show")
