@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ from material import QUICK, TEMPLATE, chat, review, save_base, sentence, write_c
 def _interruptible() -> None:
     """A shell starts background jobs with SIGINT ignored, and children inherit that; Ctrl-C is tested here."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command says does not depend on who else computes here."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
+import sys
 
 import pytest
 from command_line import ENVIRONMENT, run_apart, run_encoded
 from material import QUICK, write_csv
+
+from softprompt.server.running.logs import set_up_logging
 
 ENCODINGS = ("cp1252", "latin-1", "ascii")
 JAPANESE = r"\u65e5\u672c"
@@ -65,3 +70,16 @@ def test_a_process_in_cp1252_ends_its_report(run_folder):
     )
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["run"] == str(run_folder)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_servers_json_log_stays_json(monkeypatch, encoding):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, encoding, errors="backslashreplace", write_through=True))
+    handlers = logging.root.handlers[:]
+    try:
+        set_up_logging("json")
+        logging.getLogger("softprompt").info("%s", "日本 \U0001f600 \x81 é")
+    finally:
+        logging.basicConfig(handlers=handlers, level=logging.WARNING, force=True)
+    assert json.loads(raw.getvalue().decode(encoding))["message"] == "日本 \U0001f600 \x81 é"

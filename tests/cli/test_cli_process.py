@@ -45,8 +45,9 @@ def test_results_go_to_stdout_and_words_to_stderr_and_no_library_speaks(base_fol
     ran = run_apart("compare", "--base", base_folder, "--dtype", "float32", *flags, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["answered"]
-    assert ran.err.splitlines() == [line for line in ran.err.splitlines() if line.startswith("tiny-llama: llama,")]
-    assert len(ran.err.splitlines()) == 1
+    said = [line for line in ran.err.splitlines() if "cores busy" not in line]  # the tests run beside others
+    assert len(said) == 1
+    assert said[0].startswith("tiny-llama: llama,")
 
 
 @pytest.mark.medium
@@ -199,3 +200,11 @@ for arguments in {LIGHT!r}:
     for arguments in LIGHT:
         refused = "--help" not in arguments and "keys" not in arguments
         assert f"{' '.join(arguments)} {2 if refused else 0}\n" in child.stderr, child.stderr
+
+
+def test_the_demo_names_what_it_lacks_before_it_trains(monkeypatch, tmp_path):
+    lacking = {"peft", "sklearn"}
+    monkeypatch.setattr("softprompt.cli.demo.find_spec", lambda name: None if name in lacking else name)
+    said = run("demo", "--out", tmp_path / "out").complaint
+    assert said == "the demo compares with PEFT and scikit-learn; pip install 'softprompt[demo]'"
+    assert not (tmp_path / "out").exists()

@@ -138,6 +138,7 @@ def _facts(prompt: SoftPrompt) -> list[list[str]]:
         "base": record.base_name or "unknown",
         "base fingerprint": record.base_fingerprint or "unknown",
         "input form": record.form.kind if record.form.template is None else repr(record.form.template),
+        "labels": ", ".join(label.strip() or repr(label) for label in record.form.labels),
         "trained further from": record.parent or "",
         "data": Path(str(run.get("source", ""))).name,
         "steps": str(run.get("kept_step", "")),

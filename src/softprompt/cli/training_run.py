@@ -36,7 +36,9 @@ from softprompt.training import (
     train_together,
 )
 
-_MOST_JUDGED_ROWS = 100  # of a labelled set, at the end of a training; compare reads all
+# Of a labelled set at the end of a training; compare reads all of it.
+_MOST_JUDGED_ROWS, _LEAST_JUDGED_ROWS = 100, 20
+_MOST_JUDGED_LABELS = 1_000  # rows times labels: each label of a row is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +190,8 @@ def _verdict(base: Base, task: Task, kept: TrainResult) -> Verdict | None:
     title, rows = ("validation", split.validation) if split.validation is not None else ("test", split.test)
     if rows is None or not form.labels:
         return None
-    first = replace(rows.take(range(min(_MOST_JUDGED_ROWS, len(rows)))), form=form)
+    num_rows = min(len(rows), _MOST_JUDGED_ROWS, max(_LEAST_JUDGED_ROWS, _MOST_JUDGED_LABELS // len(form.labels)))
+    first = replace(rows.take(range(num_rows)), form=form)
     try:
         return verdict_of(base, f"the {title} set", first, task.name or "the prompt", kept.prompt)
     except DataError as error:

@@ -17,7 +17,8 @@ _QUIET = ("uvicorn", "alembic", "sqlalchemy", "opentelemetry", "watchfiles", "ht
 def set_up_logging(form: Literal["text", "json"]) -> None:
     """Send this process's log to stderr in that form. For a program's start; a library leaves logging alone."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    is_unicode = (getattr(handler.stream, "encoding", None) or "utf-8").lower().startswith("utf")
+    handler.setFormatter(JsonLines(ascii_only=not is_unicode) if form == "json" else TextLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("softprompt").setLevel(logging.INFO)
     for name in _QUIET:
@@ -26,6 +27,10 @@ def set_up_logging(form: Literal["text", "json"]) -> None:
 
 class JsonLines(logging.Formatter):
     """{"time", "level", "logger", "message", "request_id", ...}: what `extra={"fields": {...}}` gave stands beside."""
+
+    def __init__(self, *, ascii_only: bool = False) -> None:
+        super().__init__()
+        self._ascii_only = ascii_only  # where stderr's encoding lacks characters, JSON's own escapes stay JSON
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {  # Any: JSON
@@ -37,7 +42,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, ensure_ascii=self._ascii_only, default=str)
 
 
 class TextLines(logging.Formatter):
