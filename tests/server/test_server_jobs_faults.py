@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from job_process import job_process
 from job_server import (
     SETTINGS,
     ask,
+    chat_rows,
     ended,
     hold,
     job_server,
@@ -28,6 +30,8 @@ from job_server import (
 from openai import OpenAI
 
 from softprompt.base import Base
+from softprompt.data.chat_template import ChatTemplate, Rendered
+from softprompt.data.messages import Message
 from softprompt.errors import DatabaseError, MemoryLimitError, StorageError
 from softprompt.recording import Recorder
 from softprompt.server.clients.client import Client
@@ -118,6 +122,44 @@ def test_a_failure_is_told_in_words(
     assert ("ZeroDivisionError" in caplog.text) == (code == "server_error")
     monkeypatch.undo()
     succeeded(client, ask(client, file).id)
+
+
+def test_a_long_conversation_does_not_keep_a_job_from_being_cancelled(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = server
+    render, rendered = ChatTemplate.render, list[int]()
+
+    def counting(template: ChatTemplate, messages: Sequence[Message], where: str, **more: bool) -> Rendered:
+        rendered.append(len(messages))
+        return render(template, messages, where, **more)
+
+    slow = "{% for m in messages %}{% for i in range(250) %}{% endfor %}{{ m.role }} {{ m.content }} {% endfor %}"
+    monkeypatch.setattr(tiny_llama.tokenizer, "chat_template", slow)
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    turns = [{"role": role, "content": "w5"} for _ in range(1_000) for role in ("user", "assistant")]
+    job = ask(client, upload(client, [{"messages": turns}] * 40)).id
+    until(lambda: bool(rendered))
+    client.fine_tuning.jobs.cancel(job)
+    monkeypatch.setattr(tiny_llama.tokenizer, "chat_template", None)
+    succeeded(client, ask(client, upload(client, chat_rows())).id)
+    assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
+    assert rendered.count(2_000) < 40
+
+
+@pytest.mark.parametrize(("template", "words"), [
+    ({"rag": "x", "tool_use": "y"}, "chat templates named 'rag', 'tool_use' and none named 'default'"),
+    ("{{ 1/0 }}", "row 1 of .*: the tokenizer's chat template fails: ZeroDivisionError"),
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
+])  # fmt: skip
+def test_a_chat_template_that_cannot_be_used_fails_the_job_in_words(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, monkeypatch: pytest.MonkeyPatch, template: Any, words: str
+) -> None:
+    client, _ = server
+    monkeypatch.setattr(tiny_llama.tokenizer, "chat_template", template)
+    found = ended(client, ask(client, upload(client, chat_rows())).id)
+    assert found.status == "failed" and found.error is not None
+    assert found.error.code == "invalid_file" and re.search(words, found.error.message)
 
 
 def test_rows_that_were_changed_behind_our_back_fail_with_their_number(server: tuple[OpenAI, FastAPI]) -> None:

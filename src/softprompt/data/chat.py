@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from softprompt.base import Base
 from softprompt.data.boundary import continuation_ids, first_ids
 from softprompt.data.chat_template import ChatTemplate, Rendered, Span
-from softprompt.data.messages import Message, is_learned
+from softprompt.data.messages import BREATH_MESSAGES, Message, is_learned
 from softprompt.errors import DataError, EncodingError
 from softprompt.turns import breathe
 
@@ -356,14 +356,15 @@ class _Writing:
         if self.controls.pattern is None:
             return list(messages)
         try:
-            return [self._guarded(message) for message in messages]
+            return list(self._guarded(messages))
         except RecursionError as error:
             raise DataError(f"{where}: a message is nested too deeply") from error
 
-    def _guarded(self, message: Message) -> Message:
-        breathe()
-        guarded: Message = self.controls.guard(message)
-        return guarded
+    def _guarded(self, messages: Sequence[Message]) -> Iterator[Message]:
+        for number, message in enumerate(messages):
+            if number % BREATH_MESSAGES == 0:
+                breathe()
+            yield self.controls.guard(message)
 
     def encode(self, text: str, max_ids: int | None) -> list[int]:
         """Ids of a rendered conversation: the tokenizer's own, unless a message holds a control token."""

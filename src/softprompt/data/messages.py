@@ -6,7 +6,7 @@ other key that would choose what is learned, or bring tools, is refused: nothing
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from softprompt.errors import DataError
@@ -33,6 +33,7 @@ _SELECTING_KEYS = frozenset({
 })  # fmt: skip
 _PLAIN_VALUES = ("", "1", "1.0", "true", "yes")  # typed in a table: they ask for what happens anyway
 _LONGEST_SHOWN = 60
+BREATH_MESSAGES = 100  # that are read before whoever waits for this thread gets a turn
 
 
 def read_messages(cell: object, where: str, *, for_training: bool = True) -> tuple[Message, ...]:
@@ -43,9 +44,7 @@ def read_messages(cell: object, where: str, *, for_training: bool = True) -> tup
     """
     if not isinstance(cell, Sequence) or isinstance(cell, (str, bytes)):
         raise DataError(f"{where}: messages must be a list of {{role, content}}, not a {type(cell).__name__}")
-    messages = tuple(
-        _read_message(item, f"{where}, message {number:,}", for_training) for number, item in enumerate(cell, start=1)
-    )
+    messages = tuple(_read_messages(cell, where, for_training))
     if for_training and messages and all(message["role"] != "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages[:5])
         more = f" and {len(messages) - 5:,} more" if len(messages) > 5 else ""
@@ -88,8 +87,14 @@ _WAY_OUT = {
 }
 
 
+def _read_messages(cell: Sequence[object], where: str, for_training: bool) -> Iterator[Message]:
+    for number, item in enumerate(cell, start=1):
+        if number % BREATH_MESSAGES == 0:
+            breathe()
+        yield _read_message(item, f"{where}, message {number:,}", for_training)
+
+
 def _read_message(item: object, where: str, for_training: bool) -> Message:
-    breathe()
     if not isinstance(item, Mapping):
         raise DataError(f"{where} must be an object with role and content, not a {type(item).__name__}")
     role, content = item.get("role"), item.get("content")
