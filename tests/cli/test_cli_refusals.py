@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from command_line import run, succeed
-from material import QUICK, save_base, sentence, write_csv, write_jsonl
+from material import QUICK, chat, save_base, sentence, write_csv, write_jsonl
 from safetensors.torch import save_file
 from tiny_bases import build_tokenizer
 
@@ -372,3 +372,32 @@ def test_rows_of_a_validation_file_in_another_form(base_folder, texts, tmp_path,
     valid = write_csv(tmp_path / "valid.csv", [{"said": sentence(1)}])
     flags = ("--data", texts, "--text-column", "prompt", "--validation", valid, "--out", untouched)
     assert f"{valid} has no column 'prompt'" in run("train", "--base", base_folder, *flags).complaint
+
+
+class TestChat:
+    """Templates come with a base, and rows with keys; see also tests/data/test_data_weights.py."""
+
+    def train(self, train, base, tmp_path, *rows):
+        data = write_jsonl(tmp_path / "chats.jsonl", list(rows))
+        return train(base=base, data=data, text_column=None)
+
+    def test_templates_without_a_default(self, train, tmp_path):
+        folder, row = save_base(tmp_path / "base"), chat(0)
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = {"rag": "x", "tool_use": "y"}
+        tokenizer.save_pretrained(folder)
+        assert "has chat templates named 'rag', 'tool_use' and none named 'default'" in self.train(
+            train, folder, tmp_path, row
+        )
+
+    def test_a_template_that_does_not_end(self, train, tmp_path):
+        folder, row = save_base(tmp_path / "base"), chat(0)
+        (folder / "chat_template.jinja").write_text(
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        )
+        assert "row 1 of" in (told := self.train(train, folder, tmp_path, row)) and "does not end" in told
+
+    def test_nothing_to_learn(self, train, base_folder, tmp_path):
+        turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4", "weight": 0}]
+        assert "there is nothing to learn from" in self.train(train, base_folder, tmp_path, {"messages": turns})
+        assert "no assistant turn to learn from" in self.train(train, base_folder, tmp_path, {"messages": turns[:1]})
