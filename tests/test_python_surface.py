@@ -144,3 +144,65 @@ class TestTrainTakesRowsInAnyShape:
         splits = datasets.DatasetDict(train=datasets.Dataset.from_list(self.rows()))
         with pytest.raises(softprompt.SoftpromptError, match=r"is a DatasetDict with 'train'; give one of its splits"):
             train(tiny_llama, splits, QUICK)
+
+
+class TestTextInTextOut:
+    def test_a_text_is_answered_as_its_ids_are(self, tiny_llama, trained):
+        texts = ["w5 w6", "w7 w8 w9"]
+        few = SamplingConfig(max_new_tokens=4)
+        for prompt in (None, trained.prompt):
+            requests = [Request(tiny_llama.bos_ids + tiny_llama.encode(text), prompt) for text in texts]
+            assert generate(tiny_llama, texts, prompt, few) == generate(tiny_llama, requests, few)
+
+    def test_a_text_fills_the_template_that_its_prompt_was_trained_with(self, tiny_llama):
+        rows = rows_from_records([{"text": f"w{i}", "label": f"w{90 + i % 2}"} for i in range(5, 11)])
+        prompt = train(tiny_llama, rows, QUICK).prompt
+        (by_text,) = generate(tiny_llama, ["w5"], prompt)
+        (by_field,) = generate(tiny_llama, [{"text": "w5"}], prompt)
+        (raw,) = generate(tiny_llama, [Request(tiny_llama.bos_ids + tiny_llama.encode("w5"), prompt)])
+        assert by_text == by_field
+        assert by_text.log_probs != raw.log_probs, "without the template the base reads something else"
+
+    def test_settings_given_third_are_settings_still(self, tiny_llama):
+        few = SamplingConfig(max_new_tokens=2)
+        assert generate(tiny_llama, ["w5"], few) == generate(tiny_llama, ["w5"], sampling=few)
+        with pytest.raises(softprompt.SoftpromptError, match="sampling is given twice"):
+            generate(tiny_llama, ["w5"], few, few)
+
+    @pytest.mark.parametrize(
+        ("inputs", "said"),
+        [
+            ("w5 w6", "{name} is 'w5 w6'; it must be a list, ['w5 w6'] say"),
+            ({"text": "w5"}, "{name} is {{'text': 'w5'}}; it must be a list, [{{'text': 'w5'}}] say"),
+            ([5], "item 1 of {name} is a int, 5; give a text"),
+            (["w5", "\ud83d"], "item 2 of {name} holds half of a surrogate pair, which is no text"),
+        ],
+    )
+    def test_one_input_in_the_place_of_a_list_is_refused(self, tiny_llama, inputs, said):
+        for name, call in (("requests", lambda: generate(tiny_llama, inputs)),
+                           ("inputs", lambda: compare(tiny_llama, {}, inputs))):  # fmt: skip
+            with pytest.raises(softprompt.SoftpromptError) as caught:
+                call()
+            assert str(caught.value).startswith(said.format(name=name))
+
+
+class TestAnArgumentOfAnotherKind:
+    @pytest.mark.parametrize(
+        ("call", "said"),
+        [
+            (lambda base, prompt: train("embedded", ["w5"]), "base is 'embedded'; it must be a Base, load_base("),
+            (lambda base, prompt: generate("embedded", ["w5"]), "base is 'embedded'; it must be a Base, load_base("),
+            (lambda base, prompt: compare("embedded", {}), "base is 'embedded'; it must be a Base, load_base("),
+            (lambda base, prompt: train(base, ["w5"], {"epochs": 1}), "config is {'epochs': 1}; it must be a Train"),
+            (lambda base, prompt: generate(base, ["w5"], "coach"), "prompt is 'coach'; it must be a SoftPrompt, "),
+            (lambda base, prompt: compare(base, {"a": "coach"}), "prompts['a'] is 'coach'; it must be a SoftPrompt"),
+            (lambda base, prompt: compare(base, prompt), "prompts is SoftPrompt("),
+            (lambda base, prompt: compare(base, [prompt]), "prompts is [SoftPrompt("),
+            (lambda base, prompt: compare(base, {}, held_out=["w5"]), "held_out is ['w5']; it must be a mapping"),
+            (lambda base, prompt: compare(base, {}, held_out={"a": ["w5"]}), "held_out['a'] is ['w5']; it must be"),
+        ],
+    )  # fmt: skip
+    def test_is_refused_with_what_makes_one(self, tiny_llama, trained, call, said):
+        with pytest.raises(softprompt.SoftpromptError) as caught:
+            call(tiny_llama, trained.prompt)
+        assert str(caught.value).startswith(said)

@@ -29,6 +29,7 @@ _LARGEST_WHOLE = 2**63  # what torch, SQLite and JSON's readers take
 _TYPED_ESCAPE = re.compile(r"\\(\\?)([nt])")
 _ESCAPES = {"n": "\n", "t": "\t"}
 _FLAG = re.compile(r"--([a-z][a-z-]*)")
+_MAKERS = {"Base": "load_base('embedded')", "SoftPrompt": "load_prompt('prompts/coach', base)"}
 _classes: list[type[Any]] = []  # every class of settings, for the setting that belongs to another one
 # What PEFT, transformers, TRL and vLLM call a setting, to be suggested; each to its first name that the class has.
 _ELSEWHERE: Mapping[str, tuple[str, ...]] = {
@@ -132,6 +133,14 @@ def checked_value(hint: Any, value: object, where: str) -> Any:  # Any: a type h
         if found is not None:
             return found[0]
     raise ConfigError(f"{where} is {shortened(value)}; {_wanted(allowed, value)}")
+
+
+def check_kinds(**given: tuple[object, type[Any]]) -> None:
+    """Raises ConfigError for an argument, by its name, that is neither None nor of its class, with what makes one."""
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            example = _MAKERS.get(kind.__name__, f"{kind.__name__}(...)")
+            raise ConfigError(f"{name} is {shortened(value)}; it must be a {kind.__name__}, {example} say")
 
 
 def require(holds: bool, name: str, value: object, range_text: str) -> None:

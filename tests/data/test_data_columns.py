@@ -29,7 +29,7 @@ def test_a_text_with_a_label_is_a_classification_and_says_so():
     (note,) = rows.notes
     assert note == (
         "a.csv: labels in column 'label' (2: 'bad', 'good'), learned as \"{text}\\nLabel: {label}\"; "
-        "--text-column text alone trains a language model"
+        "--text-column text alone trains a language model, and a --template in words of the task may do better"
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from softprompt.cli.options import TypedText
+
 Sections = Mapping[str, type[Any] | Sequence[str]]  # title -> a config, or names of parameters
 Lacking = Callable[[Collection[str]], Sequence[str]]  # names of the parameters given -> what is needed beside them
 
@@ -42,6 +44,11 @@ class Command(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_epilog(ctx, formatter)
+        if any(isinstance(item.type, TypedText) for item in self.get_params(ctx)):
+            formatter.write_paragraph()
+            formatter.write_text(
+                r"In text that is typed here, \n is a line break and \t a tab; \\n a backslash and an n."
+            )
         if self.examples:
             with formatter.section("Examples"):
                 for line in "\n".join(self.examples).split("\n"):

@@ -60,11 +60,14 @@ def command(
     """
     sampling, inputs = config_of(SamplingConfig, flags), _inputs(texts, fields, messages, raw)
     base_config = config_of(BaseConfig, flags)
+    from softprompt.cli.inputs import stop_notes
     from softprompt.storage import load_prompt, resolve_prompt
 
     base = load(base_config)
     with warnings_as_lines():
         soft = load_prompt(resolve_prompt(prompt, library), base, force=force) if prompt is not None else None
+    for note in stop_notes(base, sampling.stop):
+        say(f"note: {note}")
     answer = _label_answers if _is_among_labels(soft, sampling, raw) else _generated
     answers = answer(base, soft, inputs, sampling, raw)
     if as_json:

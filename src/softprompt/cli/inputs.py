@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softprompt.errors import ConfigError
 from softprompt.settings import typed_text
+
+if TYPE_CHECKING:
+    from softprompt.base import Base
 
 
 def parse_fields(fields: Sequence[str]) -> dict[str, str]:
@@ -52,3 +56,22 @@ def named_prompts(prompts: Sequence[str], library: str | None) -> dict[str, Path
         name if names.count(name) == 1 and name != BARE else str(place): folder
         for name, place, folder in zip(names, places, folders, strict=True)
     }
+
+
+def stop_notes(base: Base, stop: Sequence[str]) -> list[str]:
+    """A note for each stop string that no answer of this base can have."""
+    reasons = ((text, _why_never(base, text)) for text in stop)
+    return [f"--stop {text!r} can never match: {reason}" for text, reason in reasons if reason is not None]
+
+
+def _why_never(base: Base, text: str) -> str | None:
+    control = next((token for token in base.tokenizer.all_special_tokens if token in text), None)
+    if control is not None:
+        token_id = base.tokenizer.convert_tokens_to_ids(control)
+        return f"{control} is a control token, which answers leave out; --stop-ids {token_id} ends there"
+    if text in base.decode(base.encode(text)):
+        return None
+    ids = range(min(len(base.tokenizer), base.vocab_size))  # read only where the text itself does not come back
+    known = set(" ").union(*base.tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True))
+    lacking = next((character for character in text if character not in known), None)
+    return None if lacking is None else f"no token of the base writes {lacking!r}"

@@ -118,7 +118,7 @@ def _label_choice(table: Table, text: str | None, label: str) -> Choice:
     shown = (template + completion).replace("\n", "\\n")
     note = (
         f'{table.source}: labels in column {label!r}{which}, learned as "{shown}"; '
-        f"--text-column {text} alone trains a language model"
+        f"--text-column {text} alone trains a language model, and a --template in words of the task may do better"
     )
     return choice._replace(note=note)
 

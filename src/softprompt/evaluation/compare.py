@@ -10,8 +10,9 @@ from typing import Any
 from softprompt.base import Base
 from softprompt.config import SamplingConfig, ScoreConfig
 from softprompt.data import Input, Rows, build_examples, form_ids
+from softprompt.data.inputs import input_list
 from softprompt.engine import Request, generate
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, shortened
 from softprompt.evaluation.baselines import Baselines, Verdict, baselines, verdicts
 from softprompt.evaluation.classification import Accuracy, accuracies
 from softprompt.evaluation.contenders import contenders
@@ -20,6 +21,7 @@ from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
 from softprompt.evaluation.task_scores import TaskScore, check_scores, task_scores
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
+from softprompt.settings import check_kinds
 from softprompt.training import peak_bytes
 from softprompt.types import InputForm, brief_repr, finite
 
@@ -100,7 +102,10 @@ def compare(
     called `base`, an ensemble called as a prompt, and a score or an ensemble that no set suits, MissingDependencyError
     for a score without torchmetrics.
     """
-    ensembles = ensembles or {}
+    check_kinds(base=(base, Base), sampling=(sampling, SamplingConfig), scoring=(scoring, ScoreConfig))
+    _check_named("prompts", prompts, SoftPrompt)
+    _check_named("held_out", held_out or {}, Rows)
+    inputs, ensembles = input_list(inputs, "inputs"), ensembles or {}
     scoring, sets = scoring or ScoreConfig(), dict(held_out or {})
     _check_contenders(prompts, ensembles)
     check_scores(scoring, sets)
@@ -123,6 +128,14 @@ def compare(
         ensembles={name: len(members) for name, members in ensembles.items()},
         peak_bytes=peak_bytes(),
     )
+
+
+def _check_named(name: str, given: object, kind: type[Any]) -> None:
+    """Raises ConfigError for values without names, or of another kind."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name} is {shortened(given)}; it must be a mapping, {{'a name': {kind.__name__}}} say")
+    for key, value in given.items():
+        check_kinds(**{f"{name}[{key!r}]": (value, kind)})
 
 
 def _check_contenders(prompts: Mapping[str, SoftPrompt], ensembles: Ensembles) -> None:

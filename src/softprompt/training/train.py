@@ -12,6 +12,7 @@ from softprompt.base import Base
 from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError, DivergedError
 from softprompt.prompt import SoftPrompt, drift
+from softprompt.settings import check_kinds
 from softprompt.training.events import Event
 from softprompt.training.plan import Plan
 from softprompt.training.prepare import Candidate, Data, Prepared, prepare
@@ -78,6 +79,7 @@ def train(
     where `start` has another width, StorageError where `resume` is of another run, and MemoryLimitError where one row
     does not fit, and DivergedError where the loss stops being a number before there is a prompt to keep.
     """
+    check_kinds(base=(base, Base), config=(config, TrainConfig), start=(start, SoftPrompt))
     only = Candidate(data=data, config=config or TrainConfig(), validation=validation, start=start, score=score)
     return train_together(base, [only], sink=sink, prepared=prepared, ranks=ranks, resume=resume)[0]
 
