@@ -9,20 +9,26 @@ BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast test-long check ci clean
+CLIENTS = build/clients
+
+.PHONY: demo test test-fast test-long test-clients check ci clean
 
 demo: $(VENV)/.installed
 	$(BIN)/softprompt demo
 
 test: $(VENV)/.installed
 	$(BIN)/softprompt demo --out build/demo --overwrite
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not gpu and not clients"
 
 test-fast: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not medium and not gpu"
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not medium and not gpu and not clients"
 
 test-long: $(VENV)/.installed
 	$(PYTEST) -m slow
+
+# Published client programs against a real server. They get an environment of their own, which sees that of the project.
+test-clients: $(CLIENTS)/.installed
+	CLIENTS=$(CLIENTS) $(PYTEST) -m clients -s tests/clients
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -36,6 +42,16 @@ $(VENV)/.installed: requirements/dev.txt requirements/torch.txt pyproject.toml s
 		$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
 	$(BIN)/pip install -q -r requirements/dev.txt
 	$(BIN)/pip install -q --no-deps -e .
+	touch $@
+
+$(CLIENTS)/.installed: requirements/clients.txt tests/clients/package.json $(VENV)/.installed
+	test -x $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	$(CLIENTS)/bin/pip install -q --no-deps -r requirements/clients.txt
+	mkdir -p $(CLIENTS)/node
+	cp tests/clients/package.json $(CLIENTS)/node/
+	cd $(CLIENTS)/node && (command -v npm && npm install --no-audit --no-fund --loglevel=error) || true
 	touch $@
 
 clean:

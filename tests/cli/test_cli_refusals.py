@@ -401,3 +401,15 @@ class TestChat:
         turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4", "weight": 0}]
         assert "there is nothing to learn from" in self.train(train, base_folder, tmp_path, {"messages": turns})
         assert "no assistant turn to learn from" in self.train(train, base_folder, tmp_path, {"messages": turns[:1]})
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [('{"$ref": "#"}', "json_schema cannot be followed: no text satisfies it"),
+     ('{"type": "number", "minimum": 1e999}', "json_schema cannot be followed: "),
+     (json.dumps({"type": "object", "properties": {f"k{n}": {} for n in range(1100)}}), "max is 2000; make it")],
+    ids=["a reference to itself", "infinity", "too many keys"],
+)  # fmt: skip
+def test_a_schema_that_cannot_be_followed(schema, why):
+    flags = ("--base", "embedded", "--dtype", "float32", "--max-new-tokens", 5, "--json-schema", schema)
+    assert why in run("generate", "Be kind", *flags).complaint

@@ -351,6 +351,40 @@ def test_a_schema_that_cannot_be_compiled_is_refused_with_the_reason(chooser, na
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+KEYWORDS = """
+type properties items required additionalProperties anyOf allOf oneOf $ref $defs a enum const minimum maximum maxItems
+minItems maxLength minLength pattern format multipleOf prefixItems x-guidance patternProperties not if dependentSchemas
+"""
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=4)
+    | st.sampled_from(["object", "array", "integer", "number", "string", "#", "#/$defs/a", "(a*)*b{9}", "date"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(KEYWORDS.split()), inner, max_size=5
+    ),
+    max_leaves=25,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(["type", "properties", "$defs", "$ref", "items", "anyOf", "allOf"]), ODD))
+def test_any_schema_is_followed_or_refused_in_a_sentence(base, chooser, schema):
+    try:
+        row = chooser.new_row(SamplingConfig(json_schema=json.dumps(schema)), ())
+    except ConfigError as error:
+        row, refusal = None, str(error)
+    if row is None:
+        assert 20 < len(refusal) < 400 and "\n" not in refusal
+        return
+    for step in range(6):
+        if row.is_complete:
+            return
+        (found,) = chooser.choose(random_logits(base, step), [row], [None])
+        if found is None:
+            assert row.problem is not None
+            return
+        row.take(found.id)
+
+
 def test_a_schema_that_is_nested_too_deeply_is_refused(chooser):
     schema = '{"items": ' * 121 + "{}" + "}" * 121
     with pytest.raises(ConfigError, match="json_schema is nested more than 120 levels deep; make it flatter"):

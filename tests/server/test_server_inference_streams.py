@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -149,6 +150,30 @@ def test_answers_can_be_made_json(written):
         model="p", messages=[{"role": "user", "content": "Hi"}], max_tokens=10, response_format={"type": "json_object"}
     )
     assert free.choices[0].message.content.startswith("{")
+
+
+HOSTILE_SCHEMAS = {
+    "a reference to itself": ({"$ref": "#"}, "no text satisfies it"),
+    "unsatisfiable": ({"type": "integer", "minimum": 5, "maximum": 1}, "Unsatisfiable schema"),
+    "a number that no float is": ({"type": "number", "maximum": 10**400}, "number out of range"),
+    "nested": (json.loads('{"items":' * 130 + "{}" + "}" * 130), "nested more than 120 levels"),
+    "too many keys": (
+        {"type": "object", "properties": {f"k{number}": {"type": "null"} for number in range(1100)}},
+        "cannot be followed any further: .*max is 2000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_SCHEMAS)
+def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(written, name):
+    schema, why = HOSTILE_SCHEMAS[name]
+    asked = {"model": "p", "prompt": "Hi", "max_tokens": 9, "guided_json": schema}
+    answer = written.post("/v1/completions", asked)
+    assert answer.status_code == 400 and re.search(why, answer.json()["error"]["message"]), answer.text
+    streamed = written.post("/v1/completions", asked | {"stream": True})
+    told = answer.json() if streamed.status_code == 400 else events_of(streamed.text)[-2]
+    assert re.search(why, told["error"]["message"]) and told["error"]["type"] == "invalid_request_error"
+    written.until_idle()
 
 
 def test_a_stop_string_ends_the_answer_and_is_told(place, base):
