@@ -104,6 +104,13 @@ def build_tokenizer(has_bos: bool = True, has_eos: bool = True, vocab: int = VOC
     return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
 
 
+def build_closed_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """A few words and no unknown token: a text with any other word cannot be encoded."""
+    words = Tokenizer(models.WordLevel({"the": 0, "<s>": BOS, "</s>": EOS, "dog": 3, "ran": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+
+
 def build_base(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Base:
     model = build_model(family, seed, dtype, **changes)
     return freeze_base(model, build_tokenizer(has_bos=family == "llama"), name=f"tiny-{family}")

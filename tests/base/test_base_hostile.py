@@ -12,15 +12,15 @@ import pytest
 import torch
 import transformers as hf
 from hostile_folders import mutate
-from tiny_bases import BOS, EOS, VOCAB, build_model, build_tokenizer
+from tiny_bases import VOCAB, build_closed_tokenizer, build_model, build_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from softprompt.base import freeze_base, load_base
-from softprompt.base.guard import one_sentence
 from softprompt.config import SamplingConfig
 from softprompt.data import input_ids
 from softprompt.engine import Request, generate
 from softprompt.errors import BaseModelError, ConfigError, EncodingError, SoftpromptError
+from softprompt.guard import one_sentence
 
 CPU = {"dtype": "float32", "device": "cpu"}
 LONGEST_S = 12.0
@@ -273,14 +273,8 @@ def test_a_byte_level_tokenizer_fits() -> None:
     assert len(base.encode("é")) == 2
 
 
-def tokenizer_of_words() -> hf.PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({"the": 0, "<s>": BOS, "</s>": EOS, "dog": 3, "ran": 4}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return hf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
-
-
 def test_a_word_that_a_tokenizer_without_an_unknown_token_lacks_is_one_sentence() -> None:
-    base = freeze_base(build_model("gpt2"), tokenizer_of_words(), name="words")
+    base = freeze_base(build_model("gpt2"), build_closed_tokenizer(), name="words")
     assert input_ids(base, None, text="the dog ran") == (0, 3, 4)
     with pytest.raises(EncodingError, match=r"the tokenizer of base 'words' cannot encode the text 'the zebra ran' \("):
         input_ids(base, None, text="the zebra ran")

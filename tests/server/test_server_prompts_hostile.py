@@ -96,11 +96,14 @@ def weights_that_mean_harm(base):
     tensor = torch.as_tensor(random_prompt(base, 4))
     nan, inf = tensor.clone(), tensor.clone()
     nan[1, 2], inf[0, 0] = float("nan"), float("inf")
+    near_the_end = tensor.float().clone()
+    near_the_end[0, 0] = -3e38
     entry = {"dtype": "F32", "shape": [4, 16], "data_offsets": [0, 256]}
     huge = {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 256]}
     return {
         "empty": b"",
         "short": b"\x08",
+        "near float32's end": save({"prompt_embeddings": near_the_end}, metadata={"format": "pt"}),
         "zip bomb": zip_bomb(),
         "pickle": pickle.dumps({"prompt_embeddings": tensor.numpy()}),
         "gzip": b"\x1f\x8b" + bytes(100),

@@ -62,12 +62,18 @@ def test_what_is_there_is_served_from_the_start_and_what_is_broken_is_named(tiny
     (half_link / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     (folder / ".hidden").mkdir()
     (folder / "README.md").write_text("a file")
+    shutil.copytree(folder / "good", os.fsdecode(os.fsencode(folder) + b"/caf\xe9"))
+    for name, extra in (("half", '"base_name": "\\ud800"'), ("deep", '"run": ' + '{"a":' * 800 + "1" + "}" * 800)):
+        record = save_prompt(made_prompt(tiny_llama, 8), folder / name) / "softprompt.json"
+        record.write_text(record.read_text().rstrip()[:-1] + f", {extra}}}")
     with serving(tiny_llama, folder, tmp_path) as (room, client):
         assert [each["id"] for each in client.get("/v1/prompts").json()["data"]] == ["good"]
         assert streamed(client, "good", IDS)[1] != streamed(client, "base", IDS)[1]
         with room.client("admin") as admin:
             named = {each["name"]: each["problem"] for each in admin.get("/v1/prompts").json()["problems"]}
-        assert set(named) == {"foreign", "cut", "base", "a name with spaces", "empty", "link", "inner-link"}
+        assert set(named) == {"foreign", "cut", "base", "a name with spaces", "empty", "link", "inner-link",
+                              "half", "deep", "caf\\udce9"}  # fmt: skip
+        assert "half a character" in named["half"] and "nested deeper" in named["deep"]
         assert "outside" in named["link"] and "trained on" in named["foreign"]
 
 

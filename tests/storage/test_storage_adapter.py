@@ -309,10 +309,20 @@ class TestRefused:
             ({"prompt_embeddings": torch.full((4, 16), float("nan"))}, "64 of 64 are NaN or infinite"),
             ({"prompt_embeddings": torch.full((4, 16), float("inf"))}, "NaN or infinite"),
             ({"prompt_embeddings": torch.full((4, 16), 1e300, dtype=torch.float64)}, "NaN or infinite"),
+            (
+                {"prompt_embeddings": torch.full((4, 16), -3e38)},
+                r"values up to 3e\+38; a base computes NaN",
+            ),
         ],
     )
     def test_bad_tensors(self, damaged: Damaged, tensors: dict[str, torch.Tensor], message: str) -> None:
         refused(damaged(weights(tensors)), message)
+
+    @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, RECORD])
+    def test_a_git_lfs_pointer(self, damaged: Damaged, name: str) -> None:
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:9c0e\nsize 1044992\n"
+        folder = damaged(lambda folder: (folder / name).write_bytes(pointer))
+        refused(folder, rf"{name} is a Git LFS pointer, .* git lfs pull")
 
     @pytest.mark.parametrize("keep", [0, 4, 8, 40, 100, -1])
     def test_truncated_safetensors(self, damaged: Damaged, keep: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from softprompt.base.model import Base
 from softprompt.errors import AdapterError, ExistsError, StorageError, WrongBaseError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage import Library, UnknownBaseWarning, load_prompt, resolve_prompt, save_prompt
+from softprompt.storage.adapter import AdapterFiles, read_adapter
 
 MakePrompt = Callable[..., SoftPrompt]
 MakeBase = Callable[..., Base]
@@ -191,3 +193,49 @@ class TestResolve:
             resolve_prompt("absent")
         with pytest.raises(StorageError, match="not a prompt's name"):
             resolve_prompt("..", library)
+
+
+def with_bad_entries(library: Library, make_prompt: MakePrompt) -> list[str]:
+    """What was in the library; five entries of other people's making have joined it."""
+    sound = [entry.name for entry in library.list()]
+    for name in ("half", "deep", "deep-config", "huge-number"):
+        library.add(name, make_prompt())
+    half = library.folder / "half" / "softprompt.json"
+    half.write_text(json.dumps({**json.loads(half.read_text()), "base_name": "\ud800"}))
+    deep = library.folder / "deep" / "softprompt.json"
+    deep.write_text(deep.read_text().rstrip()[:-1] + ', "run": ' + '{"a":' * 800 + "1" + "}" * 801)
+    config = library.folder / "deep-config" / "adapter_config.json"
+    config.write_text(config.read_text().rstrip()[:-1] + ', "x": ' + "[" * 5_000 + "]" * 5_000 + "}")
+    number = library.folder / "huge-number" / "softprompt.json"
+    number.write_text(number.read_text().rstrip()[:-1] + f', "parent": {"9" * 5_000}}}')
+    shutil.copytree(library.folder / sound[0], os.fsdecode(os.fsencode(library.folder) + b"/caf\xe9"))
+    return sound
+
+
+def test_bad_entries_are_named_and_hide_no_others(library: Library, make_prompt: MakePrompt) -> None:
+    sound = with_bad_entries(library, make_prompt)
+    problems = {entry.name: entry.problem for entry in library.list()}
+    assert problems == {check.name: check.problem for check in library.check()}
+    assert {name for name, problem in problems.items() if problem is None} == set(sound)
+    assert "holds half a character" in str(problems["half"])
+    assert "softprompt.json is nested deeper than 100 levels" in str(problems["deep"])
+    assert "adapter_config.json is n" in str(problems["deep-config"])  # no JSON to some Pythons, too deep to others
+    assert "softprompt.json is not valid JSON" in str(problems["huge-number"])
+    assert "is not a prompt's name" in str(problems["caf\udce9"])
+
+
+def test_an_entry_that_cannot_even_be_looked_at_hides_no_others(
+    library: Library, make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = {entry.name for entry in library.list()}
+    library.add("odd", make_prompt())
+
+    def read(folder: Path) -> AdapterFiles:
+        if folder.name == "odd":
+            raise RecursionError
+        return read_adapter(folder)
+
+    monkeypatch.setattr("softprompt.storage.library.read_adapter", read)
+    problems = {entry.name: entry.problem for entry in library.list()}
+    assert problems.pop("odd") == "it cannot be read (it is nested too deeply)"
+    assert problems == dict.fromkeys(sound)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from softprompt.base.guard import cause_of
 from softprompt.errors import BaseModelError
 from softprompt.git_lfs import lfs_pointer_problem
+from softprompt.guard import cause_of, is_nested_deeper
 
 CONFIG_NAME = "config.json"
 _SETTINGS = (CONFIG_NAME, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -61,7 +60,7 @@ def read_settings(folder: Path, name: str, base: str) -> dict[str, Any]:  # Any:
         raise BaseModelError(
             f"base {base!r} cannot be loaded: {file} holds a JSON {type(value).__name__}; it must be an object"
         )
-    if _is_deeper(value, _DEEPEST):
+    if is_nested_deeper(value, _DEEPEST):
         raise BaseModelError(
             f"base {base!r} cannot be loaded: {file} is nested deeper than {_DEEPEST} levels; copy it again"
         )
@@ -131,16 +130,3 @@ def _check_size(file: Path, most: int, base: str) -> None:
 
 def _texts(value: Any) -> set[str]:
     return {item for item in value.values() if isinstance(item, str)} if isinstance(value, dict) else set()
-
-
-def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [item for each in level for item in _items(each)]
-    return bool(level)
-
-
-def _items(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        return iter(value.values())
-    return iter(value) if isinstance(value, list) else iter(())

@@ -28,13 +28,13 @@ from transformers.utils.hub import cached_file
 from softprompt.base.device import resolve_device, resolve_dtype
 from softprompt.base.folder import CONFIG_NAME, broken_weights, check_files, read_settings, weights_bytes
 from softprompt.base.generation import rules_of
-from softprompt.base.guard import one_sentence
 from softprompt.base.model import Base
 from softprompt.base.size import check_numbers, check_size
 from softprompt.base.tokens import bos_ids_of, check_tokenizer, eos_id_of, stop_ids_of
 from softprompt.config import EMBEDDED_BASE, BaseConfig, make_config
 from softprompt.embedded import base_folder
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
+from softprompt.guard import one_sentence
 from softprompt.openmp import adapt_waiting_to_load
 
 _log = logging.getLogger(__name__)

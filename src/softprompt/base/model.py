@@ -16,6 +16,7 @@ from softprompt.base.embedding import embedding_rms
 from softprompt.base.fingerprint import fingerprint
 from softprompt.base.generation import GenerationRules
 from softprompt.base.tokens import encode_text
+from softprompt.errors import EncodingError
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,13 @@ class Base:
         Raises EncodingError where the tokenizer cannot encode it, or gives ids that the base does not embed.
         """
         return self.encode_with(self.tokenizer, text, split_special_tokens=True)
+
+    def can_encode(self, text: str) -> bool:
+        """Whether `encode` gives ids for a text of ours; a tokenizer of words without an unknown token may not."""
+        try:
+            return bool(self.encode(text))
+        except EncodingError:
+            return False
 
     def encode_with(self, tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> tuple[int, ...]:
         """See `encode`: by a copy of this base's tokenizer, under options of its own."""

@@ -9,8 +9,8 @@ from itertools import islice
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.base.generation import eos_ids_of
-from softprompt.base.guard import cause_of
 from softprompt.errors import BaseModelError, EncodingError
+from softprompt.guard import cause_of
 
 _PROBE = "a"
 _MOST_PROBES = 64  # tokens of a vocabulary that are read back

@@ -238,7 +238,7 @@ def label_scores(
 
 def usable_content_free(base: Base, known: LabelledRows) -> list[str]:
     """Where nothing stands before a label, a base without BOS has nothing to predict it from."""
-    return [text for text in known.content_free if base.bos_ids or base.encode(text)]
+    return [text for text in known.content_free if base.can_encode(text) or (base.bos_ids and not text)]
 
 
 def labelled_rows(rows: Rows) -> LabelledRows:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from softprompt.errors import AdapterError, ExistsError, PromptError, WrongBaseError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.atomic import write_files, write_folder
@@ -200,6 +202,7 @@ def check_base(prompt: SoftPrompt, base: Base, *, force: bool = False, where: st
             f"{where} is {shape}, made for {made_for or 'an unknown base'}; the input embeddings of {base.name} are "
             f"[{base.vocab_size}, {base.hidden_size}]: load it on the base that it was trained on"
         )
+    _check_range(prompt, base, where)
     if force:
         return
     if prompt.record.base_fingerprint is None:
@@ -211,6 +214,16 @@ def check_base(prompt: SoftPrompt, base: Base, *, force: bool = False, where: st
         )
     elif prompt.record.base_fingerprint != base.fingerprint:
         raise WrongBaseError(_other_base(prompt.record, base, where))
+
+
+def _check_range(prompt: SoftPrompt, base: Base, where: str) -> None:
+    """float16, which a base on a GPU may have, ends at 65,504."""
+    largest = float(prompt.tensor.abs().max())
+    if largest > torch.finfo(base.dtype).max:
+        raise AdapterError(
+            f"{where} has values up to {largest:.3g}, beyond the {str(base.dtype).removeprefix('torch.')} of "
+            f"{base.name}; load the base in another dtype"
+        )
 
 
 def _other_base(record: PromptRecord, base: Base, where: str) -> str:

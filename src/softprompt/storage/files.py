@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import AdapterError
+from softprompt.git_lfs import is_lfs_pointer, lfs_pointer_sentence
+from softprompt.guard import is_nested_deeper
 from softprompt.types import finite
 
 CONFIG_NAME = "adapter_config.json"
@@ -26,6 +28,7 @@ ADAPTER_FILES = (SAFETENSORS_NAME, RECORD_NAME, CARD_NAME, CONFIG_NAME)
 
 MAX_WEIGHTS_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 2**20  # a config or a card
+_DEEPEST = 100  # levels of lists and objects
 MAX_RECORD_BYTES = 16 * 2**20  # a record or a plan: a loss for each of half a million steps
 
 
@@ -46,17 +49,30 @@ def read_file(folder: Path, name: str, max_bytes: int, *, follow_links: bool = F
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object that can be written again.
 
-    Raises: AdapterError for bytes that are none.
+    Raises: AdapterError for bytes that are none, for half a character and for what is nested too deeply.
     """
+    if is_lfs_pointer(data):
+        raise AdapterError(lfs_pointer_sentence(where))
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{where} is not valid JSON ({error}); write it again, or take another copy") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{where} holds a JSON {type(value).__name__}; it must be an object")
+    if data.count(b"[") + data.count(b"{") > _DEEPEST and is_nested_deeper(value, _DEEPEST):
+        raise AdapterError(f"{where} is nested deeper than {_DEEPEST} levels; write it again, or take another copy")
+    if b"\\u" in data:
+        _refuse_half_characters(value, where)
     return value
+
+
+def _refuse_half_characters(value: dict[str, Any], where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise AdapterError(f"{where} holds half a character ({error.reason}); write it again") from error
 
 
 def dump_object(value: Mapping[str, Any], *, indent: int | None = 2) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from softprompt.errors import SoftpromptError, StorageError
+from softprompt.guard import cause_of
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import (
     UnknownBaseWarning,
@@ -161,16 +162,14 @@ class Library:
         remove_folder(path)
 
     def _describe(self, name: str) -> LibraryEntry:
+        num_bytes = 0
         try:
             path = self.path(name)
-        except StorageError as error:
-            return LibraryEntry(name=name, problem=str(error))
-        num_bytes = _num_bytes(path)
-        try:
+            num_bytes = _num_bytes(path)
             files = read_adapter(path)
             prompt, stored = parse_adapter(files), stored_record(files)
-        except SoftpromptError as error:
-            return LibraryEntry(name=name, problem=str(error), num_bytes=num_bytes)
+        except Exception as error:  # one bad entry must not hide the others
+            return LibraryEntry(name=name, problem=_problem_of(error), num_bytes=num_bytes)
         return LibraryEntry(
             name=name,
             num_virtual_tokens=prompt.num_virtual_tokens,
@@ -186,8 +185,8 @@ class Library:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UnknownBaseWarning)
                 self.load(name, base)
-        except SoftpromptError as error:
-            return str(error)
+        except Exception as error:  # one bad entry must not hide the others
+            return _problem_of(error)
         return None
 
     def _hint(self, name: str) -> str:
@@ -196,6 +195,10 @@ class Library:
         if close:
             return f"; did you mean {' or '.join(map(repr, close))}?"
         return f"; it has {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else "; it is empty"
+
+
+def _problem_of(error: Exception) -> str:
+    return str(error) if isinstance(error, SoftpromptError) else f"it cannot be read ({cause_of(error)})"
 
 
 def check_name(name: str) -> str:

@@ -15,9 +15,11 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from softprompt.errors import AdapterError
+from softprompt.git_lfs import is_lfs_pointer, lfs_pointer_sentence
 from softprompt.storage.files import MAX_TEXT_BYTES, SAFETENSORS_NAME
 
 KEY = "prompt_embeddings"
+MAX_VALUE = 1e15  # trained prompts stay below 1e4
 _HEADER_LENGTH_BYTES = 8  # a safetensors file opens with the length of its header
 _MAX_ZIP_RECORDS = 64  # torch.save writes seven for one tensor
 
@@ -32,6 +34,8 @@ def tensor_from_bytes(name: str, data: bytes, where: str) -> Tensor:
 
     Raises: AdapterError for anything else than one floating-point matrix under the key `prompt_embeddings`.
     """
+    if is_lfs_pointer(data):
+        raise AdapterError(lfs_pointer_sentence(where))
     tensors = _read_safetensors(data, where) if name == SAFETENSORS_NAME else _read_pickle(data, where)
     tensor = _only_tensor(tensors, where)
     if tensor.dim() != 2 or 0 in tensor.shape:
@@ -40,7 +44,18 @@ def tensor_from_bytes(name: str, data: bytes, where: str) -> Tensor:
         raise AdapterError(f"{where}: {KEY} is {tensor.dtype}, {tensor.layout}; it must be plain floating point")
     if tensor.numel() > len(data):  # an expanded view claims what is not there
         raise AdapterError(f"{where}: {KEY} claims {list(tensor.shape)} from {len(data):,} bytes; it is not sound")
-    return tensor.to(torch.float32)
+    return _of_usable_size(tensor.to(torch.float32), where)
+
+
+def _of_usable_size(tensor_PH: Tensor, where: str) -> Tensor:
+    """The same tensor. Squares of larger values, which every norm of a base takes, overflow float32."""
+    largest = float(tensor_PH.abs().nan_to_num(0, 0, 0).max())
+    if largest > MAX_VALUE:
+        raise AdapterError(
+            f"{where}: {KEY} has values up to {largest:.3g}; a base computes NaN or infinity from any beyond "
+            f"{MAX_VALUE:.0e}: train it again, with a lower learning rate"
+        )
+    return tensor_PH
 
 
 def _only_tensor(tensors: dict[str, Any], where: str) -> Tensor:

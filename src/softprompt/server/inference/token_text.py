@@ -63,5 +63,6 @@ class TokenTexts:
 
 def _word(base: Base) -> tuple[int, ...]:
     """A token that is a word: some tokenizers drop a space at the very start of a text, or write one between tokens."""
-    candidates = (*base.encode(_WORD)[-1:], *range(base.vocab_size))
+    usual = base.encode(_WORD)[-1:] if base.can_encode(_WORD) else ()
+    candidates = (*usual, *range(base.vocab_size))
     return next(((token,) for token in candidates if base.decode((token,)).strip().isalnum()), ())

@@ -16,6 +16,7 @@ from anyio import CapacityLimiter, to_thread
 
 from softprompt.base import Base
 from softprompt.errors import AdapterError, ConfigError, StorageError, shortened
+from softprompt.guard import is_nested_deeper
 from softprompt.openmp import put_threads_away
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
@@ -143,25 +144,12 @@ def _check_record(record: PromptRecord, where: str) -> None:
         raise AdapterError(
             f"{where}: the record's form is malformed; its kind is one of {', '.join(get_args(FormKind))}"
         )
-    if _is_deeper(record.run, _DEEPEST_RUN):
+    if is_nested_deeper(record.run, _DEEPEST_RUN):
         raise AdapterError(f"{where}: the record's run is nested deeper than {_DEEPEST_RUN}; shorten it")
     try:
         dump_object(record.to_json())
     except UnicodeEncodeError as error:
         raise AdapterError(f"{where}: the record holds half a character ({error.reason}); write it again") from error
-
-
-def _is_deeper(value: object, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [item for each in level for item in _items(each)]
-    return bool(level)
-
-
-def _items(value: object) -> list[object]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
 
 
 def _refuse_pickles(weights: bytes) -> None:

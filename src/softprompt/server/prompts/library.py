@@ -135,6 +135,9 @@ class WatchedLibrary:
                 self._serve(library, name, stamp)
         except (SoftpromptError, ApiError) as error:
             problem = str(error) if isinstance(error, SoftpromptError) else error.message
+        except Exception as error:  # one bad folder must not keep the others from being served
+            _log.exception("the library's folder %r could not be looked at", name)
+            problem = f"it cannot be read ({type(error).__name__})"
         is_sound = problem is None and name in there
         if stamp != _stamp(library.folder / name) or not (is_sound or is_settled or name not in self._served):
             self._stamps[name] = _UNSURE

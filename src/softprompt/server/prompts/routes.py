@@ -19,6 +19,7 @@ from softprompt.server.clients.asking import TheAdmin, TheClient
 from softprompt.server.clients.client import Client
 from softprompt.server.clients.quotas import Amounts, Quotas, TheQuotas
 from softprompt.server.errors import ApiError
+from softprompt.server.malformed import sayable
 from softprompt.server.parts import part
 from softprompt.server.prompts import alias_routes
 from softprompt.server.prompts.arrivals import Hub, read_folder, read_upload, upload_limits
@@ -84,13 +85,18 @@ async def list_prompts(
     """Your prompts and those that everybody may use, by name, with where each comes from."""
     found = sorted((each for each in catalogue.models(client) if each.prompt and each.id > after), key=_by_name)
     aliases = catalogue.alias_names(client)
-    problems = {**library.problems, **catalogue.problems} if client.is_admin else None
+    problems = sorted({**library.problems, **catalogue.problems}.items()) if client.is_admin else None
     return PromptList(
         data=[_told(each, client, aliases) for each in found[:limit]],
         has_more=len(found) > limit,
         aliases=[alias_out(each, client.id) for each in catalogue.aliases(client)],
-        problems=None if problems is None else [ProblemOut(name=n, problem=p) for n, p in sorted(problems.items())],
+        problems=None if problems is None else [_problem_out(name, problem) for name, problem in problems],
     )
+
+
+def _problem_out(name: str, problem: str) -> ProblemOut:
+    """A folder's name may be bytes that are no text."""
+    return ProblemOut(name=sayable(name), problem=sayable(problem))
 
 
 @router.get("/v1/prompts/{name:path}", summary="Retrieve a prompt", responses=refusals(404))

@@ -1,9 +1,13 @@
-"""One guard for other people's loaders: whatever they raise becomes one sentence that a user can act on."""
+"""What comes from outside: foreign errors become one sentence that a user can act on, foreign JSON is bounded.
+
+Knows no torch and none of the libraries that raise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from softprompt.errors import BaseModelError, SoftpromptError
 
@@ -41,3 +45,17 @@ def cause_of(error: BaseException) -> str:
     if (isinstance(error, _SELF_EXPLAINING) or type(error) is Exception) and message:
         return message[:_LONGEST_CAUSE]
     return f"{kind}: {message}"[:_LONGEST_CAUSE] if message else kind
+
+
+def is_nested_deeper(value: Any, limit: int) -> bool:
+    """Whether what JSON gave has more levels of lists and objects than `limit`; without recursion."""
+    level = [value]
+    for _ in range(limit):
+        level = [item for each in level for item in _items(each)]
+    return bool(level)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        return iter(value.values())
+    return iter(value) if isinstance(value, list) else iter(())

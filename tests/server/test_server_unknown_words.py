@@ -1,0 +1,51 @@
+"""A text that the base's tokenizer cannot encode is the client's mistake, and named: a 400, or a job's invalid file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from job_server import ask, ended, job_server, upload
+from openai import OpenAI
+from tiny_bases import build_closed_tokenizer, build_model
+
+from softprompt.base import freeze_base
+
+SAID = r"the tokenizer of base 'words' cannot encode the text '.*zebra"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    base = freeze_base(build_model("gpt2"), build_closed_tokenizer(), name="words")
+    with job_server(base, tmp_path_factory.mktemp("state")) as (client, _):
+        yield client
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "the zebra ran"},
+        {"prompt": ["the dog", "the zebra"]},
+        {"prompt": "the zebra", "echo": True, "logprobs": 1, "max_tokens": 1},
+    ],
+)
+def test_a_completion_of_an_unknown_word_is_a_400(client: OpenAI, body: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError, match=SAID):
+        client.completions.create(model="base", **body)
+
+
+def test_a_chat_of_an_unknown_word_is_a_400_and_the_next_answers(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="cannot encode"):
+        client.chat.completions.create(model="base", messages=[{"role": "user", "content": "zebra"}])
+    assert client.completions.create(model="base", prompt="the dog", max_tokens=2).usage
+
+
+def test_a_job_on_an_unknown_word_fails_with_its_row(client: OpenAI) -> None:
+    file = upload(client, [{"text": "the dog ran"}, {"text": "the zebra ran"}, {"text": "the dog"}])
+    found = ended(client, ask(client, file).id)
+    assert found.error is not None
+    assert found.error.code == "invalid_file"
+    assert "row 2" in found.error.message
+    assert "zebra" in found.error.message
