@@ -99,6 +99,10 @@ class TestTheBasesName:
         config = json.loads((prompts / "coach" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(base_folder)
 
+    def test_is_the_same_in_a_checkpoint(self, prompts, base_folder):
+        (config, *_) = sorted((prompts / "coach" / "checkpoints").glob("*/adapter_config.json"))
+        assert json.loads(config.read_text())["base_model_name_or_path"] == str(base_folder)
+
     def test_is_the_base_id_where_one_is_given(self, base_folder, texts, tmp_path):
         flags = ("--data", texts, "--text-column", "prompt", "--rows", 8, "--base-id", "me/llama")
         succeed("train", "--base", base_folder, *QUICK, *flags, "--out", tmp_path / "p")

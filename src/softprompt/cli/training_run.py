@@ -31,6 +31,7 @@ from softprompt.training import (
     Event,
     Prepared,
     Ranks,
+    ResumePoint,
     RunState,
     TrainResult,
     train_together,
@@ -112,7 +113,7 @@ def check_choice(job: Job) -> None:
 def run_job(job: Job, recorder: Recorder, *, ranks: Ranks, as_json: bool) -> None:
     """Train, record, say and print. Ends with exit code 130 where it was interrupted. Raises as `train_together`."""
     check_choice(job)
-    results = [_with_source(job, result) for result in _train(job, recorder, ranks)]
+    results = [replace(result, prompt=_with_source(job, result.prompt)) for result in _train(job, recorder, ranks)]
     if ranks.rank == 0:
         found = _verdicts(job, results) if ranks.count == 1 else {}
         outcome = _record(job, recorder, results, found)
@@ -123,13 +124,12 @@ def run_job(job: Job, recorder: Recorder, *, ranks: Ranks, as_json: bool) -> Non
         raise click.exceptions.Exit(130)
 
 
-def _with_source(job: Job, result: TrainResult) -> TrainResult:
-    """The prompt's record says how its base is loaded."""
+def _with_source(job: Job, prompt: SoftPrompt) -> SoftPrompt:
+    """The same prompt, whose record says how its base is loaded."""
     if job.base_source is None:
-        return result
-    name = job.base_source if job.is_base_id else result.prompt.record.base_name
-    record = replace(result.prompt.record, base_name=name, base_source=job.base_source)
-    return replace(result, prompt=SoftPrompt(result.prompt.tensor, record))
+        return prompt
+    name = job.base_source if job.is_base_id else prompt.record.base_name
+    return SoftPrompt(prompt.tensor, replace(prompt.record, base_name=name, base_source=job.base_source))
 
 
 def source_of(base: str) -> str:
@@ -143,6 +143,9 @@ def _train(job: Job, recorder: Recorder, ranks: Ranks) -> Sequence[TrainResult]:
 
         def sink(event: Event) -> None:
             if ranks.rank == 0:
+                if isinstance(event, ResumePoint):
+                    named = {name: _with_source(job, prompt) for name, prompt in event.prompts.items()}
+                    event = replace(event, prompts=named)
                 recorder.take(event)
                 progress.take(event)
 
