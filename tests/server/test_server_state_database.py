@@ -157,6 +157,35 @@ def test_threads_that_read_and_write_wait_for_each_other(database: Database) -> 
         assert session.get_one(JobRow, "ftjob-1").outcome == {"count": 40}
 
 
+def test_requests_that_wait_for_anothers_lock_fail_in_bounded_time(url: str) -> None:
+    """PostgreSQL once waited as long as the lock lasted."""
+    patience_s, seconds = 1.0, []
+    database = Database(url, patience_s)
+    engine = create_engine(database_url(url), isolation_level="AUTOCOMMIT")
+    is_sqlite = engine.dialect.name == "sqlite"
+
+    def ask() -> None:
+        began = time.monotonic()
+        with pytest.raises(DatabaseError):
+            list_keys(database)
+        seconds.append(time.monotonic() - began)
+
+    with engine.connect() as other:
+        other.exec_driver_sql("BEGIN IMMEDIATE" if is_sqlite else "BEGIN")
+        if not is_sqlite:
+            other.exec_driver_sql("LOCK TABLE keys IN ACCESS EXCLUSIVE MODE")
+        threads = [threading.Thread(target=ask) for _ in range(30)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        other.exec_driver_sql("ROLLBACK")
+    engine.dispose()
+    assert len(seconds) == 30 and max(seconds) < 2 * patience_s + 1  # a connection, and the lock
+    assert list_keys(database) == []
+    database.close()
+
+
 def test_a_database_of_a_newer_release_is_refused(database: Database, url: str) -> None:
     with database.session() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))

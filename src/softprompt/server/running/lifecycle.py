@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from softprompt.errors import DatabaseError
+from softprompt.errors import SoftpromptError
 from softprompt.server.clients.key_ring import KeyRing
 from softprompt.server.errors import ApiError
 from softprompt.server.running.notes import client_of
@@ -26,7 +27,9 @@ class Lifecycle:
     def __init__(self) -> None:
         self.is_draining = False  # /ready says 503, and no new request is taken
         self._running: dict[asyncio.Task[object], Mapping[str, Any]] = {}  # with its ASGI scope
-        self._cut_off: dict[asyncio.Task[object], ApiError] = {}  # cancelled, and what their clients are told
+        self._cut_off = WeakKeyDictionary[
+            asyncio.Task[object], ApiError
+        ]()  # cancelled, and what their clients are told
 
     @property
     def num_running(self) -> int:
@@ -89,7 +92,7 @@ async def end_revoked_answers(ring: KeyRing, lifecycle: Lifecycle) -> None:
         asking = lifecycle.clients
         try:
             gone = asking - await ring.ids() if asking else set()
-        except DatabaseError as error:  # then no new request gets in either
+        except SoftpromptError as error:  # the database does not answer: then no new request gets in either
             _log.warning("revoked keys cannot be looked for: %s", error)
             continue
         for client in gone:
