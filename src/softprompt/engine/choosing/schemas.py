@@ -58,11 +58,19 @@ def _with_defaults(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _rewritten(schema: dict[str, Any], is_closing: bool) -> dict[str, Any]:
     found = {key: _rewritten_value(key, value, is_closing) for key, value in schema.items()}
-    if is_closing and isinstance(schema.get("properties"), dict) and not any(key in schema for key in _OPENING):
+    if is_closing and _names_all(schema):
         found["additionalProperties"] = False
     if _is_integer(schema):
         found |= _missing_bounds(schema)
     return found
+
+
+def _names_all(schema: dict[str, Any]) -> bool:
+    """Whether its `properties` are all that the object is meant to have."""
+    named, required = schema.get("properties"), schema.get("required")
+    if not isinstance(named, dict) or any(key in schema for key in _OPENING):
+        return False
+    return not isinstance(required, list) or all(isinstance(name, str) and name in named for name in required)
 
 
 def _rewritten_value(key: str, value: Any, is_closing: bool) -> Any:  # Any: JSON
