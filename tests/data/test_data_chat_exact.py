@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 
 import pytest
 from slow_chat import chat_ids as slow_chat_ids
@@ -234,3 +235,14 @@ def test_whoever_stops_the_work_stops_it_within_a_row(llama_base):
     loops = "{% for a in range(99999) %}{% for b in range(99) %}{% endfor %}{% endfor %}"
     with pytest.raises(StoppedError), Turns().second(stop):
         chat_prompt_ids(with_template(llama_base, loops), [{"role": "user", "content": "x"}])
+
+
+def test_control_tokens_are_found_in_a_long_text_where_they_stand(byte_base):
+    controls = ("<|a|>", "<|a|><|b|>", "<|ab|>", "[X]", "<", "é" * 300)
+    base = with_template(byte_base, CHATML, controls)
+    longest_first = re.compile("|".join(map(re.escape, sorted([*controls, "<|endoftext|>"], key=len, reverse=True))))
+    chance = random.Random(3)
+    for filling in ("", "x" * 997, "<|a|" * 20_000):
+        text = "".join(chance.choice([*controls, filling, "y<|", "é"]) for _ in range(300))
+        found = chat._controls(base.tokenizer, CHATML).found_in(text)
+        assert [match.span() for match in found] == [match.span() for match in longest_first.finditer(text)]

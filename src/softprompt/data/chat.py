@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ _BREAK = "\ufdd0"  # a Unicode noncharacter: keeps a control token in a message 
 _PROBE = "x"
 
 
+_SEARCHED = 2**16  # characters of a piece
 MOST_STEPS_AGAIN = 2**24  # of rendering the turns of one conversation again, each with all before it
 
 
@@ -306,7 +308,7 @@ class _Growing:
     def _settle(self, end: int, joined: Sequence[int]) -> None:
         """Move on behind the last control token, where the tokenizer has seen all of them that are there."""
         controls = self._writing.controls
-        matches = controls.after(self._text, self._anchor, end)
+        matches = list(controls.found_in(self._text, self._anchor, end))
         found = [index for index, token in enumerate(joined) if token in controls.known_ids]
         if [controls.ids[match.group()] for match in matches] != [joined[index] for index in found]:
             return
@@ -327,19 +329,36 @@ class _Controls(NamedTuple):
 
     ids: Mapping[str, int]
     known_ids: frozenset[int]  # the same
-    pattern: re.Pattern[str] | None  # longest first
+    pattern: re.Pattern[str] | None
+    longest: int  # characters
 
-    def after(self, text: str, start: int, end: int) -> list[re.Match[str]]:
-        return [] if self.pattern is None else list(self.pattern.finditer(text, start, end))
+    def found_in(self, text: str, start: int = 0, end: int | None = None) -> Iterator[re.Match[str]]:
+        """Where they stand. A long text is searched in pieces: meanwhile nothing else runs in this process."""
+        last = len(text) if end is None else end
+        while self.pattern is not None and start < last:
+            piece_end = start + _SEARCHED
+            for match in self.pattern.finditer(text, start, min(last, piece_end + self.longest)):
+                if match.start() >= piece_end:
+                    break
+                yield match
+                start = match.end()
+            start = max(start, piece_end)
+            breathe()
 
     def guard(self, value: Any) -> Any:  # Any: JSON
         """The value with every control token in it broken by _BREAK."""
         if isinstance(value, str):
-            assert self.pattern is not None
-            return self.pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], value)
+            return self._guarded(value)
         if isinstance(value, Mapping):
             return {key: self.guard(item) for key, item in value.items()}
         return [self.guard(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _guarded(self, text: str) -> str:
+        parts, done = [], 0
+        for match in self.found_in(text):
+            parts += [text[done : match.start() + 1], _BREAK]
+            done = match.start() + 1
+        return "".join(parts) + text[done:] if parts else text
 
 
 class _Writing:
@@ -384,7 +403,7 @@ class _Writing:
         """Ids with the template's control tokens cut out first and everything between them tokenised as text."""
         ids: list[int] = []
         done = 0
-        for match in self.controls.pattern.finditer(text) if self.controls.pattern else ():
+        for match in self.controls.found_in(text):
             ids += self._segment_ids(text[done : match.start()], at_start and not done, room)
             ids.append(self.controls.ids[match.group()])
             done = match.end()
@@ -445,11 +464,20 @@ def _controls(tokenizer: PreTrainedTokenizerBase, template: str) -> _Controls:
     ids = {
         token.content: token_id
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or (token.content in template and not token.content.isspace())
+        if token.content and (token.special or (token.content in template and not token.content.isspace()))
     }
-    longest_first = sorted(ids, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-    return _Controls(ids, frozenset(ids.values()), pattern)
+    pattern = re.compile(_one_of(sorted(ids))) if ids else None
+    return _Controls(ids, frozenset(ids.values()), pattern, max(map(len, ids), default=0))
+
+
+def _one_of(tokens: Sequence[str]) -> str:
+    """A pattern of sorted tokens, of which it takes the longest. What they begin with alike is looked at once."""
+    if len(tokens) == 1:
+        return re.escape(tokens[0])
+    shared = _common_length(tokens[0], tokens[-1])
+    rest = [token[shared:] for token in tokens]
+    branches = [_one_of(list(group)) for _, group in groupby(filter(None, rest), key=lambda token: token[0])]
+    return f"{re.escape(tokens[0][:shared])}(?:{'|'.join(branches)}){'' if rest[0] else '?'}"
 
 
 @lru_cache(maxsize=8)
