@@ -278,6 +278,6 @@ def test_a_word_that_a_tokenizer_without_an_unknown_token_lacks_is_one_sentence(
     assert input_ids(base, None, text="the dog ran") == (0, 3, 4)
     with pytest.raises(EncodingError, match=r"the tokenizer of base 'words' cannot encode the text 'the zebra ran' \("):
         input_ids(base, None, text="the zebra ran")
-    with pytest.raises(EncodingError, match=r"zebra \.\.\.' \(") as caught:
+    with pytest.raises(EncodingError, match=r"the text 'zebra zebra .*\.\.\. \(") as caught:
         base.encode("zebra " * 10_000)
     assert len(str(caught.value)) < 300

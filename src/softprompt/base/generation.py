@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from softprompt.errors import BaseModelError
+from softprompt.errors import BaseModelError, shortened
 
 TokenIds = tuple[int, ...]
 # What says nothing of an answer's tokens, or is read elsewhere (the ids that end one).
@@ -154,13 +154,10 @@ def _ignored(config: Any) -> Iterator[str]:
     for key, value in config.to_diff_dict().items():
         if key in FOLLOWED or key in _HARMLESS or value is None or value == _NEUTRAL.get(key):
             continue
-        yield f"{key[:_LONGEST_VALUE]} = {_short(value)}"
+        yield f"{key[:_LONGEST_VALUE]} = {shortened(value, _LONGEST_VALUE)}"
 
 
 def _unmeant(name: str, key: str, value: Any, meant: str) -> BaseModelError:
-    return BaseModelError(f"base {name!r}: generation_config.json: {key} is {_short(value)}; it must be {meant}")
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    return BaseModelError(
+        f"base {name!r}: generation_config.json: {key} is {shortened(value, _LONGEST_VALUE)}; it must be {meant}"
+    )

@@ -9,12 +9,11 @@ from itertools import islice
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.base.generation import eos_ids_of
-from softprompt.errors import BaseModelError, EncodingError
+from softprompt.errors import BaseModelError, EncodingError, shortened
 from softprompt.guard import cause_of
 
 _PROBE = "a"
 _MOST_PROBES = 64  # tokens of a vocabulary that are read back
-_SHOWN = 60  # characters of a text in a message
 
 
 def encode_text(
@@ -31,12 +30,12 @@ def encode_text(
         raise
     except BaseException as error:  # the Rust library raises bare Exceptions, and panics that are not even that
         raise EncodingError(
-            f"the tokenizer of base {name!r} cannot encode the text {_shortened(text)} ({cause_of(error)})"
+            f"the tokenizer of base {name!r} cannot encode the text {shortened(text)} ({cause_of(error)})"
         ) from error
     if ids and max(ids) >= vocab_size:
         raise EncodingError(
             f"token {tokenizer.convert_ids_to_tokens(max(ids))!r} has id {max(ids):,}, but base {name!r} embeds ids "
-            f"below {vocab_size:,}; leave it out of the text {_shortened(text)}, or take the base's own tokenizer"
+            f"below {vocab_size:,}; leave it out of the text {shortened(text)}, or take the base's own tokenizer"
         )
     return ids
 
@@ -129,7 +128,3 @@ def _texts(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) ->
                 text = tokenizer.decode([index])
                 if isinstance(text, str) and text.strip():
                     yield text
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
