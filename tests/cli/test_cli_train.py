@@ -233,3 +233,15 @@ def test_a_data_set_with_rows_to_skip(base_folder, tmp_path):
     data = write_jsonl(tmp_path / "gaps.jsonl", rows)
     ran = succeed("train", "--base", base_folder, *QUICK, "--data", data, *TEMPLATE, "--out", tmp_path / "out")
     assert "skipped, nothing to learn: 2 rows (row 2, 3)" in ran.err
+
+
+def test_what_was_guessed_and_what_is_not_used_is_said_before_the_training_and_kept_with_the_run(base_folder, tmp_path):
+    rows = [{**review(i), "author": "x"} for i in range(8)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    ran = succeed("train", "--base", base_folder, "--data", data, "--out", tmp_path / "run", "--max-steps", 1, *QUICK)
+    notes = [line for line in ran.err.splitlines() if line.startswith(f"note: {data}: ")]
+    assert "labels in column 'label' (2: 'w90', 'w91')" in notes[0]
+    assert notes[1:] == [f"note: {data}: columns not used: 'author'"]
+    assert ran.err.index(notes[0]) < ran.err.index("loss ")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [f"note: {note}" for note in kept["notes"]][:2] == notes

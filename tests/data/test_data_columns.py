@@ -28,7 +28,7 @@ def test_a_text_with_a_label_is_a_classification_and_says_so():
     assert write_rows(rows)[0][:2] == (" bad", "text 0\nLabel:")
     (note,) = rows.notes
     assert note == (
-        "a.csv: labels in column 'label' (2: 'bad', 'good'), learned as \"{text}\\nLabel: {label}\"; "
+        "labels in column 'label' (2: 'bad', 'good'), learned as \"{text}\\nLabel: {label}\"; "
         "--text-column text alone trains a language model, and a --template in words of the task may do better"
     )
 
@@ -36,7 +36,7 @@ def test_a_text_with_a_label_is_a_classification_and_says_so():
 def test_a_text_column_that_is_named_alone_stays_a_language_model_and_the_labels_are_named():
     rows = made(REVIEWS, text_column="text")
     assert rows.form.kind == "plain"
-    assert rows.notes == ("a.csv: columns not used: 'label' (--label-column label learns the 2 labels 'bad', 'good')",)
+    assert rows.notes == ("columns not used: 'label' (--label-column label learns the 2 labels 'bad', 'good')",)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_labels_beside_the_only_text_are_learned_whatever_it_is_called(records):
 def test_a_label_that_is_no_closed_set_is_no_guess(labels):
     rows = made([{"text": "x", "label": label} for label in labels])
     assert rows.form.kind == "plain"
-    assert rows.notes == ("a.csv: columns not used: 'label'",)
+    assert rows.notes == ("columns not used: 'label'",)
 
 
 def test_a_label_column_by_name_finds_its_text():
@@ -78,8 +78,8 @@ def test_a_prompt_with_its_completion_is_learned_as_the_server_learns_it():
     rows = made([{"prompt": "2+2=", "completion": "4", "id": 1}])
     assert (rows.form.template, rows.form.completion) == ("{prompt}", "{completion}")
     assert rows.notes == (
-        "a.csv: learning to continue column 'prompt' with column 'completion'",
-        "a.csv: columns not used: 'id'",
+        "learning to continue column 'prompt' with column 'completion'",
+        "columns not used: 'id'",
     )
 
 
@@ -88,12 +88,12 @@ def test_messages_come_before_anything_else():
 
 
 def test_columns_that_training_does_not_use_are_named_and_many_are_counted():
-    assert made([{"text": "a", "author": "b", "year": 3}]).notes == ("a.csv: columns not used: 'author', 'year'",)
+    assert made([{"text": "a", "author": "b", "year": 3}]).notes == ("columns not used: 'author', 'year'",)
     (note,) = made([{"text": "a", **{f"c{i}": i for i in range(20)}}]).notes
     assert note.endswith("'c6', 'c7' and 12 more")
     assert made([{"text": "a"}]).notes == ()
     labelled = made(with_columns(id=1), template="{text}", completion=" {label}")
-    assert labelled.notes == ("a.csv: columns not used: 'id'",)
+    assert labelled.notes == ("columns not used: 'id'",)
 
 
 def test_a_column_of_numbers_beside_a_text_is_no_second_text():

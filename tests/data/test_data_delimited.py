@@ -27,7 +27,7 @@ def read(tmp_path):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         rows = read_rows(DataConfig(data=str(path), **{"text_column": "text", **settings}))
-        return [row.text for row in write_rows(rows)], [note.removeprefix(f"{path}: ") for note in rows.notes]
+        return [row.text for row in write_rows(rows)], list(rows.notes)
 
     return call
 

@@ -177,6 +177,6 @@ def _given_set(flags: Mapping[str, Any], forms: Sequence[InputForm], seed: int, 
     form = next((form for form in forms if form.kind == "template"), forms[0] if forms else None)
     rows = with_labels(read_rows(config_of(DataConfig, flags), seed=seed, offline=offline, form=form))
     for note in rows.notes:
-        say(f"note: {note}")
+        say(f"note: {rows.source}: {note}")
     same = (form for form in forms if replace(form, labels=()) == replace(rows.form, labels=()))
     return {Path(rows.source).name: replace(rows, form=next(same, rows.form))}

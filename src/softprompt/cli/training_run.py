@@ -262,14 +262,11 @@ def _say_prepared(job: Job, ready: Prepared) -> None:
     plan = ready.trial.plan
     say(trainable_line(job.base, plan.config.virtual_tokens))
     seen: list[object] = []
-    said: list[str] = []  # rows of one source, held out or not, have their notes in common
     for examples in (*ready.data, *ready.validation):
         if examples is not None and not any(examples is known for known in seen):
             seen.append(examples)
             for line in report_lines(examples.report):
-                if line not in said:
-                    say(line)
-                said.append(line)
+                say(line)
     if job.is_one_prompt:
         start = plan.config.init if job.start_name is None else f"prompt {job.start_name}"
         say(

@@ -92,7 +92,7 @@ def _guessed(table: Table) -> Choice:
         return _column_choice(table, _USUAL_MESSAGES, "chat")
     if all(name in table.columns for name in _USUAL_PAIR):
         choice = _template_choice(table, *(f"{{{name}}}" for name in _USUAL_PAIR))
-        return choice._replace(note=f"{table.source}: learning to continue column 'prompt' with column 'completion'")
+        return choice._replace(note="learning to continue column 'prompt' with column 'completion'")
     label = next((name for usual in _USUAL_LABELS for name in table.columns if name.strip().lower() == usual), None)
     if label is not None and _labels(table, label):
         try:
@@ -117,7 +117,7 @@ def _label_choice(table: Table, text: str | None, label: str) -> Choice:
     which = f" ({len(labels)}: {_listed(labels)})" if labels else ", which are too many to choose from"
     shown = (template + completion).replace("\n", "\\n")
     note = (
-        f'{table.source}: labels in column {label!r}{which}, learned as "{shown}"; '
+        f'labels in column {label!r}{which}, learned as "{shown}"; '
         f"--text-column {text} alone trains a language model, and a --template in words of the task may do better"
     )
     return choice._replace(note=note)
@@ -194,7 +194,7 @@ def _unused(table: Table, choice: Choice) -> str | None:
     names = [name for name in table.columns if name not in choice.needed]
     if not names:
         return None
-    said = f"{table.source}: columns not used: {_listed(names)}"
+    said = f"columns not used: {_listed(names)}"
     label = next((name for usual in _USUAL_LABELS for name in names if name.strip().lower() == usual), None)
     labels = () if label is None else _labels(table, label)
     if not labels or choice.form.kind != "plain":

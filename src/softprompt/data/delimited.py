@@ -44,7 +44,7 @@ def read_delimited(path: Path, *, usual: str, delimiter: str | None = None) -> F
     chosen = delimiter or (declared[1] if declared is not None else _found(path, text, usual))
     if chosen == usual == "\t" and delimiter is None:
         return _tsv(path, text)
-    notes = (f"{path}: cells are separated by {_shown(chosen)}",) if chosen != usual and delimiter is None else ()
+    notes = (f"cells are separated by {_shown(chosen)}",) if chosen != usual and delimiter is None else ()
     return FileRows(_records(path, _csv_rows(path, text, chosen)), notes)
 
 
@@ -103,12 +103,12 @@ def _tsv(path: Path, text: str) -> FileRows:
         return FileRows(_records(path, literal))
     quoted = _quoted(path, text)
     if quoted is not None and (not _is_even(literal) or len(quoted) == len(literal)):
-        return FileRows(_records(path, quoted), (f"{path}: cells in quote marks are read as a CSV's, without them",))
+        return FileRows(_records(path, quoted), ("cells in quote marks are read as a CSV's, without them",))
     if not _is_even(literal):
         raise DataError(f"{path}, line {_uneven(literal).line:,}: {_counts(literal)}; {_MULTI_LINE_HINT}")
     num_cells = sum(cell.startswith('"') for row in literal for cell in row.cells)
     cells = "a cell" if num_cells == 1 else f"{num_cells:,} cells"
-    note = f"{path}: quote marks at the start of {cells} are characters, and each line is a row, as in any TSV"
+    note = f"quote marks at the start of {cells} are characters, and each line is a row, as in any TSV"
     return FileRows(_records(path, literal), (note,) if num_cells else ())
 
 

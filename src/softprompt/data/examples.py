@@ -169,5 +169,5 @@ def _report(base: Base, rows: Rows, results: Sequence[_Ids], examples: Sequence[
         min_tokens=min(lengths),
         max_tokens=max(lengths),
         example=show_example(base, examples[0]),
-        notes=rows.notes,
+        notes=tuple(f"{rows.source}: {note}" for note in rows.notes),
     )

@@ -16,9 +16,8 @@ _CONTEXT_IDS = 32  # that a stretch is decoded behind
 
 
 def report_lines(report: DataReport) -> list[str]:
-    """How they were read, rows used, skipped and cut (counted from 1), tokens, and one example as the model sees it."""
+    """Rows used, skipped and cut (counted from 1), tokens, and one example as the model sees it."""
     lines = [
-        *(f"note: {note}" for note in report.notes),
         f"{report.source}: {report.num_used:,} of {_count(report.num_read, 'row')} used, "
         f"{report.num_tokens:,} tokens ({report.min_tokens:,} to {report.max_tokens:,} a row), "
         f"{report.num_targets:,} of them counted",

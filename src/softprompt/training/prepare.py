@@ -60,7 +60,7 @@ class Prepared:
     loop: TrainingLoop
     data: tuple[ExampleSet, ...]  # of each candidate, as `loop.trials`
     validation: tuple[ExampleSet | None, ...]
-    notes: tuple[str, ...]  # what the user should know about how `auto` was resolved
+    notes: tuple[str, ...]  # what the user should know about how the rows were read and `auto` was resolved
 
     @property
     def trial(self) -> Trial:
@@ -83,7 +83,8 @@ def prepare(
     reader = _Reader(base)
     made = [_trial(base, forward, candidate, reader) for candidate in candidates]
     trials, data = [trial for trial, _, _, _ in made], tuple(data for _, data, _, _ in made)
-    notes = [note for _, _, _, some in made for note in some]
+    notes = [note for _, rows, held_out, _ in made for read in (rows, held_out) if read for note in read.report.notes]
+    notes += [note for _, _, _, some in made for note in some]
     notes += [forward.packing.note, *_company(ranks), *_arranged(forward, trials, ranks)]
     rows, split = _micro_batch_rows(base, forward, trials, ranks)
     for trial in trials:

@@ -140,11 +140,10 @@ def _result(ready: Prepared, trial: Trial, interrupted: bool, seconds: float) ->
     outcome["drift"] = [token.to_json() for token in drift(trial.start, kept)]
     if scores:
         outcome["scores"] = scores
-    notes = (*ready.data[ready.loop.trials.index(trial)].report.notes, *ready.notes)
     record = replace(kept.record, run={**kept.record.run, **outcome})
     return TrainResult(
         prompt=SoftPrompt(kept.tensor, record), plan=trial.plan, losses=losses, validation_losses=validated,
-        kept_step=kept_step, interrupted=interrupted, notes=notes, name=trial.name, scores=scores,
+        kept_step=kept_step, interrupted=interrupted, notes=ready.notes, name=trial.name, scores=scores,
         dropped_after=trial.step if trial.is_dropped else None,
         diverged_after=trial.step if trial.is_diverged else None,
     )  # fmt: skip
