@@ -92,7 +92,7 @@ def assert_empty(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.kv_bytes_in_use) == (0, 0, 0)
     assert engine.runners.prefixes.num_pins == 0
-    assert engine.runners.plain.num_positions == 0
+    assert engine.runners.plain.num_bytes == 0
     waiting = engine.scheduler.waiting
     assert not list(waiting) and not waiting._heaps and not waiting._service and not waiting._num_rows
     assert not engine.runners.held._promised and not engine._has_deadline and not engine._given_up

@@ -22,6 +22,7 @@ from softprompt.base import freeze_base
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine, Failed, Finished, Request
 from softprompt.engine.held_runner import HeldRunner
+from softprompt.errors import BaseModelError
 from softprompt.families import Store
 from softprompt.prompt import SoftPrompt
 
@@ -80,11 +81,19 @@ def test_all_choices_of_a_request_fail_together_and_once():
     assert bad == 0
 
 
-def test_a_base_that_computes_nan_fails_every_request_and_can_be_asked_again():
+def test_a_base_that_computes_nan_is_refused_when_it_is_first_used():
     model = build_model("llama")
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
+    with pytest.raises(BaseModelError, match="base 'broken' computes NaN"):
+        Engine(freeze_base(model, build_tokenizer(), name="broken"))
+
+
+def test_a_base_that_computes_nan_later_fails_every_request_and_can_be_asked_again():
+    model = build_model("llama")
     engine = Engine(freeze_base(model, build_tokenizer(), name="broken"))
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
     for _ in range(2):
         number = engine.add(Request((5, 6)))
         assert "base 'broken' computes NaN" in run_out(engine).ends[number].why

@@ -148,7 +148,7 @@ def freeze_base(
         tokenizer=tokenizer,
         name=name,
         folder=folder,
-        max_length=_max_length(model.config, max_length, name),
+        max_length=_max_length(model, max_length, name),
         bos_ids=bos_ids_of(tokenizer),
         eos_id=eos_id_of(tokenizer),
         stop_ids=stop_ids_of(model, tokenizer, name),
@@ -235,8 +235,10 @@ def _refuse_adapter(model: PreTrainedModel, base: str) -> None:
         )
 
 
-def _max_length(config: PretrainedConfig, wanted: int | None, name: str) -> int:
-    limit = None if _positions_are_relative(config) else _own_limit(config)
+def _max_length(model: PreTrainedModel, wanted: int | None, name: str) -> int:
+    limit = None if _positions_are_relative(model.config) else _own_limit(model.config)
+    if limit is not None:
+        limit -= _positions_before_first(model)
     if wanted is not None and (wanted < 2 or (limit is not None and wanted > limit)):
         raise ConfigError(f"max_length is {wanted}; base {name!r} has {limit or 'no fixed number of'} positions")
     return wanted or limit or UNLIMITED_LENGTH
@@ -245,6 +247,14 @@ def _max_length(config: PretrainedConfig, wanted: int | None, name: str) -> int:
 def _positions_are_relative(config: PretrainedConfig) -> bool:
     """ALiBi: Bloom always, Falcon by a switch. MPT's is a table that transformers builds for max_seq_len positions."""
     return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
+
+
+def _positions_before_first(model: PreTrainedModel) -> int:
+    """RoBERTa's table of positions begins behind the pad's id; what lies before is used for pads alone."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def _own_limit(config: PretrainedConfig) -> int | None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
-from transformers import Cache
 
 from softprompt.engine.choosing import ChoosingRow
 from softprompt.engine.memory import Place
 from softprompt.engine.prefixes import Key, Prefix
 from softprompt.engine.requests import Answer, Request, TokenLogProb
 from softprompt.engine.text import AnswerText
+from softprompt.families import ModelCache
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Row:
     computed: int = 0  # positions whose keys and values are held
     num_cached: int | None = None  # of them when it first started: from the prefix cache
     place: Place | None = None
-    cache: Cache | None = None
+    cache: ModelCache | None = None
     prefix: Prefix | None = None  # pinned: what it came from
     promises: list[tuple[int, Key]] = field(default_factory=list)  # beginnings that it will leave to others
     log_probs: list[TokenLogProb] = field(default_factory=list)

@@ -19,7 +19,7 @@ from softprompt.engine.prefixes import Key, PrefixCache, shared_beginnings
 from softprompt.engine.requests import Request
 from softprompt.engine.rows import Ran, Row, Runner
 from softprompt.engine.self_test import sample_store, why_not_held
-from softprompt.families import Forward, new_cache
+from softprompt.families import Forward, ModelCache
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Stretch, splice_stretches
 
@@ -31,7 +31,7 @@ _STEP_TOKENS = {"cpu": 64}  # more gain nothing on a CPU, and make everybody wai
 _STEP_TOKENS_ELSEWHERE = 2_048
 _READING_STEPS = {"cpu": 8}  # of a short text, where somebody answers: here each token more makes a step longer
 
-Facts = tuple[int, str | None]  # bytes of one position, and why rows cannot run together
+Facts = tuple[int, int, str | None]  # bytes of one position, of a row besides, and why rows cannot run together
 _FACTS: WeakKeyDictionary[Forward, Facts] = WeakKeyDictionary()  # found out once per base
 
 
@@ -102,7 +102,7 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bo
     free = free_bytes(base.device)
     kv_bytes = config.kv_bytes or int(free * _KV_SHARE)
     prefix_bytes = int(free * _PREFIX_SHARE) if config.prefix_bytes is None else config.prefix_bytes
-    per_position, problem = _facts(base, forward)
+    per_position, per_row, problem = _facts(base, forward)
     memory, prefixes = KeyValueMemory(kv_bytes, per_position, base.max_length), PrefixCache(prefix_bytes)
     device = base.device.type
     max_rows = config.max_rows or _MAX_ROWS.get(device, _MAX_ROWS_ELSEWHERE)
@@ -110,11 +110,11 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bo
         memory.prepare(sample_store(base, forward), max_rows)
     return Runners(
         held=HeldRunner(base, forward, memory, prefixes),
-        plain=PlainRunner(base, forward, kv_bytes, per_position),
+        plain=PlainRunner(base, forward, kv_bytes, per_position, per_row),
         memory=memory,
         prefixes=prefixes,
         is_held=problem is None,
-        held_up_to=forward.alone_beyond or math.inf,
+        held_up_to=math.inf if forward.alone_beyond is None else forward.alone_beyond,
         max_rows=max_rows,
         max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
         num_reading_steps=_READING_STEPS.get(device, 1),
@@ -127,7 +127,8 @@ def _facts(base: Base, forward: Forward) -> Facts:
         problem = why_not_held(base, forward)
         if problem is not None:
             _LOG.warning("base %r: answers run one row at a time, which is slow: %s", base.name, problem)
-        _FACTS[forward] = (bytes_per_position(base, forward), problem)
+        per_position = bytes_per_position(base, forward)
+        _FACTS[forward] = (per_position, 0 if problem is None else bytes_per_row(base, forward, per_position), problem)
     return _FACTS[forward]
 
 
@@ -138,13 +139,25 @@ def _arrange(base: Base, forward: Forward) -> None:
         forward.arrange(both_ways=False)
 
 
-@torch.inference_mode()
+_NUM_MEASURED = 4  # tokens whose cache is measured
+
+
 def bytes_per_position(base: Base, forward: Forward) -> int:
     """Bytes of all keys and values of one position, read off one forward."""
-    ids = (*base.bos_ids, 0, 0)
-    embeds_SH, positions_S = splice_stretches(base, [Stretch(None, ids, 0, len(ids))])
-    cache = new_cache()
-    forward.hidden_states(embeds_SH[None], torch.ones_like(positions_S)[None], positions_S[None], cache)
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    num_bytes: int = sum(part.numel() * part.element_size() for part in tensors if part is not None)
-    return max(1, num_bytes // len(ids))
+    cache = _cache_after(base, forward, _NUM_MEASURED)
+    return max(1, cache.bytes_of_keys_and_values() // _NUM_MEASURED) if cache is not None else 1
+
+
+def bytes_per_row(base: Base, forward: Forward, per_position: int) -> int:
+    """Bytes that a row takes however short it is: the states of recurrent layers."""
+    cache = _cache_after(base, forward, _NUM_MEASURED)
+    return max(0, cache.num_bytes() - per_position * _NUM_MEASURED) if cache is not None else 0
+
+
+@torch.inference_mode()
+def _cache_after(base: Base, forward: Forward, num_tokens: int) -> ModelCache | None:
+    cache = forward.new_cache()
+    if cache is not None:
+        embeds_SH, positions_S = splice_stretches(base, [Stretch(None, (0,) * num_tokens, 0, num_tokens)])
+        forward.hidden_states(embeds_SH[None], torch.ones_like(positions_S)[None], positions_S[None], cache)
+    return cache

@@ -1,38 +1,65 @@
 """One frozen model as two functions: embeddings to hidden states, hidden states to logits.
 
-The split lets the loss compute logits only where a target is. It is checked against the model's own forward when it is
-made; a model for which it does not hold runs whole (its hidden states are its logits). So are packed rows: a base that
-does not give them the answers of rows run one by one runs padded rows.
+The split lets the loss compute logits only where a target is. What holds of a base (`softprompt.families.exactness`)
+is found out when it is first used.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
-from softprompt.base import Base
-from softprompt.errors import BaseModelError
-from softprompt.families import activation, products
-from softprompt.families.head import Head, head_of
-from softprompt.families.known import KNOWN_FAMILIES
+from softprompt.families.head import Head
 from softprompt.families.own_attention import PackedCache
-from softprompt.families.packed import CarriedRows, Carrier, PackedMask, PackedRows
-from softprompt.families.packing import Packing, find_packing
-from softprompt.families.products import Products
-from softprompt.families.rotation import length_of_fixed_rotation
+from softprompt.families.packed import CarriedRows, Carrier, PackedMask
+from softprompt.families.packing import Packing
 
-_PROBE_IDS = (3, 1, 4, 1, 5)
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; 16-bit dtypes take the default below
-_TOLERANCE_16_BIT = 0.1
-_TOLERANCE_FLOAT32_INSIDE = 1e-5  # some families compute their softmax in float32, even in a float64 base
 _UNKNOWN = Packing(None, "rows run padded by length")
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")  # Mamba's and RWKV's have names of their own
+
+# all: keys and values of every position, sliding windows being the masks' business; own: what the model makes for
+# itself (states, windows), for rows that run alone; none: a row runs whole for every token
+CacheKind = Literal["all", "own", "none"]
+
+
+@dataclass
+class ModelCache:
+    """What a model keeps of one row, and the argument that brings it; None until the model has made its own."""
+
+    value: Any  # Any: a transformers Cache, or what a family has in its stead
+    argument: str
+
+    def as_argument(self) -> dict[str, Any]:
+        return {} if self.value is None else {self.argument: self.value}
+
+    def keep(self, output: Any) -> None:
+        """Keep what a forward gave back, if it gave any."""
+        found = getattr(output, self.argument, None)
+        self.value = self.value if found is None else found
+
+    def bytes_of_keys_and_values(self) -> int:
+        """Of the layers that keep any; they grow with the row."""
+        layers = getattr(self.value, "layers", None) or ()
+        return sum(_num_bytes(getattr(layer, name, None)) for layer in layers for name in ("keys", "values"))
+
+    def num_bytes(self) -> int:
+        """Of all tensors in it."""
+        return _num_bytes(self.value)
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_num_bytes, value))
+    return _num_bytes(vars(value)) if type(value).__module__.startswith("transformers") else 0
 
 
 @dataclass(frozen=True)
@@ -41,16 +68,28 @@ class Forward:
 
     backbone: nn.Module
     head: Head
-    takes_positions: bool  # False: the family derives positions from the mask (ALiBi)
+    first_position: int | None  # what the family counts from; None: it derives positions by itself (ALiBi, BART)
     packing: Packing = _UNKNOWN
-    alone_beyond: int | None = None  # a longer row changes its company's positions, and runs by itself
+    alone_beyond: int | None = None  # a longer row changes, or is changed by, its company, and runs by itself
+    cache: CacheKind = "all"
+    reads_in_pieces: bool = True  # False: a text behind a cache runs whole, and only single tokens follow it
+
+    def new_cache(self) -> ModelCache | None:
+        """An empty cache for one row; None for a base that has none, which runs a row whole for every token."""
+        if self.cache == "none":
+            return None
+        return ModelCache(DynamicCache() if self.cache == "all" else None, self._cache_argument)
 
     def hidden_states(
-        self, embeds_BSH: Tensor, mask_BM: Tensor, positions_BS: Tensor, cache: Cache | None = None
+        self, embeds_BSH: Tensor, mask_BM: Tensor, positions_BS: Tensor, cache: ModelCache | None = None
     ) -> Tensor:
         """Last hidden states [B, S, D], after the final norm. `mask_BM` also covers what lies in the cache."""
-        kept = {"past_key_values": cache} if cache is not None else {}
-        return self._run(embeds_BSH, positions_BS, attention_mask=mask_BM, use_cache=cache is not None, **kept)
+        if cache is None:
+            return _hidden(self._run(embeds_BSH, positions_BS, attention_mask=mask_BM, use_cache=False), embeds_BSH)
+        seen = {"attention_mask": mask_BM} if self.cache == "all" else {}  # states meet no mask of what went into them
+        output = self._run(embeds_BSH, positions_BS, use_cache=True, **seen, **cache.as_argument())
+        cache.keep(output)
+        return _hidden(output, embeds_BSH)
 
     def packed_hidden_states(self, embeds_SH: Tensor, positions_S: Tensor, rows: CarriedRows) -> Tensor:
         """Last hidden states [S, D] of packed or held rows; only for a base whose `packing` has a carrier."""
@@ -77,92 +116,20 @@ class Forward:
         brought: dict[str, Any] = {"past_key_values": PackedCache(rows)}
         if carrier == "mask":
             brought = {"attention_mask": PackedMask.of(rows, embeds_1SH)}
-        return self._run(embeds_1SH, positions_1S, use_cache=False, **brought)[0]
+        return _hidden(self._run(embeds_1SH, positions_1S, use_cache=False, **brought), embeds_1SH)[0]
 
-    def _run(self, embeds: Tensor, positions: Tensor, **arguments: Any) -> Tensor:
-        if self.takes_positions:
-            arguments["position_ids"] = positions
+    def _run(self, embeds: Tensor, positions: Tensor, **arguments: Any) -> Any:  # Any: transformers' output classes
+        if self.first_position is not None:
+            arguments["position_ids"] = positions + self.first_position if self.first_position else positions
         with self.head.products.active():
-            hidden: Tensor = self.backbone(inputs_embeds=embeds, **arguments)[0]
-        return hidden.to(embeds.device)  # where the layers are spread over devices, from the last one's
+            return self.backbone(inputs_embeds=embeds, **arguments)
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        known = inspect.signature(self.backbone.forward).parameters
+        return next((name for name in _CACHE_ARGUMENTS if name in known), _CACHE_ARGUMENTS[0])
 
 
-_FORWARDS: WeakKeyDictionary[Base, Forward] = WeakKeyDictionary()
-
-
-def forward_of(base: Base) -> Forward:
-    """The forward of a base: backbone and head apart where that equals the model's own, else the whole model.
-
-    A family that is not on the tested list is also checked for causality and for rows that ignore their padding.
-    Raises BaseModelError where it fails.
-    """
-    if base not in _FORWARDS:
-        _FORWARDS[base] = _found(base)
-    return _FORWARDS[base]
-
-
-def new_cache() -> DynamicCache:
-    """An empty key-value cache for one batch. It keeps every position: sliding windows are the masks' business, so
-    that padded rows stay exact."""
-    return DynamicCache()
-
-
-@torch.no_grad()
-def _found(base: Base) -> Forward:
-    model = base.model
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    own_products = Products()
-    activation.install(model)
-    products.install(model)
-    whole = Forward(model, Head(products=own_products), takes_positions)
-    head = head_of(base, own_products)
-    split = Forward(model.base_model, head, takes_positions) if head is not None else None
-    chosen = split if split is not None and _same_logits(base, split, whole) else whole
-    if model.config.model_type not in KNOWN_FAMILIES:
-        _check_unknown(base, chosen)
-    return replace(chosen, packing=_packing(base, chosen), alone_beyond=length_of_fixed_rotation(model))
-
-
-def _packing(base: Base, forward: Forward) -> Packing:
-    def is_close(ours: Tensor, reference: Tensor) -> bool:
-        return _close(ours, reference, {torch.float64: _TOLERANCE_FLOAT32_INSIDE})
-
-    def run_packed(carrier: Carrier, embeds: Tensor, positions: Tensor, rows: PackedRows) -> Tensor:
-        return forward.logits(forward._packed(carrier, embeds, positions, rows))
-
-    def run_plain(embeds: Tensor) -> Tensor:
-        positions = torch.arange(embeds.shape[1], device=base.device)[None]
-        return forward.logits(forward.hidden_states(embeds, torch.ones_like(positions), positions))[0]
-
-    return find_packing(base, run_packed, run_plain, is_close)
-
-
-def _probe(base: Base, ids: tuple[int, ...] = _PROBE_IDS, pads: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    embeds = base.embed(torch.tensor([[i % base.vocab_size for i in ids]]))
-    nothing = embeds.new_zeros(1, pads, embeds.shape[-1])
-    mask = torch.tensor([[0] * pads + [1] * len(ids)], device=base.device)
-    positions = torch.tensor([[0] * pads + list(range(len(ids)))], device=base.device)
-    return torch.cat([nothing, embeds], dim=1), mask, positions
-
-
-def _same_logits(base: Base, split: Forward, whole: Forward) -> bool:
-    inputs = _probe(base)
-    return _close(split.logits(split.hidden_states(*inputs)), whole.hidden_states(*inputs))
-
-
-def _check_unknown(base: Base, forward: Forward) -> None:
-    def logits(ids: tuple[int, ...], pads: int = 0) -> Tensor:
-        return forward.logits(forward.hidden_states(*_probe(base, ids, pads)))[:, pads:]
-
-    kind = base.model.config.model_type
-    if not _close(logits((*_PROBE_IDS[:-1], 2))[:, :-1], logits(_PROBE_IDS)[:, :-1]):
-        raise BaseModelError(f"base {base.name!r} ({kind}) is not causal: a later token changes earlier answers")
-    if not _close(logits(_PROBE_IDS, pads=3), logits(_PROBE_IDS)):
-        raise BaseModelError(f"base {base.name!r} ({kind}) answers differently under padding; it is not supported yet")
-
-
-def _close(ours: Tensor, reference: Tensor, tolerances: Mapping[torch.dtype, float] = _TOLERANCE) -> bool:
-    if ours.shape != reference.shape:
-        return False
-    tolerance = {**_TOLERANCE, **tolerances}.get(reference.dtype, _TOLERANCE_16_BIT)
-    return bool((ours - reference).abs().max() <= tolerance * reference.abs().max().clamp(min=1e-3))
+def _hidden(output: Any, embeds: Tensor) -> Tensor:  # Any: transformers' output classes
+    hidden: Tensor = output[0]
+    return hidden.to(embeds.device)  # where the layers are spread over devices, from the last one's

@@ -57,7 +57,7 @@ def head_of(base: Base, products: Products) -> Head | None:
     linear = base.model.get_output_embeddings()
     if linear is None or base.model.base_model is base.model:
         return None
-    config = base.model.config.get_text_config()
+    config = base.model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1.0
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(linear, scale, getattr(config, "final_logit_softcapping", None), products)

@@ -21,6 +21,7 @@ from softprompt.families.scores import Scores
 
 _PREFIX = "softprompt_"
 _BEFORE = ("sdpa", "eager")  # the implementations that we stand in front of
+_CHOOSES_KEYS = ("index_topk", "index_topk_blocks", "keep_window_size")  # settings of families that leave keys out
 _CHANGES_SCORES = ("s_aux", "position_bias", "sinks", "head_mask")  # arguments that packed attention has no part for
 
 
@@ -31,6 +32,9 @@ def install(model: PreTrainedModel) -> Carrier | None:
         return "mask"
     if before not in _BEFORE or (before == "eager" and getattr(model.config, "reorder_and_upcast_attn", False)):
         return None  # GPT-2's upcasting asks for the name "eager"
+    text = model.config.get_text_config(decoder=True)
+    if any(getattr(text, name, None) is not None for name in _CHOOSES_KEYS):
+        return None  # only a row longer than any check would show it
     name = _PREFIX + before
     AttentionInterface.register(name, _in_front_of(before))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])

@@ -6,3 +6,13 @@ KNOWN_FAMILIES = frozenset(
         "phi", "phi3", "qwen2", "qwen3",
     }
 )  # fmt: skip
+
+# Bases whose answers, as transformers gives them, do not agree among themselves: there is no truth to equal.
+INCONSISTENT_FAMILIES = {
+    "axk2": "its answers from its cache are not those without, once it leaves keys out",
+    "dots3_note_text": "its answers from its cache are not those without, once it leaves keys out",
+    "glm_moe_dsa": "its answers from its cache are not those without, once it leaves keys out",
+    "moshi": "its answers from its cache are not those without, at the edge of its window",
+    "prophetnet": "transformers' own generate does not run on it",
+    "xlm": "its generate puts a mask token behind the text, which its forward does not",
+}

@@ -5,7 +5,6 @@ N targets, D hidden width, K prompts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
@@ -43,7 +42,7 @@ def target_states(
     checkpoint: bool = False,
 ) -> tuple[Tensor, Targets]:
     """The hidden states [N, D] that predict the rows' targets, and the targets."""
-    is_long = _longest(rows, prompts) > (forward.alone_beyond or math.inf)
+    is_long = forward.alone_beyond is not None and _longest(rows, prompts) > forward.alone_beyond
     if is_long and len(rows) > 1:
         return _one_by_one(base, forward, rows, prompts)
     if is_long or not can_share_prefix(forward):

@@ -203,7 +203,7 @@ def _check_checkpointing(forward: Forward, config: TrainConfig) -> None:
 def _check_in_step(base: Base, forward: Forward, ranks: Ranks) -> None:
     if ranks.in_step and forward.alone_beyond is not None:
         raise ConfigError(
-            f"base {base.name!r} turns its positions by the longest row, so ranks cannot run it in step; "
+            f"rows of base {base.name!r} have to run one at a time, so ranks cannot run it in step; "
             "train it without FSDP, with device_map 'auto' say"
         )
 

@@ -1,0 +1,293 @@
+"""Find out how a base runs on embeddings, and refuse it where it does not answer as its model does on token ids.
+
+The truth is the model itself: on its own token ids, and on a soft prompt and a text as one plain run of embeddings.
+What we do must equal it: backbone and head apart, positions given or left to the model, rows of several lengths in one
+batch, a row in pieces behind a cache. What does not hold is done without: the model runs whole, rows run alone, texts
+are read whole, every token runs its row anew. Where even that differs, or the model raises, the base is refused in one
+sentence before anything is trained.
+
+A family of the tested list (`softprompt.families.known`) is only compared on ids: its tests have the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, PreTrainedModel
+
+from softprompt.base import Base
+from softprompt.errors import BaseModelError
+from softprompt.families import activation, products
+from softprompt.families.forward import CacheKind, Forward, ModelCache
+from softprompt.families.head import Head, head_of
+from softprompt.families.known import INCONSISTENT_FAMILIES, KNOWN_FAMILIES
+from softprompt.families.packed import Carrier, PackedRows
+from softprompt.families.packing import Packing, find_packing
+from softprompt.families.products import Products
+from softprompt.families.rotation import length_of_fixed_rotation
+
+_ORDER = (2, 0, 5, 0, 7, 3)  # of the ids of a probe, among those without a meaning of their own
+_NUM_IDS, _NUM_VIRTUAL = 5, 2
+_ALONE = Packing(None, "rows run one at a time: in one batch they change each other's answers")
+_STATES = Packing(None, "rows run padded by length: the family keeps states that packed rows would run into")
+_NO_CACHE = Packing(None, "rows run padded by length, and answers whole for every token: the family has no cache")
+_PIECES = (3, 3, 1)  # of a soft prompt and a text, behind a cache
+_WHOLE_THEN_STEPS = (5, 1, 1)
+_CACHES: tuple[tuple[CacheKind, tuple[int, ...]], ...] = (
+    ("own", _PIECES), ("own", _WHOLE_THEN_STEPS), ("all", _PIECES), ("all", _WHOLE_THEN_STEPS),
+)  # fmt: skip
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # relative; some compute softmax in float32 in a float64 base
+_TOLERANCE_16_BIT = 0.1
+
+_FORWARDS: WeakKeyDictionary[Base, Forward] = WeakKeyDictionary()
+
+
+def forward_of(base: Base) -> Forward:
+    """The forward of a base, checked once.
+
+    Raises BaseModelError where the base does not answer on embeddings as its model does on token ids.
+    """
+    if base not in _FORWARDS:
+        _FORWARDS[base] = _found(base)
+    return _FORWARDS[base]
+
+
+@torch.no_grad()
+def _found(base: Base) -> Forward:
+    try:
+        _refuse_by_name(base)
+        forward = _like_own_ids(base)
+        if not _is_tested(base.model):
+            forward = _checked(base, forward)
+        alone_beyond = length_of_fixed_rotation(base.model) if forward.alone_beyond is None else forward.alone_beyond
+        if forward.packing not in (_ALONE, _STATES, _NO_CACHE):
+            forward = replace(forward, packing=_packing(base, forward))
+        return replace(forward, alone_beyond=alone_beyond)
+    except BaseModelError:
+        raise
+    except Exception as error:  # whatever a model that nobody knew does with embeddings
+        raise _refused(base, _why(base.model, error)) from error
+
+
+def _refuse_by_name(base: Base) -> None:
+    reason = INCONSISTENT_FAMILIES.get(base.model.config.model_type)
+    if reason is not None:
+        raise _refused(base, reason)
+
+
+def _is_tested(model: PreTrainedModel) -> bool:
+    """Whether the family is on the tested list, and its code transformers' own."""
+    return model.config.model_type in KNOWN_FAMILIES and type(model).__module__.startswith("transformers.models.")
+
+
+def _like_own_ids(base: Base) -> Forward:
+    """The first way to run embeddings that gives the model's own answers to token ids."""
+    ids = _probe_ids(base)
+    truth = _own_logits(base.model, input_ids=ids)
+    if not truth.isfinite().any():
+        raise BaseModelError(f"base {base.name!r} computes NaN in {base.dtype}; load it in float32 or bfloat16")
+    activation.install(base.model)
+    products.install(base.model)
+    embeds = base.embed(ids)[0]
+    failure = "its answers on the embeddings of a text are not those on the text's token ids"
+    for forward in _ways(base):
+        try:
+            if is_close(_logits(forward, [embeds])[0], truth):
+                return forward
+        except Exception as error:  # another way may work
+            failure = _why(base.model, error)
+    raise _refused(base, failure)
+
+
+def _ways(base: Base) -> Iterator[Forward]:
+    """Backbone and head apart or the whole model; positions given, from where the model counts, or left to it."""
+    own_products = Products()
+    whole = Forward(base.model, Head(products=own_products), None)
+    head = head_of(base, own_products)
+    backbones = [whole] if head is None else [Forward(base.model.base_model, head, None), whole]
+    for first_position in _first_positions(base):
+        for forward in backbones:
+            yield replace(forward, first_position=first_position)
+
+
+def _first_positions(base: Base) -> list[int | None]:
+    if "position_ids" not in inspect.signature(base.model.forward).parameters:
+        return [None]
+    tables = [module for module in base.model.modules() if isinstance(module, nn.Embedding)]
+    pads = {table.padding_idx for table in tables} | {getattr(base.model.config, "pad_token_id", None)}
+    behind_pad = sorted({pad + 1 for pad in pads if pad is not None and pad >= 0})  # RoBERTa's first position
+    return [0, *behind_pad, None]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A text, the text with another last token, and the text behind one soft prompt and behind another: [S, H] each."""
+
+    text: Tensor
+    other_text: Tensor
+    spliced: Tensor
+    otherwise: Tensor
+    truth_of_text: Tensor  # [S, V], as the two below
+    truth: Tensor  # of `spliced`
+
+    @property
+    def rows(self) -> list[Tensor]:
+        return [self.text, self.other_text, self.spliced, self.otherwise]
+
+
+def _probe(base: Base) -> _Probe:
+    ids = _probe_ids(base, _NUM_IDS + 1)
+    changed = torch.cat([ids[:, : _NUM_IDS - 1], ids[:, _NUM_IDS:]], dim=1)
+    text = base.embed(ids[:, :_NUM_IDS])[0]
+    spliced, otherwise = (torch.cat([_some_prompt(base, seed).to(text), text]) for seed in (1, 2))
+    return _Probe(
+        text=text,
+        other_text=base.embed(changed)[0],
+        spliced=spliced,
+        otherwise=otherwise,
+        truth_of_text=_own_logits(base.model, input_ids=ids[:, :_NUM_IDS]),
+        truth=_own_logits(base.model, inputs_embeds=spliced[None].clone()),  # CTRL scales its inputs in place
+    )
+
+
+def _checked(base: Base, forward: Forward) -> Forward:
+    """The forward of a family that is not on the tested list, with what holds for this base."""
+    probe = _probe(base)
+    forward, (text, other_text, spliced, otherwise) = _in_company(base, forward, probe)
+    if not is_close(other_text[:-1], text[:-1]):
+        kind = base.model.config.model_type
+        raise BaseModelError(f"base {base.name!r} ({kind}) is not causal: a later token changes earlier answers")
+    if torch.equal(spliced[_NUM_VIRTUAL:], otherwise[_NUM_VIRTUAL:]):
+        raise _refused(base, "it answers alike whatever the soft prompt")
+    if not _reaches_prompt(forward, probe.spliced):
+        raise _refused(base, "no finite gradient reaches a soft prompt")
+    return _with_cache(forward, probe)
+
+
+@torch.enable_grad()
+def _reaches_prompt(forward: Forward, row: Tensor) -> bool:
+    leaf = row.detach().requires_grad_(True)
+    logits = _logits(forward, [leaf])[0]
+    (gradient,) = torch.autograd.grad(logits[-1].log_softmax(-1).max(), leaf)
+    own = gradient[:_NUM_VIRTUAL]
+    return bool(own.isfinite().all()) and bool(own.any())
+
+
+def _in_company(base: Base, forward: Forward, probe: _Probe) -> tuple[Forward, list[Tensor]]:
+    """Rows of several lengths in one batch, or each alone where that is not what they get alone."""
+    alone = replace(forward, alone_beyond=0, packing=_ALONE)
+    for way, run in ((forward, _logits), (alone, _each_alone)):
+        with suppress(Exception):  # the other way may work; if it raises too, so does the last one below
+            logits = run(forward, probe.rows)
+            if is_close(logits[0], probe.truth_of_text) and is_close(logits[2], probe.truth):
+                return way, logits
+    _each_alone(forward, probe.rows)
+    raise _refused(base, "its answers behind a soft prompt are not those on one run of embeddings")
+
+
+def _each_alone(forward: Forward, rows: Sequence[Tensor]) -> list[Tensor]:
+    return [_logits(forward, [row])[0] for row in rows]
+
+
+def _with_cache(forward: Forward, probe: _Probe) -> Forward:
+    """With the first cache that gives a row in pieces what it gets whole."""
+    for kind, pieces in _CACHES:
+        way = replace(forward, cache=kind, reads_in_pieces=pieces == _PIECES)
+        with suppress(Exception):  # this family has no such cache
+            logits, cache = _logits_in_pieces(way, probe.spliced, pieces)
+            if is_close(logits, probe.truth):
+                return _unpacked(way, _STATES) if _has_states(cache) else way
+    return _unpacked(replace(forward, cache="none"), _NO_CACHE)
+
+
+def _unpacked(forward: Forward, why: Packing) -> Forward:
+    return forward if forward.packing is _ALONE else replace(forward, packing=why)
+
+
+def _logits_in_pieces(forward: Forward, row: Tensor, pieces: Sequence[int]) -> tuple[Tensor, ModelCache]:
+    cache = forward.new_cache()
+    assert cache is not None
+    parts = []
+    for end, length in zip(accumulate(pieces), pieces, strict=True):
+        mask, positions = torch.ones(1, end), torch.arange(end - length, end)[None]
+        own = row[None, end - length : end]
+        hidden = forward.hidden_states(own, mask.long().to(row.device), positions.to(row.device), cache)
+        parts.append(forward.logits(hidden)[0])
+    return torch.cat(parts), cache
+
+
+def _has_states(cache: ModelCache) -> bool:
+    """Whether a layer keeps more of a row than keys and values: packed rows would run into each other there."""
+    layers = getattr(cache.value, "layers", None)
+    return not isinstance(cache.value, Cache) or any(
+        hasattr(layer, name) for layer in layers or () for name in ("conv_states", "recurrent_states")
+    )
+
+
+def _packing(base: Base, forward: Forward) -> Packing:
+    def run_packed(carrier: Carrier, embeds: Tensor, positions: Tensor, rows: PackedRows) -> Tensor:
+        return forward.logits(forward._packed(carrier, embeds, positions, rows))
+
+    def run_plain(embeds: Tensor) -> Tensor:
+        return _logits(forward, [embeds[0]])[0]
+
+    return find_packing(base, run_packed, run_plain, is_close)
+
+
+def _probe_ids(base: Base, count: int = _NUM_IDS) -> Tensor:
+    """[1, count], none of them with a meaning of its own: a pad may have no position, an image's token no embedding."""
+    config = base.model.config
+    special = {value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
+    found = [token for token in range(3, base.vocab_size) if token not in special]
+    ids = [found[index % len(found)] for index in _ORDER[:count]]
+    return torch.tensor([ids], device=base.device)
+
+
+def _some_prompt(base: Base, seed: int) -> Tensor:
+    """[P, H], of the size of the base's embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(_NUM_VIRTUAL, base.hidden_size, generator=generator) * base.embedding_rms
+
+
+def _own_logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """[S, V] as the model itself gives them, with nothing but its inputs."""
+    logits: Tensor = model(**inputs).logits
+    return logits[0].to(next(iter(inputs.values())).device)
+
+
+def _logits(forward: Forward, rows: Sequence[Tensor]) -> list[Tensor]:
+    """[S, V] of each row [S, H] of a batch, pads behind the shorter ones as in `softprompt.splice`."""
+    embeds = pad_sequence(list(rows), batch_first=True)
+    slots = torch.arange(embeds.shape[1], device=embeds.device)
+    positions = torch.stack([slots.where(slots < len(row), 0) for row in rows])
+    logits = forward.logits(forward.hidden_states(embeds, torch.ones_like(positions), positions))
+    return [own[: len(row)] for own, row in zip(logits, rows, strict=True)]
+
+
+def is_close(ours: Tensor, reference: Tensor) -> bool:
+    """Whether two ways to the same logits differ by rounding only; NaN is never close."""
+    if ours.shape != reference.shape:
+        return False
+    tolerance = _TOLERANCE.get(reference.dtype, _TOLERANCE_16_BIT)
+    return bool((ours - reference).abs().max() <= tolerance * reference.abs().max().clamp(min=1e-3))
+
+
+def _refused(base: Base, reason: str) -> BaseModelError:
+    kind = base.model.config.model_type
+    return BaseModelError(f"base {base.name!r} ({kind}) cannot take a soft prompt: {reason}")
+
+
+def _why(model: PreTrainedModel, error: Exception) -> str:
+    """One line of what was raised, or what is behind it."""
+    forwards = (model.forward, model.base_model.forward)
+    if not any("inputs_embeds" in inspect.signature(forward).parameters for forward in forwards):
+        return "its forward takes token ids and no embeddings"
+    return "it raised " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
