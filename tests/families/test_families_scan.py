@@ -32,7 +32,7 @@ EXACT = {
 }
 REFUSED = {
     "cpmant": "token ids and no embeddings",
-    "gemma3n_text": "not those on the text's token ids",
+    "gemma3n_text": "per-layer embeddings",
     "reformer": "AssertionError",  # cannot be trained in eval mode
     "xlm": "mask token",
     "xlnet": "a later token changes earlier answers",

@@ -78,6 +78,10 @@ def _found(base: Base) -> Forward:
 
 
 def _refuse_by_name(base: Base) -> None:
+    if getattr(base.model.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
+        raise _refused(
+            base, "its layers look the token ids up again (per-layer embeddings), and a soft prompt has none"
+        )
     reason = INCONSISTENT_FAMILIES.get(base.model.config.model_type)
     if reason is not None:
         raise _refused(base, reason)
