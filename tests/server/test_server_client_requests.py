@@ -260,3 +260,26 @@ def test_the_root_says_what_this_is_and_the_version_is_as_vllm_has_it(place):
     assert index["name"] == "softprompt" and index["version"] == version("softprompt")
     assert {place.http.get(link).status_code for link in index["links"].values()} == {200}
     assert place.http.get("/version").json() == {"version": version("softprompt")}
+
+
+USER = [{"role": "user", "content": "w3 w4"}]
+BODIES = {  # as seen on the wire, the number of tokens apart
+    "lm_eval, an answer": ("completions", {"prompt": [[1, 5, 6]], "max_tokens": 9, "temperature": 0,
+                                           "stop": ["\n\n", "</s>"], "seed": 1234}),
+    "promptfoo, completion": ("completions", {"prompt": "w3", "max_tokens": 9, "temperature": 0, "top_p": 1,
+                                              "presence_penalty": 0, "frequency_penalty": 0, "best_of": 1,
+                                              "stop": ["<|im_end|>", "<|endoftext|>"]}),
+    "promptfoo, chat": ("chat/completions", {"messages": USER, "max_tokens": 9, "temperature": 0}),
+    "litellm, chat": ("chat/completions", {"messages": USER, "stop": "", "max_tokens": 3}),
+    "openai for Node": ("chat/completions", {"messages": USER, "max_completion_tokens": 5, "stream": True,
+                                             "stream_options": {"include_usage": True}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("client", BODIES)
+def test_a_clients_body_is_answered(place, client):
+    path, body = BODIES[client]
+    answer = place.post(f"/v1/{path}", {"model": "ends", **body})
+    assert answer.status_code == 200, answer.text
+    last = events_of(answer.text)[-2] if body.get("stream") else answer.json()
+    assert 1 <= last["usage"]["completion_tokens"] <= 9
