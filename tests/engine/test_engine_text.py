@@ -111,8 +111,9 @@ def base_of(name):
         return load_base(str(REAL[name])) if REAL[name].is_dir() else None
     if name == "embedded":
         return load_base("embedded")
-    base = build_base("llama")
-    return base if name == "words" else dataclasses.replace(base, tokenizer=MADE[name]())
+    if name == "words":
+        return build_base("llama")
+    return dataclasses.replace(build_base("llama", vocab_size=400), tokenizer=MADE[name]())
 
 
 def base_or_skip(name):

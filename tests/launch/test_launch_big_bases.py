@@ -67,7 +67,7 @@ def test_auto_on_one_device_is_that_device(folder):
 
 
 def test_device_maps_that_cannot_be_meant_are_refused(folder, monkeypatch):
-    with pytest.raises(ConfigError, match="device_map 'atuo' is unknown; use auto, balanced"):
+    with pytest.raises(ConfigError, match="device_map is 'atuo'; did you mean 'auto'"):
         load_base(str(folder), device_map="atuo")
     with pytest.raises(ConfigError, match="over all devices, but device is 'cpu'; give one of the two"):
         load_base(str(folder), device_map="auto", device="cpu")

@@ -42,9 +42,7 @@ def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if name == "float16" and device.type == "cpu":
         raise ConfigError("dtype float16 on a CPU loses precision and is slow; use float32 or bfloat16")
-    dtype = getattr(torch, name, None) if name in ("float32", "bfloat16", "float16") else None
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"dtype {name!r} is unknown; use auto, float32, bfloat16 or float16")
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
