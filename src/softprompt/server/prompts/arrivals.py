@@ -122,9 +122,13 @@ class Hub:
 
 def _read(files: AdapterFiles, base: Base) -> SoftPrompt:
     try:
-        prompt = parse_adapter(files)
+        return _checked(files, base)
     finally:
         put_threads_away()  # of a large prompt's checks: this thread may live as long as the server
+
+
+def _checked(files: AdapterFiles, base: Base) -> SoftPrompt:
+    prompt = parse_adapter(files)
     _check_record(prompt.record, files.where)
     says_no_base = prompt.record.base_fingerprint is None  # PEFT's own: only the width can be compared
     check_base(prompt, base, force=says_no_base, where=files.where)
