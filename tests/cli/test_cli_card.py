@@ -79,12 +79,11 @@ class TestALabelledTraining:
         assert "w5 {text} w6" in card
         assert '[" w90", " w91"]' in card
 
-    def test_without_validation_reads_the_test_rows(self, base_folder, reviews, tmp_path):
+    def test_without_validation_leaves_the_test_rows_to_compare(self, base_folder, reviews, tmp_path):
         flags = ("--data", reviews, *TEMPLATE, "--rows", 24, "--out", tmp_path / "p")
-        assert (
-            "On 16 rows of the test set, the prompt is right"
-            in succeed("train", "--base", base_folder, *QUICK, *flags).err
-        )
+        ran = succeed("train", "--base", base_folder, *QUICK, *flags, "--json")
+        assert "note: no validation rows, so nobody knows yet how often the prompt is right" in ran.err
+        assert "times in 100" not in ran.err and "held_out" not in ran.json
 
     def test_of_a_label_that_training_never_saw_has_no_accuracy_but_an_end(self, base_folder, reviews, tmp_path):
         other = tmp_path / "other.jsonl"

@@ -189,16 +189,19 @@ def _verdicts(job: Job, results: Sequence[TrainResult]) -> dict[str, Verdict]:
 
 
 def _verdict(base: Base, task: Task, kept: TrainResult) -> Verdict | None:
-    form, split = kept.prompt.record.form, task.split
-    title, rows = ("validation", split.validation) if split.validation is not None else ("test", split.test)
-    if rows is None or not form.labels:
+    """On validation rows alone: test rows are `compare`'s."""
+    form, rows = kept.prompt.record.form, task.split.validation
+    if not form.labels:
+        return None
+    if rows is None:
+        say("note: no validation rows, so nobody knows yet how often the prompt is right; softprompt compare shows it")
         return None
     num_rows = min(len(rows), _MOST_JUDGED_ROWS, max(_LEAST_JUDGED_ROWS, _MOST_JUDGED_LABELS // len(form.labels)))
     first = replace(rows.take(range(num_rows)), form=form)
     try:
-        return verdict_of(base, f"the {title} set", first, task.name or "the prompt", kept.prompt)
+        return verdict_of(base, "the validation set", first, task.name or "the prompt", kept.prompt)
     except DataError as error:
-        say(f"note: no accuracy on the {title} set: {error}")
+        say(f"note: no accuracy on the validation set: {error}")
         return None
 
 
