@@ -23,6 +23,7 @@ EXACT = {
     "bart": ("padded", "one row at a time"),  # finds its own positions
     "camembert": ("packed", "together"),  # counts its positions from behind the pad's id
     "deepseek_v3": ("packed", "together"),  # latent attention
+    "gemma4_unified_text": ("packed", "together"),  # heads of two widths
     "granitemoehybrid": ("padded", "one row at a time"),  # states and attention
     "lfm2": ("padded", "one row at a time"),  # convolutions and attention
     "mamba": ("padded", "one row at a time"),  # states alone, under another name than a cache's

@@ -55,7 +55,7 @@ def attend_native(
     `tokens` are queries [S, h, d], keys and values [S, k, d]; `held` the store's [R, k, C, d].
     """
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in tokens)
-    task = rows.once(("task", id(light)), lambda: _task(light, query, held))
+    task = rows.once(("task", id(light), query.shape, held[0].shape, held[1].shape), lambda: _task(light, query, held))
     bias = scores.position_bias
     if bias is not None:
         bias = rows.once("native bias", lambda: scores.position_bias.float().contiguous())  # type: ignore[union-attr]
@@ -73,7 +73,7 @@ def attend_native(
 
 
 def _task(light: LightTokens, query: Tensor, held: KeysValues) -> _Task:
-    """What stays the same in every layer."""
+    """What stays the same in every layer of one shape."""
     keys, values = held
     return _Task(
         is_bfloat16=query.dtype is torch.bfloat16,
