@@ -19,8 +19,19 @@ def plain_logits(base: Base, ids: Sequence[int], prompt: Tensor | None) -> Tenso
     """[P + T, V] for one row alone; gradients flow into the prompt."""
     text = base.embedding(torch.tensor(list(ids), dtype=torch.long))
     whole = text if prompt is None else torch.cat([prompt.to(text.dtype), text])
-    logits: Tensor = base.model(inputs_embeds=whole[None], use_cache=False).logits[0]
+    more = per_layer_inputs(base, ids, len(whole) - len(text))
+    logits: Tensor = base.model(inputs_embeds=whole[None], use_cache=False, **more).logits[0]
     return logits
+
+
+def per_layer_inputs(base: Base, ids: Sequence[int], num_virtual: int) -> dict[str, Tensor]:
+    """What Gemma-3n and Gemma-4 look up of token ids a second time; other bases nothing."""
+    decoder = base.model.get_decoder()
+    if not hasattr(decoder, "embed_tokens_per_layer"):
+        return {}
+    config = decoder.config
+    virtual = config.vocab_size if config.model_type == "gemma3n_text" else config.pad_token_id  # an image's
+    return {"per_layer_inputs": decoder.get_per_layer_inputs(torch.tensor([[virtual] * num_virtual + list(ids)]))}
 
 
 def plain_nats(base: Base, ids: Sequence[int], targets: Sequence[bool], prompt: Tensor | None) -> Tensor:

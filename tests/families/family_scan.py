@@ -187,6 +187,8 @@ causal model types: {counts}.
 
 - **exact**: logits and greedy answers are those of the model itself on token ids (`model(input_ids=...)` and
   `generate`), and behind a soft prompt those of plain runs of concatenated embeddings; so are loss and gradient.
+  Gemma-3n and Gemma-4 look each token id up once more for every layer (per-layer embeddings); a virtual token gets
+  there what the model gives the vectors of an image: the embeddings of id 0 in Gemma-3n, of the pad in Gemma-4.
 - **refused**: training, answers and scores alike end in one sentence with the reason, before anything is trained.
 - **not built**: no tiny model could be made here. What a real one is, the check finds out that every base meets when it
   is first used (`families/exactness.py`).

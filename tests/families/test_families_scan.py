@@ -23,6 +23,8 @@ EXACT = {
     "bart": ("padded", "one row at a time"),  # finds its own positions
     "camembert": ("packed", "together"),  # counts its positions from behind the pad's id
     "deepseek_v3": ("packed", "together"),  # latent attention
+    "gemma3n_text": ("packed", "together"),  # per-layer embeddings
+    "gemma4_text": ("packed", "together"),  # both
     "gemma4_unified_text": ("packed", "together"),  # heads of two widths
     "granitemoehybrid": ("padded", "one row at a time"),  # states and attention
     "lfm2": ("padded", "one row at a time"),  # convolutions and attention
@@ -33,7 +35,6 @@ EXACT = {
 }
 REFUSED = {
     "cpmant": "token ids and no embeddings",
-    "gemma3n_text": "per-layer embeddings",
     "reformer": "AssertionError",  # cannot be trained in eval mode
     "xlm": "mask token",
     "xlnet": "a later token changes earlier answers",

@@ -4,5 +4,6 @@ from softprompt.base.free_memory import free_bytes
 from softprompt.base.generation import GenerationRules
 from softprompt.base.load import freeze_base, load_base
 from softprompt.base.model import Base
+from softprompt.base.per_layer import PerLayerEmbeddings
 
-__all__ = ["Base", "GenerationRules", "free_bytes", "freeze_base", "load_base"]
+__all__ = ["Base", "GenerationRules", "PerLayerEmbeddings", "free_bytes", "freeze_base", "load_base"]

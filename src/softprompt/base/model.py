@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.base.embedding import embedding_rms
 from softprompt.base.fingerprint import fingerprint
 from softprompt.base.generation import GenerationRules
+from softprompt.base.per_layer import PerLayerEmbeddings, per_layer_embeddings
 from softprompt.base.tokens import encode_text
 from softprompt.errors import EncodingError
 
@@ -23,7 +24,7 @@ from softprompt.errors import EncodingError
 class Base:
     """One causal language model in eval mode with no trainable parameter, and its tokenizer.
 
-    B batch, T tokens, H width of the input embeddings, V vocabulary.
+    B batch, T tokens, H width of the input embeddings, W of all that a forward takes of a token, V vocabulary.
     """
 
     model: PreTrainedModel
@@ -78,6 +79,11 @@ class Base:
         return embedding_rms(self.embedding, self.device)
 
     @cached_property
+    def per_layer(self) -> PerLayerEmbeddings | None:
+        """Of a base that looks its token ids up again for its layers."""
+        return per_layer_embeddings(self.model)
+
+    @cached_property
     def fingerprint(self) -> str:
         """What this base computes, as a short hash; see `softprompt.base.fingerprint`."""
         return fingerprint(self.model, self.tokenizer, self.folder)
@@ -87,6 +93,16 @@ class Base:
         with torch.no_grad():
             found: Tensor = self.embedding(ids.to(self.device))
             return found.clone()
+
+    def token_inputs(self, ids: Tensor) -> Tensor:
+        """What a forward takes of token ids [...]: [..., W], which is `embed` but for per-layer embeddings."""
+        embeds = self.embed(ids)
+        return embeds if self.per_layer is None else self.per_layer.behind(embeds, ids)
+
+    def virtual_inputs(self, vectors: Tensor) -> Tensor:
+        """What a forward takes of vectors without token ids [..., H]: [..., W]; gradients flow into them."""
+        vectors = vectors.to(device=self.device, dtype=self.dtype)
+        return vectors if self.per_layer is None else self.per_layer.behind_virtual(vectors)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text, nothing added in front or behind; a special token written inside it is only text.

@@ -127,8 +127,10 @@ def _facts(base: Base, forward: Forward) -> Facts:
         problem = why_not_held(base, forward)
         if problem is not None:
             _LOG.warning("base %r: answers run one row at a time, which is slow: %s", base.name, problem)
-        per_position = bytes_per_position(base, forward)
-        _FACTS[forward] = (per_position, 0 if problem is None else bytes_per_row(base, forward, per_position), problem)
+            per_position = bytes_per_position(base, forward)
+            _FACTS[forward] = (per_position, bytes_per_row(base, forward, per_position), problem)
+        else:  # a layer that shares another's keys and values holds them too, which a cache does not show
+            _FACTS[forward] = (sample_store(base, forward).num_bytes(), 0, None)
     return _FACTS[forward]
 
 

@@ -78,10 +78,6 @@ def _found(base: Base) -> Forward:
 
 
 def _refuse_by_name(base: Base) -> None:
-    if getattr(base.model.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
-        raise _refused(
-            base, "its layers look the token ids up again (per-layer embeddings), and a soft prompt has none"
-        )
     reason = INCONSISTENT_FAMILIES.get(base.model.config.model_type)
     if reason is not None:
         raise _refused(base, reason)
@@ -100,7 +96,7 @@ def _like_own_ids(base: Base) -> Forward:
         raise BaseModelError(f"base {base.name!r} computes NaN in {base.dtype}; load it in float32 or bfloat16")
     activation.install(base.model)
     products.install(base.model)
-    embeds = base.embed(ids)[0]
+    embeds = base.token_inputs(ids)[0]
     failure = "its answers on the embeddings of a text are not those on the text's token ids"
     for forward in _ways(base):
         try:
@@ -114,9 +110,9 @@ def _like_own_ids(base: Base) -> Forward:
 def _ways(base: Base) -> Iterator[Forward]:
     """Backbone and head apart or the whole model; positions given, from where the model counts, or left to it."""
     own_products = Products()
-    whole = Forward(base.model, Head(products=own_products), None)
+    whole = Forward(base.model, Head(products=own_products), None, per_layer=base.per_layer)
     head = head_of(base, own_products)
-    backbones = [whole] if head is None else [Forward(base.model.base_model, head, None), whole]
+    backbones = [whole] if head is None else [replace(whole, backbone=base.model.base_model, head=head), whole]
     for first_position in _first_positions(base):
         for forward in backbones:
             yield replace(forward, first_position=first_position)
@@ -147,41 +143,41 @@ class _Probe:
         return [self.text, self.other_text, self.spliced, self.otherwise]
 
 
-def _probe(base: Base) -> _Probe:
+def _probe(base: Base, forward: Forward) -> _Probe:
     ids = _probe_ids(base, _NUM_IDS + 1)
     changed = torch.cat([ids[:, : _NUM_IDS - 1], ids[:, _NUM_IDS:]], dim=1)
-    text = base.embed(ids[:, :_NUM_IDS])[0]
-    spliced, otherwise = (torch.cat([_some_prompt(base, seed).to(text), text]) for seed in (1, 2))
+    text = base.token_inputs(ids[:, :_NUM_IDS])[0]
+    spliced, otherwise = (torch.cat([base.virtual_inputs(_some_prompt(base, seed)), text]) for seed in (1, 2))
     return _Probe(
         text=text,
-        other_text=base.embed(changed)[0],
+        other_text=base.token_inputs(changed)[0],
         spliced=spliced,
         otherwise=otherwise,
         truth_of_text=_own_logits(base.model, input_ids=ids[:, :_NUM_IDS]),
-        truth=_own_logits(base.model, inputs_embeds=spliced[None].clone()),  # CTRL scales its inputs in place
+        truth=_own_logits(base.model, **forward.arguments(spliced[None].clone())),  # CTRL scales its inputs in place
     )
 
 
 def _checked(base: Base, forward: Forward) -> Forward:
     """The forward of a family that is not on the tested list, with what holds for this base."""
-    probe = _probe(base)
+    probe = _probe(base, forward)
     forward, (text, other_text, spliced, otherwise) = _in_company(base, forward, probe)
     if not is_close(other_text[:-1], text[:-1]):
         kind = base.model.config.model_type
         raise BaseModelError(f"base {base.name!r} ({kind}) is not causal: a later token changes earlier answers")
     if torch.equal(spliced[_NUM_VIRTUAL:], otherwise[_NUM_VIRTUAL:]):
         raise _refused(base, "it answers alike whatever the soft prompt")
-    if not _reaches_prompt(forward, probe.spliced):
+    if not _reaches_prompt(forward, probe.spliced, base.hidden_size):
         raise _refused(base, "no finite gradient reaches a soft prompt")
     return _with_cache(forward, probe)
 
 
 @torch.enable_grad()
-def _reaches_prompt(forward: Forward, row: Tensor) -> bool:
+def _reaches_prompt(forward: Forward, row: Tensor, width: int) -> bool:
     leaf = row.detach().requires_grad_(True)
     logits = _logits(forward, [leaf])[0]
     (gradient,) = torch.autograd.grad(logits[-1].log_softmax(-1).max(), leaf)
-    own = gradient[:_NUM_VIRTUAL]
+    own = gradient[:_NUM_VIRTUAL, :width]
     return bool(own.isfinite().all()) and bool(own.any())
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from softprompt.base import PerLayerEmbeddings
 from softprompt.families.head import Head
 from softprompt.families.own_attention import PackedCache
 from softprompt.families.packed import CarriedRows, Carrier, PackedMask
@@ -73,6 +74,7 @@ class Forward:
     alone_beyond: int | None = None  # a longer row changes, or is changed by, its company, and runs by itself
     cache: CacheKind = "all"
     reads_in_pieces: bool = True  # False: a text behind a cache runs whole, and only single tokens follow it
+    per_layer: PerLayerEmbeddings | None = None  # lie behind the embeddings in what a forward is given
 
     def new_cache(self) -> ModelCache | None:
         """An empty cache for one row; None for a base that has none, which runs a row whole for every token."""
@@ -95,6 +97,10 @@ class Forward:
         """Last hidden states [S, D] of packed or held rows; only for a base whose `packing` has a carrier."""
         assert self.packing.carrier is not None, self.packing.note
         return self._packed(self.packing.carrier, embeds_SH[None], positions_S[None], rows)
+
+    def arguments(self, inputs: Tensor) -> dict[str, Tensor]:
+        """What the model's forward takes for `Base.token_inputs` and `Base.virtual_inputs`."""
+        return {"inputs_embeds": inputs} if self.per_layer is None else self.per_layer.arguments(inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
@@ -122,7 +128,7 @@ class Forward:
         if self.first_position is not None:
             arguments["position_ids"] = positions + self.first_position if self.first_position else positions
         with self.head.products.active():
-            return self.backbone(inputs_embeds=embeds, **arguments)
+            return self.backbone(**self.arguments(embeds), **arguments)
 
     @cached_property
     def _cache_argument(self) -> str:

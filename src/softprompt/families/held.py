@@ -77,6 +77,10 @@ class Store:
             row, {m: (k[source, :, :length], v[source, :, :length]) for m, (k, v) in self.tensors.items()}, length
         )
 
+    def num_bytes(self) -> int:
+        """Of all rows."""
+        return sum(part.nbytes for pair in self.tensors.values() for part in pair)
+
     def clear(self, row: int) -> None:
         """Zeros: slots that a row does not see weigh 0, and 0 times what an overflow left there is NaN."""
         for pair in self.tensors.values():

@@ -78,4 +78,4 @@ def _probe(base: Base) -> tuple[Tensor, Tensor, PackedRows]:
 
 
 def _embeds(base: Base, ids: tuple[int, ...]) -> Tensor:
-    return base.embed(torch.tensor([[i % base.vocab_size for i in ids]]))
+    return base.token_inputs(torch.tensor([[i % base.vocab_size for i in ids]]))

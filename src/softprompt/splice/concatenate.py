@@ -58,10 +58,10 @@ def concatenate(base: Base, rows: Sequence[Row], prompts: Sequence[Tensor], alig
 
 
 def _row_embeds(base: Base, row: Row, prompts: Sequence[Tensor]) -> Tensor:
-    text = base.embed(torch.tensor(list(row.ids), dtype=torch.long))
+    text = base.token_inputs(torch.tensor(list(row.ids), dtype=torch.long))
     if row.prompt is None:
         return text
-    return torch.cat([prompts[row.prompt].to(device=text.device, dtype=text.dtype), text])
+    return torch.cat([base.virtual_inputs(prompts[row.prompt]), text])
 
 
 def _pad(piece: Tensor, first_slot: int, num_slots: int) -> Tensor:

@@ -57,9 +57,9 @@ def pack(
         for (first, length), row in zip(own, rows, strict=True)
     ]
     segments = tuple(segment for segment in (*in_front, *behind) if segment.length)
-    text = base.embed(torch.tensor([i for row in rows for i in row.ids], dtype=torch.long))
+    text = base.token_inputs(torch.tensor([i for row in rows for i in row.ids], dtype=torch.long))
     return Packed(
-        embeds_SH=torch.cat([*(_cast(prompt, text) for prompt in prompts), text]) if prefix is None else text,
+        embeds_SH=torch.cat([*map(base.virtual_inputs, prompts), text]) if prefix is None else text,
         positions_S=_positions(segments, base.device),
         rows=PackedRows(segments, prefixes=prefix.states if prefix is not None else None, checkpoint=checkpoint),
         targets=_targets(base, rows, own, ranges, len(ranges) if prefix is not None else 0),
@@ -70,9 +70,8 @@ def pack_prompts(base: Base, prompts: Sequence[Tensor]) -> tuple[Packed, tuple[R
     """The prompts alone, in a sequence that keeps their keys and values; and where each lies."""
     ranges = _ranges([prompt.shape[0] for prompt in prompts], 0)
     segments = tuple(Segment(first, length) for first, length in ranges)
-    like = torch.empty(0, dtype=base.dtype, device=base.device)
     packed = Packed(
-        embeds_SH=torch.cat([_cast(prompt, like) for prompt in prompts]),
+        embeds_SH=torch.cat([base.virtual_inputs(prompt) for prompt in prompts]),
         positions_S=_positions(segments, base.device),
         rows=PackedRows(segments, kept={}),
         targets=find_targets((), lambda row, column: 0, base.device),
@@ -102,7 +101,3 @@ def _positions(segments: Sequence[Segment], device: torch.device) -> Tensor:
     before = [segment.prefix[1] if segment.prefix is not None else 0 for segment in segments]
     parts = [torch.arange(start, start + s.length) for start, s in zip(before, segments, strict=True)]
     return torch.cat([torch.arange(0), *parts]).to(device)
-
-
-def _cast(prompt: Tensor, like: Tensor) -> Tensor:
-    return prompt.to(device=like.device, dtype=like.dtype)

@@ -40,17 +40,16 @@ class Stretch:
 
 def splice_stretches(base: Base, stretches: Sequence[Stretch]) -> tuple[Tensor, Tensor]:
     """Embeddings [S, H] and positions [S] of the stretches, one behind the other."""
-    own = [stretch.own_ids for stretch in stretches]
-    text = base.embed(torch.tensor([i for ids in own for i in ids], dtype=torch.long))
+    text = base.token_inputs(torch.tensor([i for stretch in stretches for i in stretch.own_ids], dtype=torch.long))
     positions = [i for stretch in stretches for i in range(stretch.first, stretch.first + stretch.length)]
-    embeds = text if len(text) == len(positions) else _with_prompts(stretches, text.split([len(ids) for ids in own]))
+    embeds = text if len(text) == len(positions) else _with_prompts(base, stretches, text)
     return embeds, torch.tensor(positions, device=base.device)
 
 
-def _with_prompts(stretches: Sequence[Stretch], texts: Sequence[Tensor]) -> Tensor:
+def _with_prompts(base: Base, stretches: Sequence[Stretch], texts: Tensor) -> Tensor:
     parts = []
-    for stretch, text in zip(stretches, texts, strict=True):
+    for stretch, text in zip(stretches, texts.split([len(one.own_ids) for one in stretches]), strict=True):
         if stretch.prompt is not None:
-            parts.append(stretch.prompt[stretch.virtual].to(device=text.device, dtype=text.dtype))
+            parts.append(base.virtual_inputs(stretch.prompt[stretch.virtual]))
         parts.append(text)
     return torch.cat(parts)
