@@ -14,6 +14,7 @@ from softprompt import (
     TrainConfig,
     compare,
     generate,
+    load_base,
     rows_from_records,
     rows_from_texts,
     train,
@@ -206,3 +207,13 @@ class TestAnArgumentOfAnotherKind:
         with pytest.raises(softprompt.SoftpromptError) as caught:
             call(tiny_llama, trained.prompt)
         assert str(caught.value).startswith(said)
+
+
+def test_a_prompt_trained_on_a_folder_names_that_folder_as_its_base(tiny_llama, trained, tmp_path):
+    """As the command line's do, so that PEFT and a reader find the base again."""
+    tiny_llama.model.save_pretrained(tmp_path / "tiny")
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "tiny")
+    base = load_base(str(tmp_path / "tiny"), dtype="float32")
+    record = train(base, ["w7 w8 w9"], QUICK).prompt.record
+    assert (record.base_name, record.base_source) == ("tiny", str(tmp_path / "tiny"))
+    assert trained.prompt.record.base_source is None

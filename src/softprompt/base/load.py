@@ -71,6 +71,7 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
             name=base_name(config.base),
             folder=_folder(source, **{**where, "local_files_only": True}),
             max_length=config.max_length,
+            source=_found_again_at(config.base),
         )
     if loaded.rules.note is not None:
         _log.info("base %r: %s", loaded.name, loaded.rules.note)
@@ -129,8 +130,11 @@ def freeze_base(
     name: str = "base",
     folder: str | None = None,
     max_length: int | None = None,
+    source: str | None = None,
 ) -> Base:
     """A Base from a model already in memory: eval mode, every parameter frozen. The model is not copied.
+
+    `source` is the Hub id or folder that adapters name as what their base is loaded from; without one, `name`.
 
     Raises BaseModelError where its input embeddings are not an embedding table or the tokenizer does not fit them.
     """
@@ -151,6 +155,7 @@ def freeze_base(
         bos_ids=bos_ids_of(tokenizer),
         eos_id=eos_id_of(tokenizer),
         stop_ids=stop_ids_of(model, tokenizer, name),
+        source=source,
         rules=rules_of(getattr(model, "generation_config", None), name, embedding.num_embeddings),
     )
 
@@ -172,6 +177,12 @@ def _spread(config: BaseConfig) -> dict[str, Any]:  # Any: loading options
 def base_name(base: str) -> str:
     """The name a base goes by: its Hub id, its folder's name, or `embedded`."""
     return Path(base).resolve().name if Path(base).is_dir() else base
+
+
+def _found_again_at(base: str) -> str:
+    """A base as it was given, a folder from wherever it is looked at."""
+    path = Path(base).expanduser()
+    return str(path.absolute()) if base != EMBEDDED_BASE and path.is_dir() else base
 
 
 def _source(base: str) -> str:

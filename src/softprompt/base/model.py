@@ -35,6 +35,7 @@ class Base:
     bos_ids: tuple[int, ...]  # what the tokenizer adds in front of a text
     eos_id: int | None  # what ends a text; None where the tokenizer has none
     stop_ids: tuple[int, ...] = ()  # every id that ends an answer
+    source: str | None = None  # how it is loaded again: the Hub id or absolute folder; None for a model made in Python
     rules: GenerationRules = GenerationRules()  # on the tokens of answers, by its generation settings
 
     def __repr__(self) -> str:

@@ -62,13 +62,12 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
 
 
 def _job(file: str, sweep: Sweep, base_config: BaseConfig, ranks: Ranks) -> Job:
-    from softprompt.cli.training_run import Job, source_of
+    from softprompt.cli.training_run import Job
 
     tasks = _tasks(sweep, offline=base_config.offline)
     return Job(
         base=load_among(base_config, ranks), tasks=tasks, configs=sweep.candidates,
         halving=sweep.halving and not sweep.ensemble, keeps_all=sweep.ensemble, command=f"sweep {shlex.quote(file)}",
-        base_source=source_of(base_config.base),
     )  # fmt: skip
 
 

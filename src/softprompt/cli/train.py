@@ -87,14 +87,14 @@ def _job(flags: Mapping[str, Any], ranks: Ranks) -> Job:
 
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
     config = config_of(TrainConfig, flags)
-    configs, source = _candidates(config, flags), _base_source(flags)
+    configs, base_id = _candidates(config, flags), _base_id(flags)
     split = split_rows(data_config, seed=config.seed, offline=base_config.offline)
     base = load_among(base_config, ranks)
     return Job(
         base=base, tasks=[Task(name="", data=data_config, seed=config.seed, split=split)], configs=configs,
         start=_start(flags, base, config), start_name=flags["init_from"],
         halving=flags["halving"] and not flags["ensemble"], keeps_all=flags["ensemble"],
-        base_source=source, is_base_id=flags.get("base_id") is not None,
+        base_id=base_id,
     )  # fmt: skip
 
 
@@ -108,15 +108,13 @@ def _candidates(config: TrainConfig, flags: Mapping[str, Any]) -> dict[str, Trai
     return {"": config} if count == 1 else vary(config, count, flags["vary"])
 
 
-def _base_source(flags: Mapping[str, Any]) -> str:
-    """What the adapter says that its base is loaded from: --base-id, or --base, a folder from wherever it is seen."""
-    from softprompt.cli.training_run import source_of
+def _base_id(flags: Mapping[str, Any]) -> str | None:
     from softprompt.storage.record import is_hub_id
 
     base_id = flags.get("base_id")  # a run of an earlier release knew none
     if base_id is not None and not is_hub_id(base_id):
         raise ConfigError(f"--base-id {base_id[:100]!r} is no Hub id; write it as owner/name")
-    return source_of(flags["base"]) if base_id is None else base_id
+    return str(base_id) if base_id is not None else None
 
 
 def _check_start_stays(flags: Mapping[str, Any], out: str) -> None:

@@ -9,7 +9,6 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -68,8 +67,7 @@ class Job:
     start_name: str | None = None
     halving: bool = False
     keeps_all: bool = False  # all candidates vote: none is dropped, and none is the best
-    base_source: str | None = None  # what the adapters say that their base is loaded from
-    is_base_id: bool = False  # that is --base-id, which names the base too
+    base_id: str | None = None  # what the adapters call their base, and load it from, in place of what was given
     command: str = "train"  # and its arguments: what goes on with the job where it was interrupted
 
     def facts(self) -> dict[str, Any]:
@@ -113,7 +111,7 @@ def check_choice(job: Job) -> None:
 def run_job(job: Job, recorder: Recorder, *, ranks: Ranks, as_json: bool) -> None:
     """Train, record, say and print. Ends with exit code 130 where it was interrupted. Raises as `train_together`."""
     check_choice(job)
-    results = [replace(result, prompt=_with_source(job, result.prompt)) for result in _train(job, recorder, ranks)]
+    results = [replace(result, prompt=_with_base_id(job, result.prompt)) for result in _train(job, recorder, ranks)]
     if ranks.rank == 0:
         found = _verdicts(job, results) if ranks.count == 1 else {}
         outcome = _record(job, recorder, results, found)
@@ -124,17 +122,11 @@ def run_job(job: Job, recorder: Recorder, *, ranks: Ranks, as_json: bool) -> Non
         raise click.exceptions.Exit(130)
 
 
-def _with_source(job: Job, prompt: SoftPrompt) -> SoftPrompt:
-    """The same prompt, whose record says how its base is loaded."""
-    if job.base_source is None:
+def _with_base_id(job: Job, prompt: SoftPrompt) -> SoftPrompt:
+    """The same prompt, whose record names its base by --base-id."""
+    if job.base_id is None:
         return prompt
-    name = job.base_source if job.is_base_id else prompt.record.base_name
-    return SoftPrompt(prompt.tensor, replace(prompt.record, base_name=name, base_source=job.base_source))
-
-
-def source_of(base: str) -> str:
-    """A base as it was given, a folder from wherever it is looked at."""
-    return os.path.abspath(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    return SoftPrompt(prompt.tensor, replace(prompt.record, base_name=job.base_id, base_source=job.base_id))
 
 
 def _train(job: Job, recorder: Recorder, ranks: Ranks) -> Sequence[TrainResult]:
@@ -144,7 +136,7 @@ def _train(job: Job, recorder: Recorder, ranks: Ranks) -> Sequence[TrainResult]:
         def sink(event: Event) -> None:
             if ranks.rank == 0:
                 if isinstance(event, ResumePoint):
-                    named = {name: _with_source(job, prompt) for name, prompt in event.prompts.items()}
+                    named = {name: _with_base_id(job, prompt) for name, prompt in event.prompts.items()}
                     event = replace(event, prompts=named)
                 recorder.take(event)
                 progress.take(event)

@@ -274,6 +274,7 @@ def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> N
 def _record(base: Base, data: ExampleSet, plan: Plan, start: SoftPrompt | None) -> PromptRecord:
     return PromptRecord(
         base_name=base.name,
+        base_source=base.source,
         base_fingerprint=base.fingerprint,
         form=data.form,
         parent=start.content_hash if start is not None else None,

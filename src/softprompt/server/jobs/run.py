@@ -245,7 +245,8 @@ class JobRun:
         self._story.outcome["checkpoints"] = [*known[1 - KEPT_CHECKPOINTS :], entry]
 
     def _put(self, prompt: SoftPrompt, name: str, source: str, more: Mapping[str, Any]) -> SoftPrompt:
-        record = replace(prompt.record, run={**prompt.record.run, "job": {**self._facts(), **more}})
+        run = {**prompt.record.run, "job": {**self._facts(), **more}}
+        record = replace(prompt.record, base_source=None, run=run)  # a path of the server's is nobody else's business
         known = SoftPrompt(prompt.tensor, record)
         self._at.catalogue.keep(known, name=name, owner=self._row.owner, source=source, job=self._row.id)
         return known
