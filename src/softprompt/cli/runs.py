@@ -39,7 +39,10 @@ def list_runs(folder: str, as_json: bool) -> None:
         return
     rows = [[name, *list_row(run)] for name, run in found.items()]
     print_list(
-        f"{folder}: {len(rows)} run{'' if len(rows) == 1 else 's'}", LIST_COLUMNS, rows, whole=("steps", "begun")
+        f"{folder}: {len(rows)} run{'' if len(rows) == 1 else 's'}",
+        LIST_COLUMNS,
+        rows,
+        whole=("steps", "state", "begun"),
     )
     for name, run in found.items():
         if isinstance(run, str):
