@@ -104,13 +104,11 @@ def _loading(prompt: SoftPrompt) -> str:
 With softprompt, in this folder:
 
 ```python
-from softprompt import Request, generate, load_base, load_prompt
-from softprompt.data import form_ids
+from softprompt import generate, load_base, load_prompt
 
 base = load_base({base!r})
 prompt = load_prompt(".", base)
-ids = form_ids(base, prompt.record.form, {_example_input(form)!r})
-print(generate(base, [Request(ids, prompt)])[0].text)
+print(generate(base, [{_example_input(form)!r}], prompt)[0].text)
 ```
 
 With PEFT:
