@@ -133,6 +133,7 @@ class Prompts(Worker):
         self._prompts = prompts
         self._there: dict[str, str] = {}  # content hashes by name
         self._then: dict[str, str] = {}  # when what is under way has been done
+        self._num_renames = 0
 
     def step(self, place: Place) -> None:
         do = self.chance.choice((self._upload, self._upload, self._rename, self._delete))
@@ -152,7 +153,8 @@ class Prompts(Worker):
     def _rename(self, place: Place) -> None:
         if self._there:
             old = self.chance.choice(list(self._there))
-            new = f"q{self.num_done}"
+            self._num_renames += 1  # a rename that a kill left unanswered may have its name already
+            new = f"q{self._num_renames}"
             self._then = {new if name == old else name: known for name, known in self._there.items()}
             place.asked("PATCH", f"/v1/prompts/{old}", json={"name": new, "pinned": self.chance.random() < 0.5})
 
