@@ -129,8 +129,8 @@ def test_a_thread_that_has_read_a_large_soft_prompt_keeps_none():
 MONITORED = """
 from concurrent.futures import ThreadPoolExecutor
 
-times_s = (0.0, 0.0)
-monitor, thread = openmp.LoadMonitor(lambda: times_s), ThreadPoolExecutor(1)
+times_s = (0.0, 0.0, 0.0)
+monitor, thread = openmp.LoadMonitor(lambda: openmp.Times(*times_s, sum(times_s[:2]))), ThreadPoolExecutor(1)
 thread.submit(print).result()
 first, before = multiply(), num_threads()
 for times_s in TIMES:
@@ -141,8 +141,8 @@ print(torch.equal(multiply(), first))
 
 
 def test_a_process_that_waits_for_its_cores_keeps_a_spare_pool_until_it_no_longer_waits():
-    """Seconds waited and computed so far: a tenth of what was wanted is busy, less than a twentieth is quiet again."""
-    times = [(0.01, 1.0), (0.21, 1.8), (0.41, 2.6), (0.48, 3.53), (0.49, 4.53)]
+    """Seconds waited, computed, and computed by others so far; a share of 0.2, 0.4, 0.3, 0.2 and 0.1 was waited."""
+    times = [(0.2, 0.8, 1), (0.6, 1.4, 2), (0.9, 2.1, 3), (1.1, 2.9, 4), (1.2, 3.8, 5)]
     *states, is_equal = told(f"TIMES = {times}" + MONITORED)
     spare = str(os.cpu_count())
     assert states == ["False", "0", "True", spare, "True", spare, "True", spare, "False", "0"]
@@ -151,7 +151,15 @@ def test_a_process_that_waits_for_its_cores_keeps_a_spare_pool_until_it_no_longe
 
 def test_an_idle_process_does_not_change_how_its_threads_wait():
     """A hundredth of a second of waiting is no sign of load, nor is a thread that has ended with its waiting."""
-    assert told("TIMES = [(0.01, 0.01), (0.02, 0.02), (0.0, 1.0)]" + MONITORED)[:-1] == ["False", "0"] * 3
+    assert told("TIMES = [(0.01, 0.01, 1), (0.02, 0.02, 2), (0.0, 1.0, 3)]" + MONITORED)[:-1] == ["False", "0"] * 3
+
+
+def test_a_process_that_waits_for_its_own_threads_is_not_busy():
+    """A server's event loop and its engine, say; and when the others stop, what is left to wait is its own."""
+    spare = str(os.cpu_count())
+    assert told("TIMES = [(0.5, 0.5, 0.1), (1, 1, 1), (1.5, 1.5, 1.1)]" + MONITORED)[:-1] == [
+        "False", "0", "True", spare, "False", "0",
+    ]  # fmt: skip
 
 
 LOADED = """

@@ -22,11 +22,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 _PAUSE_SOFT = 1  # omp_pause_resource_t
 _INTERVAL_S = 0.5  # between two looks at how long this process waited for its cores
-_BUSY = 0.1  # of the time that its threads wanted to run: from here on waits are short
-_QUIET = 0.05  # and below this they spin again
+_BUSY = 0.28  # of the time that its threads wanted to run: from here on waits are short
+_QUIET = 0.18  # and below this they spin again
+_OTHERS_BUSY, _OTHERS_QUIET = 0.4, 0.2  # cores that others use: a process that waits for its own threads is not busy
 _USERS_OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
@@ -50,16 +54,22 @@ def adapt_waiting_to_load() -> None:
         threading.Thread(target=LoadMonitor().run, name="openmp-load-monitor", daemon=True).start()
 
 
+class Times(NamedTuple):
+    """Seconds since some moment in the past."""
+
+    waited_s: float  # that this process's threads were ready to run and had no core
+    computed_s: float  # that they ran
+    others_s: float  # that all other processes of the machine ran
+    clock_s: float
+
+
 class LoadMonitor:
-    """Keeps waits short while other processes take the cores. All its methods belong to one thread.
+    """Keeps waits short while other processes take the cores. All its methods belong to one thread."""
 
-    `times` gives the seconds that this process's threads have waited for a core, and computed, both since it began.
-    """
-
-    def __init__(self, times: Callable[[], tuple[float, float]] | None = None) -> None:
+    def __init__(self, times: Callable[[], Times] | None = None) -> None:
         self.is_busy = False
-        self._times = times or _waited_and_computed_s
-        self._waited_s, self._computed_s = self._times()
+        self._times = times or _times
+        self._before = self._times()
 
     def run(self) -> None:
         while True:
@@ -68,17 +78,17 @@ class LoadMonitor:
 
     def look(self) -> None:
         """Compare what was waited since the last look with what was computed. An idle process says nothing."""
-        before_s = self._waited_s + self._computed_s
-        waited_s, computed_s = self._times()
-        wanted_s = waited_s + computed_s - before_s
+        before, now = self._before, self._times()
+        wanted_s = now.waited_s + now.computed_s - before.waited_s - before.computed_s
         if wanted_s < _INTERVAL_S / 10:
             return
-        share = max(waited_s - self._waited_s, 0.0) / wanted_s
-        self._waited_s, self._computed_s = waited_s, computed_s
-        if share >= _BUSY and not self.is_busy:
+        self._before = now
+        share = (now.waited_s - before.waited_s) / wanted_s
+        others = (now.others_s - before.others_s) / max(now.clock_s - before.clock_s, 1e-9)
+        if not self.is_busy and share >= _BUSY and others >= _OTHERS_BUSY:
             self.is_busy = True
             _make_spare_pool()
-        elif share < _QUIET and self.is_busy:
+        elif self.is_busy and (share < _QUIET or others < _OTHERS_QUIET):
             self.is_busy = False
             put_threads_away()
 
@@ -100,8 +110,10 @@ def _make_spare_pool() -> None:
         library.GOMP_parallel(nothing, None, ctypes.c_uint(library.omp_get_num_procs() + 1), ctypes.c_uint(0))
 
 
-def _waited_and_computed_s() -> tuple[float, float]:
-    return sum(_schedstats()) * 1e-9, time.process_time()
+def _times() -> Times:
+    machine, computed_s = psutil.cpu_times(), time.process_time()
+    ran_s = machine.user + machine.nice + machine.system
+    return Times(sum(_schedstats()) * 1e-9, computed_s, ran_s - computed_s, time.monotonic())
 
 
 def _schedstats() -> Iterator[int]:
