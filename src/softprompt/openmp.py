@@ -5,8 +5,9 @@ are cores, libgomp lets those that wait for work sleep at once instead of spinni
 (`gomp_throttled_spin_count_var` in its `config/linux/wait.h`). Both ways have their price. On a quiet machine,
 sleeping makes every product wake a thread, which costs a fifth of a generation step and more: whoever stops computing
 puts its pool away. On a machine with other busy processes, spinning takes the cores from the very threads that are
-waited for, and steps become up to ten times as slow: so while this process waits for its cores, a monitor keeps a
-spare pool that sleeps, and all waits are short. As many threads compute as before, with the same results.
+waited for, and steps become up to ten times as slow: so while this process waits for cores that others use,
+a monitor keeps a spare pool that sleeps, and all waits are short. As many threads compute as before, with the same
+results.
 
 Any OMP_WAIT_POLICY or GOMP_SPINCOUNT that the user has set stays as it is.
 """
