@@ -162,3 +162,12 @@ def finite(value: Any) -> Any:  # Any: whatever JSON holds
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is one number, as Python reads it."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -27,6 +27,7 @@ from softprompt.cli.toml_settings import Table, check_names, read_toml, require_
 from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig, make_config
 from softprompt.errors import ConfigError
 from softprompt.settings import checked_value
+from softprompt.types import is_number
 
 ConfigT = TypeVar("ConfigT")
 
@@ -141,7 +142,7 @@ def _data_settings(table: object, where: str, folder: Path) -> Table:
     if "data" in found:
         found["data"] = _data_place(found["data"], folder)
     for name in _PARTS:
-        if name in found and not _is_number(found[name]):
+        if name in found and not is_number(found[name]):
             found[name] = str(folder / os.path.expanduser(found[name]))
     return found
 
@@ -163,14 +164,6 @@ def _base_place(name: str, folder: Path) -> str:
     """A base's folder as seen from the file's folder, if it is there; else a Hub id, or a base by name."""
     place = folder / os.path.expanduser(name)
     return str(place) if name != EMBEDDED_BASE and place.is_dir() else name
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _over(shared: Table, own: Table) -> Table:

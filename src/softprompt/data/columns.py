@@ -16,7 +16,7 @@ from softprompt.data.rows import Rows, is_missing, is_whole_number
 from softprompt.data.template import known_columns, require_fields, template_fields
 from softprompt.errors import ConfigError, DataError
 from softprompt.settings import typed_text
-from softprompt.types import InputForm
+from softprompt.types import InputForm, is_number
 
 _USUAL_TEXT = "text"
 _USUAL_MESSAGES = "messages"
@@ -166,15 +166,7 @@ def _holds_text(table: Table, name: str) -> bool:
 
 
 def _holds_numbers(table: Table, name: str) -> bool:
-    return all(_is_number(cell) for cell in _cells(table, name) if cell)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return all(is_number(cell) for cell in _cells(table, name) if cell)
 
 
 def _labels(table: Table, name: str) -> tuple[str, ...]:
