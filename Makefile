@@ -11,17 +11,17 @@ export TOKENIZERS_PARALLELISM = false
 
 CLIENTS = build/clients
 
-.PHONY: demo test test-fast test-long test-clients check ci clean
+.PHONY: demo test test-more test-long test-clients check ci clean
 
 demo: $(VENV)/.installed
 	$(BIN)/softprompt demo
 
 test: $(VENV)/.installed
-	$(BIN)/softprompt demo --out build/demo --overwrite
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not gpu and not clients"
-
-test-fast: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not medium and not gpu and not clients"
+
+# The repetitions: further families, settings, kills and faults of what `make test` shows once.
+test-more: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "medium and not slow and not gpu and not clients"
 
 test-long: $(VENV)/.installed
 	$(PYTEST) -m slow

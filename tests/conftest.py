@@ -1,6 +1,6 @@
 """One thread (two busy processes on two cores are many times slower otherwise) and the bases that many tests share.
 
-Helpers that are called rather than injected lie beside this file: `tiny_bases` and `slow_truth`.
+Helpers that are called rather than injected are in `support`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tiny_bases import build_base
+from support.tiny_bases import build_base
 
 from softprompt.base import Base, load_base
 

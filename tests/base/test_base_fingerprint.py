@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_bases import build_model, build_tokenizer
+from support.tiny_bases import build_model, build_tokenizer
 
 from softprompt.base import freeze_base, load_base
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from hostile_folders import mutate
-from tiny_bases import VOCAB, build_closed_tokenizer, build_model, build_tokenizer
+from support.hostile_folders import mutate
+from support.tiny_bases import VOCAB, build_closed_tokenizer, build_model, build_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from softprompt.base import freeze_base, load_base

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 import pytest
-from tiny_bases import build_base, build_model, build_tokenizer
+from support.tiny_bases import build_base, build_model, build_tokenizer
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 # One process for all, because importing torch is most of its time. The counts show who asked the network.

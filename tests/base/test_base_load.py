@@ -5,8 +5,18 @@ import json
 import peft
 import pytest
 import torch
-from slow_truth import plain_logits, relative_error
-from tiny_bases import BOS, EOS, FAMILIES, LIMIT, build_base, build_model, build_tokenizer, random_ids, random_prompt
+from support.slow_truth import plain_logits, relative_error
+from support.tiny_bases import (
+    BOS,
+    EOS,
+    FAMILIES,
+    LIMIT,
+    build_base,
+    build_model,
+    build_tokenizer,
+    random_ids,
+    random_prompt,
+)
 from torch import nn
 
 from softprompt.base import freeze_base, load_base

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import succeed
-from material import QUICK, TEMPLATE, chat, review, save_base, sentence, write_csv, write_jsonl
+from support.command_line import succeed
+from support.material import QUICK, TEMPLATE, chat, review, save_base, sentence, write_csv, write_jsonl
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from command_line import run
-from material import QUICK, TEMPLATE
 from peft import PromptTuningConfig, get_peft_model
-from tiny_bases import build_model
+from support.command_line import run
+from support.material import QUICK, TEMPLATE
+from support.tiny_bases import build_model
 
 from softprompt.cli.candidates import vary
 from softprompt.config import TrainConfig

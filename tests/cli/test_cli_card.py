@@ -11,8 +11,8 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from command_line import run, succeed
-from material import QUICK, TEMPLATE
+from support.command_line import run, succeed
+from support.material import QUICK, TEMPLATE
 
 from softprompt import load_prompt
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import ENVIRONMENT, run, succeed
-from material import QUICK, TEMPLATE, review, sentence, write_csv, write_jsonl
+from support.command_line import ENVIRONMENT, run, succeed
+from support.material import QUICK, TEMPLATE, review, sentence, write_csv, write_jsonl
 
 from softprompt.storage import load_prompt, save_prompt
 

@@ -9,8 +9,8 @@ import re
 import sys
 
 import pytest
-from command_line import ENVIRONMENT, run_apart, run_encoded
-from material import QUICK, write_csv
+from support.command_line import ENVIRONMENT, run_apart, run_encoded
+from support.material import QUICK, write_csv
 
 from softprompt.server.running.logs import set_up_logging
 

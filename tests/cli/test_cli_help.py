@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 import pytest
-from command_line import run, succeed
+from support.command_line import run, succeed
 
 from softprompt.cli.command import Command
 from softprompt.cli.main import commands

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from command_line import run, succeed
+from support.command_line import run, succeed
 
 from softprompt import BaseConfig, load_base, load_prompt
 from softprompt.evaluation import likeliest_labels

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from command_line import run_encoded, succeed
 from rich.cells import cell_len
+from support.command_line import run_encoded, succeed
 
 from softprompt.cli.progress import TrainingProgress
 from softprompt.training import StepDone

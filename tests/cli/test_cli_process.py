@@ -13,8 +13,8 @@ import time
 
 import pytest
 import torch
-from command_line import ENVIRONMENT, run, run_apart, start
-from material import sentence, write_csv
+from support.command_line import ENVIRONMENT, run, run_apart, start
+from support.material import sentence, write_csv
 
 from softprompt.storage import RunFolder, load_prompt
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from command_line import run, succeed
-from hub_double import TOKEN, hub_double
 from peft import PromptTuningConfig, get_peft_model
+from support.command_line import run, succeed
+from support.hub_double import TOKEN, hub_double
 from transformers import AutoModelForCausalLM
 
 from softprompt.prompt import SoftPrompt, mean_embedding

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from command_line import run, succeed
-from material import QUICK, chat, save_base, sentence, write_csv, write_jsonl
 from safetensors.torch import save_file
-from tiny_bases import build_tokenizer
+from support.command_line import run, succeed
+from support.material import QUICK, chat, save_base, sentence, write_csv, write_jsonl
+from support.tiny_bases import build_tokenizer
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import time
 import psutil
 import pytest
 import torch
-from command_line import ENVIRONMENT, run, succeed
-from killable import Forks
-from material import save_base, sentence, write_csv
+from support.command_line import ENVIRONMENT, run, succeed
+from support.killable import Forks
+from support.material import save_base, sentence, write_csv
 
 from softprompt.errors import StorageError
 from softprompt.storage import RunFolder, load_prompt, runs

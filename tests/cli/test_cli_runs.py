@@ -9,8 +9,8 @@ import re
 import shutil
 
 import pytest
-from command_line import run, succeed
-from material import QUICK, review, sentence, write_csv, write_jsonl
+from support.command_line import run, succeed
+from support.material import QUICK, review, sentence, write_csv, write_jsonl
 
 from softprompt.cli import charts
 from softprompt.storage import RunFolder

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import openai
 import pytest
-from command_line import ENVIRONMENT, run, start
+from support.command_line import ENVIRONMENT, run, start
 
 from softprompt.cli.main import commands
 from softprompt.cli.options import config_of

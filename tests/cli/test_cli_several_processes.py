@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import ENVIRONMENT, Ran, run_apart, succeed
-from material import save_base, sentence, write_csv
+from support.command_line import ENVIRONMENT, Ran, run_apart, succeed
+from support.material import save_base, sentence, write_csv
 
 from softprompt.storage import RunFolder, load_prompt
 

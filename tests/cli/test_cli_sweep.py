@@ -9,8 +9,8 @@ import threading
 
 import pytest
 import torch
-from command_line import run, succeed
-from material import review, sentence, write_csv, write_jsonl
+from support.command_line import run, succeed
+from support.material import review, sentence, write_csv, write_jsonl
 
 from softprompt.storage import RunFolder, is_set, load_prompt, load_set
 

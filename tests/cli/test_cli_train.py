@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run, succeed
-from material import QUICK, TEMPLATE, review, save_base, sentence, write_csv, write_jsonl
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from support.command_line import run, succeed
+from support.material import QUICK, TEMPLATE, review, save_base, sentence, write_csv, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from softprompt.config import NOTEBOOK_PRESET

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 import pytest
-from command_line import succeed
+from support.command_line import succeed
 
 from softprompt.cli.inputs import parse_fields, stop_notes
 from softprompt.cli.main import commands

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from command_line import succeed
+from support.command_line import succeed
 
 COACH = "I want you to act as a motivational coach. "
 NICE = "There are two nice things that should matter to you:"
@@ -60,7 +60,7 @@ def test_the_five_commands(shared_data, tmp_path):
 
 @pytest.mark.medium
 def test_foreign_weights_without_a_config_say_what_is_missing(shared_data, tmp_path):
-    from command_line import run
+    from support.command_line import run
 
     folder = shared_data / "adapters" / "tinyllama-8x64"
     fixed = ("prompts", "import", folder, "theirs", "--library", tmp_path / "library")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from client_programs import Programs
-from served import served
+from support.served import served
 
 from softprompt import load_base
 from softprompt.base import Base

@@ -5,8 +5,8 @@ import random
 import re
 
 import pytest
-from slow_chat import chat_ids as slow_chat_ids
-from slow_chat import chat_prompt_ids as slow_chat_prompt_ids
+from support.slow_chat import chat_ids as slow_chat_ids
+from support.slow_chat import chat_prompt_ids as slow_chat_prompt_ids
 from test_data_chat import CHATML, MARKED, with_template
 from transformers import PreTrainedTokenizerFast
 

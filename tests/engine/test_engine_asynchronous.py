@@ -10,8 +10,8 @@ import time
 from contextlib import aclosing, suppress
 
 import pytest
-from echo_engine import Echo
-from tiny_bases import random_ids, random_prompt
+from support.echo_engine import Echo
+from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine import generate

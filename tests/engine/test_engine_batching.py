@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from engine_runs import (
+from support.engine_runs import (
     Ledger,
     alone,
     answers,
@@ -20,7 +20,7 @@ from engine_runs import (
     kv_bytes,
     run_out,
 )
-from tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
+from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine, runners

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from tiny_bases import EOS, VOCAB, build_base
+from support.tiny_bases import EOS, VOCAB, build_base
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,

@@ -1,7 +1,7 @@
 """Engines that are broken on purpose: what the tests beside this one ask has to fail on each."""
 
 import pytest
-from engine_runs import (
+from support.engine_runs import (
     alone,
     answers,
     asked,
@@ -11,7 +11,7 @@ from engine_runs import (
     kv_bytes,
     take_out_without_copying,
 )
-from tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
+from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine, engine

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_runs import (
+from support.engine_runs import (
     Ledger,
     alone,
     answers,
@@ -16,7 +16,7 @@ from engine_runs import (
     kv_bytes,
     run_out,
 )
-from tiny_bases import EOS, VOCAB, build_base, build_model, build_tokenizer, random_ids, random_prompt
+from support.tiny_bases import EOS, VOCAB, build_base, build_model, build_tokenizer, random_ids, random_prompt
 
 from softprompt.base import freeze_base
 from softprompt.config import EngineConfig

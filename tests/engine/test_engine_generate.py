@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slow_truth import plain_greedy
-from tiny_bases import EOS, LIMIT, build_base, build_model, build_tokenizer, random_ids, random_prompt
+from support.slow_truth import plain_greedy
+from support.tiny_bases import EOS, LIMIT, build_base, build_model, build_tokenizer, random_ids, random_prompt
 
 from softprompt.base import freeze_base
 from softprompt.config import SamplingConfig

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
-from tiny_bases import build_model
+from support.tiny_bases import build_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 import pytest
-from engine_runs import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.engine_runs import (
     Ledger,
     alone,
     answers,
@@ -16,9 +18,7 @@ from engine_runs import (
     run_out,
     samplings,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_bases import build_base, random_ids, random_prompt
+from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine, Request

@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import lru_cache
 
 import pytest
-from engine_runs import Ledger, assert_text_true, assert_true, attend_in_torch, kv_bytes, run_out, samplings
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -15,7 +14,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tiny_bases import build_base, random_ids, random_prompt
+from support.engine_runs import Ledger, assert_text_true, assert_true, attend_in_torch, kv_bytes, run_out, samplings
+from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine import Aborted, Engine, Finished, Request

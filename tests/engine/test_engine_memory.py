@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine_runs import take_out_without_copying
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from tiny_bases import random_ids
+from support.engine_runs import take_out_without_copying
+from support.tiny_bases import random_ids
 from torch import nn
 
 from softprompt.config import EngineConfig, SamplingConfig

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 import torch
-from engine_runs import answers, asked, assert_true, kv_bytes, run_out
-from tiny_bases import random_ids, random_prompt
+from support.engine_runs import answers, asked, assert_true, kv_bytes, run_out
+from support.tiny_bases import random_ids, random_prompt
 from torch import nn
 
 from softprompt.config import EngineConfig

@@ -4,11 +4,11 @@ from collections import OrderedDict
 from dataclasses import replace
 
 import torch
-from engine_runs import answers, asked, assert_true, kv_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from tiny_bases import random_ids, random_prompt
+from support.engine_runs import answers, asked, assert_true, kv_bytes
+from support.tiny_bases import random_ids, random_prompt
 from torch import nn
 
 from softprompt.config import EngineConfig

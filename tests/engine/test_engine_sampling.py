@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from slow_truth import plain_logits
-from tiny_bases import EOS, random_ids, random_prompt
+from support.slow_truth import plain_logits
+from support.tiny_bases import EOS, random_ids, random_prompt
 from transformers import GenerationConfig
 
 from softprompt.config import SamplingConfig

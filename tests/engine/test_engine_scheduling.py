@@ -5,10 +5,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from engine_runs import Ledger, alone, asked, assert_alike, assert_true, kv_bytes, run_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bases import build_base, random_ids
+from support.engine_runs import Ledger, alone, asked, assert_alike, assert_true, kv_bytes, run_out
+from support.tiny_bases import build_base, random_ids
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Aborted, Engine, Finished, Tokens

@@ -8,8 +8,8 @@ from collections import Counter
 
 import psutil
 import pytest
-from engine_runs import Ledger, assert_empty, kv_bytes
-from tiny_bases import build_base, random_prompt
+from support.engine_runs import Ledger, assert_empty, kv_bytes
+from support.tiny_bases import build_base, random_prompt
 from torch import Tensor
 
 from softprompt.config import EngineConfig, SamplingConfig

@@ -5,7 +5,7 @@ from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import pytest
-from engine_runs import (
+from support.engine_runs import (
     Ledger,
     answers,
     asked,
@@ -16,7 +16,7 @@ from engine_runs import (
     run_out,
     true_log_probs,
 )
-from tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
+from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine import Engine, Failed, Request, TextRead, Tokens, runners, text_reports

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_bases import BOS, EOS, VOCAB, build_model, build_tokenizer, random_ids, random_prompt
+from support.tiny_bases import BOS, EOS, VOCAB, build_model, build_tokenizer, random_ids, random_prompt
 
 from softprompt.base import Base, freeze_base
 from softprompt.config import SamplingConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_bases import random_ids, random_prompt
+from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.data import rows_from_records
 from softprompt.data.labels import with_labels

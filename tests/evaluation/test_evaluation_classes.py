@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sklearn import metrics
-from tiny_bases import random_ids
+from support.tiny_bases import random_ids
 from torchmetrics.functional import classification as torchmetrics
 
 from softprompt.evaluation.classes import class_scores, confusion_matrix, macro_f1, share_right

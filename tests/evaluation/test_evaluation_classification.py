@@ -9,8 +9,8 @@ import math
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
-from slow_truth import plain_greedy, plain_nats
-from tiny_bases import LIMIT, random_ids, random_prompt
+from support.slow_truth import plain_greedy, plain_nats
+from support.tiny_bases import LIMIT, random_ids, random_prompt
 
 from softprompt.data import rows_from_records
 from softprompt.data.labels import with_labels

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from markdown_it import MarkdownIt
-from tiny_bases import build_base, random_prompt
+from support.tiny_bases import build_base, random_prompt
 
 from softprompt.config import SamplingConfig
 from softprompt.data import input_ids, rows_from_records, rows_from_texts

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from sklearn.metrics import f1_score
-from tiny_bases import build_base, random_ids, random_prompt
+from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt import TrainConfig, train
 from softprompt.config import Criterion

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from slow_truth import plain_nats
-from tiny_bases import random_ids, random_prompt
+from support.slow_truth import plain_nats
+from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.data import rows_from_records, rows_from_texts
 from softprompt.data.labels import with_labels

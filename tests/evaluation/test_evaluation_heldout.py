@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from slow_truth import plain_nats
-from tiny_bases import random_ids, random_prompt
+from support.slow_truth import plain_nats
+from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.data import build_examples, rows_from_records, rows_from_texts
 from softprompt.evaluation import held_out_losses, mean_loss

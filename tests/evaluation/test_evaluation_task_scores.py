@@ -6,8 +6,8 @@ import sys
 from dataclasses import replace
 
 import pytest
-from slow_truth import plain_greedy
-from tiny_bases import EOS, LIMIT, build_base, build_tokenizer, random_ids, random_prompt
+from support.slow_truth import plain_greedy
+from support.tiny_bases import EOS, LIMIT, build_base, build_tokenizer, random_ids, random_prompt
 
 from softprompt.base import freeze_base
 from softprompt.data import chat_prompt_ids, rows_from_records, rows_from_texts

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from slow_truth import TrueDouble, plain_nats
-from tiny_bases import build_base, random_ids, random_prompt
+from support.slow_truth import TrueDouble, plain_nats
+from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.data import build_examples, rows_from_texts
 from softprompt.errors import DataError

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers as hf
-from family_configs import KINDS, NOT_BUILT, class_of, tiny_model
-from slow_truth import plain_greedy, plain_logits, plain_nats, relative_error
-from tiny_bases import build_tokenizer, random_ids, random_prompt
+from support.family_configs import KINDS, NOT_BUILT, class_of, tiny_model
+from support.slow_truth import plain_greedy, plain_logits, plain_nats, relative_error
+from support.tiny_bases import build_tokenizer, random_ids, random_prompt
 
 from softprompt.base import Base, freeze_base
 from softprompt.config import SamplingConfig

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from slow_truth import assert_same_answer, plain_greedy
-from tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
+from support.slow_truth import assert_same_answer, plain_greedy
+from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import SamplingConfig
 from softprompt.engine import Request, generate

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slow_truth import TOLERANCE, TrueDouble, plain_nats, relative_error
-from tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
+from support.slow_truth import TOLERANCE, TrueDouble, plain_nats, relative_error
+from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.families import forward_of
 from softprompt.families.packing import Packing

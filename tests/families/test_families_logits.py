@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from slow_truth import TOLERANCE, plain_logits, relative_error
-from tiny_bases import FAMILIES, LIMIT, OTHERS, VOCAB, build_base, random_ids, random_prompt
+from support.slow_truth import TOLERANCE, plain_logits, relative_error
+from support.tiny_bases import FAMILIES, LIMIT, OTHERS, VOCAB, build_base, random_ids, random_prompt
 
 from softprompt.families import KNOWN_FAMILIES, forward_of
 from softprompt.splice import Row, concatenate

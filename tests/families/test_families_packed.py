@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_truth import TOLERANCE, TrueDouble, plain_logits, plain_nats, relative_error
-from tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
+from support.slow_truth import TOLERANCE, TrueDouble, plain_logits, plain_nats, relative_error
+from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 from transformers import DynamicCache
 
 from softprompt.families import PackedRows, Segment, forward_of, grouping, interface

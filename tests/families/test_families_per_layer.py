@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_configs import CHANGES, tiny_model
 from family_scan import ROWS, assert_exact, outcome_of, row
-from slow_truth import TOLERANCE, TrueDouble, plain_nats, relative_error
-from tiny_bases import build_tokenizer, random_prompt
+from support.family_configs import CHANGES, tiny_model
+from support.slow_truth import TOLERANCE, TrueDouble, plain_nats, relative_error
+from support.tiny_bases import build_tokenizer, random_prompt
 
 from softprompt.base import freeze_base
 from softprompt.config import TrainConfig

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from slow_truth import relative_error
-from tiny_bases import build_base
+from support.slow_truth import relative_error
+from support.tiny_bases import build_base
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from transformers.activations import FastGELUActivation, NewGELUActivation

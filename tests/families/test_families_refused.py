@@ -2,7 +2,7 @@
 
 import pytest
 import transformers as hf
-from tiny_bases import OTHERS, VOCAB, build_base, build_tokenizer
+from support.tiny_bases import OTHERS, VOCAB, build_base, build_tokenizer
 
 from softprompt.base import freeze_base, load_base
 from softprompt.errors import BaseModelError

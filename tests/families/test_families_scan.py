@@ -4,9 +4,9 @@ import re
 
 import pytest
 import transformers as hf
-from family_configs import KINDS, NOT_BUILT, tiny_model
 from family_scan import PAGE, assert_exact, outcome_of, page
-from tiny_bases import LIMIT, build_tokenizer, random_ids, random_prompt
+from support.family_configs import KINDS, NOT_BUILT, tiny_model
+from support.tiny_bases import LIMIT, build_tokenizer, random_ids, random_prompt
 
 from softprompt.base import freeze_base
 from softprompt.config import SamplingConfig, TrainConfig

@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from tiny_bases import build_base, random_ids
+from support.tiny_bases import build_base, random_ids
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

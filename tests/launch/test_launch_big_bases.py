@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slow_truth import relative_error
-from tiny_bases import build_model, build_tokenizer, random_ids
+from support.slow_truth import relative_error
+from support.tiny_bases import build_model, build_tokenizer, random_ids
 from transformers import AutoModelForCausalLM
 
 from softprompt.base import freeze_base, load_base

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from slow_truth import plain_nats
-from tiny_bases import BOS, EOS, random_ids, random_prompt
+from support.slow_truth import plain_nats
+from support.tiny_bases import BOS, EOS, random_ids, random_prompt
 
 from softprompt.families import forward_of
 from softprompt.loss import score_examples, target_nlls

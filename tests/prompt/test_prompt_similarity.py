@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bases import build_base
+from support.tiny_bases import build_base
 
 from softprompt.errors import PromptError
 from softprompt.prompt import SoftPrompt, mean_embedding, similar_pairs, similarity

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from tiny_bases import build_base, build_model
+from support.tiny_bases import build_base, build_model
 
 from softprompt.errors import ConfigError
 from softprompt.prompt import SoftPrompt, StartTexts, nearest_tokens, starting_tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fault_server import Servers
+from support.fault_server import Servers
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from inference_runs import Place, events_of, serving, words
 from peft import PeftModel
-from tiny_bases import build_base, build_model
+from support.inference_runs import Place, events_of, serving, words
+from support.tiny_bases import build_base, build_model
 
 from softprompt.base import Base
 from softprompt.config import TrainConfig

@@ -10,10 +10,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from fault_requests import Bad, bad_requests
-from fault_server import Servers, Serving, save_base
-from fault_work import ROWS, Place
-from prompt_server import as_upload, made_prompt
+from support.fault_requests import Bad, bad_requests
+from support.fault_server import Servers, Serving, save_base
+from support.fault_work import ROWS, Place
+from support.prompt_server import as_upload, made_prompt
 
 from softprompt.base import load_base
 

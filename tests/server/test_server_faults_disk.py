@@ -12,10 +12,10 @@ from typing import NoReturn
 
 import httpx2
 import pytest
-from fault_server import Servers, can_mount, save_base
-from fault_work import ROWS, Place, asked_job, outcome, trained
-from prompt_server import as_upload, eventually, made_prompt, prompt_server, upload
 from starlette.datastructures import UploadFile
+from support.fault_server import Servers, can_mount, save_base
+from support.fault_work import ROWS, Place, asked_job, outcome, trained
+from support.prompt_server import as_upload, eventually, made_prompt, prompt_server, upload
 
 from softprompt.base import Base, load_base
 

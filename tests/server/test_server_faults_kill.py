@@ -12,8 +12,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from fault_server import Servers, Serving, save_base
-from fault_work import (
+from support.fault_server import Servers, Serving, save_base
+from support.fault_work import (
     ALWAYS,
     ROWS,
     Aliases,
@@ -29,7 +29,7 @@ from fault_work import (
     streamed,
     trained,
 )
-from prompt_server import eventually, made_prompt
+from support.prompt_server import eventually, made_prompt
 
 from softprompt.base import load_base
 from softprompt.storage import save_prompt

@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx2
 import pytest
-from fault_work import ROWS, Place, outcome
 from openai import OpenAI
-from prompt_server import as_upload, made_prompt
-from served import served
+from support.fault_work import ROWS, Place, outcome
+from support.prompt_server import as_upload, made_prompt
+from support.served import served
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig

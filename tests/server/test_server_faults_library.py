@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_work import Place
-from job_server import job_server
-from prompt_server import as_upload, eventually, made_prompt
+from support.fault_work import Place
+from support.job_server import job_server
+from support.prompt_server import as_upload, eventually, made_prompt
 from test_server_prompts_hostile import changed, record_with, weights_that_mean_harm
 
 from softprompt.base import Base

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from fault_server import Servers, Serving, save_base
-from fault_work import Place
-from prompt_server import eventually
+from support.fault_server import Servers, Serving, save_base
+from support.fault_work import Place
+from support.prompt_server import eventually
 
 from softprompt.engine import Request, Tokens
 from softprompt.server.clients.client import Client

@@ -15,8 +15,8 @@ import httpx2 as httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from served import served
 from sqlalchemy import select
+from support.served import served
 
 from softprompt.errors import DatabaseError
 from softprompt.server.app import create_app

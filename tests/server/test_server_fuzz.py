@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import FlakyStrategyDefinition, Unsatisfiable
 from hypothesis.stateful import run_state_machine_as_test
 from hypothesis.strategies import SearchStrategy
-from job_server import LONG, ask, ended, plain_rows, upload
 from openai import OpenAI
-from running_server import running
 from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
-from tiny_bases import build_base, random_prompt
+from support.job_server import LONG, ask, ended, plain_rows, upload
+from support.running_server import running
+from support.tiny_bases import build_base, random_prompt
 
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.prompt import SoftPrompt

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from inference_runs import Place, serving
-from tiny_bases import build_base, random_prompt
+from support.inference_runs import Place, serving
+from support.tiny_bases import build_base, random_prompt
 
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import Client

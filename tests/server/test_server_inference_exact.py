@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import answers
-from inference_runs import Place, serving, words
-from slow_truth import assert_same_answer, plain_greedy, plain_logits
-from tiny_bases import build_base, random_ids, random_prompt
+from support.engine_runs import answers
+from support.inference_runs import Place, serving, words
+from support.slow_truth import assert_same_answer, plain_greedy, plain_logits
+from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 from fastapi import FastAPI
-from inference_runs import Place, events_of, place_of, serving
-from tiny_bases import build_base, random_prompt
+from support.inference_runs import Place, events_of, place_of, serving
+from support.tiny_bases import build_base, random_prompt
 
 from softprompt.base import Base
 from softprompt.config import EngineConfig, ServerConfig

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from inference_runs import Place, serving
+from support.inference_runs import Place, serving
+from support.tiny_bases import build_base, random_prompt
 from test_server_inference_leaving import asking, until
-from tiny_bases import build_base, random_prompt
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.base import Base

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from inference_runs import Place, events_of, serving, words
-from tiny_bases import build_base, random_ids, random_prompt
+from support.inference_runs import Place, events_of, serving, words
+from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.base import Base, load_base
 from softprompt.prompt import SoftPrompt

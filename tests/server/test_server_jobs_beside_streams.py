@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from job_server import (
+from openai import AsyncOpenAI, OpenAI
+from support.job_server import (
     LONG,
     SETTINGS,
     Record,
@@ -24,7 +25,6 @@ from job_server import (
     upload,
     words,
 )
-from openai import AsyncOpenAI, OpenAI
 
 from softprompt.base import Base
 

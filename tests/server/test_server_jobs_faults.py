@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import pytest
 from fastapi import FastAPI
-from job_process import job_process
-from job_server import (
+from openai import OpenAI
+from support.job_process import job_process
+from support.job_server import (
     SETTINGS,
     ask,
     chat_rows,
@@ -27,7 +28,6 @@ from job_server import (
     until,
     upload,
 )
-from openai import OpenAI
 
 from softprompt.base import Base
 from softprompt.data.chat_template import ChatTemplate, Rendered

@@ -14,7 +14,8 @@ import httpx2
 import openai
 import pytest
 from fastapi import FastAPI
-from job_server import (
+from openai import OpenAI
+from support.job_server import (
     SETTINGS,
     Record,
     ask,
@@ -30,8 +31,7 @@ from job_server import (
     upload,
     words,
 )
-from openai import OpenAI
-from slow_truth import plain_nats
+from support.slow_truth import plain_nats
 
 from softprompt.base import Base
 from softprompt.prompt import SoftPrompt

@@ -10,7 +10,8 @@ from pathlib import Path
 import openai
 import pytest
 from fastapi import FastAPI
-from job_server import (
+from openai import OpenAI
+from support.job_server import (
     LONG,
     SETTINGS,
     Record,
@@ -26,7 +27,6 @@ from job_server import (
     until,
     upload,
 )
-from openai import OpenAI
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig

@@ -12,9 +12,9 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-from served import served
 from sqlalchemy import event
-from tiny_bases import build_base
+from support.served import served
+from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.errors import ConfigError, DatabaseError

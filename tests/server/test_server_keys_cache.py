@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from inference_runs import Place, place_of, words
-from tiny_bases import build_base, random_ids, random_prompt
+from support.inference_runs import Place, place_of, words
+from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.config import ServerConfig
 from softprompt.prompt import SoftPrompt

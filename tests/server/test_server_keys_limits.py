@@ -11,8 +11,8 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from served import served
-from tiny_bases import build_base
+from support.served import served
+from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.server.clients import limiter as limiter_room

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from prompt_server import as_upload, made_prompt
-from served import served
-from tiny_bases import build_base
+from support.prompt_server import as_upload, made_prompt
+from support.served import served
+from support.tiny_bases import build_base
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig

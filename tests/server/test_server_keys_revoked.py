@@ -13,11 +13,11 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from inference_runs import Place, place_of
-from job_server import LONG as LONG_JOB
-from job_server import ask, plain_rows, until, upload
-from served import served
-from tiny_bases import build_base
+from support.inference_runs import Place, place_of
+from support.job_server import LONG as LONG_JOB
+from support.job_server import ask, plain_rows, until, upload
+from support.served import served
+from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.server.clients.keys import create_key, revoke_key

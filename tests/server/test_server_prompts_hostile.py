@@ -13,9 +13,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from prompt_server import as_upload, made_prompt, prompt_server, upload
 from safetensors.torch import save
-from tiny_bases import random_prompt
+from support.prompt_server import as_upload, made_prompt, prompt_server, upload
+from support.tiny_bases import random_prompt
 
 from softprompt.storage.adapter import adapter_to_bytes
 

@@ -2,9 +2,9 @@
 
 import openai
 import pytest
-from hub_double import TOKEN, hub_double
-from prompt_server import as_upload, made_prompt, prompt_server, streamed, upload
-from tiny_bases import random_ids
+from support.hub_double import TOKEN, hub_double
+from support.prompt_server import as_upload, made_prompt, prompt_server, streamed, upload
+from support.tiny_bases import random_ids
 
 from softprompt.config import EngineConfig
 from softprompt.storage import pull_prompt, save_prompt

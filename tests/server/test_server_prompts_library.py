@@ -8,8 +8,8 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from prompt_server import eventually, made_prompt, prompt_server, streamed, upload
-from tiny_bases import random_ids
+from support.prompt_server import eventually, made_prompt, prompt_server, streamed, upload
+from support.tiny_bases import random_ids
 
 from softprompt.errors import StorageError
 from softprompt.prompt import SoftPrompt

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prompt_server import made_prompt
+from support.prompt_server import made_prompt
 
 from softprompt.server.clients.client import Client
 from softprompt.server.prompts.catalogue import Catalogue
@@ -92,8 +92,8 @@ def test_hundreds_are_loaded_quickly(tiny_llama, tmp_path):
 
 @pytest.mark.medium
 def test_killed_at_any_moment_every_prompt_is_whole(tmp_path):
-    program = Path(__file__).with_name("killed_while_keeping.py")
-    places = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (program.parent, program.parents[1])))}
+    program = Path(__file__).parents[1] / "support" / "killed_while_keeping.py"
+    places = {**os.environ, "PYTHONPATH": str(program.parents[1])}
     command = [sys.executable, str(program), str(tmp_path)]
     done = subprocess.run(command, env=places, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 import pytest
-from prompt_server import made_prompt
+from support.prompt_server import made_prompt
 
 from softprompt.errors import StorageError
 from softprompt.server.clients.client import OPERATOR, Client

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from running_server import Running, running
+from support.running_server import Running, running
 
 from softprompt.config import ServerConfig
 from softprompt.server.running.logs import JsonLines, TextLines

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
-from inference_runs import Place, serving
 from prometheus_client.parser import text_string_to_metric_families as parse
-from tiny_bases import random_prompt
+from support.inference_runs import Place, serving
+from support.tiny_bases import random_prompt
 
 from softprompt.engine import AsyncEngine
 from softprompt.prompt import SoftPrompt

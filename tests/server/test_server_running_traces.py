@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from running_server import running, small_app
+from support.running_server import running, small_app
 
 from softprompt.config import ServerConfig
 from softprompt.errors import MissingDependencyError

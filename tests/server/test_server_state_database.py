@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from postgres_server import postgres
 from sqlalchemy import create_engine, func, inspect, select, text
 from sqlalchemy.exc import IntegrityError
+from support.postgres_server import postgres
 
 from softprompt.errors import ConfigError, DatabaseError, DataError, StorageError
 from softprompt.server.clients.client import Client, Limits

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from tiny_bases import build_base
+from support.tiny_bases import build_base
 
 from softprompt.config import ServerConfig
 from softprompt.errors import ConfigError, StorageError

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from served import served
-from tiny_bases import build_base
+from support.served import served
+from support.tiny_bases import build_base
 
 from softprompt.config import ServerConfig
 from softprompt.errors import DatabaseError, StorageError

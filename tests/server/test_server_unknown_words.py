@@ -7,9 +7,9 @@ from typing import Any
 
 import openai
 import pytest
-from job_server import ask, ended, job_server, upload
 from openai import OpenAI
-from tiny_bases import build_closed_tokenizer, build_model
+from support.job_server import ask, ended, job_server, upload
+from support.tiny_bases import build_closed_tokenizer, build_model
 
 from softprompt.base import freeze_base
 

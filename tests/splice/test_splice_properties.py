@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bases import VOCAB, build_base, random_prompt
+from support.tiny_bases import VOCAB, build_base, random_prompt
 
 from softprompt.errors import DataError
 from softprompt.splice import Row, Stretch, concatenate, splice_stretches

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_double import TOKEN, HubState, hub_double
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+from support.hub_double import TOKEN, HubState, hub_double
 
 from softprompt.base.model import Base
 from softprompt.errors import AdapterError, ExistsError, StorageError, WrongBaseError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_bases import random_ids
+from support.tiny_bases import random_ids
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import psutil, torch
 torch.set_num_threads(1)
-from tiny_bases import build_tokenizer, _COMMON, _LLAMA
+from support.tiny_bases import build_tokenizer, _COMMON, _LLAMA
 from transformers import LlamaConfig, LlamaForCausalLM
 from softprompt.base import freeze_base
 from softprompt.config import TrainConfig

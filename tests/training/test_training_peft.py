@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from ready import ready_run
-from slow_truth import TOLERANCE, TrueDouble, plain_logits, relative_error
-from tiny_bases import BOS, EOS, build_base, build_model, random_ids, random_prompt
+from support.ready import ready_run
+from support.slow_truth import TOLERANCE, TrueDouble, plain_logits, relative_error
+from support.tiny_bases import BOS, EOS, build_base, build_model, random_ids, random_prompt
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
 from softprompt.config import NOTEBOOK_PRESET, SamplingConfig, TrainConfig

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ready import ready_run
-from tiny_bases import random_ids, random_prompt
+from support.ready import ready_run
+from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError, MemoryLimitError

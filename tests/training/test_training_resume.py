@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from ready import ready_run
-from slow_truth import relative_error
-from tiny_bases import build_base
+from support.ready import ready_run
+from support.slow_truth import relative_error
+from support.tiny_bases import build_base
 
 from softprompt.config import TrainConfig
 from softprompt.errors import StorageError

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from ready import ready_run
-from slow_truth import plain_nats
-from tiny_bases import LIMIT, build_base, random_ids, random_prompt
+from support.ready import ready_run
+from support.slow_truth import plain_nats
+from support.tiny_bases import LIMIT, build_base, random_ids, random_prompt
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from ready import ready_run
-from slow_truth import relative_error
-from tiny_bases import build_base, random_ids
+from support.ready import ready_run
+from support.slow_truth import relative_error
+from support.tiny_bases import build_base, random_ids
 
 from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError, DivergedError

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_bases import build_base, random_prompt
+from support.tiny_bases import build_base, random_prompt
 
 from softprompt.config import SamplingConfig, TrainConfig
 from softprompt.engine import AsyncEngine, Engine, Finished, Request

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from job_server import plain_rows
 from openai import APIConnectionError, OpenAI
-from prompt_server import as_upload
 
 from softprompt.prompt import SoftPrompt
+from support.job_server import plain_rows
+from support.prompt_server import as_upload
 
 GONE = (APIConnectionError, httpx2.TransportError)  # the server has been killed
 OPEN = ("validating_files", "queued", "running")

@@ -14,7 +14,6 @@ import torch
 from fastapi import FastAPI
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
-from served import served
 
 from softprompt.base import Base
 from softprompt.config import DataConfig, ServerConfig, TrainConfig
@@ -26,6 +25,7 @@ from softprompt.server.parts import part_of
 from softprompt.server.prompts.catalogue import Catalogue
 from softprompt.server.start import serving_app
 from softprompt.training import Event, StepDone, train
+from support.served import served
 
 ENDED = ("succeeded", "failed", "cancelled")
 SETTINGS = {"virtual_tokens": 3, "epochs": 2, "batch_rows": 8}

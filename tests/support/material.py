@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny_bases import build_model, build_tokenizer, random_ids
+from support.tiny_bases import build_model, build_tokenizer, random_ids
 
 TEMPLATE = ("--template", "w5 {text} w6", "--completion", " {label}")
 QUICK = ("--virtual-tokens", 3, "--epochs", 2, "--dtype", "float32", "--micro-batch-rows", 8)

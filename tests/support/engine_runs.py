@@ -9,8 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import strategies as st
-from slow_truth import plain_logits
-from tiny_bases import random_prompt
 from torch import Tensor
 
 from softprompt.base import Base
@@ -31,6 +29,8 @@ from softprompt.engine.memory import Place, Shelf
 from softprompt.engine.runners import bytes_per_position
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
+from support.slow_truth import plain_logits
+from support.tiny_bases import random_prompt
 
 NEAR_TIE = 1e-4  # nats between two candidates, of which either may come
 

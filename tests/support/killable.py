@@ -12,9 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
-from command_line import ENVIRONMENT
+from support.command_line import ENVIRONMENT
+
+_ENVIRONMENT = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 class Forks:
@@ -22,7 +25,7 @@ class Forks:
 
     def __enter__(self) -> Forks:
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_ENVIRONMENT
         )
         self._read()
         return self

@@ -119,7 +119,7 @@ class Servers:
 
 def save_base(folder: Path, **changes: Any) -> Path:  # Any: of the model's config
     """A tiny base on the disk."""
-    from tiny_bases import build_model, build_tokenizer
+    from support.tiny_bases import build_model, build_tokenizer
 
     build_model("llama", **changes).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)

@@ -14,7 +14,6 @@ from typing import Any
 import httpx2
 import openai
 from fastapi import FastAPI
-from served import served
 
 from softprompt.base import Base
 from softprompt.config import EngineConfig, ServerConfig
@@ -23,6 +22,7 @@ from softprompt.prompt import SoftPrompt
 from softprompt.server.parts import part_of
 from softprompt.server.prompts.catalogue import Catalogue, Model
 from softprompt.server.start import serving_app
+from support.served import served
 
 
 @dataclass(frozen=True)

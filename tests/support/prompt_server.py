@@ -14,8 +14,6 @@ from typing import Annotated, Any
 import httpx2
 from fastapi import FastAPI, Header, Request
 from fastapi.responses import StreamingResponse
-from served import served
-from tiny_bases import random_prompt
 
 from softprompt.base import Base
 from softprompt.config import EngineConfig, SamplingConfig, ServerConfig
@@ -35,6 +33,8 @@ from softprompt.server.prompts.shelf import Shelf
 from softprompt.server.state.database import Database
 from softprompt.storage.adapter import adapter_to_bytes
 from softprompt.types import PromptRecord
+from support.served import served
+from support.tiny_bases import random_prompt
 
 
 @dataclass(frozen=True)

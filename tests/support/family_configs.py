@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import transformers as hf
-from tiny_bases import BOS, EOS, LIMIT, VOCAB
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.tiny_bases import BOS, EOS, LIMIT, VOCAB
 
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 _MOST_PARAMETERS = 5_000_000

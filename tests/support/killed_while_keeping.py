@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from prompt_server import made_prompt
-from tiny_bases import build_base
 
 from softprompt.base import Base
 from softprompt.prompt import SoftPrompt
@@ -22,6 +20,8 @@ from softprompt.server.prompts.catalogue import Alias, Catalogue
 from softprompt.server.prompts.model import Target
 from softprompt.server.prompts.shelf import Shelf
 from softprompt.server.state.database import Database
+from support.prompt_server import made_prompt
+from support.tiny_bases import build_base
 
 ROUNDS = 8
 

@@ -34,11 +34,11 @@ def _serve(state: str) -> None:
     import time
 
     import torch
-    from served import served
-    from tiny_bases import build_base
 
     from softprompt.config import ServerConfig
     from softprompt.server.start import serving_app
+    from support.served import served
+    from support.tiny_bases import build_base
 
     torch.set_num_threads(1)
     with served(serving_app(build_base("llama"), ServerConfig(state=state))) as url:
