@@ -12,7 +12,8 @@ from support.tiny_bases import build_model
 from softprompt.cli.candidates import vary
 from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError
-from softprompt.storage import RunFolder, is_set, load_prompt, load_set
+from softprompt.runs import RunFolder
+from softprompt.storage import is_set, load_prompt, load_set
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import torch
 from support.command_line import ENVIRONMENT, run, run_apart, start
 from support.material import sentence, write_csv
 
-from softprompt.storage import RunFolder, load_prompt
+from softprompt.runs import RunFolder
+from softprompt.storage import load_prompt
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "scipy", "numpy"}
 

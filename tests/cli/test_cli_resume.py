@@ -18,8 +18,9 @@ from support.killable import Forks
 from support.material import save_base, sentence, write_csv
 
 from softprompt.errors import StorageError
-from softprompt.storage import RunFolder, load_prompt, runs
-from softprompt.storage.checkpoints import STATE_NAME, STATE_TENSORS_NAME
+from softprompt.runs import RunFolder, run_folder
+from softprompt.runs.run_folder import STATE_NAME, STATE_TENSORS_NAME
+from softprompt.storage import load_prompt
 
 TIMED = ("seconds",)
 
@@ -224,8 +225,8 @@ class TestUnlikelyMoments:
     def test_a_kill_while_an_earlier_run_is_cleared_leaves_a_run(self, flags, straight, tmp_path, monkeypatch):
         out = shutil.copytree(straight, tmp_path / "earlier")
         gone = []
-        real = runs._remove
-        monkeypatch.setattr(runs, "_remove", lambda path: (gone.append(path.name), real(path))[1])
+        real = run_folder._remove
+        monkeypatch.setattr(run_folder, "_remove", lambda path: (gone.append(path.name), real(path))[1])
         succeed(*flags, "--epochs", 1, "--out", out, "--overwrite")
         assert gone.index("run.json") == max(gone.index(name) for name in ("run.json", "metrics.jsonl", "checkpoints"))
 

@@ -13,7 +13,7 @@ from support.command_line import run, succeed
 from support.material import QUICK, review, sentence, write_csv, write_jsonl
 
 from softprompt.cli import charts
-from softprompt.storage import RunFolder
+from softprompt.runs import RunFolder
 
 
 @pytest.fixture(scope="module")

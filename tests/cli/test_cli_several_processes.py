@@ -10,7 +10,8 @@ import pytest
 from support.command_line import ENVIRONMENT, Ran, run_apart, succeed
 from support.material import save_base, sentence, write_csv
 
-from softprompt.storage import RunFolder, load_prompt
+from softprompt.runs import RunFolder
+from softprompt.storage import load_prompt
 
 ACCELERATE = Path(__file__).parents[1] / "launch" / "accelerate_on_loopback.py"
 TWO = ("--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--main_process_port", 0)

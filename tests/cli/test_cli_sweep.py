@@ -12,7 +12,8 @@ import torch
 from support.command_line import run, succeed
 from support.material import review, sentence, write_csv, write_jsonl
 
-from softprompt.storage import RunFolder, is_set, load_prompt, load_set
+from softprompt.runs import RunFolder
+from softprompt.storage import is_set, load_prompt, load_set
 
 TWO_TASKS = """
 [base]

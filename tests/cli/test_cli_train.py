@@ -13,7 +13,8 @@ from support.material import QUICK, TEMPLATE, review, save_base, sentence, write
 from transformers import AutoModelForCausalLM
 
 from softprompt.config import NOTEBOOK_PRESET
-from softprompt.storage import RunFolder, load_prompt
+from softprompt.runs import RunFolder
+from softprompt.storage import load_prompt
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from softprompt.cli.sweep_file import read_sweep
 from softprompt.cli.sweep_grid import grid_of
 from softprompt.config import DataConfig, TrainConfig
 from softprompt.errors import ConfigError
-from softprompt.storage.runs import is_part_name
+from softprompt.runs.run_folder import is_part_name
 
 DATA = '[data]\ndata = "rows.csv"\n'
 

@@ -33,7 +33,7 @@ from softprompt.base import Base
 from softprompt.data.chat_template import ChatTemplate, Rendered
 from softprompt.data.messages import Message
 from softprompt.errors import DatabaseError, MemoryLimitError, StorageError
-from softprompt.recording import Recorder
+from softprompt.runs import Recorder
 from softprompt.server.clients.client import Client
 from softprompt.server.jobs import run
 from softprompt.server.jobs.files import Files

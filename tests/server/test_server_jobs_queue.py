@@ -30,6 +30,7 @@ from support.job_server import (
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig
+from softprompt.runs import RunFolder
 from softprompt.server.clients.client import Client, Limits
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
@@ -39,7 +40,6 @@ from softprompt.server.jobs.shapes import CreateJob
 from softprompt.server.parts import part_of
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobRow
-from softprompt.storage import RunFolder
 from softprompt.training import Event, SliceDone, StepDone, Trial
 
 pytestmark = pytest.mark.medium

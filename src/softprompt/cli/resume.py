@@ -10,7 +10,7 @@ from typing import Any
 
 from softprompt.cli.console import print_json, say
 from softprompt.errors import ConfigError
-from softprompt.storage import RunFolder
+from softprompt.runs import RunFolder
 
 # What says where things are and how they are computed, not what is computed.
 MAY_CHANGE = frozenset(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softprompt.errors import AdapterError, StorageError
-from softprompt.storage import RunFolder
-from softprompt.storage.runs import CHECKPOINTS_NAME, METRICS_NAME, PLAN_NAME, TASKS_KEY
+from softprompt.runs import RunFolder
+from softprompt.runs.run_folder import CHECKPOINTS_NAME, METRICS_NAME, PLAN_NAME, TASKS_KEY
 
 State = Literal["finished", "interrupted", "unfinished"]
 Point = tuple[int, float]  # step, value

@@ -13,7 +13,7 @@ from softprompt.cli.options import Function
 from softprompt.config import KEPT_CHECKPOINTS
 
 if TYPE_CHECKING:
-    from softprompt.recording import Recorder
+    from softprompt.runs import Recorder
 
 _RUN_OPTIONS = (
     click.option(
@@ -48,7 +48,7 @@ class RunPlace:
 
     @classmethod
     def of(cls, out: str, *, overwrite: bool, resume: bool) -> RunPlace:
-        from softprompt.storage import RunFolder
+        from softprompt.runs import RunFolder
 
         return cls(out=out, overwrite=overwrite, goes_on=resume and RunFolder(Path(out)).has_begun())
 
@@ -61,8 +61,7 @@ class RunPlace:
 
     def check(self, flags: Mapping[str, Any], tasks: Iterable[str] = ()) -> None:
         """Raises, before anything slow is begun, where a run with these flags cannot be recorded here."""
-        from softprompt.recording import require_tensorboard
-        from softprompt.storage import RunFolder
+        from softprompt.runs import RunFolder, require_tensorboard
 
         if not self.goes_on:
             RunFolder.check_free(self.out, overwrite=self.overwrite, tasks=tasks)
@@ -71,7 +70,7 @@ class RunPlace:
     def recorder(self, facts: Mapping[str, Any], flags: Mapping[str, Any]) -> Recorder:
         """Of a run with these flags. It touches nothing yet."""
         from softprompt.cli.resume import recorded_settings
-        from softprompt.recording import Recorder
+        from softprompt.runs import Recorder
 
         return Recorder(
             Path(self.out), {**facts, "settings": recorded_settings(flags)}, overwrite=self.overwrite,

@@ -72,7 +72,7 @@ def _job(file: str, sweep: Sweep, base_config: BaseConfig, ranks: Ranks) -> Job:
 
 
 def _check_names(file: str, sweep: Sweep) -> None:
-    from softprompt.storage.runs import check_part_name
+    from softprompt.runs.run_folder import check_part_name
 
     for section, names in (("tasks", sweep.tasks), ("candidates", sweep.candidates)):
         for name in () if list(names) == [""] else names:
@@ -101,7 +101,7 @@ def _tasks(sweep: Sweep, *, offline: bool) -> list[Task]:
 def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
     """The flags that the run was begun with, those given anew, and what the file says anew of the base."""
     from softprompt.cli.resume import SWEEP_KEY, resumed_settings
-    from softprompt.storage import RunFolder
+    from softprompt.runs import RunFolder
 
     plan = RunFolder(Path(out)).read_plan()
     begun = plan.get(SWEEP_KEY)

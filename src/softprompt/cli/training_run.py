@@ -22,9 +22,8 @@ from softprompt.data import Split, held_out_record, report_lines
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import Verdict, criterion, verdict_of
 from softprompt.prompt import SoftPrompt
-from softprompt.recording import Recorder
-from softprompt.storage import RunFolder
-from softprompt.storage.runs import TASKS_KEY
+from softprompt.runs import Recorder, RunFolder
+from softprompt.runs.run_folder import TASKS_KEY
 from softprompt.training import (
     Candidate,
     Event,

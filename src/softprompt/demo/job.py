@@ -18,8 +18,8 @@ from softprompt.demo.tasks import INPUTS, TASKS, WRITTEN_TEMPLATES, Task
 from softprompt.evaluation import Comparison, accuracy_by_likelihood, compare
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
+from softprompt.runs import RunFolder
 from softprompt.splice import Row, concatenate
-from softprompt.storage import RunFolder
 from softprompt.training import TrainResult, train
 
 Say = Callable[[str], None]

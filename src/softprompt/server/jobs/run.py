@@ -21,7 +21,8 @@ from softprompt.errors import ConfigError, DatabaseError
 from softprompt.evaluation import criterion
 from softprompt.openmp import put_threads_away
 from softprompt.prompt import SoftPrompt
-from softprompt.recording import Recorder
+from softprompt.runs import Recorder, RunFolder
+from softprompt.runs.run_folder import CHECKPOINTS_NAME
 from softprompt.server.clients.client import Client
 from softprompt.server.jobs.failures import code_and_param, is_of_disk, said
 from softprompt.server.jobs.files import Files, StoredFile
@@ -31,8 +32,7 @@ from softprompt.server.jobs.shapes import Json
 from softprompt.server.jobs.story import Story
 from softprompt.server.prompts.catalogue import Catalogue
 from softprompt.server.state.schema import JobRow
-from softprompt.storage import RunFolder, load_prompt
-from softprompt.storage.runs import CHECKPOINTS_NAME
+from softprompt.storage import load_prompt
 from softprompt.training import (
     Candidate,
     Checkpoint,

@@ -12,8 +12,8 @@ from typing import Any
 
 from softprompt.errors import MissingDependencyError
 from softprompt.prompt import SoftPrompt
-from softprompt.storage import RunFolder, save_set
-from softprompt.storage.runs import BOARD_NAME
+from softprompt.runs.run_folder import BOARD_NAME, RunFolder
+from softprompt.storage import save_set
 from softprompt.training import Checkpoint, Dropped, Event, Prepared, ResumePoint, StepDone, TrainResult
 
 Facts = Mapping[str, Any]

@@ -12,9 +12,18 @@ import torch
 
 from softprompt.errors import AdapterError, ExistsError, StorageError
 from softprompt.prompt import SoftPrompt
-from softprompt.storage import RunFolder, load_prompt, save_prompt
+from softprompt.runs import RunFolder
+from softprompt.storage import load_prompt, save_prompt
 
 MakePrompt = Callable[..., SoftPrompt]
+
+
+@pytest.fixture
+def make_prompt() -> MakePrompt:
+    def make(seed: int = 0) -> SoftPrompt:
+        return SoftPrompt(torch.randn(4, 16, generator=torch.Generator().manual_seed(seed)))
+
+    return make
 
 
 @pytest.fixture
