@@ -157,7 +157,7 @@ def test_flags_are_the_configs_fields(name):
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_command_line_without_flags_gives_the_configs_own_defaults(name):
-    from softprompt.cli.options import config_of
+    from softprompt.cli.command import config_of
 
     command = commands.get_command(click.Context(commands), name)
     given = {"--base": "x", "--data": "x", "--out": "x", "--prompt": "x/y"}

@@ -1,10 +1,12 @@
-"""What comes from outside: foreign errors become one sentence that a user can act on, foreign JSON is bounded.
+"""What comes from outside: foreign errors become one sentence that a user can act on, the nesting of foreign JSON is
+bounded, and the pointers that a clone without git-lfs leaves instead of large files are recognised.
 
 Knows no torch and none of the libraries that raise.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 from softprompt.errors import BaseModelError, SoftpromptError
 
 _LONGEST_CAUSE = 400  # characters of a foreign message that are passed on
+_POINTER_LINE = b"version https://git-lfs.github.com/spec/v1"
+_MAX_POINTER_BYTES = 1024  # the specification's bound; a larger file is no pointer
 _PASSING = (SoftpromptError, KeyboardInterrupt, SystemExit, GeneratorExit)
 _SELF_EXPLAINING = (OSError, ValueError, RuntimeError, ImportError)  # the others' messages need their kind before them
 
@@ -59,3 +63,25 @@ def _items(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         return iter(value.values())
     return iter(value) if isinstance(value, list) else iter(())
+
+
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether these bytes, a whole file's or more than its first kilobyte, are a Git LFS pointer."""
+    return len(data) <= _MAX_POINTER_BYTES and data.removeprefix(b"\xef\xbb\xbf").startswith(_POINTER_LINE)
+
+
+def lfs_pointer_problem(path: str | os.PathLike[str]) -> str | None:
+    """The sentence that refuses a file which is a Git LFS pointer; None for any other file, or for none."""
+    try:
+        if not os.path.isfile(path) or os.path.getsize(path) > _MAX_POINTER_BYTES:
+            return None
+        with open(path, "rb") as file:
+            is_pointer = is_lfs_pointer(file.read(_MAX_POINTER_BYTES))
+    except (OSError, ValueError):  # whoever reads the file says why it cannot be read
+        return None
+    return lfs_pointer_sentence(path) if is_pointer else None
+
+
+def lfs_pointer_sentence(where: str | os.PathLike[str]) -> str:
+    """What to tell a user whose file `where` is a pointer."""
+    return f"{os.fspath(where)} is a Git LFS pointer, not the file itself; fetch the file with git lfs pull"

@@ -19,8 +19,8 @@ import openai
 import pytest
 from support.command_line import ENVIRONMENT, run, start
 
+from softprompt.cli.command import config_of
 from softprompt.cli.main import commands
-from softprompt.cli.options import config_of
 from softprompt.cli.serve import command
 from softprompt.cli.serve_settings import check_environment
 from softprompt.config import BaseConfig, EngineConfig, ServerConfig

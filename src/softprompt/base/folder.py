@@ -14,8 +14,7 @@ import torch
 from safetensors import safe_open
 
 from softprompt.errors import BaseModelError
-from softprompt.git_lfs import lfs_pointer_problem
-from softprompt.guard import cause_of, is_nested_deeper
+from softprompt.guard import cause_of, is_nested_deeper, lfs_pointer_problem
 
 CONFIG_NAME = "config.json"
 _SETTINGS = (CONFIG_NAME, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.command import Command
+from softprompt.cli.command import TYPED_TEXT, Command, config_of, given_flags, options_of
 from softprompt.cli.console import load, print_json, print_table, print_words, say, warnings_as_lines
-from softprompt.cli.options import TYPED_TEXT, config_of, given_flags, options_of
 from softprompt.config import BaseConfig, DataConfig, SamplingConfig, ScoreConfig
 from softprompt.errors import ConfigError
 from softprompt.types import InputForm
@@ -162,7 +161,7 @@ def _say_cut_sets(found: Comparison) -> None:
 
 
 def _held_out(prompts: Mapping[str, SoftPrompt], flags: Mapping[str, Any], seed: int, offline: bool) -> dict[str, Rows]:
-    from softprompt.cli.heldout import recorded_sets
+    from softprompt.cli.inputs import recorded_sets
 
     if flags["data"] is None:
         return recorded_sets(prompts, offline=offline)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.command import Command
+from softprompt.cli.command import TYPED_TEXT, Command, config_of, given_flags, options_of
 from softprompt.cli.console import load, print_json, say, warnings_as_lines
-from softprompt.cli.options import TYPED_TEXT, config_of, given_flags, options_of
 from softprompt.config import BaseConfig, SamplingConfig
 from softprompt.errors import ConfigError
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.command import Group
+from softprompt.cli.command import Group, config_of, options_of
 from softprompt.cli.console import print_json, print_table, say
-from softprompt.cli.options import config_of, options_of
 from softprompt.cli.serve_settings import ENVIRONMENT
 from softprompt.config import ServerConfig
 from softprompt.errors import MissingDependencyError

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import click
 
 from softprompt.base import Base
+from softprompt.cli.command import config_of, given_flags
 from softprompt.cli.console import print_json, print_list, print_table, say
-from softprompt.cli.heldout import recorded_sets
-from softprompt.cli.options import config_of, given_flags
+from softprompt.cli.inputs import recorded_sets
 from softprompt.config import DataConfig
 from softprompt.data import Rows, build_examples, read_rows
 from softprompt.errors import ConfigError

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from softprompt.cli.command import Group
+from softprompt.cli.command import Group, config_of, options_of
 from softprompt.cli.console import load, print_json, print_list, print_table, print_words, say, warnings_as_lines
-from softprompt.cli.options import config_of, options_of
 from softprompt.config import BaseConfig, DataConfig
 
 _library = click.option("--library", type=click.Path(), required=True, help="Folder of adapters.")

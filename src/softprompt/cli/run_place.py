@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import Function
+from softprompt.cli.command import Function
 from softprompt.config import KEPT_CHECKPOINTS
 
 if TYPE_CHECKING:

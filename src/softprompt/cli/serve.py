@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.command import Command
-from softprompt.cli.options import config_of, options_of
+from softprompt.cli.command import Command, config_of, options_of
 from softprompt.cli.serve_settings import ENVIRONMENT, check_environment, take_file
 from softprompt.config import EMBEDDED_BASE, BaseConfig, EngineConfig, ServerConfig
 from softprompt.embedded import prompts_folder

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from softprompt.cli.command import Command
-from softprompt.cli.options import config_of, given_flags, options_of
+from softprompt.cli.command import Command, config_of, given_flags, options_of
 from softprompt.cli.run_place import RUN_FLAGS, RunPlace, run_options
 from softprompt.cli.several_processes import in_processes, load_among
 from softprompt.cli.sweep_file import Sweep, read_sweep

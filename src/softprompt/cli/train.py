@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from softprompt.cli.candidates import VARIED, vary
-from softprompt.cli.command import Command
+from softprompt.cli.command import Command, config_of, given_flags, options_of, require_flags
 from softprompt.cli.console import warnings_as_lines
-from softprompt.cli.options import config_of, given_flags, options_of, require_flags
 from softprompt.cli.run_place import RUN_FLAGS, RunPlace, run_options
 from softprompt.cli.several_processes import in_processes, load_among
 from softprompt.config import PRESETS, BaseConfig, DataConfig, TrainConfig

@@ -12,7 +12,7 @@ from softprompt.data.delimited import read_delimited
 from softprompt.data.hub import read_hub_set, read_parquet, read_saved_folder
 from softprompt.data.textfiles import FileRows, Record, read_json, read_lines
 from softprompt.errors import ConfigError, DataError
-from softprompt.git_lfs import lfs_pointer_problem
+from softprompt.guard import lfs_pointer_problem
 from softprompt.settings import typed_text
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

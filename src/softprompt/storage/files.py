@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import AdapterError
-from softprompt.git_lfs import is_lfs_pointer, lfs_pointer_sentence
-from softprompt.guard import is_nested_deeper
+from softprompt.guard import is_lfs_pointer, is_nested_deeper, lfs_pointer_sentence
 from softprompt.types import finite
 
 CONFIG_NAME = "adapter_config.json"

@@ -15,7 +15,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from softprompt.errors import AdapterError
-from softprompt.git_lfs import is_lfs_pointer, lfs_pointer_sentence
+from softprompt.guard import is_lfs_pointer, lfs_pointer_sentence
 from softprompt.storage.files import MAX_TEXT_BYTES, SAFETENSORS_NAME
 
 KEY = "prompt_embeddings"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.git_lfs import is_lfs_pointer, lfs_pointer_problem
+from softprompt.guard import is_lfs_pointer, lfs_pointer_problem
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9c0e\nsize 1044992\n"
 
