@@ -9,7 +9,7 @@ from support.command_line import run
 from support.material import QUICK, TEMPLATE
 from support.tiny_bases import build_model
 
-from softprompt.cli.candidates import vary
+from softprompt.cli.train import vary
 from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError
 from softprompt.runs import RunFolder

@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 from support.command_line import run_encoded, succeed
 
-from softprompt.cli.progress import TrainingProgress
+from softprompt.cli.training_run import TrainingProgress
 from softprompt.training import StepDone
 
 LONG = "a-prompt-with-a-name-that-is-as-long-as-a-name-may-be-0123456789"

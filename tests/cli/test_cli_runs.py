@@ -12,7 +12,7 @@ import pytest
 from support.command_line import run, succeed
 from support.material import QUICK, review, sentence, write_csv, write_jsonl
 
-from softprompt.cli import charts
+from softprompt.cli.runs import draw, sampled
 from softprompt.runs import RunFolder
 
 
@@ -207,7 +207,7 @@ class TestShow:
         assert complaint == f"{tmp_path / 'x'} is not a run's folder: it has no run.json of this release"
 
     def test_without_plotext_the_curves_are_numbers(self, shelf, monkeypatch):
-        monkeypatch.setattr("softprompt.cli.charts.find_spec", lambda name: None)
+        monkeypatch.setattr("softprompt.cli.runs.find_spec", lambda name: None)
         ran = succeed("runs", "show", shelf / "finished")
         assert "plotext is not installed, so the curves are tables of numbers; pip install" in ran.err
         losses = RunFolder(shelf / "finished").read_plan()["result"]["losses"]
@@ -217,7 +217,7 @@ class TestShow:
         assert "└┬" not in ran.out
 
     def test_many_curves_as_numbers_fit_80_columns(self, swept, monkeypatch):
-        monkeypatch.setattr("softprompt.cli.charts.find_spec", lambda name: None)
+        monkeypatch.setattr("softprompt.cli.runs.find_spec", lambda name: None)
         monkeypatch.setenv("COLUMNS", "80")
         numbers = succeed("runs", "show", swept).out.partition("texts: training loss")[2]
         assert max(len(line) for line in numbers.splitlines()) <= 80
@@ -243,7 +243,7 @@ class TestShow:
 
 class TestCharts:
     def test_one_curve_falls_from_the_top_left_to_the_bottom_right(self):
-        drawn = charts.draw("loss", {"": [(step, 10.0 - step) for step in range(1, 10)]}, 60)
+        drawn = draw("loss", {"": [(step, 10.0 - step) for step in range(1, 10)]}, 60)
         lines = drawn.split("\n")
         assert max(len(line) for line in lines) <= 60
         assert lines[0].strip() == "loss"
@@ -256,21 +256,21 @@ class TestCharts:
 
     def test_letters_tell_curves_apart(self):
         curves = {f"c{index}": [(1, 1.0 + index), (5, 0.5 + index)] for index in range(8)}
-        drawn = charts.draw("loss", curves, 70)
+        drawn = draw("loss", curves, 70)
         assert drawn.split("\n")[-1].split() == [f"{mark}=c{index}" for index, mark in enumerate("abcdefgh")]
         assert all(f"{mark}{mark}{mark}" in drawn for mark in "abcdefgh")
 
     def test_a_single_point(self):
-        assert charts.draw("loss", {"": [(3, 2.0)]}, 60).split("\n")[-2].split() == ["3"]
+        assert draw("loss", {"": [(3, 2.0)]}, 60).split("\n")[-2].split() == ["3"]
 
     def test_two_charts_do_not_mix(self):
-        one = charts.draw("one", {"": [(1, 1.0), (2, 2.0)]}, 60)
-        charts.draw("two", {"a": [(1, 5.0), (9, 9.0)], "b": [(1, 1.0)]}, 70)
-        assert charts.draw("one", {"": [(1, 1.0), (2, 2.0)]}, 60) == one
+        one = draw("one", {"": [(1, 1.0), (2, 2.0)]}, 60)
+        draw("two", {"a": [(1, 5.0), (9, 9.0)], "b": [(1, 1.0)]}, 70)
+        assert draw("one", {"": [(1, 1.0), (2, 2.0)]}, 60) == one
 
     def test_numbers_in_its_place(self):
         curves = {"a": [(step, float(step)) for step in range(1, 101)], "b": [(1, 0.5), (100, 0.25)]}
-        rows = charts.sampled(curves, 5)
+        rows = sampled(curves, 5)
         assert [row[0] for row in rows] == ["1", "26", "51", "75", "100"]
         assert rows[0] == ["1", "1.000", "0.500"]
         assert rows[1] == ["26", "26.000", ""]

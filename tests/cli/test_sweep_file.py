@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from softprompt.cli.sweep_file import read_sweep
-from softprompt.cli.sweep_grid import grid_of
+from softprompt.cli.sweep_file import grid_of, read_sweep
 from softprompt.config import DataConfig, TrainConfig
 from softprompt.errors import ConfigError
 from softprompt.runs.run_folder import is_part_name

@@ -23,8 +23,7 @@ from softprompt.base import Base
 from softprompt.config import TrainConfig
 from softprompt.errors import DataError
 from softprompt.families.checkpoint import decoder_layers
-from softprompt.launch.accelerated import AcceleratedRanks, one_voice, ranks_of_environment
-from softprompt.launch.sharded import shard_base
+from softprompt.launch.accelerated import AcceleratedRanks, one_voice, ranks_of_environment, shard_base
 from softprompt.training import Alone, Candidate, Ranks, StepDone, TrainResult, train, train_together
 
 SHORT = {"virtual_tokens": 4, "epochs": 2, "batch_rows": 8}

@@ -9,9 +9,9 @@ import torch
 
 from softprompt.config import BaseConfig
 from softprompt.errors import ConfigError, MissingDependencyError
-from softprompt.launch import accelerated, environment
-from softprompt.launch.accelerated import AcceleratedRanks, config_of_rank, one_voice, ranks_of_environment
-from softprompt.launch.sharded import shard_base
+from softprompt.launch import accelerated
+from softprompt.launch.accelerated import AcceleratedRanks, config_of_rank, one_voice, ranks_of_environment, shard_base
+from softprompt.launch.processes import RENDEZVOUS, may_report_errors
 from softprompt.training import Alone
 
 
@@ -47,13 +47,13 @@ def test_several_processes_need_accelerate(two_processes, monkeypatch):
 
 
 def test_of_many_that_complain_the_first_does_or_the_one_that_the_launcher_picks(two_processes, monkeypatch):
-    monkeypatch.delenv(environment.RENDEZVOUS, raising=False)
-    assert not environment.speaks()
-    monkeypatch.setenv(environment.RENDEZVOUS, "file")
-    assert environment.speaks()
-    monkeypatch.delenv(environment.RENDEZVOUS)
+    monkeypatch.delenv(RENDEZVOUS, raising=False)
+    assert not may_report_errors()
+    monkeypatch.setenv(RENDEZVOUS, "file")
+    assert may_report_errors()
+    monkeypatch.delenv(RENDEZVOUS)
     monkeypatch.setenv("RANK", "0")
-    assert environment.speaks()
+    assert may_report_errors()
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -70,7 +70,7 @@ def test_more_processes_than_gpus_are_refused(two_processes, monkeypatch):
 
 
 def test_a_number_of_processes_that_nobody_started_is_refused(two_processes, monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT", environment.RENDEZVOUS):
+    for name in ("MASTER_ADDR", "MASTER_PORT", RENDEZVOUS):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but this was not started by a launcher"):
         ranks_of_environment("cpu")

@@ -36,7 +36,7 @@ from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.jobs.records import JobRecords, NewEvent
 from softprompt.server.jobs.run import JobRun
-from softprompt.server.jobs.shapes import CreateJob
+from softprompt.server.jobs.schemas import CreateJob
 from softprompt.server.parts import part_of
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobRow

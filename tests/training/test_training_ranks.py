@@ -17,9 +17,9 @@ from softprompt.errors import ConfigError, MemoryLimitError
 from softprompt.families import forward_of
 from softprompt.splice import Row
 from softprompt.training import Alone, Candidate, StepDone, memory, prepare, train
+from softprompt.training.loop import validation_slices
 from softprompt.training.ranks import least, most_shared, share
 from softprompt.training.step import accumulate_gradient
-from softprompt.training.validation import validation_slices
 
 
 @dataclass
@@ -134,6 +134,6 @@ def test_ranks_in_step_run_as_many_forwards_and_backwards(tiny_llama64, texts, f
 
 def test_a_base_whose_rows_run_apart_cannot_be_run_in_step(tiny_llama64, texts, monkeypatch):
     apart = replace(forward_of(tiny_llama64), alone_beyond=5)
-    monkeypatch.setattr(import_module("softprompt.training.prepare"), "forward_of", lambda base: apart)
+    monkeypatch.setattr(import_module("softprompt.training.train"), "forward_of", lambda base: apart)
     with pytest.raises(ConfigError, match="ranks cannot run it in step"):
         train(tiny_llama64, texts, ranks=Rank(0, 2, in_step=True))

@@ -12,7 +12,7 @@ from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError, DivergedError
 from softprompt.prompt import SoftPrompt
 from softprompt.training import Candidate, Dropped, ResumePoint, StepDone, prepare, train, train_together
-from softprompt.training.halving import losers
+from softprompt.training.loop import losers
 
 SHORT = {"virtual_tokens": 4, "epochs": 2, "batch_rows": 8}
 

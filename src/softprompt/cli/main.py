@@ -13,7 +13,7 @@ from contextlib import suppress
 import click
 
 from softprompt.errors import SoftpromptError
-from softprompt.launch import environment
+from softprompt.launch.processes import may_report_errors, world_size
 
 _COMMANDS = {
     "train": ("softprompt.cli.train", "Train a soft prompt on a frozen base."),
@@ -74,7 +74,7 @@ def main() -> None:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         code = _run()
-        if environment.num_processes() > 1:
+        if world_size() > 1:
             _leave_at_once(code)
         sys.exit(code)
 
@@ -113,7 +113,7 @@ def _run() -> int:
 
 def _refused(message: str) -> int:
     """Of several processes that a launcher has started, which all refuse alike, the first one speaks."""
-    if environment.speaks():
+    if may_report_errors():
         _say(message)
     return 2
 

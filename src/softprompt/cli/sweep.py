@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from softprompt.cli.command import Command, config_of, given_flags, options_of
-from softprompt.cli.run_place import RUN_FLAGS, RunPlace, run_options
-from softprompt.cli.several_processes import in_processes, load_among
+from softprompt.cli.run_options import (
+    MAY_CHANGE,
+    RUN_FLAGS,
+    SWEEP_KEY,
+    RunPlace,
+    in_processes,
+    load_among,
+    resumed_settings,
+    run_options,
+)
 from softprompt.cli.sweep_file import Sweep, read_sweep
 from softprompt.config import BaseConfig
 from softprompt.errors import ConfigError, StorageError
@@ -42,16 +50,15 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
     `ensemble` are as with `train`. Flags override [base]. The prompt kept for a task lies in --out/NAME, or in --out
     where the tasks have no names.
     """
-    from softprompt.cli.resume import SWEEP_KEY, say_finished
     from softprompt.cli.training_run import run_job
 
     sweep = read_sweep(Path(file))
     _check_names(file, sweep)
     place = RunPlace.of(out, overwrite=overwrite, resume=resume)
     if place.is_finished:
-        say_finished(out, as_json)
+        place.report_finished(as_json)
         return
-    flags = _resumed(file, sweep, out, flags) if place.goes_on else _with_base(sweep.base, flags)
+    flags = _resumed(file, sweep, out, flags) if place.is_resumed else _with_base(sweep.base, flags)
     if flags["base"] is None:
         raise ConfigError(f"{file} names no base; give one: --base, or base = in its [base]")
     place.check(flags, tasks=[name for name in sweep.tasks if name])
@@ -99,7 +106,6 @@ def _tasks(sweep: Sweep, *, offline: bool) -> list[Task]:
 
 def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
     """The flags that the run was begun with, those given anew, and what the file says anew of the base."""
-    from softprompt.cli.resume import SWEEP_KEY, resumed_settings
     from softprompt.runs import RunFolder
 
     plan = RunFolder(Path(out)).read_plan()
@@ -115,8 +121,6 @@ def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
 
 def _check_same(file: str, now: Mapping[str, Any], begun: Mapping[str, Any], out: str) -> None:
     """Raises ConfigError where the file means another sweep than the one begun, the base's settings aside."""
-    from softprompt.cli.resume import MAY_CHANGE
-
     for section in ("tasks", "candidates"):
         names, known = list(now[section]), list(begun.get(section, ()))
         if names != known:

@@ -15,14 +15,15 @@ Paths are relative to the file's folder. A more specific section replaces what i
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from softprompt.cli.sweep_grid import grid_of
 from softprompt.cli.toml_settings import Table, check_names, read_toml, require_table, settings
 from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig, make_config
 from softprompt.errors import ConfigError
@@ -179,3 +180,42 @@ def _config(kind: type[ConfigT], settings: Table, where: str) -> ConfigT:
         return make_config(kind, settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+_LONGEST_NAME = 64
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+Settings = dict[str, Any]  # Any: a value of whatever setting
+
+
+def grid_of(values: Mapping[str, Sequence[Any]]) -> dict[str, Settings]:
+    """The combinations by name, the last setting's values changing first; none for an empty grid."""
+    if not values:
+        return {}
+    combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    varied = [key for key, options in values.items() if len(options) > 1] or list(values)
+    words = _words(varied)
+    names = ["-".join(f"{words[key]}{_shown(each[key])}" for key in varied) for each in combinations]
+    return dict(zip(_told_apart(names), combinations, strict=True))
+
+
+def _words(keys: Sequence[str]) -> dict[str, str]:
+    last = [key.rpartition("_")[2] for key in keys]
+    return {key: word if last.count(word) == 1 else key.replace("_", "-") for key, word in zip(keys, last, strict=True)}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return _NOT_IN_A_NAME.sub("", f"{value:.12g}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return "_" + _NOT_IN_A_NAME.sub("_", text)[:20].strip("_")
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names, with their number in place of the end where they are too long or occur twice."""
+    if len(set(names)) == len(names) and max(map(len, names)) <= _LONGEST_NAME:
+        return list(names)
+    ends = [f"-{number}" for number in range(len(names))]
+    return [name[: _LONGEST_NAME - len(end)] + end for name, end in zip(names, ends, strict=True)]

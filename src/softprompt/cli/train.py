@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.candidates import VARIED, vary
 from softprompt.cli.command import Command, config_of, given_flags, options_of, require_flags
 from softprompt.cli.console import warnings_as_lines
-from softprompt.cli.run_place import RUN_FLAGS, RunPlace, run_options
-from softprompt.cli.several_processes import in_processes, load_among
-from softprompt.config import PRESETS, BaseConfig, DataConfig, TrainConfig
+from softprompt.cli.run_options import RUN_FLAGS, RunPlace, in_processes, load_among, resumed_settings, run_options
+from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, PRESETS, BaseConfig, DataConfig, TrainConfig
 from softprompt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +22,11 @@ if TYPE_CHECKING:
     from softprompt.prompt import SoftPrompt
     from softprompt.training import Ranks
 
+
+VARIED = ("seed", "rate", "start", "length")
+_RATES = (1.0, 3.0, 1 / 3, 10.0)  # times the given learning rate
+_STARTS = ("data", "vocab")
+_LENGTHS = (1.0, 0.5, 2.0)  # times the given number of virtual tokens
 _SECTIONS = {
     "Run": RUN_FLAGS,
     "Data": DataConfig,
@@ -65,14 +69,13 @@ def command(
     out: str, overwrite: bool, resume: bool, as_json: bool, preset: str | None, ranks: Ranks, **flags: Any
 ) -> None:
     """Train a soft prompt on a frozen base."""
-    from softprompt.cli.resume import resumed_settings, say_finished
     from softprompt.cli.training_run import run_job
 
     place = RunPlace.of(out, overwrite=overwrite, resume=resume)
     if place.is_finished:
-        say_finished(out, as_json)
+        place.report_finished(as_json)
         return
-    flags = resumed_settings(out, flags, given_flags()) if place.goes_on else {**flags, **_preset(preset)}
+    flags = resumed_settings(out, flags, given_flags()) if place.is_resumed else {**flags, **_preset(preset)}
     require_flags(flags, "base", "data")
     place.check(flags)
     _check_start_stays(flags, out)
@@ -154,3 +157,45 @@ def _start(flags: Mapping[str, Any], base: Base, config: TrainConfig) -> SoftPro
             "them in further training; leave --virtual-tokens out"
         )
     return start
+
+
+def vary(config: TrainConfig, count: int, what: Sequence[str]) -> dict[str, TrainConfig]:
+    """`count` settings by name, no two alike: with seeds among `what`, any number; else every combination at most.
+
+    Raises: ConfigError where there are not so many.
+    """
+    variants = _variants(config, what)
+    if count > len(variants) and "seed" not in what:
+        raise ConfigError(
+            f"--candidates is {count}, but --vary {' '.join(what)} makes {len(variants)}; vary the seed too"
+        )
+    chosen = [
+        replace(variants[index % len(variants)], seed=config.seed + (index if "seed" in what else 0))
+        for index in range(count)
+    ]
+    return {f"c{index}": each for index, each in enumerate(chosen)}
+
+
+def _variants(config: TrainConfig, what: Sequence[str]) -> list[TrainConfig]:
+    found = [config]
+    if "length" in what:
+        found = [
+            replace(each, virtual_tokens=max(round(each.virtual_tokens * by), 1)) for by in _LENGTHS for each in found
+        ]
+    if "start" in what:
+        found = [each for start in _starts(config) for each in (replace(item, **start) for item in found)]
+    if "rate" in what:
+        found = [replace(each, **_rate(each, by)) for by in _RATES for each in found]
+    return found
+
+
+def _starts(config: TrainConfig) -> list[dict[str, Any]]:
+    others = [start for start in _STARTS if start != config.init]
+    return [{}, *({"init": start, "init_text": None} for start in others)]
+
+
+def _rate(config: TrainConfig, by: float) -> dict[str, Any]:
+    if config.learning_rate is not None:
+        return {"learning_rate": config.learning_rate * by}
+    relative = config.relative_learning_rate
+    return {"relative_learning_rate": (DEFAULT_RELATIVE_LEARNING_RATE if relative is None else relative) * by}

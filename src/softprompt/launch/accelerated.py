@@ -1,7 +1,13 @@
-"""The ranks of a run over Accelerate: who this process is, its device, how sums are made, and who speaks.
+"""The ranks of a run over Accelerate: who this process is, its device, how sums are made, who speaks, and a split base.
 
 Which rows are whose, and what is summed, is the training room's business. Accelerate is optional and is imported only
 where a launcher started more than one process.
+
+A big base may be split over the ranks: each holds a part of every decoder layer, which come together as they run
+(FSDP2). The choice and its options are those of Accelerate's configuration (`accelerate launch --use_fsdp
+--fsdp_version 2`). A base is frozen, so there are no gradients to scatter, and the prompts and their optimiser stay
+whole on every rank. Embeddings, final norm and head stay whole too: rows are spliced, and losses taken, outside of the
+model's own forward.
 """
 
 from __future__ import annotations
@@ -18,16 +24,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from softprompt.base import Base
 from softprompt.base.device import resolve_dtype
 from softprompt.config import BaseConfig
-from softprompt.errors import ConfigError, MissingDependencyError, RankError
-from softprompt.launch import environment
+from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError, RankError
+from softprompt.families.checkpoint import decoder_layers
+from softprompt.launch.processes import (
+    PEERS_LEFT,
+    RENDEZVOUS,
+    local_rank,
+    local_world_size,
+    rank,
+    wants_cpu,
+    wants_fsdp,
+    world_size,
+)
 from softprompt.training import Alone, Ranks
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
 
 _LONGEST_WAIT = timedelta(hours=2)  # of a rank for the slowest one
 
@@ -37,7 +55,7 @@ class AcceleratedRanks:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.in_step = environment.wants_fsdp()  # the base is to be split, by `launch.sharded`
+        self.in_step = wants_fsdp()  # the base is to be split, by `shard_base`
 
     @property
     def rank(self) -> int:
@@ -49,7 +67,7 @@ class AcceleratedRanks:
 
     @property
     def num_on_this_machine(self) -> int:
-        return environment.num_processes_here()
+        return local_world_size()
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +100,7 @@ def ranks_of_environment(device: str = "auto") -> Ranks:
     `device` is the base's: auto, cpu or cuda. Raises ConfigError where it cannot be had by each rank, and
     MissingDependencyError without accelerate.
     """
-    if environment.num_processes() == 1:
+    if world_size() == 1:
         return Alone()
     require_accelerate()
     from accelerate import Accelerator
@@ -127,7 +145,7 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
             yield
             ranks.sum([torch.zeros(1)])  # the others stay until the first has written all
     except RankError:
-        raise SystemExit(environment.PEERS_LEFT) from None
+        raise SystemExit(PEERS_LEFT) from None
     finally:
         part()
 
@@ -158,14 +176,14 @@ def _on_cpu(device: str) -> bool:
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or index:
         raise ConfigError(
-            f"device is {device!r}, but {environment.num_processes()} processes take a device each; use auto, cpu or "
+            f"device is {device!r}, but {world_size()} processes take a device each; use auto, cpu or "
             "cuda, or one process"
         )
-    if kind == "cpu" or environment.wants_cpu() or (kind == "auto" and not torch.cuda.is_available()):
+    if kind == "cpu" or wants_cpu() or (kind == "auto" and not torch.cuda.is_available()):
         return True
-    if environment.local_rank() >= torch.cuda.device_count():
+    if local_rank() >= torch.cuda.device_count():
         raise ConfigError(
-            f"{environment.num_processes_here()} processes were started, but this machine has "
+            f"{local_world_size()} processes were started, but this machine has "
             f"{torch.cuda.device_count()} CUDA device(s); start as many, or use device cpu"
         )
     return False
@@ -173,20 +191,20 @@ def _on_cpu(device: str) -> bool:
 
 def _meet(on_cpu: bool) -> None:
     """Join the other processes: through our launcher's file, else as the environment says (`env://`)."""
-    file = os.environ.get(environment.RENDEZVOUS)
+    file = os.environ.get(RENDEZVOUS)
     if not on_cpu:
-        torch.cuda.set_device(environment.local_rank())
+        torch.cuda.set_device(local_rank())
     try:
         torch.distributed.init_process_group(
             "gloo" if on_cpu else "nccl",
             init_method=f"file://{file}" if file else "env://",
-            rank=environment.rank(),
-            world_size=environment.num_processes(),
+            rank=rank(),
+            world_size=world_size(),
             timeout=_LONGEST_WAIT,
         )
     except ValueError as error:  # a variable that is not there
         raise ConfigError(
-            f"WORLD_SIZE is {environment.num_processes()}, but this was not started by a launcher ({error}); unset it, "
+            f"WORLD_SIZE is {world_size()}, but this was not started by a launcher ({error}); unset it, "
             "or use --processes or accelerate launch"
         ) from error
 
@@ -194,4 +212,62 @@ def _meet(on_cpu: bool) -> None:
 def _share_threads() -> None:
     """Between the processes of this machine, unless the user has."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(torch.get_num_threads() // environment.num_processes_here(), 1))
+        torch.set_num_threads(max(torch.get_num_threads() // local_world_size(), 1))
+
+
+def shard_base(base: Base, ranks: Ranks) -> None:
+    """Split the decoder layers of a base on the CPU over the ranks, where Accelerate's configuration asks for it.
+
+    Raises ConfigError for FSDP of version 1, and BaseModelError where no decoder layers are found.
+    """
+    if not isinstance(ranks, AcceleratedRanks) or not ranks.in_step:
+        return
+    plugin = _plugin(ranks)
+    layers = decoder_layers(base.model)
+    if not layers:
+        raise BaseModelError(f"base {base.name!r} cannot be split by FSDP: its decoder layers are in no list of theirs")
+    _remember_what_needs_all_weights(base)
+    _shard(layers, plugin, ranks)
+    _move_the_rest(base.model, ranks.device)
+
+
+def _plugin(ranks: AcceleratedRanks) -> FullyShardedDataParallelPlugin:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    found = getattr(ranks.accelerator.state, "fsdp_plugin", None)  # Accelerate leaves it out on CPUs
+    plugin: FullyShardedDataParallelPlugin = found or FullyShardedDataParallelPlugin()
+    version = getattr(plugin, "fsdp_version", 1)  # an older Accelerate knows no other
+    if version != 2:
+        raise ConfigError(
+            f"Accelerate is configured for FSDP of version {version}; set fsdp_version 2 "
+            "(accelerate launch --use_fsdp --fsdp_version 2)"
+        )
+    return plugin
+
+
+def _remember_what_needs_all_weights(base: Base) -> None:
+    assert base.fingerprint
+    assert base.embedding_rms
+
+
+def _shard(layers: list[nn.Module], plugin: FullyShardedDataParallelPlugin, ranks: AcceleratedRanks) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+    for layer in layers:
+        fully_shard(
+            layer,
+            mesh=mesh,
+            reshard_after_forward=bool(plugin.reshard_after_forward),
+            offload_policy=plugin.cpu_offload,
+        )
+
+
+def _move_the_rest(model: nn.Module, device: torch.device) -> None:
+    """Whatever is whole goes to this rank's device; the parts are there."""
+    from torch.distributed.tensor import DTensor
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)

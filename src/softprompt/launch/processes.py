@@ -24,10 +24,49 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from softprompt.errors import ConfigError, MissingDependencyError
-from softprompt.launch import environment
+
+PEERS_LEFT = 3  # exit code of a process that ends because another has: it has nothing to say itself
+RENDEZVOUS = "SOFTPROMPT_RENDEZVOUS"  # the file through which processes of our own launcher find each other
+
+
+def world_size() -> int:
+    """How many processes the launcher started, on all machines; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_world_size() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
+def rank() -> int:
+    """This process's number among all of them; 0 is the one that writes and speaks."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def local_rank() -> int:
+    """Its number on this machine, which is that of its CUDA device."""
+    return int(os.environ.get("LOCAL_RANK") or rank())
+
+
+def may_report_errors() -> bool:
+    """Whether this process may complain: the first one, and all that our own launcher started, which picks."""
+    return rank() == 0 or RENDEZVOUS in os.environ
+
+
+def wants_cpu() -> bool:
+    return _is_true("ACCELERATE_USE_CPU")
+
+
+def wants_fsdp() -> bool:
+    """Whether Accelerate's configuration asks to split the base over the processes."""
+    return _is_true("ACCELERATE_USE_FSDP")
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
 
 _POLL_S = 0.05
 _PATIENCE_S = 30.0  # for the others, once one process has ended
@@ -43,10 +82,9 @@ def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
     """
     if num_processes < 1:
         raise ConfigError(f"processes is {num_processes}; it must be at least 1")
-    if environment.num_processes() > 1:
+    if world_size() > 1:
         raise ConfigError(
-            f"this is already one of {environment.num_processes()} processes that a launcher started; "
-            "leave --processes out"
+            f"this is already one of {world_size()} processes that a launcher started; leave --processes out"
         )
     if num_processes > 1 and find_spec("accelerate") is None:
         raise MissingDependencyError("several processes need accelerate; pip install 'softprompt[distributed]'")
@@ -90,7 +128,7 @@ class _Member:
     @property
     def has_failed(self) -> bool:
         """By itself, not because another had gone."""
-        return self.process.poll() not in (None, 0, environment.PEERS_LEFT)
+        return self.process.poll() not in (None, 0, PEERS_LEFT)
 
 
 def _start(command: Sequence[str], rank: int, count: int, folder: Path) -> _Member:
@@ -107,12 +145,14 @@ def _start(command: Sequence[str], rank: int, count: int, folder: Path) -> _Memb
 
 
 def _variables(rank: int, count: int, folder: Path) -> dict[str, str]:
+    import psutil
+
     threads = max((psutil.cpu_count(logical=False) or 1) // count, 1)
     return {
         "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK,
         **os.environ,
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        environment.RENDEZVOUS: str(folder / "rendezvous"),
+        RENDEZVOUS: str(folder / "rendezvous"),
     }  # fmt: skip
 
 
@@ -154,7 +194,7 @@ def _failed(group: Sequence[_Member]) -> _Member | None:
 def _let_others_end(group: Sequence[_Member]) -> None:
     """By themselves, where the first process went well or has lost them."""
     give_up = time.monotonic() + _PATIENCE_S
-    while group[0].process.poll() in (0, environment.PEERS_LEFT) and time.monotonic() < give_up:
+    while group[0].process.poll() in (0, PEERS_LEFT) and time.monotonic() < give_up:
         if all(member.process.poll() is not None for member in group):
             return
         time.sleep(_POLL_S)
@@ -165,7 +205,7 @@ def _outcome(group: Sequence[_Member], failed: _Member | None) -> int:
     first = group[0].process.poll()
     if first in (0, -signal.SIGTERM) or failed is None:
         return _shell_code(first)
-    first_has_spoken = first is not None and first > 0 and first != environment.PEERS_LEFT
+    first_has_spoken = first is not None and first > 0 and first != PEERS_LEFT
     if not first_has_spoken:
         sys.stderr.write(_words_of(failed, len(group)))
     return _shell_code(first if first_has_spoken else failed.process.poll())
@@ -184,7 +224,7 @@ def _words_of(failed: _Member, count: int) -> str:
 
 def _shell_code(code: int | None) -> int:
     """Of a process that a signal ended, 128 and its number; 1 where the others left without a word."""
-    if code is None or code == environment.PEERS_LEFT:
+    if code is None or code == PEERS_LEFT:
         return 1
     return code if code >= 0 else 128 - code
 

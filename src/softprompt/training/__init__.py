@@ -1,12 +1,10 @@
 """Train soft prompts on a frozen base. Knows neither the engine, nor the server, nor the disk."""
 
-from softprompt.training.events import Checkpoint, Dropped, Event, ResumePoint, SliceDone, StepDone
+from softprompt.training.events import Checkpoint, Dropped, Event, ResumePoint, RunState, SliceDone, StepDone
 from softprompt.training.memory import peak_bytes
 from softprompt.training.plan import Plan
-from softprompt.training.prepare import Candidate, Data, Prepared, prepare
 from softprompt.training.ranks import Alone, Ranks
-from softprompt.training.state import RunState
-from softprompt.training.train import Sink, TrainResult, train, train_together
+from softprompt.training.train import Candidate, Data, Prepared, Sink, TrainResult, prepare, train, train_together
 from softprompt.training.trial import Score, Trial
 
 __all__ = [

@@ -8,7 +8,7 @@ Between two slices anything else may run on the same base. It knows neither disk
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -17,15 +17,87 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.families import Forward
+from softprompt.loss import score_under
 from softprompt.splice import Row
-from softprompt.training.events import Dropped, Event, ResumePoint, SliceDone, StepDone
-from softprompt.training.halving import losers
+from softprompt.training.events import Dropped, Event, ResumePoint, RunState, SliceDone, StepDone, within
 from softprompt.training.plan import with_micro_batch_rows
 from softprompt.training.ranks import Alone, Ranks, most_shared, share
-from softprompt.training.state import RunState, within
 from softprompt.training.step import accumulate_gradient, num_targets
 from softprompt.training.trial import Trial
-from softprompt.training.validation import validation_slices
+from softprompt.types import Example
+
+
+def losers(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that should train no further, by their best validations; ties go to the earlier trial."""
+    groups = {trial.group: [rival for rival in trials if rival.group == trial.group] for trial in trials}
+    return [trial for rivals in groups.values() for trial in _losers_of_group(rivals)]
+
+
+def _losers_of_group(rivals: Sequence[Trial]) -> list[Trial]:
+    left = [trial for trial in rivals if not trial.is_dropped]
+    if not left:
+        return []
+    allowed = _allowed(len(rivals), min(_validated_progress(trial) for trial in left))
+    keep = max(allowed, (len(left) + 1) // 2)  # one rung at a time, however seldom they are validated
+    ranked = sorted(left, key=lambda trial: trial.best_value)
+    return [trial for trial in ranked[keep:] if trial.is_judged and not trial.is_over]
+
+
+def _allowed(count: int, progress: float) -> int:
+    rungs = math.ceil(math.log2(count)) if count > 1 else 0
+    passed = max(_rungs_passed(rungs, progress), default=0)
+    return max(count >> passed, 1)
+
+
+def _rungs_passed(rungs: int, progress: float) -> Iterable[int]:
+    return (rung for rung in range(1, rungs + 1) if progress >= (2**rung - 1) / (2 ** (rungs + 1) - 1))
+
+
+def _validated_progress(trial: Trial) -> float:
+    """The share of its steps after which it was last validated; one that ended early counts as at its end."""
+    if trial.is_over:
+        return 1.0
+    return trial.validations[-1][0] / trial.plan.num_steps if trial.validations else 0.0
+
+
+_TOKENS_PER_SLICE = 2_048
+
+
+@dataclass(frozen=True)
+class ValidationSlice:
+    """A bounded part of a validation."""
+
+    sums_K2: Tensor  # float64: nats and tokens of each trial
+    num_tokens: int
+
+
+def validation_slices(base: Base, forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> Iterator[ValidationSlice]:
+    """The trials' validation rows that are this rank's, each under its own prompt.
+
+    Where the ranks run in step, a row at a time: as many forwards everywhere, the spare ones for nothing.
+    """
+    prompts = [trial.prompt() for trial in trials]
+    pairs = [(example, index) for index, trial in enumerate(trials) for example in trial.validation]
+    mine = share(pairs, [len(example.ids) for example, _ in pairs], ranks)
+    for chosen in [[pair] for pair in mine] if ranks.in_step else _cut(mine):
+        sums_K2 = torch.zeros(len(trials), 2, dtype=torch.float64)
+        for (_, index), score in zip(chosen, score_under(base, forward, chosen, prompts), strict=True):
+            sums_K2[index] += torch.tensor([score.text_nats, score.num_text], dtype=torch.float64)
+        yield ValidationSlice(sums_K2.to(base.device), sum(len(example.ids) for example, _ in chosen))
+    for _ in range(most_shared(len(pairs), ranks) - len(mine) if ranks.in_step else 0):
+        score_under(base, forward, pairs[:1], prompts)
+
+
+def _cut(pairs: Sequence[tuple[Example, int]]) -> list[list[tuple[Example, int]]]:
+    slices: list[list[tuple[Example, int]]] = []
+    room = 0
+    for pair in pairs:
+        if not slices or len(pair[0].ids) > room:
+            slices.append([])
+            room = _TOKENS_PER_SLICE
+        slices[-1].append(pair)
+        room -= len(pair[0].ids)
+    return slices
 
 
 @dataclass

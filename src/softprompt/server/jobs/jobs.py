@@ -27,8 +27,8 @@ from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
 from softprompt.server.jobs.run import JobRun, Order, Workplace, forget_state
+from softprompt.server.jobs.schemas import CreateJob, Json
 from softprompt.server.jobs.settings import check_rows, train_config
-from softprompt.server.jobs.shapes import CreateJob, Json
 from softprompt.server.prompts.catalogue import Catalogue
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobEventRow, JobRow

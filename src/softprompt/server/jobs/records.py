@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from softprompt.server.jobs.shapes import Json
+from softprompt.server.jobs.schemas import Json
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import FileRow, JobEventRow, JobRow, KeyRow
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.records import JobRecords
-from softprompt.server.jobs.shapes import Json
+from softprompt.server.jobs.schemas import Json
 from softprompt.server.state.schema import FileRow
 from softprompt.storage.atomic import write_file
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query, Request
 from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE
 from softprompt.server.clients.asking import TheClient
 from softprompt.server.jobs.jobs import Jobs
-from softprompt.server.jobs.shapes import (
+from softprompt.server.jobs.schemas import (
     JOB_ID,
     CheckpointList,
     CreateJob,

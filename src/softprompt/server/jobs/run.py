@@ -28,7 +28,7 @@ from softprompt.server.jobs.failures import code_and_param, is_of_disk, said
 from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import TAKEN, JobRecords
 from softprompt.server.jobs.results import add_results
-from softprompt.server.jobs.shapes import Json
+from softprompt.server.jobs.schemas import Json
 from softprompt.server.jobs.story import Story
 from softprompt.server.prompts.catalogue import Catalogue
 from softprompt.server.state.schema import JobRow

@@ -12,7 +12,7 @@ from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
 from softprompt.errors import ConfigError, shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
-from softprompt.server.jobs.shapes import CreateJob, Json
+from softprompt.server.jobs.schemas import CreateJob, Json
 from softprompt.settings import make_config, nearest
 
 _OPENAI = {"n_epochs": "epochs", "batch_size": "batch_rows", "learning_rate_multiplier": "relative_learning_rate"}

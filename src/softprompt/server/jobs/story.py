@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from softprompt.server.jobs.records import JobRecords, NewEvent
-from softprompt.server.jobs.shapes import Json
+from softprompt.server.jobs.schemas import Json
 from softprompt.server.state.schema import JobRow
 from softprompt.training import Checkpoint, StepDone
 
