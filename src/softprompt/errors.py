@@ -26,7 +26,14 @@ A message says what was wrong, the value, and what to do. The command line print
 
 
 class SoftpromptError(Exception):
-    """Root of all errors raised on purpose by this package."""
+    """Root of all errors raised on purpose by this package.
+
+    `param` is the setting, or the field of a request, that the error is about; None where it is about no single one.
+    """
+
+    def __init__(self, *arguments: object, param: str | None = None) -> None:
+        super().__init__(*arguments)
+        self.param = param
 
 
 class ConfigError(SoftpromptError, ValueError):
