@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_bases import build_base
+from support.tiny_bases import build_base, build_model, build_tokenizer
 
+from softprompt.base import freeze_base
 from softprompt.errors import PromptError
-from softprompt.prompt import SoftPrompt, mean_embedding, similar_pairs, similarity
+from softprompt.prompt import SoftPrompt, mean_embedding, nearest_tokens, similar_pairs, similarity
 from softprompt.types import PromptRecord
 
 WIDTH = 3
@@ -107,9 +108,7 @@ def test_pairs_are_sorted_leave_other_widths_out_and_know_copies():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("chunk", [7, 16_384])
-def test_the_mean_embedding_is_that_of_the_tokens_that_have_a_text(monkeypatch, chunk):
-    monkeypatch.setattr("softprompt.prompt.vocabulary._TOKENS_PER_CHUNK", chunk)
+def test_the_mean_embedding_leaves_out_embeddings_without_a_token():
     base = build_base("llama")
     padded = build_base("llama", vocab_size=120)
     for some in (base, padded):
@@ -117,3 +116,16 @@ def test_the_mean_embedding_is_that_of_the_tokens_that_have_a_text(monkeypatch, 
         assert torch.allclose(mean_embedding(some), truth, rtol=0, atol=1e-12)
     scaled = build_base("gemma3")
     assert torch.allclose(mean_embedding(scaled), scaled.embedding(torch.arange(97)).double().mean(dim=0), atol=1e-9)
+
+
+def test_a_vocabulary_of_several_chunks_is_compared_whole():
+    base = freeze_base(build_model("llama", vocab_size=20_000), build_tokenizer(vocab=20_000), name="wide")
+    truth = base.embedding.weight.double().mean(dim=0)
+    assert torch.allclose(mean_embedding(base), truth, rtol=0, atol=1e-12)
+    tokens = torch.tensor([10, 16_383, 16_384, 19_999])
+    found = nearest_tokens(SoftPrompt(3 * base.embed(tokens)), base, count=2)  # the angle counts, not the length
+    assert [item.tokens[0][0] for item in found] == [f"w{token}" for token in tokens]
+    for item, vector in zip(found, base.embed(tokens), strict=True):
+        assert item.tokens[0][1] == pytest.approx(1, abs=1e-6)
+        assert item.tokens[1][1] < 0.95
+        assert item.norm == pytest.approx(3 * float(vector.norm()), rel=1e-6)

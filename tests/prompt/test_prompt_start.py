@@ -8,7 +8,7 @@ from peft import PromptTuningConfig, get_peft_model
 from support.tiny_bases import build_base, build_model
 
 from softprompt.errors import ConfigError
-from softprompt.prompt import SoftPrompt, StartTexts, nearest_tokens, starting_tensor
+from softprompt.prompt import StartTexts, starting_tensor
 
 TEXTS = StartTexts(data=[(5, 6, 7, 5), (5, 8)], instruction=(10, 11, 12), labels=[(20, 21), (22,)])
 ALL = ["data", "text", "vocab", "labels", "random", "peft"]
@@ -131,14 +131,3 @@ def test_a_bfloat16_base_gives_a_float32_start():
 def test_a_scaled_embedding_is_taken_as_the_model_gives_it_out():
     base = build_base("gemma3")
     assert torch.equal(start(base, "text", 3)[0], base.embedding(torch.tensor([10, 11, 12])))
-
-
-def test_nearest_tokens_find_the_token_whose_embedding_it_is(tiny_llama, monkeypatch):
-    monkeypatch.setattr("softprompt.prompt.vocabulary._TOKENS_PER_CHUNK", 10)
-    tensor, _ = start(tiny_llama, "text", 3)
-    found = nearest_tokens(SoftPrompt(3 * tensor), tiny_llama, count=2)  # the angle counts, not the length
-    assert [item.tokens[0][0] for item in found] == ["w10", "w11", "w12"]
-    for item, vector in zip(found, tensor, strict=True):
-        assert item.tokens[0][1] == pytest.approx(1, abs=1e-6)
-        assert item.tokens[1][1] < 0.95
-        assert item.norm == pytest.approx(3 * float(vector.norm()), rel=1e-6)

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from support.prompt_server import as_upload, made_prompt, prompt_server, upload
 from support.tiny_bases import random_prompt
 
-from softprompt.storage.adapter import adapter_to_bytes
+from softprompt.storage.save import adapter_to_bytes
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "softprompt.json"
 

@@ -8,7 +8,7 @@ from support.tiny_bases import random_ids
 
 from softprompt.config import EngineConfig
 from softprompt.storage import pull_prompt, save_prompt
-from softprompt.storage.adapter import adapter_to_bytes
+from softprompt.storage.save import adapter_to_bytes
 
 IDS = random_ids(5)
 

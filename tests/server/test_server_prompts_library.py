@@ -19,7 +19,8 @@ from softprompt.server.prompts import library as library_module
 from softprompt.server.prompts.catalogue import Catalogue
 from softprompt.server.prompts.library import WatchedLibrary
 from softprompt.storage import save_prompt
-from softprompt.storage.adapter import ADAPTER_FILES, adapter_to_bytes
+from softprompt.storage.files import ADAPTER_FILES
+from softprompt.storage.save import adapter_to_bytes
 
 IDS = random_ids(5)
 ANYBODY = Client("ann", "ann", is_admin=False)

@@ -18,7 +18,7 @@ from softprompt.server.prompts.library import WatchedLibrary
 from softprompt.server.prompts.shelf import Shelf
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import PromptRow
-from softprompt.storage.adapter import adapter_to_bytes
+from softprompt.storage.save import adapter_to_bytes
 
 ANYBODY = Client("ann", "ann", is_admin=False)
 

@@ -31,7 +31,7 @@ from softprompt.server.prompts.routes import router
 from softprompt.server.prompts.serving import serving_prompts
 from softprompt.server.prompts.shelf import Shelf
 from softprompt.server.state.database import Database
-from softprompt.storage.adapter import adapter_to_bytes
+from softprompt.storage.save import adapter_to_bytes
 from softprompt.types import PromptRecord
 from support.served import served
 from support.tiny_bases import random_prompt

@@ -12,7 +12,8 @@ from pathlib import Path
 from softprompt import BaseConfig, SoftPrompt, load_base, save_prompt, split_rows, train
 from softprompt.base import Base
 from softprompt.demo.tasks import TASKS, Task
-from softprompt.storage.record import publishable_record, record_to_bytes
+from softprompt.storage.hub import publishable_record
+from softprompt.storage.save import record_to_bytes
 
 PLACE = Path(__file__).parents[2] / "src/softprompt/embedded/prompts"
 _LEFT_OUT = ("seconds", "losses", "drift")  # of the run

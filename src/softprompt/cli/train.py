@@ -111,7 +111,7 @@ def _candidates(config: TrainConfig, flags: Mapping[str, Any]) -> dict[str, Trai
 
 
 def _base_id(flags: Mapping[str, Any]) -> str | None:
-    from softprompt.storage.record import is_hub_id
+    from softprompt.storage.card import is_hub_id
 
     base_id = flags.get("base_id")  # a run of an earlier release knew none
     if base_id is not None and not is_hub_id(base_id):

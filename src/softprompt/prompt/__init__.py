@@ -1,11 +1,16 @@
 """The trained tensor [P, H], its starts, and looking inside: nearest tokens, drift, similarity."""
 
 from softprompt.prompt.drift import Drift, drift, drift_from_json
-from softprompt.prompt.nearest import NearestTokens, nearest_tokens
-from softprompt.prompt.similarity import SimilarPair, similar_pairs, similarity
+from softprompt.prompt.similarity import (
+    NearestTokens,
+    SimilarPair,
+    mean_embedding,
+    nearest_tokens,
+    similar_pairs,
+    similarity,
+)
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.prompt.start import StartTexts, starting_tensor
-from softprompt.prompt.vocabulary import mean_embedding
 
 __all__ = [
     "Drift", "NearestTokens", "SimilarPair", "SoftPrompt", "StartTexts", "drift", "drift_from_json", "mean_embedding",

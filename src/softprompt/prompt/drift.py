@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from softprompt.errors import PromptError
-from softprompt.prompt.direction import unit_vectors
+from softprompt.prompt.similarity import unit_vectors
 from softprompt.prompt.soft_prompt import SoftPrompt
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from softprompt.config import KEPT_CHECKPOINTS
 from softprompt.errors import AdapterError, ExistsError, StorageError
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.adapter import adapter_to_bytes, save_prompt, save_prompt_into
+from softprompt.storage.adapter import PEFT_TYPE
 from softprompt.storage.atomic import PARTIAL_SUFFIX, append_line, remove_folder, write_file, write_folder
 from softprompt.storage.files import (
     ADAPTER_FILES,
@@ -37,9 +37,8 @@ from softprompt.storage.files import (
     parse_object,
     read_file,
 )
-from softprompt.storage.library import NAME, check_name
-from softprompt.storage.peft_config import PEFT_TYPE
-from softprompt.storage.prompt_set import SET_NAME
+from softprompt.storage.library import NAME, SET_NAME, check_name
+from softprompt.storage.save import adapter_to_bytes, save_prompt, save_prompt_into
 
 STATE_NAME = "state.json"
 STATE_TENSORS_NAME = "state.safetensors"

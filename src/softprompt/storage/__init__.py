@@ -9,10 +9,19 @@ import importlib
 import warnings
 from typing import Any
 
-from softprompt.storage.adapter import UnknownBaseWarning, load_prompt, save_prompt
+from softprompt.storage.adapter import UnknownBaseWarning, load_prompt
 from softprompt.storage.hub import pull_prompt, push_prompt
-from softprompt.storage.library import Check, Library, LibraryEntry, check_name, resolve_prompt
-from softprompt.storage.prompt_set import is_set, load_set, save_set
+from softprompt.storage.library import (
+    Check,
+    Library,
+    LibraryEntry,
+    check_name,
+    is_set,
+    load_set,
+    resolve_prompt,
+    save_set,
+)
+from softprompt.storage.save import save_prompt
 
 __all__ = [
     "Check",

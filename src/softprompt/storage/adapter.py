@@ -1,25 +1,28 @@
-"""A soft prompt as a folder, exactly as PEFT writes prompt-tuning adapters, with our record beside.
+"""A soft prompt's folder, read: exactly what PEFT writes for prompt tuning, with our record beside.
 
-A folder from outside is data: JSON and one tensor, checked before use. Nothing in it is ever run.
+A folder from outside is data: JSON and one tensor, checked before use. Nothing in it is ever run: a pickle is read by
+torch's weights-only reader alone. `softprompt.storage.save` writes such folders.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
+from torch import Tensor
 
-from softprompt.errors import AdapterError, ExistsError, PromptError, WrongBaseError
+from softprompt.errors import AdapterError, PromptError, WrongBaseError
+from softprompt.guard import is_lfs_pointer, lfs_pointer_sentence
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.atomic import write_files, write_folder
-from softprompt.storage.card import model_card
 from softprompt.storage.files import (
-    ADAPTER_FILES,
-    CARD_NAME,
     CONFIG_NAME,
     MAX_RECORD_BYTES,
     MAX_TEXT_BYTES,
@@ -27,23 +30,35 @@ from softprompt.storage.files import (
     PICKLE_NAME,
     RECORD_NAME,
     SAFETENSORS_NAME,
-    dump_object,
     parse_object,
     read_file,
 )
-from softprompt.storage.peft_config import TASK_TYPE, check_kind, check_shape, check_task, config_for
-from softprompt.storage.record import StoredRecord, record_from_bytes, record_to_bytes
-from softprompt.storage.weights import tensor_from_bytes, tensor_to_bytes
 from softprompt.types import PromptRecord
 
 if TYPE_CHECKING:
     from softprompt.base import Base
 
-_MAY_BE_REPLACED = {*ADAPTER_FILES, PICKLE_NAME, ".gitattributes"}  # the Hub adds the last
+PEFT_TYPE = "PROMPT_TUNING"
+TASK_TYPE = "CAUSAL_LM"
+KEY = "prompt_embeddings"
+FORMAT_VERSION = 1  # of softprompt.json
+_TEXT_FIELDS = ("base_name", "base_source", "base_fingerprint", "parent", "created")
+_MAX_VALUE = 1e15  # trained prompts stay below 1e4
+_HEADER_LENGTH_BYTES = 8  # a safetensors file opens with the length of its header
+_MAX_ZIP_RECORDS = 64  # torch.save writes seven for one tensor
 
 
 class UnknownBaseWarning(UserWarning):
     """An adapter does not say which base it was trained on; only its width could be checked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRecord:
+    """What `softprompt.json` says."""
+
+    record: PromptRecord
+    content_hash: str  # of the tensor that it was written with
+    created: str | None  # when the folder was written, ISO 8601 in UTC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,31 +70,6 @@ class AdapterFiles:
     weights: bytes
     config: bytes | None
     record: bytes | None
-
-
-def save_prompt(
-    prompt: SoftPrompt, folder: str | os.PathLike[str], *, overwrite: bool = False, base: Base | None = None
-) -> Path:
-    """Write an adapter folder that PEFT and `load_prompt` read, whole or not at all; gives back its path.
-
-    `base` adds its name, fingerprint and layer counts where the prompt's record has none.
-    Overwriting replaces an adapter folder only, and only if nothing else lies in it.
-
-    Raises: ExistsError, StorageError; WrongBaseError where the record names another base than `base`.
-    """
-    place = Path(folder)
-    check_free(place, overwrite=overwrite)
-    write_folder(place, adapter_to_bytes(prompt, base), replace=overwrite)
-    return place
-
-
-def save_prompt_into(prompt: SoftPrompt, folder: Path, *, base: Base | None = None) -> Path:
-    """Write or replace an adapter's files in a folder that keeps its other files (a run's).
-
-    Raises: StorageError; WrongBaseError.
-    """
-    write_files(folder, adapter_to_bytes(prompt, base))
-    return folder
 
 
 def load_prompt(
@@ -100,41 +90,6 @@ def load_prompt(
     """
     files = read_adapter(Path(folder))
     return parse_adapter(files, base, force=force, task_type=task_type, base_name=base_name)
-
-
-def check_free(place: Path, *, overwrite: bool) -> None:
-    """A new adapter may go to `place`: nothing is there, or an empty folder, or an adapter that may be replaced.
-
-    Raises: ExistsError.
-    """
-    if not os.path.lexists(place):
-        return
-    if not place.is_dir():
-        raise ExistsError(f"{place} is a file; an adapter is a folder: choose another name")
-    names = sorted(entry.name for entry in place.iterdir())
-    if names and not overwrite:
-        raise ExistsError(f"{place} exists and is not empty; overwrite it on purpose, or choose another folder")
-    others = [name for name in names if name not in _MAY_BE_REPLACED]
-    if others or (names and CONFIG_NAME not in names and RECORD_NAME not in names):
-        raise ExistsError(
-            f"{place} holds {', '.join(others[:5] or names[:5])} and so is not just an adapter; "
-            "it is not overwritten: choose another folder"
-        )
-
-
-def adapter_to_bytes(prompt: SoftPrompt, base: Base | None = None) -> dict[str, bytes]:
-    """The files of an adapter folder by name, in the order in which they are put in place.
-
-    Raises: WrongBaseError.
-    """
-    known = prompt if base is None else _with_base(prompt, base)
-    contents = {
-        SAFETENSORS_NAME: tensor_to_bytes(known.tensor),
-        RECORD_NAME: record_to_bytes(known),
-        CARD_NAME: model_card(known).encode(),
-        CONFIG_NAME: dump_object(config_for(known, base)),
-    }
-    return {name: contents[name] for name in ADAPTER_FILES}
 
 
 def read_adapter(folder: Path, *, where: str | None = None, follow_links: bool = False) -> AdapterFiles:
@@ -167,11 +122,11 @@ def parse_adapter(
 ) -> SoftPrompt:
     """See `load_prompt`."""
     config = None if files.config is None else _check_config_bytes(files.config, files.where, task_type)
-    tensor = tensor_from_bytes(files.weights_name, files.weights, f"{files.where}/{files.weights_name}")
+    tensor = _tensor_from_bytes(files.weights_name, files.weights, f"{files.where}/{files.weights_name}")
     if config is None:
         _check_unstated(list(tensor.shape), task_type, files.where)
     else:
-        check_shape(config, tensor, f"{files.where}/{CONFIG_NAME}")
+        _check_shape(config, tensor, f"{files.where}/{CONFIG_NAME}")
     stored = stored_record(files)
     try:
         prompt = SoftPrompt(tensor, _record(stored, config or {}, base_name, files.where))
@@ -188,7 +143,7 @@ def stored_record(files: AdapterFiles) -> StoredRecord | None:
 
     Raises: AdapterError.
     """
-    return None if files.record is None else record_from_bytes(files.record, f"{files.where}/{RECORD_NAME}")
+    return None if files.record is None else _record_from_bytes(files.record, f"{files.where}/{RECORD_NAME}")
 
 
 def check_base(prompt: SoftPrompt, base: Base, *, force: bool = False, where: str = "the soft prompt") -> None:
@@ -213,7 +168,7 @@ def check_base(prompt: SoftPrompt, base: Base, *, force: bool = False, where: st
             stacklevel=4,
         )
     elif prompt.record.base_fingerprint != base.fingerprint:
-        raise WrongBaseError(_other_base(prompt.record, base, where))
+        raise WrongBaseError(other_base_problem(prompt.record, base, where))
 
 
 def _check_range(prompt: SoftPrompt, base: Base, where: str) -> None:
@@ -226,7 +181,7 @@ def _check_range(prompt: SoftPrompt, base: Base, where: str) -> None:
         )
 
 
-def _other_base(record: PromptRecord, base: Base, where: str) -> str:
+def other_base_problem(record: PromptRecord, base: Base, where: str) -> str:
     assert record.base_fingerprint is not None
     return (
         f"{where} was trained on {record.base_name!r} (fingerprint {record.base_fingerprint[:12]}), "
@@ -235,18 +190,10 @@ def _other_base(record: PromptRecord, base: Base, where: str) -> str:
     )
 
 
-def _with_base(prompt: SoftPrompt, base: Base) -> SoftPrompt:
-    record = prompt.record
-    if record.base_fingerprint is not None and record.base_fingerprint != base.fingerprint:
-        raise WrongBaseError(_other_base(record, base, "the soft prompt"))
-    name = base.name if record.base_name is None else record.base_name
-    return SoftPrompt(prompt.tensor, replace(record, base_name=name, base_fingerprint=base.fingerprint))
-
-
 def _check_config_bytes(data: bytes, where: str, task_type: str | None = None) -> dict[str, Any]:
     said = f"{where}/{CONFIG_NAME}"
     config = parse_object(data, said)
-    check_kind(config, task_type, said)
+    _check_kind(config, task_type, said)
     return config
 
 
@@ -256,7 +203,7 @@ def _check_unstated(shape: list[int], task_type: str | None, where: str) -> None
             f"{where} has no {CONFIG_NAME}, so its kind, task and base are unknown; its weights are {shape}. If they "
             f"are a soft prompt of a causal language model, say so: task_type={TASK_TYPE!r} (--task-type {TASK_TYPE})"
         )
-    check_task(task_type, where)
+    _check_task(task_type, where)
 
 
 def _record(stored: StoredRecord | None, config: dict[str, Any], base_name: str | None, where: str) -> PromptRecord:
@@ -287,3 +234,157 @@ def _nested_hint(folder: Path) -> str:
     if len(nested) == 1:
         return f", but {nested[0]!r} below it has: give {folder / nested[0]}"
     return f", but these folders below it have: {', '.join(nested[:5])}; give one of them"
+
+
+def _check_kind(config: dict[str, Any], task_type: str | None, where: str) -> None:
+    """Only prompt tuning of a causal language model; `task_type` stands in where the config names none.
+
+    Raises: AdapterError.
+    """
+    kind = config.get("peft_type")
+    if kind != PEFT_TYPE:
+        raise AdapterError(f"{where} has the peft_type {kind!r}; only {PEFT_TYPE} adapters are soft prompts")
+    stated = config.get("task_type")
+    if stated is not None and task_type is not None and stated != task_type:
+        raise AdapterError(f"{where} has the task_type {stated!r} and {task_type!r} was given; leave it out")
+    _check_task(task_type if stated is None else stated, where)
+
+
+def _check_task(task: object, where: str) -> None:
+    """Raises: AdapterError for every task but CAUSAL_LM."""
+    if task is None:
+        raise AdapterError(
+            f"{where} names no task_type; if it was trained on a causal language model, "
+            f"say so: task_type={TASK_TYPE!r} (--task-type {TASK_TYPE})"
+        )
+    if task == "SEQ_2_SEQ_LM":
+        raise AdapterError(f"{where} is for an encoder-decoder base (2 x P rows); those come later, not yet supported")
+    if task != TASK_TYPE:
+        raise AdapterError(f"{where} has the task_type {task!r}; only {TASK_TYPE} is supported now")
+
+
+def _check_shape(config: dict[str, Any], tensor: Tensor, where: str) -> None:
+    """What the config says of the tensor [P, H] must hold.
+
+    Raises: AdapterError.
+    """
+    num_rows, hidden_size = tensor.shape
+    parts = config.get("num_transformer_submodules")
+    if parts not in (None, 1):
+        raise AdapterError(f"{where}: num_transformer_submodules is {parts!r}; a causal language model has 1")
+    if config.get("num_virtual_tokens") != num_rows:
+        raise AdapterError(
+            f"{where}: num_virtual_tokens is {config.get('num_virtual_tokens')!r}, but the tensor is "
+            f"[{num_rows}, {hidden_size}]; the two files do not belong together"
+        )
+    if config.get("token_dim") not in (None, hidden_size):
+        raise AdapterError(
+            f"{where}: token_dim is {config['token_dim']!r}, but the tensor is [{num_rows}, {hidden_size}]; "
+            "the two files do not belong together"
+        )
+
+
+def _record_from_bytes(data: bytes, where: str) -> StoredRecord:
+    """Raises: AdapterError for a record that is malformed or of a newer release."""
+    value = parse_object(data, where)
+    version = value.get("format_version")
+    if type(version) is not int or version < 1:
+        raise AdapterError(f"{where} has the format_version {version!r}; it must be from 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise AdapterError(
+            f"{where} has the format_version {version}; this release reads up to {FORMAT_VERSION}: upgrade softprompt"
+        )
+    _check_texts(value, where)
+    try:
+        record = PromptRecord.from_json(value)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{where} is malformed ({error}); delete it to load the folder as a PEFT adapter") from error
+    return StoredRecord(record=record, content_hash=value["content_hash"], created=value.get("created"))
+
+
+def _check_texts(value: dict[str, Any], where: str) -> None:
+    if not isinstance(value.get("content_hash"), str):
+        raise AdapterError(f"{where} has no content_hash; delete it to load the folder as a PEFT adapter")
+    for name in _TEXT_FIELDS:
+        if not isinstance(value.get(name), str | None):
+            raise AdapterError(f"{where}: {name} is {value[name]!r}; it must be text or null")
+
+
+def _tensor_from_bytes(name: str, data: bytes, where: str) -> Tensor:
+    """The one tensor [rows, H] of a weights file called `name`, as float32.
+
+    Raises: AdapterError for anything else than one floating-point matrix under the key `prompt_embeddings`.
+    """
+    if is_lfs_pointer(data):
+        raise AdapterError(lfs_pointer_sentence(where))
+    tensors = _read_safetensors(data, where) if name == SAFETENSORS_NAME else _read_pickle(data, where)
+    tensor = _only_tensor(tensors, where)
+    if tensor.dim() != 2 or 0 in tensor.shape:
+        raise AdapterError(f"{where}: {KEY} has the shape {list(tensor.shape)}; it must be [P, H], neither of them 0")
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise AdapterError(f"{where}: {KEY} is {tensor.dtype}, {tensor.layout}; it must be plain floating point")
+    if tensor.numel() > len(data):  # an expanded view claims what is not there
+        raise AdapterError(f"{where}: {KEY} claims {list(tensor.shape)} from {len(data):,} bytes; it is not sound")
+    return _of_usable_size(tensor.to(torch.float32), where)
+
+
+def _of_usable_size(tensor_PH: Tensor, where: str) -> Tensor:
+    """The same tensor. Squares of larger values, which every norm of a base takes, overflow float32."""
+    largest = float(tensor_PH.abs().nan_to_num(0, 0, 0).max())
+    if largest > _MAX_VALUE:
+        raise AdapterError(
+            f"{where}: {KEY} has values up to {largest:.3g}; a base computes NaN or infinity from any beyond "
+            f"{_MAX_VALUE:.0e}: train it again, with a lower learning rate"
+        )
+    return tensor_PH
+
+
+def _only_tensor(tensors: dict[str, Any], where: str) -> Tensor:
+    names = sorted(map(str, tensors))
+    if names != [KEY]:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise AdapterError(f"{where} holds {len(names)} tensors ({shown}); a soft prompt is exactly one, {KEY!r}")
+    tensor = tensors[KEY]
+    if not isinstance(tensor, Tensor):
+        raise AdapterError(f"{where}: {KEY} is a {type(tensor).__name__}; it must be a tensor")
+    return tensor.detach()
+
+
+def _read_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
+    header_bytes = int.from_bytes(data[:_HEADER_LENGTH_BYTES], "little")
+    if len(data) < _HEADER_LENGTH_BYTES or header_bytes > len(data) - _HEADER_LENGTH_BYTES:
+        raise AdapterError(f"{where} is cut off or no safetensors file ({len(data):,} bytes); take a whole copy")
+    if header_bytes > MAX_TEXT_BYTES:
+        raise AdapterError(f"{where} has a header of {header_bytes:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
+    try:
+        return safetensors_torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterError(f"{where} is not a sound safetensors file ({error}); take a whole copy") from error
+
+
+def _read_pickle(data: bytes, where: str) -> dict[str, Any]:
+    _check_zip(data, where)
+    try:
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile pickle can make the reader raise anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AdapterError(
+            f"{where} holds more than tensors, or is damaged, and was not loaded ({reason[:160]}); "
+            "ask its author for a safetensors file"
+        ) from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{where} holds a {type(value).__name__}; it must be a dictionary of tensors")
+    return value
+
+
+def _check_zip(data: bytes, where: str) -> None:
+    """torch.save stores its records unpacked; packed ones could unfold to any size."""
+    try:
+        records = zipfile.ZipFile(io.BytesIO(data)).infolist()
+    except Exception as error:  # zipfile raises half a dozen kinds on damaged input
+        raise AdapterError(
+            f"{where} is cut off, or a bare pickle, which may hold code; ask its author for a safetensors file"
+        ) from error
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or len(records) > _MAX_ZIP_RECORDS or sum(record.file_size for record in records) > len(data):
+        raise AdapterError(f"{where} is a packed archive, not what torch.save writes; ask for a safetensors file")

@@ -13,7 +13,6 @@ from typing import Any
 
 from softprompt.config import EMBEDDED_BASE
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.record import PLAIN_WORD, is_hub_id
 from softprompt.types import InputForm
 
 _FACTS = (
@@ -21,6 +20,8 @@ _FACTS = (
     "batch_tokens", "learning_rate", "relative_learning_rate", "schedule", "warmup_steps", "weight_decay",
     "max_grad_norm", "eos", "seed", "rows", "data_hash", "dtype", "softprompt", "torch", "transformers",
 )  # fmt: skip
+PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")  # a setting or a version; no path, no sentence
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # as `softprompt.data.template` reads a template
 
 
@@ -198,3 +199,8 @@ def _fenced(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a base's name can be one of the Hub's, and is no path of this machine."""
+    return _HUB_ID.fullmatch(name) is not None

@@ -6,18 +6,18 @@ Tested against a small HTTP server that answers as the Hub does; it has never be
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import ConfigError, StorageError
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.adapter import check_free, parse_adapter, read_adapter
+from softprompt.storage.adapter import TASK_TYPE, parse_adapter, read_adapter
 from softprompt.storage.atomic import write_folder
-from softprompt.storage.card import model_card
+from softprompt.storage.card import PLAIN_WORD, is_hub_id, model_card
 from softprompt.storage.files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -31,8 +31,7 @@ from softprompt.storage.files import (
     parse_object,
     read_file,
 )
-from softprompt.storage.peft_config import TASK_TYPE
-from softprompt.storage.record import is_hub_id, publishable_record
+from softprompt.storage.save import check_free
 
 if TYPE_CHECKING:
     from softprompt.base import Base
@@ -151,6 +150,27 @@ def _publishable(folder: Path) -> dict[str, bytes]:
     if card is None:
         return files
     return {**files, CARD_NAME: model_card(prompt).encode() if is_local else card}
+
+
+def publishable_record(data: bytes, where: str) -> bytes:
+    """The same record for strangers: of its run only numbers and plain words, no path and no text of the data.
+
+    Raises: AdapterError.
+    """
+    value = parse_object(data, where)
+    source = value.get("base_source")
+    known = source if isinstance(source, str) and is_hub_id(source) else None
+    return dump_object({**value, "base_source": known, "run": _plain(value.get("run") or {})})
+
+
+def _plain(value: Any) -> Any:  # Any: whatever JSON holds
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items() if _is_plain(item)}
+    return [_plain(item) for item in value if _is_plain(item)] if isinstance(value, list) else value
+
+
+def _is_plain(value: Any) -> bool:
+    return PLAIN_WORD.fullmatch(value) is not None if isinstance(value, str) else True
 
 
 def _download(repo_id: str, revision: str | None, token: str | None, own_cache: str | None) -> Path:

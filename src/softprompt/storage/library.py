@@ -1,4 +1,5 @@
-"""A library: a folder of adapters by name. No name leads out of the folder."""
+"""A library: a folder of adapters by name; and a set of prompts that vote: a folder with `prompt_set.json`, which names
+adapter folders below it. No name leads out of its folder."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import difflib
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from softprompt.errors import SoftpromptError, StorageError
+from softprompt.errors import AdapterError, SoftpromptError, StorageError
 from softprompt.guard import cause_of
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import (
@@ -18,17 +20,29 @@ from softprompt.storage.adapter import (
     load_prompt,
     parse_adapter,
     read_adapter,
-    save_prompt,
     stored_record,
 )
-from softprompt.storage.atomic import remove_folder
-from softprompt.storage.files import CONFIG_NAME, PICKLE_NAME, RECORD_NAME, SAFETENSORS_NAME
+from softprompt.storage.atomic import remove_folder, write_file
+from softprompt.storage.files import (
+    CONFIG_NAME,
+    MAX_TEXT_BYTES,
+    PICKLE_NAME,
+    RECORD_NAME,
+    SAFETENSORS_NAME,
+    dump_object,
+    parse_object,
+    read_file,
+)
+from softprompt.storage.save import save_prompt
 
 if TYPE_CHECKING:
     from softprompt.base import Base
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MARKS = (CONFIG_NAME, RECORD_NAME, SAFETENSORS_NAME, PICKLE_NAME, "run.json")  # one of them makes a folder ours
+SET_NAME = "prompt_set.json"
+_SET_MARK, _SET_VERSION = "softprompt_set", 1
+_MAX_MEMBERS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,3 +251,37 @@ def resolve_prompt(text: str, library: Library | str | os.PathLike[str] | None =
 def _num_bytes(folder: Path) -> int:
     files = (Path(where) / name for where, _, names in os.walk(folder) for name in names)
     return sum(file.lstat().st_size for file in files)
+
+
+def save_set(folder: Path, members: Sequence[str]) -> None:
+    """Make `folder` a set of the adapter folders `members`, given relative to it.
+
+    Raises: StorageError.
+    """
+    write_file(folder / SET_NAME, dump_object({_SET_MARK: _SET_VERSION, "members": list(members)}))
+
+
+def is_set(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder says that it is a set."""
+    return (Path(folder) / SET_NAME).is_file()
+
+
+def load_set(folder: str | os.PathLike[str], base: Base | None = None, *, force: bool = False) -> dict[str, SoftPrompt]:
+    """The members by name, each loaded as `load_prompt` does.
+
+    Raises: AdapterError for a folder that is no set or names what is not below it; WrongBaseError.
+    """
+    place = Path(folder)
+    data = read_file(place, SET_NAME, MAX_TEXT_BYTES)
+    known = {} if data is None else parse_object(data, str(place / SET_NAME))
+    members = known.get("members")
+    if known.get(_SET_MARK) != _SET_VERSION or not isinstance(members, list) or not 0 < len(members) <= _MAX_MEMBERS:
+        raise AdapterError(f"{place} is no set of prompts of this release: it has no {SET_NAME} with members")
+    return {str(member): load_prompt(_member(place, member), base, force=force) for member in members}
+
+
+def _member(place: Path, name: object) -> Path:
+    path = place / str(name)
+    if not isinstance(name, str) or not path.resolve().is_relative_to(place.resolve()):
+        raise AdapterError(f"{place / SET_NAME} names {name!r}, which is not below it; a set's prompts lie inside it")
+    return path

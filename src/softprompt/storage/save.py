@@ -1,0 +1,147 @@
+"""A soft prompt written as a folder: exactly what PEFT writes for prompt tuning, with our record and a card beside."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from softprompt.errors import ExistsError, StorageError, WrongBaseError
+from softprompt.prompt import SoftPrompt
+from softprompt.storage.adapter import FORMAT_VERSION, KEY, PEFT_TYPE, TASK_TYPE, other_base_problem
+from softprompt.storage.atomic import write_files, write_folder
+from softprompt.storage.card import model_card
+from softprompt.storage.files import (
+    ADAPTER_FILES,
+    CARD_NAME,
+    CONFIG_NAME,
+    MAX_RECORD_BYTES,
+    PICKLE_NAME,
+    RECORD_NAME,
+    SAFETENSORS_NAME,
+    dump_object,
+)
+
+if TYPE_CHECKING:
+    from softprompt.base import Base
+
+_PEFT_FORMAT = "0.21.2"  # the release whose keys these are
+_MAY_BE_REPLACED = {*ADAPTER_FILES, PICKLE_NAME, ".gitattributes"}  # the Hub adds the last
+
+
+def save_prompt(
+    prompt: SoftPrompt, folder: str | os.PathLike[str], *, overwrite: bool = False, base: Base | None = None
+) -> Path:
+    """Write an adapter folder that PEFT and `load_prompt` read, whole or not at all; gives back its path.
+
+    `base` adds its name, fingerprint and layer counts where the prompt's record has none.
+    Overwriting replaces an adapter folder only, and only if nothing else lies in it.
+
+    Raises: ExistsError, StorageError; WrongBaseError where the record names another base than `base`.
+    """
+    place = Path(folder)
+    check_free(place, overwrite=overwrite)
+    write_folder(place, adapter_to_bytes(prompt, base), replace=overwrite)
+    return place
+
+
+def save_prompt_into(prompt: SoftPrompt, folder: Path, *, base: Base | None = None) -> Path:
+    """Write or replace an adapter's files in a folder that keeps its other files (a run's).
+
+    Raises: StorageError; WrongBaseError.
+    """
+    write_files(folder, adapter_to_bytes(prompt, base))
+    return folder
+
+
+def check_free(place: Path, *, overwrite: bool) -> None:
+    """A new adapter may go to `place`: nothing is there, or an empty folder, or an adapter that may be replaced.
+
+    Raises: ExistsError.
+    """
+    if not os.path.lexists(place):
+        return
+    if not place.is_dir():
+        raise ExistsError(f"{place} is a file; an adapter is a folder: choose another name")
+    names = sorted(entry.name for entry in place.iterdir())
+    if names and not overwrite:
+        raise ExistsError(f"{place} exists and is not empty; overwrite it on purpose, or choose another folder")
+    others = [name for name in names if name not in _MAY_BE_REPLACED]
+    if others or (names and CONFIG_NAME not in names and RECORD_NAME not in names):
+        raise ExistsError(
+            f"{place} holds {', '.join(others[:5] or names[:5])} and so is not just an adapter; "
+            "it is not overwritten: choose another folder"
+        )
+
+
+def adapter_to_bytes(prompt: SoftPrompt, base: Base | None = None) -> dict[str, bytes]:
+    """The files of an adapter folder by name, in the order in which they are put in place.
+
+    Raises: WrongBaseError.
+    """
+    known = prompt if base is None else _with_base(prompt, base)
+    contents = {
+        SAFETENSORS_NAME: _tensor_to_bytes(known.tensor),
+        RECORD_NAME: record_to_bytes(known),
+        CARD_NAME: model_card(known).encode(),
+        CONFIG_NAME: dump_object(_config_for(known, base)),
+    }
+    return {name: contents[name] for name in ADAPTER_FILES}
+
+
+def record_to_bytes(prompt: SoftPrompt) -> bytes:
+    """The file's content; raises StorageError where the record is larger than it may be to be read again."""
+    head = {
+        "format_version": FORMAT_VERSION,
+        "content_hash": prompt.content_hash,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    data = dump_object({**head, **prompt.record.to_json()})
+    if len(data) > MAX_RECORD_BYTES:
+        raise StorageError(
+            f"the prompt's record has {len(data):,} bytes; the limit is {MAX_RECORD_BYTES:,}: shorten run"
+        )
+    return data
+
+
+def _tensor_to_bytes(tensor_PH: Tensor) -> bytes:
+    """A safetensors file as PEFT writes it: one key, float32, metadata {"format": "pt"}."""
+    return safetensors_torch.save({KEY: tensor_PH.to(torch.float32).contiguous()}, metadata={"format": "pt"})
+
+
+def _config_for(prompt: SoftPrompt, base: Base | None) -> dict[str, Any]:
+    """Every key that PEFT writes. The start is always RANDOM: PEFT then loads it without asking for a tokenizer."""
+    model_config = None if base is None else base.model.config.get_text_config()
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": prompt.record.base_source or prompt.record.base_name,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "num_attention_heads": getattr(model_config, "num_attention_heads", None),
+        "num_layers": getattr(model_config, "num_hidden_layers", None),
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": prompt.num_virtual_tokens,
+        "peft_type": PEFT_TYPE,
+        "peft_version": _PEFT_FORMAT,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "revision": None,
+        "task_type": TASK_TYPE,
+        "token_dim": prompt.hidden_size,
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": None,
+    }
+
+
+def _with_base(prompt: SoftPrompt, base: Base) -> SoftPrompt:
+    record = prompt.record
+    if record.base_fingerprint is not None and record.base_fingerprint != base.fingerprint:
+        raise WrongBaseError(other_base_problem(record, base, "the soft prompt"))
+    name = base.name if record.base_name is None else record.base_name
+    return SoftPrompt(prompt.tensor, replace(record, base_name=name, base_fingerprint=base.fingerprint))
