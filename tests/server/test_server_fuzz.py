@@ -29,8 +29,8 @@ from support.tiny_bases import build_base, random_prompt
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import create_key
-from softprompt.server.prompts.arrivals import Hub
-from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.prompts.adapter_import import Hub
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
 from softprompt.server.state.database import Database
 
@@ -136,7 +136,7 @@ class Fuzzed:
         self.num_asked += 1
         case.call_and_validate(self.url, self.session, self.headers, additional_checks=[described], timeout=30)
 
-    def fill(self, prompts: Catalogue) -> None:
+    def fill(self, prompts: PromptRegistry) -> None:
         base = build_base()
         for name in ("quotes", "coach"):
             prompts.keep(SoftPrompt(random_prompt(base, 4)), name=name, owner="", source="folder", is_shared=True)
@@ -164,7 +164,7 @@ def fuzzed(state: Path, *, asks_for_keys: bool = False) -> Iterator[Fuzzed]:
     app.state.parts[Hub] = Hub(base, offline=True)
     with running(config, app) as server:
         found = Fuzzed(f"http://127.0.0.1:{server.port}", key)
-        found.fill(app.state.parts[Catalogue])
+        found.fill(app.state.parts[PromptRegistry])
         yield found
         found.check_alive()
 

@@ -39,7 +39,7 @@ from softprompt.server.clients.client import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.parts import part_of
-from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.prompts.registry import PromptRegistry
 
 pytestmark = pytest.mark.medium
 
@@ -326,7 +326,7 @@ def test_a_job_is_its_owners_alone(server: tuple[OpenAI, FastAPI], file: str) ->
             change(done.id, other)
     for name in (str(done.fine_tuned_model), f"{done.fine_tuned_model}:ckpt-step-6"):
         with pytest.raises(ApiError, match="there is no model"):
-            part_of(app, Catalogue).resolve(name, other)
+            part_of(app, PromptRegistry).resolve(name, other)
 
 
 def test_a_suffix_with_spaces_is_written_with_hyphens(server: tuple[OpenAI, FastAPI]) -> None:

@@ -16,8 +16,8 @@ from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts import library as library_module
-from softprompt.server.prompts.catalogue import Catalogue
-from softprompt.server.prompts.library import WatchedLibrary
+from softprompt.server.prompts.library_watcher import LibraryWatcher
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.storage import save_prompt
 from softprompt.storage.files import ADAPTER_FILES
 from softprompt.storage.save import adapter_to_bytes
@@ -39,10 +39,10 @@ def serving(base, folder, tmp_path):
         yield room, client
 
 
-def hash_of(catalogue, name):
+def hash_of(registry, name):
     """Of the prompt that is served under a name; None where there is none."""
     try:
-        return catalogue.resolve(name, ANYBODY).prompt.content_hash
+        return registry.resolve(name, ANYBODY).prompt.content_hash
     except ApiError:
         return None
 
@@ -84,7 +84,7 @@ def test_changes_count_within_seconds(tiny_llama, folder, tmp_path):
     with serving(tiny_llama, folder, tmp_path) as (room, _):
 
         def eventually_is(expected):
-            return eventually(lambda: hash_of(room.catalogue, "coach") == expected, WITHIN_S)
+            return eventually(lambda: hash_of(room.registry, "coach") == expected, WITHIN_S)
 
         save_prompt(first, folder / "coach")
         eventually_is(first.content_hash)
@@ -111,7 +111,7 @@ def test_a_slow_copy_is_served_when_it_is_whole_and_not_before(tiny_llama, folde
 
         def look():
             while not stop.is_set():
-                seen.add(hash_of(room.catalogue, "slow"))
+                seen.add(hash_of(room.registry, "slow"))
                 time.sleep(0.005)
 
         looking = threading.Thread(target=look)
@@ -122,7 +122,7 @@ def test_a_slow_copy_is_served_when_it_is_whole_and_not_before(tiny_llama, folde
                 for begin in range(0, len(data), max(1, len(data) // 3)):
                     file.write(data[begin : begin + max(1, len(data) // 3)])
                     time.sleep(0.15)
-        eventually(lambda: hash_of(room.catalogue, "slow") == prompt.content_hash, WITHIN_S)
+        eventually(lambda: hash_of(room.registry, "slow") == prompt.content_hash, WITHIN_S)
         stop.set()
         looking.join()
         assert seen <= {None, prompt.content_hash}
@@ -139,7 +139,7 @@ def test_a_prompt_that_is_replaced_in_place_is_never_missing(tiny_llama, folder,
 
         def look():
             while not stop.is_set():
-                if hash_of(room.catalogue, "coach") not in {each.content_hash for each in prompts}:
+                if hash_of(room.registry, "coach") not in {each.content_hash for each in prompts}:
                     wrong.append(time.monotonic())
                 time.sleep(0.002)
 
@@ -149,7 +149,7 @@ def test_a_prompt_that_is_replaced_in_place_is_never_missing(tiny_llama, folder,
             for name, data in adapter_to_bytes(prompts[number]).items():
                 (folder / "coach" / name).write_bytes(data)
                 time.sleep(0.25)  # longer than changes are gathered, shorter than a broken folder is borne
-            eventually(lambda number=number: hash_of(room.catalogue, "coach") == prompts[number].content_hash, WITHIN_S)
+            eventually(lambda number=number: hash_of(room.registry, "coach") == prompts[number].content_hash, WITHIN_S)
         stop.set()
         looking.join()
     assert not wrong
@@ -245,34 +245,34 @@ def test_where_the_system_tells_nothing_the_folder_is_looked_at(tiny_llama, fold
     with serving(tiny_llama, folder, tmp_path) as (room, _):
         time.sleep(1.2)  # past the first look
         save_prompt(prompt, folder / "coach")
-        eventually(lambda: hash_of(room.catalogue, "coach") == prompt.content_hash, 3)
+        eventually(lambda: hash_of(room.registry, "coach") == prompt.content_hash, 3)
 
 
 def test_a_library_that_is_not_there_is_an_error_and_one_that_goes_leaves_what_is_served(tiny_llama, folder):
-    catalogue = Catalogue("tiny")
+    registry = PromptRegistry("tiny")
     with pytest.raises(StorageError, match="no library"):
-        WatchedLibrary(folder / "nowhere", tiny_llama, catalogue).scan()
+        LibraryWatcher(folder / "nowhere", tiny_llama, registry).scan()
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
-    watched = WatchedLibrary(folder, tiny_llama, catalogue)
+    watched = LibraryWatcher(folder, tiny_llama, registry)
     assert watched.scan() == set()
-    before = hash_of(catalogue, "coach")
+    before = hash_of(registry, "coach")
     folder.rename(folder.with_name("elsewhere"))
     with pytest.raises(StorageError):
         watched.scan()
-    assert hash_of(catalogue, "coach") == before
+    assert hash_of(registry, "coach") == before
 
 
 def test_what_did_not_change_is_not_read_again(tiny_llama, folder):
-    catalogue = Catalogue("tiny")
+    registry = PromptRegistry("tiny")
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
-    watched = WatchedLibrary(folder, tiny_llama, catalogue)
+    watched = LibraryWatcher(folder, tiny_llama, registry)
     watched.scan()
-    first = catalogue.resolve("coach", ANYBODY)
+    first = registry.resolve("coach", ANYBODY)
     watched.scan()
-    assert catalogue.resolve("coach", ANYBODY) is first
+    assert registry.resolve("coach", ANYBODY) is first
     os.utime(folder / "coach" / "adapter_config.json")
     watched.scan()
-    assert catalogue.resolve("coach", ANYBODY) is not first
+    assert registry.resolve("coach", ANYBODY) is not first
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
@@ -294,15 +294,15 @@ def test_every_state_of_a_copy_is_whole_or_refused(tiny_llama, folder, order):
                 for done in names[:number]:
                     (place / done).write_bytes(contents[done])
                 (place / name).write_bytes(contents[name][: int(share * len(contents[name]))])
-                catalogue = Catalogue("tiny")
-                WatchedLibrary(folder, tiny_llama, catalogue).scan([place.name])
-                seen.add(hash_of(catalogue, place.name))
+                registry = PromptRegistry("tiny")
+                LibraryWatcher(folder, tiny_llama, registry).scan([place.name])
+                seen.add(hash_of(registry, place.name))
         assert seen <= allowed and None in seen and new.content_hash in seen
 
 
 def test_a_prompt_is_a_value_that_readers_share(tiny_llama, folder):
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
-    catalogue = Catalogue("tiny")
-    WatchedLibrary(folder, tiny_llama, catalogue).scan()
-    prompt = catalogue.resolve("coach", ANYBODY).prompt
-    assert isinstance(prompt, SoftPrompt) and catalogue.resolve("coach", Client("bob")).prompt is prompt
+    registry = PromptRegistry("tiny")
+    LibraryWatcher(folder, tiny_llama, registry).scan()
+    prompt = registry.resolve("coach", ANYBODY).prompt
+    assert isinstance(prompt, SoftPrompt) and registry.resolve("coach", Client("bob")).prompt is prompt

@@ -13,9 +13,9 @@ import pytest
 from support.prompt_server import made_prompt
 
 from softprompt.server.clients.client import Client
-from softprompt.server.prompts.catalogue import Catalogue
-from softprompt.server.prompts.library import WatchedLibrary
-from softprompt.server.prompts.shelf import Shelf
+from softprompt.server.prompts.library_watcher import LibraryWatcher
+from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.server.prompts.repository import PromptRepository
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import PromptRow
 from softprompt.storage.save import adapter_to_bytes
@@ -47,10 +47,10 @@ def measured(work):
 def test_ten_thousand_of_a_library(tiny_llama, tmp_path, capsys):
     count = 10_000
     write(tiny_llama, tmp_path, count)
-    catalogue = Catalogue("tiny")
-    watched = WatchedLibrary(tmp_path, tiny_llama, catalogue)
+    registry = PromptRegistry("tiny")
+    watched = LibraryWatcher(tmp_path, tiny_llama, registry)
     _, seconds, grown = measured(watched.scan)
-    assert len(catalogue.models(ANYBODY)) == count + 1 and not watched.problems
+    assert len(registry.models(ANYBODY)) == count + 1 and not watched.problems
     _, again_s, _ = measured(watched.scan)
     began = time.perf_counter()
     watched.scan(["p00007"])
@@ -72,10 +72,10 @@ def test_ten_thousand_that_were_kept(tiny_llama, tmp_path, capsys):
                       source="upload", job=None, is_shared=False, is_pinned=False, created=1.0)
             for seed in range(count)
         )  # fmt: skip
-    catalogue = Catalogue("tiny", Shelf(tmp_path, database, tiny_llama))
-    _, seconds, grown = measured(catalogue.load)
-    assert len(catalogue.models(Client("key-7"))) == count // 100 + 1 and not catalogue.problems
-    _, keep_s, _ = measured(lambda: catalogue.keep(made_prompt(tiny_llama, 1), name="x", owner="a", source="job"))
+    registry = PromptRegistry("tiny", PromptRepository(tmp_path, database, tiny_llama))
+    _, seconds, grown = measured(registry.load)
+    assert len(registry.models(Client("key-7"))) == count // 100 + 1 and not registry.problems
+    _, keep_s, _ = measured(lambda: registry.keep(made_prompt(tiny_llama, 1), name="x", owner="a", source="job"))
     database.close()
     with capsys.disabled():
         print(json.dumps({"prompts": count, "load_s": round(seconds, 2), "bytes_per_prompt": grown // count,
@@ -85,7 +85,7 @@ def test_ten_thousand_that_were_kept(tiny_llama, tmp_path, capsys):
 
 def test_hundreds_are_loaded_quickly(tiny_llama, tmp_path):
     write(tiny_llama, tmp_path, 300)
-    watched = WatchedLibrary(tmp_path, tiny_llama, Catalogue("tiny"))
+    watched = LibraryWatcher(tmp_path, tiny_llama, PromptRegistry("tiny"))
     _, seconds, _ = measured(watched.scan)
     assert seconds < 10 and len(watched._served) == 300
 

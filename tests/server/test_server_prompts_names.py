@@ -11,9 +11,9 @@ from support.prompt_server import made_prompt
 from softprompt.errors import StorageError
 from softprompt.server.clients.client import OPERATOR, Client
 from softprompt.server.errors import ApiError
-from softprompt.server.prompts.catalogue import Alias, Catalogue, Model
-from softprompt.server.prompts.model import Target, by_share
-from softprompt.server.prompts.shelf import Shelf
+from softprompt.server.prompts.model import Alias, Model, Target, by_share
+from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.server.prompts.repository import PromptRepository
 from softprompt.server.state.database import Database
 
 ANN, BOB = Client("ann", "ann", is_admin=False), Client("bob", "bob", is_admin=False)
@@ -31,18 +31,18 @@ def status_of(work, *args, **more):
 
 
 @pytest.fixture
-def catalogue():
-    return Catalogue("org/tiny")
+def registry():
+    return PromptRegistry("org/tiny")
 
 
 @pytest.fixture
 def kept(tiny_llama, tmp_path):
-    """Makes catalogues over one state folder, as a server does that starts again."""
+    """Makes registrys over one state folder, as a server does that starts again."""
     databases = []
 
     def make():
         databases.append(Database.in_folder(tmp_path))
-        made = Catalogue("tiny", Shelf(tmp_path, databases[-1], tiny_llama))
+        made = PromptRegistry("tiny", PromptRepository(tmp_path, databases[-1], tiny_llama))
         made.load()
         return made
 
@@ -51,33 +51,33 @@ def kept(tiny_llama, tmp_path):
         database.close()
 
 
-def test_the_base_has_two_names_that_nobody_else_may_have(catalogue):
-    assert catalogue.resolve("base", ANN) is catalogue.resolve("org/tiny", ANN) is catalogue.base
+def test_the_base_has_two_names_that_nobody_else_may_have(registry):
+    assert registry.resolve("base", ANN) is registry.resolve("org/tiny", ANN) is registry.base
     for name in ("base", "org/tiny"):
-        assert status_of(catalogue.put, private(name, "ann")) == 409
-        assert status_of(catalogue.put_alias, Alias(name=name, targets=(Target("base"),), owner="ann")) == 409
+        assert status_of(registry.put, private(name, "ann")) == 409
+        assert status_of(registry.put_alias, Alias(name=name, targets=(Target("base"),), owner="ann")) == 409
 
 
-def test_own_prompts_come_first_then_own_aliases_then_shared_ones(catalogue):
-    catalogue.put(Model(id="coach"))
-    catalogue.put(Model(id="other"))
-    assert catalogue.resolve("coach", ANN).owner == OPERATOR
-    catalogue.put_alias(Alias(name="coach", targets=(Target("other"),), owner="ann"))
-    assert catalogue.resolve("coach", ANN).id == "other" and catalogue.resolve("coach", BOB).id == "coach"
-    catalogue.put(private("coach", "bob"))
-    assert catalogue.resolve("coach", BOB).owner == "bob"
-    assert {(model.id, model.owner) for model in catalogue.models(BOB)} == {
+def test_own_prompts_come_first_then_own_aliases_then_shared_ones(registry):
+    registry.put(Model(id="coach"))
+    registry.put(Model(id="other"))
+    assert registry.resolve("coach", ANN).owner == OPERATOR
+    registry.put_alias(Alias(name="coach", targets=(Target("other"),), owner="ann"))
+    assert registry.resolve("coach", ANN).id == "other" and registry.resolve("coach", BOB).id == "coach"
+    registry.put(private("coach", "bob"))
+    assert registry.resolve("coach", BOB).owner == "bob"
+    assert {(model.id, model.owner) for model in registry.models(BOB)} == {
         ("org/tiny", OPERATOR), ("coach", "bob"), ("other", OPERATOR)
     }  # fmt: skip
 
 
-def test_anothers_name_is_told_like_one_that_never_was(catalogue):
-    catalogue.put(private("coach", "ann"))
-    catalogue.put(private("mine", "bob"))
+def test_anothers_name_is_told_like_one_that_never_was(registry):
+    registry.put(private("coach", "ann"))
+    registry.put(private("mine", "bob"))
 
     def told(name, client):
         with pytest.raises(ApiError) as caught:
-            catalogue.resolve(name, client)
+            registry.resolve(name, client)
         assert caught.value.status == 404 and caught.value.code == "model_not_found"
         return caught.value.message
 
@@ -87,69 +87,69 @@ def test_anothers_name_is_told_like_one_that_never_was(catalogue):
     assert len(told("x" * 10_000_000, ANN)) < 200
 
 
-def test_two_owners_cannot_share_one_name(catalogue):
-    catalogue.put(Model(id="coach", owner="ann", source="upload"))
-    assert catalogue.resolve("coach", BOB).owner == "ann"
-    assert status_of(catalogue.put, Model(id="coach", owner="bob", source="upload")) == 409
+def test_two_owners_cannot_share_one_name(registry):
+    registry.put(Model(id="coach", owner="ann", source="upload"))
+    assert registry.resolve("coach", BOB).owner == "ann"
+    assert status_of(registry.put, Model(id="coach", owner="bob", source="upload")) == 409
     shared = Alias(name="coach", targets=(Target("base"),), owner="bob", is_shared=True)
-    assert status_of(catalogue.put_alias, shared) == 409
-    catalogue.remove("coach", "ann")
-    catalogue.put_alias(shared)
-    assert status_of(catalogue.put, Model(id="coach", owner="ann", source="upload")) == 409
-    assert catalogue.resolve("coach", ANN) == Model(id="org/tiny", source="base", alias="coach",
-                                                    created=catalogue.base.created)  # fmt: skip
+    assert status_of(registry.put_alias, shared) == 409
+    registry.remove("coach", "ann")
+    registry.put_alias(shared)
+    assert status_of(registry.put, Model(id="coach", owner="ann", source="upload")) == 409
+    assert registry.resolve("coach", ANN) == Model(id="org/tiny", source="base", alias="coach",
+                                                    created=registry.base.created)  # fmt: skip
 
 
-def test_an_alias_points_to_prompts_that_its_owner_sees(catalogue):
-    catalogue.put(private("coach-v3", "ann"))
+def test_an_alias_points_to_prompts_that_its_owner_sees(registry):
+    registry.put(private("coach-v3", "ann"))
 
     def point(name, *targets, owner="ann"):
-        catalogue.put_alias(Alias(name=name, targets=tuple(map(Target, targets)), owner=owner))
+        registry.put_alias(Alias(name=name, targets=tuple(map(Target, targets)), owner=owner))
 
     point("coach", "coach-v3")
-    found = catalogue.resolve("coach", ANN)
+    found = registry.resolve("coach", ANN)
     assert (found.id, found.alias, found.owner) == ("coach-v3", "coach", "ann")
     assert status_of(point, "coach-v3", "base") == 409  # would hide a prompt
     assert status_of(point, "again", "coach") == 400  # an alias of an alias
     assert status_of(point, "again", "nobody") == 404
     assert status_of(point, "mine", "coach-v3", owner="bob") == 404
-    assert status_of(catalogue.put, private("coach", "ann")) == 409
-    assert status_of(catalogue.delete, catalogue.find("coach-v3", ANN)) == 409
-    assert status_of(catalogue.change, catalogue.find("coach-v3", ANN), name="coach-v4") == 409
-    assert status_of(catalogue.remove_alias, "coach", "bob") == 404
-    catalogue.remove_alias("coach", "ann")
-    assert status_of(catalogue.resolve, "coach", ANN) == 404
+    assert status_of(registry.put, private("coach", "ann")) == 409
+    assert status_of(registry.delete, registry.find("coach-v3", ANN)) == 409
+    assert status_of(registry.change, registry.find("coach-v3", ANN), name="coach-v4") == 409
+    assert status_of(registry.remove_alias, "coach", "bob") == 404
+    registry.remove_alias("coach", "ann")
+    assert status_of(registry.resolve, "coach", ANN) == 404
 
 
-def test_a_shared_alias_means_what_its_owner_sees(catalogue):
-    catalogue.put(private("coach-v3", "admin"))
-    catalogue.put(private("coach-v3", "bob"))
-    catalogue.put_alias(Alias(name="coach", targets=(Target("coach-v3"),), owner="admin", is_shared=True))
-    assert catalogue.resolve("coach", BOB).owner == catalogue.resolve("coach", ANN).owner == "admin"
-    catalogue.remove("coach-v3", "admin")
-    assert status_of(catalogue.resolve, "coach", BOB) == 404
+def test_a_shared_alias_means_what_its_owner_sees(registry):
+    registry.put(private("coach-v3", "admin"))
+    registry.put(private("coach-v3", "bob"))
+    registry.put_alias(Alias(name="coach", targets=(Target("coach-v3"),), owner="admin", is_shared=True))
+    assert registry.resolve("coach", BOB).owner == registry.resolve("coach", ANN).owner == "admin"
+    registry.remove("coach-v3", "admin")
+    assert status_of(registry.resolve, "coach", BOB) == 404
 
 
-def test_shares_hold_and_a_user_stays(catalogue):
+def test_shares_hold_and_a_user_stays(registry):
     for name in ("v3", "v4"):
-        catalogue.put(Model(id=name))
+        registry.put(Model(id=name))
 
     def share(first, second):
-        catalogue.put_alias(Alias(name="coach", targets=(Target("v3", first), Target("v4", second)), is_shared=True))
+        registry.put_alias(Alias(name="coach", targets=(Target("v3", first), Target("v4", second)), is_shared=True))
 
     share(9.0, 1.0)
     random.seed(3)
-    drawn = Counter(catalogue.resolve("coach", LOCAL).id for _ in range(10_000))
+    drawn = Counter(registry.resolve("coach", LOCAL).id for _ in range(10_000))
     assert abs(drawn["v4"] - 1_000) < 150  # five standard deviations
     users = [f"user-{number}" for number in range(2_000)]
-    first = [catalogue.resolve("coach", ANN, user).id for user in users]
-    assert first == [catalogue.resolve("coach", BOB, user).id for user in users]
+    first = [registry.resolve("coach", ANN, user).id for user in users]
+    assert first == [registry.resolve("coach", BOB, user).id for user in users]
     assert abs(first.count("v4") - 200) < 70
     share(8.0, 2.0)  # of the users only those move that have to
-    second = [catalogue.resolve("coach", ANN, user).id for user in users]
+    second = [registry.resolve("coach", ANN, user).id for user in users]
     assert all(now == "v4" for before, now in zip(first, second, strict=True) if before == "v4")
-    catalogue.remove("v4", OPERATOR)  # what is not there has no share
-    assert {catalogue.resolve("coach", ANN, user).id for user in users} == {"v3"}
+    registry.remove("v4", OPERATOR)  # what is not there has no share
+    assert {registry.resolve("coach", ANN, user).id for user in users} == {"v3"}
 
 
 def test_the_last_share_takes_what_rounding_leaves():
@@ -158,74 +158,74 @@ def test_the_last_share_takes_what_rounding_leaves():
 
 
 def test_what_was_kept_is_there_after_a_restart(kept, tiny_llama, tmp_path):
-    catalogue = kept()
+    registry = kept()
     prompt = made_prompt(tiny_llama, 1)
-    catalogue.keep(prompt, name="ft:tiny:a:1", owner="ann", source="job", job="ftjob-1")
-    catalogue.keep(made_prompt(tiny_llama, 2), name="b", owner="bob", source="upload", is_shared=True)
-    catalogue.change(catalogue.find("b", BOB), is_pinned=True)
-    catalogue.put_alias(Alias(name="c", targets=(Target("b", 1.0), Target("base", 3.0)), owner="bob"))
-    catalogue.keep(made_prompt(tiny_llama, 3), name="gone", owner="bob", source="upload")
-    catalogue.forget("gone", "bob")
+    registry.keep(prompt, name="ft:tiny:a:1", owner="ann", source="job", job="ftjob-1")
+    registry.keep(made_prompt(tiny_llama, 2), name="b", owner="bob", source="upload", is_shared=True)
+    registry.change(registry.find("b", BOB), is_pinned=True)
+    registry.put_alias(Alias(name="c", targets=(Target("b", 1.0), Target("base", 3.0)), owner="bob"))
+    registry.keep(made_prompt(tiny_llama, 3), name="gone", owner="bob", source="upload")
+    registry.forget("gone", "bob")
     again = kept()
-    for before in (catalogue.find("ft:tiny:a:1", ANN), catalogue.find("b", ANN)):
+    for before in (registry.find("ft:tiny:a:1", ANN), registry.find("b", ANN)):
         after = again.find(before.id, ANN)
         assert after.prompt.content_hash == before.prompt.content_hash
         assert (after.owner, after.source, after.job, after.is_shared, after.is_pinned, after.created) == (
             before.owner, before.source, before.job, before.is_shared, before.is_pinned, before.created
         )  # fmt: skip
     assert [model.id for model in again.pinned()] == ["b"]
-    assert again.aliases(BOB) == catalogue.aliases(BOB) and not again.aliases(ANN)
+    assert again.aliases(BOB) == registry.aliases(BOB) and not again.aliases(ANN)
     assert status_of(again.resolve, "gone", BOB) == 404
     assert len(list((tmp_path / "prompts").iterdir())) == 2
 
 
 def test_a_job_that_keeps_its_prompt_twice_has_it_once(kept, tiny_llama, tmp_path):
-    catalogue = kept()
-    catalogue.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="job")
-    catalogue.change(catalogue.find("a", ANN), is_pinned=True)
-    new = catalogue.keep(made_prompt(tiny_llama, 2), name="a", owner="ann", source="job")
+    registry = kept()
+    registry.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="job")
+    registry.change(registry.find("a", ANN), is_pinned=True)
+    new = registry.keep(made_prompt(tiny_llama, 2), name="a", owner="ann", source="job")
     assert new.is_pinned and kept().find("a", ANN).prompt.content_hash == made_prompt(tiny_llama, 2).content_hash
     assert len(list((tmp_path / "prompts").iterdir())) == 1
-    keep = catalogue.keep
+    keep = registry.keep
     assert status_of(keep, made_prompt(tiny_llama, 3), name="a", owner="ann", source="job", overwrite=False) == 409
     assert status_of(keep, made_prompt(tiny_llama, 3), name="base", owner="ann", source="job") == 409
     assert len(list((tmp_path / "prompts").iterdir())) == 1
 
 
 def test_a_rename_and_a_share_outlive_the_process(kept, tiny_llama):
-    catalogue = kept()
-    catalogue.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="upload")
-    catalogue.change(catalogue.find("a", ANN), name="b", is_shared=True)
-    for each in (catalogue, kept()):
+    registry = kept()
+    registry.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="upload")
+    registry.change(registry.find("a", ANN), name="b", is_shared=True)
+    for each in (registry, kept()):
         assert each.find("b", BOB).owner == "ann" and status_of(each.find, "a", ANN) == 404
-    catalogue.change(catalogue.find("b", ANN), is_shared=False)
-    for each in (catalogue, kept()):
+    registry.change(registry.find("b", ANN), is_shared=False)
+    for each in (registry, kept()):
         assert status_of(each.find, "b", BOB) == 404
 
 
 def test_a_prompt_that_cannot_be_written_is_not_served(kept, tiny_llama, tmp_path, monkeypatch):
-    catalogue = kept()
-    catalogue.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="upload")
-    before = catalogue.find("a", ANN)
+    registry = kept()
+    registry.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="upload")
+    before = registry.find("a", ANN)
 
     def full(*_):
         raise StorageError("no space left")
 
-    monkeypatch.setattr(Shelf, "enter", full)
+    monkeypatch.setattr(PromptRepository, "enter", full)
     for name in ("a", "b"):
         with pytest.raises(StorageError):
-            catalogue.keep(made_prompt(tiny_llama, 2), name=name, owner="ann", source="upload")
-    assert catalogue.find("a", ANN) is before and status_of(catalogue.find, "b", ANN) == 404
+            registry.keep(made_prompt(tiny_llama, 2), name=name, owner="ann", source="upload")
+    assert registry.find("a", ANN) is before and status_of(registry.find, "b", ANN) == 404
     assert len(list((tmp_path / "prompts").iterdir())) == 1
 
 
 @pytest.mark.parametrize("spoil", ["cut", "other", "gone"])
 def test_a_broken_prompt_is_set_aside_and_the_rest_serve(kept, tiny_llama, tiny_gpt2, tmp_path, spoil):
-    catalogue = kept()
-    catalogue.keep(made_prompt(tiny_llama, 1), name="good", owner="ann", source="upload")
+    registry = kept()
+    registry.keep(made_prompt(tiny_llama, 1), name="good", owner="ann", source="upload")
     (sound,) = (tmp_path / "prompts").iterdir()
     prompt = made_prompt(tiny_gpt2 if spoil == "other" else tiny_llama, 2)
-    catalogue.keep(prompt, name="bad", owner="ann", source="upload")
+    registry.keep(prompt, name="bad", owner="ann", source="upload")
     (folder,) = set((tmp_path / "prompts").iterdir()) - {sound}
     weights = folder / "adapter_model.safetensors"
     if spoil == "cut":
@@ -248,8 +248,8 @@ def test_what_a_killed_process_left_is_swept(kept, tmp_path):
 
 
 def test_a_row_cannot_lead_out_of_the_state(kept, tiny_llama, tmp_path):
-    catalogue = kept()
-    catalogue.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="upload")
+    registry = kept()
+    registry.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="upload")
     (folder,) = (tmp_path / "prompts").iterdir()
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     folder.rename(outside)
@@ -257,13 +257,13 @@ def test_a_row_cannot_lead_out_of_the_state(kept, tiny_llama, tmp_path):
     assert "a" in kept().problems
 
 
-def test_a_look_up_waits_for_no_change(catalogue):
-    catalogue.put(Model(id="a"))
-    with catalogue._lock:  # as while a disk is slow
+def test_a_look_up_waits_for_no_change(registry):
+    registry.put(Model(id="a"))
+    with registry._lock:  # as while a disk is slow
         found = []
         others = [
-            threading.Thread(target=lambda: found.append(catalogue.resolve("a", ANN))),
-            threading.Thread(target=lambda: found.append(catalogue.models(ANN))),
+            threading.Thread(target=lambda: found.append(registry.resolve("a", ANN))),
+            threading.Thread(target=lambda: found.append(registry.models(ANN))),
         ]
         for thread in others:
             thread.start()
@@ -271,41 +271,41 @@ def test_a_look_up_waits_for_no_change(catalogue):
         assert len(found) == 2
 
 
-def test_ten_thousand_prompts_are_put_and_found_quickly(catalogue):
+def test_ten_thousand_prompts_are_put_and_found_quickly(registry):
     began = time.perf_counter()
     for number in range(10_000):
-        catalogue.put(Model(id=f"p{number}"))
+        registry.put(Model(id=f"p{number}"))
     put_s = time.perf_counter() - began
     began = time.perf_counter()
-    assert all(catalogue.resolve(f"p{number}", ANN).id == f"p{number}" for number in range(10_000))
+    assert all(registry.resolve(f"p{number}", ANN).id == f"p{number}" for number in range(10_000))
     found_s = time.perf_counter() - began
     began = time.perf_counter()
     for number in range(20):
-        assert status_of(catalogue.resolve, f"q{number}", ANN) == 404
+        assert status_of(registry.resolve, f"q{number}", ANN) == 404
     missed_s = (time.perf_counter() - began) / 20
     assert put_s < 2 and found_s < 1 and missed_s < 0.2, (put_s, found_s, missed_s)
 
 
-def test_readers_see_whole_things_while_names_change(catalogue):
+def test_readers_see_whole_things_while_names_change(registry):
     """A renamed prompt is always there under one of its names, an alias always means one of its two targets."""
     for name in ("v1", "v2", "moving-0"):
-        catalogue.put(private(name, "ann"))
-    catalogue.put_alias(Alias(name="now", targets=(Target("v1"),), owner="ann"))
+        registry.put(private(name, "ann"))
+    registry.put_alias(Alias(name="now", targets=(Target("v1"),), owner="ann"))
     stop, wrong = threading.Event(), []
 
     def read():
         while not stop.is_set():
-            if catalogue.resolve("now", ANN).id not in ("v1", "v2"):
+            if registry.resolve("now", ANN).id not in ("v1", "v2"):
                 wrong.append("alias")
-            if not any(model.id.startswith("moving") for model in catalogue.models(ANN)):
+            if not any(model.id.startswith("moving") for model in registry.models(ANN)):
                 wrong.append("gone")
 
     reader = threading.Thread(target=read)
     reader.start()
     try:
         for number in range(300):
-            catalogue.put_alias(Alias(name="now", targets=(Target(f"v{number % 2 + 1}"),), owner="ann"))
-            catalogue.change(catalogue.find(f"moving-{number}", ANN), name=f"moving-{number + 1}")
+            registry.put_alias(Alias(name="now", targets=(Target(f"v{number % 2 + 1}"),), owner="ann"))
+            registry.change(registry.find(f"moving-{number}", ANN), name=f"moving-{number + 1}")
     finally:
         stop.set()
         reader.join()

@@ -20,7 +20,8 @@ from softprompt.config import EngineConfig, ServerConfig
 from softprompt.engine import AsyncEngine, EngineStats
 from softprompt.prompt import SoftPrompt
 from softprompt.server.parts import part_of
-from softprompt.server.prompts.catalogue import Catalogue, Model
+from softprompt.server.prompts.model import Model
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
 from support.served import served
 
@@ -66,7 +67,7 @@ def serving(
 ) -> Iterator[Place]:
     app = serving_app(base, ServerConfig(state=str(state), **config), engine_config)
     for name, prompt in prompts.items():
-        part_of(app, Catalogue).put(Model(id=name, prompt=prompt))
+        part_of(app, PromptRegistry).put(Model(id=name, prompt=prompt))
     with place_of(app) as place:
         yield place
 

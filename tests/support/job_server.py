@@ -22,7 +22,7 @@ from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import Client
 from softprompt.server.jobs.run import JobRun
 from softprompt.server.parts import part_of
-from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
 from softprompt.training import Event, StepDone, train
 from support.served import served
@@ -111,7 +111,7 @@ def hold(monkeypatch: pytest.MonkeyPatch, *steps: int) -> list[int]:
 
 
 def served_prompt(app: FastAPI, name: str) -> SoftPrompt:
-    prompt = part_of(app, Catalogue).resolve(name, Client()).prompt
+    prompt = part_of(app, PromptRegistry).resolve(name, Client()).prompt
     assert prompt is not None
     return prompt
 

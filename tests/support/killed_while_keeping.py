@@ -16,9 +16,9 @@ import torch
 from softprompt.base import Base
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import Client
-from softprompt.server.prompts.catalogue import Alias, Catalogue
-from softprompt.server.prompts.model import Target
-from softprompt.server.prompts.shelf import Shelf
+from softprompt.server.prompts.model import Alias, Target
+from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.server.prompts.repository import PromptRepository
 from softprompt.server.state.database import Database
 from support.prompt_server import made_prompt
 from support.tiny_bases import build_base
@@ -28,27 +28,27 @@ ROUNDS = 8
 
 def work(base: Base, state: Path, prompts: Sequence[SoftPrompt], ready: int) -> None:
     """Until killed."""
-    catalogue = Catalogue("tiny", Shelf(state, Database.in_folder(state), base))
-    catalogue.load()
-    catalogue.keep(prompts[0], name="always", owner="ann", source="upload")
+    registry = PromptRegistry("tiny", PromptRepository(state, Database.in_folder(state), base))
+    registry.load()
+    registry.keep(prompts[0], name="always", owner="ann", source="upload")
     os.write(ready, b"x")
     for number in range(10**9):
         name = f"n{number % 5}"
         if number % 7 == 6:
-            catalogue.forget(name, "ann")
+            registry.forget(name, "ann")
         else:
-            catalogue.keep(prompts[number % 10], name=name, owner="ann", source="upload")
-        catalogue.put_alias(Alias(name="alias", targets=(Target("always", number + 1.0),), owner="ann"))
+            registry.keep(prompts[number % 10], name=name, owner="ann", source="upload")
+        registry.put_alias(Alias(name="alias", targets=(Target("always", number + 1.0),), owner="ann"))
 
 
 def look(base: Base, state: Path, prompts: Sequence[SoftPrompt], num_kills: int) -> None:
     """Everything that is there is whole, and no more than one folder for each kill is nobody's."""
     database = Database.in_folder(state)
-    catalogue = Catalogue("tiny", Shelf(state, database, base))
-    catalogue.load()
+    registry = PromptRegistry("tiny", PromptRepository(state, database, base))
+    registry.load()
     database.close()
-    models = catalogue.models(Client("ann"))[1:]
-    assert not catalogue.problems, catalogue.problems
+    models = registry.models(Client("ann"))[1:]
+    assert not registry.problems, registry.problems
     assert any(model.id == "always" for model in models)
     hashes = {model.prompt.content_hash for model in models if model.prompt is not None}
     assert hashes <= {prompt.content_hash for prompt in prompts}

@@ -23,13 +23,12 @@ from softprompt.prompt import SoftPrompt
 from softprompt.server.app import create_app
 from softprompt.server.clients import asking
 from softprompt.server.clients.client import Client
-from softprompt.server.prompts.arrivals import Hub
-from softprompt.server.prompts.catalogue import Catalogue
-from softprompt.server.prompts.library import WatchedLibrary
-from softprompt.server.prompts.pins import Pins
+from softprompt.server.prompts.adapter_import import Hub
+from softprompt.server.prompts.library_watcher import LibraryWatcher
+from softprompt.server.prompts.pins import Pins, serving_prompts
+from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.server.prompts.repository import PromptRepository
 from softprompt.server.prompts.routes import router
-from softprompt.server.prompts.serving import serving_prompts
-from softprompt.server.prompts.shelf import Shelf
 from softprompt.server.state.database import Database
 from softprompt.storage.save import adapter_to_bytes
 from softprompt.types import PromptRecord
@@ -42,8 +41,8 @@ class Room:
     """A running server and what is behind it."""
 
     url: str
-    catalogue: Catalogue
-    library: WatchedLibrary
+    registry: PromptRegistry
+    library: LibraryWatcher
     engine: Engine
     state: Path
 
@@ -58,24 +57,24 @@ def prompt_server(
 ) -> Iterator[Room]:
     state.mkdir(exist_ok=True, parents=True)
     database = Database.in_folder(state)
-    catalogue = Catalogue("tiny", Shelf(state, database, base))
-    watched = WatchedLibrary(library, base, catalogue)
+    registry = PromptRegistry("tiny", PromptRepository(state, database, base))
+    watched = LibraryWatcher(library, base, registry)
     engine = Engine(base, engine_config)
     running = AsyncEngine(engine)
-    pins = Pins(running, catalogue)
+    pins = Pins(running, registry)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running, serving_prompts(catalogue, watched, pins):
+        async with running, serving_prompts(registry, watched, pins):
             yield
         database.close()
 
     config = ServerConfig(state=str(state))
-    app = create_app((base, config, database, catalogue, watched, pins, Hub(base, **hub)), (router,), lifespan)
+    app = create_app((base, config, database, registry, watched, pins, Hub(base, **hub)), (router,), lifespan)
     app.dependency_overrides[asking._client] = _told_client
-    app.post("/stream")(_streaming(catalogue, running))
+    app.post("/stream")(_streaming(registry, running))
     with served(app) as url:
-        yield Room(url, catalogue, watched, engine, state)
+        yield Room(url, registry, watched, engine, state)
 
 
 async def _told_client(authorization: Annotated[str, Header()] = "") -> Client:
@@ -83,11 +82,11 @@ async def _told_client(authorization: Annotated[str, Header()] = "") -> Client:
     return Client(name, name, is_admin=not name or name.startswith("admin"))
 
 
-def _streaming(catalogue: Catalogue, running: AsyncEngine) -> Callable[..., Any]:
+def _streaming(registry: PromptRegistry, running: AsyncEngine) -> Callable[..., Any]:
     async def stream(request: Request) -> StreamingResponse:
         asked = await request.json()
         client = await _told_client(request.headers.get("authorization", ""))
-        model = catalogue.resolve(asked["model"], client, asked.get("user"))
+        model = registry.resolve(asked["model"], client, asked.get("user"))
         sampling = SamplingConfig(max_new_tokens=asked.get("max_tokens", 8), ignore_eos=True)
         generation = Generation(tuple(asked["ids"]), model.prompt, sampling)
 

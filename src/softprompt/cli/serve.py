@@ -102,10 +102,10 @@ def _check_keys(config: ServerConfig) -> None:
 def _told(app: FastAPI, url: str) -> str:
     from softprompt.server.clients.listening import asks_for_keys
     from softprompt.server.parts import part_of
-    from softprompt.server.prompts.catalogue import Catalogue
+    from softprompt.server.prompts.registry import PromptRegistry
 
-    catalogue = part_of(app, Catalogue)
-    num_prompts = sum(1 for _ in catalogue.everything())
+    registry = part_of(app, PromptRegistry)
+    num_prompts = sum(1 for _ in registry.everything())
     keys = "API keys are asked for" if asks_for_keys(part_of(app, ServerConfig)) else "no API key is asked for"
     prompts = f"{num_prompts} prompt{'' if num_prompts == 1 else 's'}"
-    return f"{url}/v1 serves {catalogue.base.id} and {prompts}; {keys}; Ctrl-C stops it"
+    return f"{url}/v1 serves {registry.base.id} and {prompts}; {keys}; Ctrl-C stops it"

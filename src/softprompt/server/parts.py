@@ -1,4 +1,4 @@
-"""What the routes of one app work with, found by its type: `TheCatalogue = Annotated[Catalogue, part(Catalogue)]`."""
+"""What the routes of one app work with, found by its type: `TheBase = Annotated[Base, part(Base)]`."""
 
 from __future__ import annotations
 

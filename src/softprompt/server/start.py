@@ -25,13 +25,12 @@ from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.files_routes import router as files_router
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.jobs.routes import router as jobs_router
-from softprompt.server.prompts.arrivals import Hub
-from softprompt.server.prompts.catalogue import Catalogue
-from softprompt.server.prompts.library import WatchedLibrary
-from softprompt.server.prompts.pins import Pins
+from softprompt.server.prompts.adapter_import import Hub
+from softprompt.server.prompts.library_watcher import LibraryWatcher
+from softprompt.server.prompts.pins import Pins, serving_prompts
+from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.server.prompts.repository import PromptRepository
 from softprompt.server.prompts.routes import router as prompts_router
-from softprompt.server.prompts.serving import serving_prompts
-from softprompt.server.prompts.shelf import Shelf
 from softprompt.server.running.figures import Figures
 from softprompt.server.running.lifecycle import Lifecycle, end_revoked_answers
 from softprompt.server.running.metrics import Metrics
@@ -54,16 +53,16 @@ def serving_app(
     engine = AsyncEngine(Engine(base, _with_bounded_queue(engine_config)), turns)
     database = Database.of(config)
     check_listening(config, database)
-    catalogue = Catalogue(config.base_name or base.name, Shelf(Path(config.state), database, base))
-    library = WatchedLibrary(None if config.library is None else Path(config.library), base, catalogue)
-    pins = Pins(engine, catalogue)
+    registry = PromptRegistry(config.base_name or base.name, PromptRepository(Path(config.state), database, base))
+    library = LibraryWatcher(None if config.library is None else Path(config.library), base, registry)
+    pins = Pins(engine, registry)
     files = Files(database, Path(config.state) / "files", config.max_upload_bytes)
     metrics = Metrics()
-    quotas = Quotas.of(config, lambda owner: catalogue.amounts(owner) + files.amounts(owner))
-    jobs = Jobs(base, config, database, catalogue, files, turns, metrics.trained, quotas)
+    quotas = Quotas.of(config, lambda owner: registry.amounts(owner) + files.amounts(owner))
+    jobs = Jobs(base, config, database, registry, files, turns, metrics.trained, quotas)
     tracing = Tracing(config.traces)
     ring, limiter, lifecycle = *keys_and_limits(config, database), Lifecycle()
-    figures = Figures(engine, database, lambda: Counter(model.source for model in catalogue.everything()))
+    figures = Figures(engine, database, lambda: Counter(model.source for model in registry.everything()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -72,7 +71,7 @@ def serving_app(
             engine.start()
             await asyncio.to_thread(lambda: base.fingerprint)  # answers have it; made once, and not beside others
             try:
-                async with serving_prompts(catalogue, library, pins), _beside(end_revoked_answers(ring, lifecycle)):
+                async with serving_prompts(registry, library, pins), _beside(end_revoked_answers(ring, lifecycle)):
                     jobs.start()
                     yield
             finally:
@@ -82,7 +81,7 @@ def serving_app(
                 database.close()
 
     parts = (
-        base, config, TokenTexts(base), Readers(base), turns, engine, database, catalogue, library, pins,
+        base, config, TokenTexts(base), Readers(base), turns, engine, database, registry, library, pins,
         Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, ring, limiter, quotas,
     )  # fmt: skip
     app = create_app(parts, ROUTERS, lifespan)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from softprompt.engine import Finished, Request, TextRead, Tokens
 from softprompt.server.clients.client import Client
-from softprompt.server.prompts.catalogue import Model
+from softprompt.server.prompts.model import Model
 
 Endpoint = Literal["completions", "chat"]
 Outcome = Literal["answered", "refused", "failed", "left"]  # left: the client hung up, or the server was stopped

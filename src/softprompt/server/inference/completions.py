@@ -16,7 +16,7 @@ from softprompt.server.inference.sampling import reseeded, sampling_of
 from softprompt.server.inference.serving import respond
 from softprompt.server.inference.shape import Shape
 from softprompt.server.inference.texts import Text, read_prompt
-from softprompt.server.prompts.catalogue import Model
+from softprompt.server.prompts.model import Model
 
 
 async def complete(body: CompletionBody, parts: Parts) -> Response:

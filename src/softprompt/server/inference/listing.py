@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from softprompt.base import Base
-from softprompt.server.prompts.catalogue import Model
+from softprompt.server.prompts.model import Model
 
 _OPERATORS = "softprompt"
 _EXAMPLE: JsonDict = {

@@ -21,7 +21,8 @@ from softprompt.server.inference.serving import Asked
 from softprompt.server.inference.shape import Shape, Writer
 from softprompt.server.inference.token_text import TokenTexts
 from softprompt.server.parts import part
-from softprompt.server.prompts.catalogue import Catalogue, Model
+from softprompt.server.prompts.model import Model
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.running.notes import Notes, TheNotes
 
 
@@ -35,7 +36,7 @@ class Parts:
     base: Base
     config: ServerConfig
     engine: AsyncEngine
-    catalogue: Catalogue
+    registry: PromptRegistry
     texts: TokenTexts
     readers: Readers
 
@@ -44,7 +45,7 @@ class Parts:
 
     def model_of(self, body: GenerationBody) -> Model:
         """The model that is asked for, its body's fields checked. Raises ApiError."""
-        model = self.catalogue.resolve(body.model, self.client, body.user)
+        model = self.registry.resolve(body.model, self.client, body.user)
         check_body(body, self.base, self.client)
         return model
 
@@ -97,11 +98,11 @@ async def _parts(
     base: Annotated[Base, part(Base)],
     config: Annotated[ServerConfig, part(ServerConfig)],
     engine: Annotated[AsyncEngine, part(AsyncEngine)],
-    catalogue: Annotated[Catalogue, part(Catalogue)],
+    registry: Annotated[PromptRegistry, part(PromptRegistry)],
     texts: Annotated[TokenTexts, part(TokenTexts)],
     readers: Annotated[Readers, part(Readers)],
 ) -> Parts:
-    return Parts(http, client, notes, base, config, engine, catalogue, texts, readers)
+    return Parts(http, client, notes, base, config, engine, registry, texts, readers)
 
 
 TheParts = Annotated[Parts, Depends(_parts)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from softprompt.base import Base
 from softprompt.server.errors import ApiError
-from softprompt.server.prompts.catalogue import Model
+from softprompt.server.prompts.model import Model
 
 MOST_ANSWERS = 1024  # of one call
 _MOST_ECHOED = 2**18  # log-probabilities of one call's texts, repeated before each answer

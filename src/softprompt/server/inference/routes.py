@@ -16,13 +16,13 @@ from softprompt.server.inference.completions import complete
 from softprompt.server.inference.listing import ModelList, ModelObject, describe
 from softprompt.server.inference.parts import TheParts
 from softprompt.server.parts import part
-from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.refusals import Responses, refusals
 
 router = APIRouter(responses=refusals(401, 429))
 
 TheBase = Annotated[Base, part(Base)]
-TheCatalogue = Annotated[Catalogue, part(Catalogue)]
+TheRegistry = Annotated[PromptRegistry, part(PromptRegistry)]
 
 _EVENTS = {"text/event-stream": {"schema": {"type": "string"},
                                  "example": 'data: {"id":"...","choices":[...]}\n\ndata: [DONE]\n\n'}}  # fmt: skip
@@ -35,10 +35,10 @@ def _answers(description: str) -> Responses:
 
 
 @router.get("/v1/models", summary="List models", tags=["models"])
-def list_models(client: TheClient, base: TheBase, catalogue: TheCatalogue) -> ModelList:
+def list_models(client: TheClient, base: TheBase, registry: TheRegistry) -> ModelList:
     """The base and every soft prompt that the key may use, each with its record."""
-    models = catalogue.models(client)
-    return ModelList(data=[describe(model, base, catalogue.base.id) for model in models])
+    models = registry.models(client)
+    return ModelList(data=[describe(model, base, registry.base.id) for model in models])
 
 
 @router.get("/v1/models/{model:path}", summary="Retrieve a model", tags=["models"], responses=refusals(400, 404))
@@ -46,10 +46,10 @@ def retrieve_model(
     model: Annotated[str, Path(description="Its name, `/` and `:` included.", examples=["quotes"])],
     client: TheClient,
     base: TheBase,
-    catalogue: TheCatalogue,
+    registry: TheRegistry,
 ) -> ModelObject:
     """One model with its record; an alias gives what it means now."""
-    return describe(catalogue.resolve(model, client), base, catalogue.base.id)
+    return describe(registry.resolve(model, client), base, registry.base.id)
 
 
 @router.post("/v1/completions", summary="Continue texts", tags=["inference"], response_model=Completion,

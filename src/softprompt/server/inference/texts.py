@@ -13,7 +13,7 @@ from softprompt.server.errors import ApiError
 from softprompt.server.inference.reading import Reading
 from softprompt.server.inference.room import context_error
 from softprompt.server.inference.tool_turns import conversation_ids
-from softprompt.server.prompts.catalogue import Model
+from softprompt.server.prompts.model import Model
 
 MOST_TEXTS = 1024
 _MESSAGE = 100  # characters that are read in about the time that one message takes by itself

@@ -29,7 +29,7 @@ from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
 from softprompt.server.jobs.run import JobRun, Order, Workplace, forget_state
 from softprompt.server.jobs.schemas import CreateJob, Json
 from softprompt.server.jobs.settings import check_rows, train_config
-from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobEventRow, JobRow
 from softprompt.storage import save_prompt
@@ -47,12 +47,12 @@ class Jobs:
     """The jobs of all clients; each sees its own."""
 
     def __init__(
-        self, base: Base, config: ServerConfig, database: Database, catalogue: Catalogue, files: Files, turns: Turns,
-        count_trained: Callable[[int], None] = lambda num_tokens: None, quotas: Quotas | None = None,
+        self, base: Base, config: ServerConfig, database: Database, registry: PromptRegistry, files: Files,
+        turns: Turns, count_trained: Callable[[int], None] = lambda num_tokens: None, quotas: Quotas | None = None,
     ) -> None:  # fmt: skip
         state = Path(config.state)
         self._at = Workplace(
-            base=base, catalogue=catalogue, files=files, turns=turns, records=JobRecords(database),
+            base=base, registry=registry, files=files, turns=turns, records=JobRecords(database),
             runs=state / "jobs", starts=state / "starts",
             count_trained=count_trained,
         )  # fmt: skip
@@ -90,7 +90,7 @@ class Jobs:
     def create(self, asked: CreateJob, client: Client) -> JobRow:
         """Take a job into the queue. Raises ApiError for what cannot be trained, and 429 where the client has many."""
         _check_wishes(asked)
-        model = self._at.catalogue.resolve(asked.model, client)
+        model = self._at.registry.resolve(asked.model, client)
         config = train_config(asked, self._at.base, model.prompt)
         with self._at.files.changes:  # no file goes before the job that needs it is written down
             self._check_files(asked, config, client)
@@ -144,7 +144,7 @@ class Jobs:
     def checkpoints(self, job: str, client: Client) -> list[Json]:
         """Those of the job's checkpoints that are still served, the latest first."""
         row = self.get(job, client)
-        served = {model.id for model in self._at.catalogue.models(client) if model.job == row.id}
+        served = {model.id for model in self._at.registry.models(client) if model.job == row.id}
         return [each for each in reversed(row.outcome.get("checkpoints", [])) if each["model"] in served]
 
     def _change(

@@ -30,7 +30,7 @@ from softprompt.server.jobs.records import TAKEN, JobRecords
 from softprompt.server.jobs.results import add_results
 from softprompt.server.jobs.schemas import Json
 from softprompt.server.jobs.story import Story
-from softprompt.server.prompts.catalogue import Catalogue
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.schema import JobRow
 from softprompt.storage import load_prompt
 from softprompt.training import (
@@ -62,7 +62,7 @@ class Workplace:
     """What every job works with."""
 
     base: Base
-    catalogue: Catalogue
+    registry: PromptRegistry
     files: Files
     turns: Turns
     records: JobRecords
@@ -88,7 +88,7 @@ class JobRun:
         self._row, self._at, self._order = row, at, order
         self._client = Client(id=row.owner, is_admin=False)
         self._config = TrainConfig(**row.settings["train"])
-        self._name = model_name(at.catalogue.base.id, row)
+        self._name = model_name(at.registry.base.id, row)
         self._folder = RunFolder(at.runs / row.id)
         self._story = Story(at.records, row)
         self._ready: Prepared | None = None
@@ -127,7 +127,7 @@ class JobRun:
     def _check_base(self) -> None:
         if self._row.settings["base_fingerprint"] != self._at.base.fingerprint:
             raise ConfigError(
-                f"the job was made for another base than {self._at.catalogue.base.id!r}, which is served now; "
+                f"the job was made for another base than {self._at.registry.base.id!r}, which is served now; "
                 "make it anew"
             )
 
@@ -241,14 +241,14 @@ class JobRun:
         }  # fmt: skip
         known = [each for each in self._story.outcome.get("checkpoints", []) if each["step"] != event.step]
         for old in known[: 1 - KEPT_CHECKPOINTS]:
-            self._at.catalogue.forget(old["model"], self._row.owner)
+            self._at.registry.forget(old["model"], self._row.owner)
         self._story.outcome["checkpoints"] = [*known[1 - KEPT_CHECKPOINTS :], entry]
 
     def _put(self, prompt: SoftPrompt, name: str, source: str, more: Mapping[str, Any]) -> SoftPrompt:
         run = {**prompt.record.run, "job": {**self._facts(), **more}}
         record = replace(prompt.record, base_source=None, run=run)  # a path of the server's is nobody else's business
         known = SoftPrompt(prompt.tensor, record)
-        self._at.catalogue.keep(known, name=name, owner=self._row.owner, source=source, job=self._row.id)
+        self._at.registry.keep(known, name=name, owner=self._row.owner, source=source, job=self._row.id)
         return known
 
     def _keep(self, result: TrainResult) -> None:
@@ -268,7 +268,7 @@ class JobRun:
         if has_moved:
             self._tidy()
         else:  # cancelled or paused at the very last moment
-            self._at.catalogue.forget(self._name, self._row.owner)
+            self._at.registry.forget(self._name, self._row.owner)
 
     def _tidy(self) -> None:
         forget_state(self._at, self._row.id)

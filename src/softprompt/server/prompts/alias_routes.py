@@ -14,27 +14,27 @@ from softprompt.server.clients.client import Client
 from softprompt.server.clients.quotas import Amounts, Quotas, TheQuotas
 from softprompt.server.errors import ApiError
 from softprompt.server.parts import part
-from softprompt.server.prompts.catalogue import Alias, Catalogue
-from softprompt.server.prompts.model import Target
-from softprompt.server.prompts.shapes import AliasIn, AliasList, AliasOut, Deleted, alias_out
+from softprompt.server.prompts.model import Alias, Target
+from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.server.prompts.schemas import AliasIn, AliasList, AliasOut, Deleted, alias_out
 from softprompt.server.refusals import refusals
 from softprompt.storage.library import NAME
 
 router = APIRouter(tags=["aliases"])
-TheCatalogue = Annotated[Catalogue, part(Catalogue)]
+TheRegistry = Annotated[PromptRegistry, part(PromptRegistry)]
 AliasName = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="The other name.", examples=["coach"])]
 
 
 @router.get("/v1/aliases", summary="List aliases")
-async def list_aliases(client: TheClient, catalogue: TheCatalogue) -> AliasList:
+async def list_aliases(client: TheClient, registry: TheRegistry) -> AliasList:
     """Your aliases, and those that everybody may use."""
-    found = sorted(catalogue.aliases(client), key=lambda alias: alias.name)
+    found = sorted(registry.aliases(client), key=lambda alias: alias.name)
     return AliasList(data=[alias_out(each, client.id) for each in found])
 
 
 @router.put("/v1/aliases/{alias}", summary="Set an alias", responses=refusals(403, 404, 408, 409, 413))
 async def set_alias(
-    alias: AliasName, wanted: AliasIn, client: TheClient, catalogue: TheCatalogue, quotas: TheQuotas
+    alias: AliasName, wanted: AliasIn, client: TheClient, registry: TheRegistry, quotas: TheQuotas
 ) -> AliasOut:
     """Make a name mean a prompt, or several by share, from the next request on; running requests end as they began.
 
@@ -44,15 +44,15 @@ async def set_alias(
     if wanted.shared and not client.is_admin:
         raise ApiError(403, "only an admin's key may share an alias with everybody", param="shared")
     made = Alias(name=alias, targets=_targets(wanted), owner=client.id, is_shared=wanted.shared)
-    is_new = catalogue.own_alias(alias, client.id) is None
-    await asyncio.to_thread(_put, quotas, client, Amounts(aliases=int(is_new)), partial(catalogue.put_alias, made))
+    is_new = registry.own_alias(alias, client.id) is None
+    await asyncio.to_thread(_put, quotas, client, Amounts(aliases=int(is_new)), partial(registry.put_alias, made))
     return alias_out(made, client.id)
 
 
 @router.delete("/v1/aliases/{alias}", summary="Delete an alias", responses=refusals(404))
-async def delete_alias(alias: AliasName, client: TheClient, catalogue: TheCatalogue) -> Deleted:
+async def delete_alias(alias: AliasName, client: TheClient, registry: TheRegistry) -> Deleted:
     """Your alias is none any more; what it pointed to stays."""
-    await asyncio.to_thread(catalogue.remove_alias, alias, client.id)
+    await asyncio.to_thread(registry.remove_alias, alias, client.id)
     return Deleted(id=alias, object="alias")
 
 

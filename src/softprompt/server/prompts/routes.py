@@ -22,13 +22,13 @@ from softprompt.server.errors import ApiError
 from softprompt.server.malformed import sayable
 from softprompt.server.parts import part
 from softprompt.server.prompts import alias_routes
-from softprompt.server.prompts.arrivals import Hub, read_folder, read_upload, upload_limits
-from softprompt.server.prompts.catalogue import Catalogue, Model
-from softprompt.server.prompts.library import WatchedLibrary
-from softprompt.server.prompts.model import LIBRARY
+from softprompt.server.prompts.adapter_import import Hub, read_folder, read_upload, upload_limits
+from softprompt.server.prompts.library_watcher import LibraryWatcher
+from softprompt.server.prompts.model import LIBRARY, Model
 from softprompt.server.prompts.names import unknown
 from softprompt.server.prompts.pins import Pins
-from softprompt.server.prompts.shapes import (
+from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.server.prompts.schemas import (
     Change,
     Deleted,
     FromUpload,
@@ -44,8 +44,8 @@ from softprompt.server.refusals import refusals
 from softprompt.storage.library import NAME
 
 router = APIRouter(tags=["prompts"], responses=refusals(400, 401, 429, 503))
-TheCatalogue = Annotated[Catalogue, part(Catalogue)]
-TheLibrary = Annotated[WatchedLibrary, part(WatchedLibrary)]
+TheRegistry = Annotated[PromptRegistry, part(PromptRegistry)]
+TheLibrary = Annotated[LibraryWatcher, part(LibraryWatcher)]
 ThePins = Annotated[Pins, part(Pins)]
 TheHub = Annotated[Hub, part(Hub)]
 TheBase = Annotated[Base, part(Base)]
@@ -77,19 +77,19 @@ _BODY = {
 @router.get("/v1/prompts", summary="List prompts")
 async def list_prompts(
     client: TheClient,
-    catalogue: TheCatalogue,
+    registry: TheRegistry,
     library: TheLibrary,
     after: Annotated[str, Query(max_length=256, description="The last `id` of the page before.")] = "",
     limit: Annotated[int, Query(ge=1, le=1000, description="Prompts of a page.")] = 100,
 ) -> PromptList:
     """Your prompts and those that everybody may use, by name, with where each comes from."""
-    found = sorted((each for each in catalogue.models(client) if each.prompt and each.id > after), key=_by_name)
-    aliases = catalogue.alias_names(client)
-    problems = sorted({**library.problems, **catalogue.problems}.items()) if client.is_admin else None
+    found = sorted((each for each in registry.models(client) if each.prompt and each.id > after), key=_by_name)
+    aliases = registry.alias_names(client)
+    problems = sorted({**library.problems, **registry.problems}.items()) if client.is_admin else None
     return PromptList(
         data=[_told(each, client, aliases) for each in found[:limit]],
         has_more=len(found) > limit,
-        aliases=[alias_out(each, client.id) for each in catalogue.aliases(client)],
+        aliases=[alias_out(each, client.id) for each in registry.aliases(client)],
         problems=None if problems is None else [_problem_out(name, problem) for name, problem in problems],
     )
 
@@ -100,15 +100,15 @@ def _problem_out(name: str, problem: str) -> ProblemOut:
 
 
 @router.get("/v1/prompts/{name:path}", summary="Retrieve a prompt", responses=refusals(404))
-async def retrieve_prompt(name: PromptName, client: TheClient, catalogue: TheCatalogue) -> PromptOut:
+async def retrieve_prompt(name: PromptName, client: TheClient, registry: TheRegistry) -> PromptOut:
     """One prompt with the whole record of its training."""
-    model = _found(name, client, catalogue)
-    return _told(model, client, catalogue.alias_names(client), with_run=True)
+    model = _found(name, client, registry)
+    return _told(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=refusals(403, 408, 409, 413))
 async def add_prompt(
-    request: Request, client: TheClient, catalogue: TheCatalogue, pins: ThePins, hub: TheHub, base: TheBase,
+    request: Request, client: TheClient, registry: TheRegistry, pins: ThePins, hub: TheHub, base: TheBase,
     config: TheConfig, quotas: TheQuotas,
 ) -> PromptOut:  # fmt: skip
     """Serve an adapter from now on: uploaded files (never a pickle), a repository on the Hub, or, for admins, a folder.
@@ -121,62 +121,62 @@ async def add_prompt(
         limits = {name: min(most, config.max_upload_bytes) for name, most in upload_limits(base).items()}
         form = await read_form(request, limits)
         wanted = checked(FromUpload, form.fields)
-        await _check_wanted(wanted, "upload", client, catalogue, quotas)
+        await _check_wanted(wanted, "upload", client, registry, quotas)
         prompt, source = await asyncio.to_thread(read_upload, form.files, base), "upload"
     else:
         wanted = await read_json(request, _PROMPT_IN, config.max_body_bytes)
         source = "hub" if wanted.folder is None else "folder"
-        await _check_wanted(wanted, source, client, catalogue, quotas)
+        await _check_wanted(wanted, source, client, registry, quotas)
         prompt = await _fetched(wanted, hub, base, client)
-    keep = partial(catalogue.keep, prompt, name=wanted.name, owner=client.id, source=source,
+    keep = partial(registry.keep, prompt, name=wanted.name, owner=client.id, source=source,
                    is_shared=wanted.shared, overwrite=wanted.overwrite)  # fmt: skip
-    model = await asyncio.to_thread(_keep, keep, quotas, client, catalogue.more(wanted.name, client.id, prompt))
+    model = await asyncio.to_thread(_keep, keep, quotas, client, registry.more(wanted.name, client.id, prompt))
     await pins.follow()
-    return _told(model, client, catalogue.alias_names(client), with_run=True)
+    return _told(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.post("/v1/prompts/{name}/load", summary="Load a prompt of the library again", responses=refusals(403, 404))
 async def load_prompt(
-    name: LibraryName, client: TheAdmin, catalogue: TheCatalogue, library: TheLibrary, pins: ThePins
+    name: LibraryName, client: TheAdmin, registry: TheRegistry, library: TheLibrary, pins: ThePins
 ) -> PromptOut:
     """Serve a prompt of the library that was deleted, or look at its folder now. For admins."""
     model = await asyncio.to_thread(library.load, name)
     await pins.follow()
-    return _told(model, client, catalogue.alias_names(client), with_run=True)
+    return _told(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.patch("/v1/prompts/{name:path}", summary="Rename, pin or share a prompt",
               responses=refusals(403, 404, 408, 409, 413))  # fmt: skip
 async def change_prompt(
-    name: PromptName, change: Change, client: TheClient, catalogue: TheCatalogue, pins: ThePins
+    name: PromptName, change: Change, client: TheClient, registry: TheRegistry, pins: ThePins
 ) -> PromptOut:
     """What is left out stays. A pinned prompt's keys and values stay in memory: no request waits for them again."""
-    model = _changeable(name, client, catalogue)
+    model = _changeable(name, client, registry)
     if change.shared is not None and not client.is_admin:
         raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
     if change.pinned and not model.is_pinned and model.prompt is not None:
         await pins.try_on(model.prompt)
-    wanted = partial(catalogue.change, name=change.name, is_pinned=change.pinned, is_shared=change.shared)
+    wanted = partial(registry.change, name=change.name, is_pinned=change.pinned, is_shared=change.shared)
     try:
         changed = await asyncio.to_thread(wanted, model)
     finally:
         await pins.follow()
-    return _told(changed, client, catalogue.alias_names(client), with_run=True)
+    return _told(changed, client, registry.alias_names(client), with_run=True)
 
 
 @router.delete("/v1/prompts/{name:path}", summary="Delete a prompt", responses=refusals(403, 404))
-async def delete_prompt(name: PromptName, client: TheClient, catalogue: TheCatalogue, pins: ThePins) -> Deleted:
+async def delete_prompt(name: PromptName, client: TheClient, registry: TheRegistry, pins: ThePins) -> Deleted:
     """Your prompt is deleted, with its file. One of the library is only unloaded (for admins): its folder stays, and it
     stays unloaded, also after a restart, until it is loaded again with `POST /v1/prompts/{name}/load`."""
-    await _delete(name, client, catalogue, pins)
+    await _delete(name, client, registry, pins)
     return Deleted(id=name, object="prompt")
 
 
 @router.delete("/v1/models/{model:path}", summary="Delete a model", tags=["models"],
                responses=refusals(403, 404))  # fmt: skip
-async def delete_model(model: PromptName, client: TheClient, catalogue: TheCatalogue, pins: ThePins) -> Deleted:
+async def delete_model(model: PromptName, client: TheClient, registry: TheRegistry, pins: ThePins) -> Deleted:
     """The same as deleting a prompt, as OpenAI has it for fine-tuned models."""
-    await _delete(model, client, catalogue, pins)
+    await _delete(model, client, registry, pins)
     return Deleted(id=model, object="model")
 
 
@@ -196,7 +196,7 @@ def _keep(keep: Callable[[], Model], quotas: Quotas, client: Client, more: Amoun
 
 
 async def _check_wanted(
-    wanted: PromptIn | FromUpload, source: str, client: Client, catalogue: Catalogue, quotas: Quotas
+    wanted: PromptIn | FromUpload, source: str, client: Client, registry: PromptRegistry, quotas: Quotas
 ) -> None:
     """Before anything is fetched: may this client have this under that name?"""
     if source == "folder" and not client.is_admin:
@@ -204,31 +204,31 @@ async def _check_wanted(
     if wanted.shared and not client.is_admin:
         raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
     model = Model(id=wanted.name, owner=client.id, is_shared=wanted.shared)
-    catalogue.check_free(model, wanted.overwrite)
-    await asyncio.to_thread(quotas.check, client, catalogue.more(wanted.name, client.id))
+    registry.check_free(model, wanted.overwrite)
+    await asyncio.to_thread(quotas.check, client, registry.more(wanted.name, client.id))
 
 
 def _by_name(model: Model) -> str:
     return model.id
 
 
-def _found(name: PromptName, client: Client, catalogue: Catalogue) -> Model:
-    model = catalogue.find(name, client)
+def _found(name: PromptName, client: Client, registry: PromptRegistry) -> Model:
+    model = registry.find(name, client)
     if model.prompt is None:
         raise unknown(f"{name!r} is the base and no prompt; see /v1/models")
     return model
 
 
-def _changeable(name: PromptName, client: Client, catalogue: Catalogue) -> Model:
-    model = _found(name, client, catalogue)
+def _changeable(name: PromptName, client: Client, registry: PromptRegistry) -> Model:
+    model = _found(name, client, registry)
     if model.owner != client.id and not client.is_admin:
         raise ApiError(403, f"{name!r} is shared with you and not yours to change", param="name")
     return model
 
 
-async def _delete(name: PromptName, client: Client, catalogue: Catalogue, pins: Pins) -> None:
-    model = _changeable(name, client, catalogue)
-    await asyncio.to_thread(catalogue.unload if model.source == LIBRARY else catalogue.delete, model)
+async def _delete(name: PromptName, client: Client, registry: PromptRegistry, pins: Pins) -> None:
+    model = _changeable(name, client, registry)
+    await asyncio.to_thread(registry.unload if model.source == LIBRARY else registry.delete, model)
     await pins.follow()
 
 

@@ -19,9 +19,9 @@ from softprompt.base import Base
 from softprompt.errors import SoftpromptError, StorageError
 from softprompt.server.clients.client import Client
 from softprompt.server.errors import ApiError
-from softprompt.server.prompts.arrivals import read_folder
-from softprompt.server.prompts.catalogue import Catalogue, Model
-from softprompt.server.prompts.model import LIBRARY
+from softprompt.server.prompts.adapter_import import read_folder
+from softprompt.server.prompts.model import LIBRARY, Model
+from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.storage import Library
 from softprompt.storage.files import CONFIG_NAME, PICKLE_NAME, RECORD_NAME, SAFETENSORS_NAME
 
@@ -35,14 +35,14 @@ Stamp = tuple[tuple[int, int, int], ...]  # time of change, size and number of e
 _UNSURE: Stamp = ((-1, -1, -1),)  # of a folder to look at again in any case
 
 
-class WatchedLibrary:
-    """The adapters of one folder in the catalogue, each under its folder's name, for everybody."""
+class LibraryWatcher:
+    """The adapters of one folder in the registry, each under its folder's name, for everybody."""
 
-    def __init__(self, folder: Path | None, base: Base, catalogue: Catalogue) -> None:
+    def __init__(self, folder: Path | None, base: Base, registry: PromptRegistry) -> None:
         self.folder = folder
         self.problems: dict[str, str] = {}  # by name
         self._base = base
-        self._catalogue = catalogue
+        self._registry = registry
         self._stamps: dict[str, Stamp] = {}  # of what was last looked at
         self._served: set[str] = set()
         self._scanning = threading.Lock()
@@ -67,13 +67,13 @@ class WatchedLibrary:
 
     def load(self, name: str) -> Model:
         """Serve a prompt of the library that was unloaded, or say why not. Raises ApiError 400 or 404."""
-        self._catalogue.allow(name)
+        self._registry.allow(name)
         self.scan([name])
         if name in self.problems:
             raise ApiError(400, f"{name!r} cannot be served: {self.problems[name]}", "invalid_adapter", "name")
         if name not in self._served:
             raise ApiError(404, f"the library has no folder {name!r}", "model_not_found", "name")
-        return self._catalogue.find(name, Client())
+        return self._registry.find(name, Client())
 
     async def watch(self, on_change: Callable[[], Awaitable[None]]) -> None:
         """Follow the folder until cancelled; `on_change` after each look at something that has changed."""
@@ -131,7 +131,7 @@ class WatchedLibrary:
         stamp = _stamp(library.folder / name)
         problem = None
         try:
-            if name in there and not self._catalogue.is_unloaded(name):
+            if name in there and not self._registry.is_unloaded(name):
                 self._serve(library, name, stamp)
         except (SoftpromptError, ApiError) as error:
             problem = str(error) if isinstance(error, SoftpromptError) else error.message
@@ -149,17 +149,17 @@ class WatchedLibrary:
         path = library.path(name)
         prompt = read_folder(path, self._base)
         created = max((changed for changed, _, _ in stamp), default=0) / 1e9
-        self._catalogue.put_from_library(Model(id=name, prompt=prompt, source=LIBRARY, created=created))
+        self._registry.put_from_library(Model(id=name, prompt=prompt, source=LIBRARY, created=created))
         if name not in self._served:
             _log.info("the library's prompt %r is served", name)
         self._served.add(name)
 
     def _settle(self, name: str, stamp: Stamp | None, problem: str | None) -> None:
         """What is served no longer, what is wrong, and what was seen."""
-        is_gone = stamp is None or problem is not None or self._catalogue.is_unloaded(name)
+        is_gone = stamp is None or problem is not None or self._registry.is_unloaded(name)
         if is_gone and name in self._served:
             self._served.discard(name)
-            self._catalogue.remove(name, Model(id=name).owner)
+            self._registry.remove(name, Model(id=name).owner)
             _log.info("the library's prompt %r is served no longer", name)
         if problem is None:
             self.problems.pop(name, None)

@@ -14,36 +14,36 @@ from softprompt.server.clients.quotas import Amounts
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.model import BASE_ALIAS, LIBRARY, Alias, Model
 from softprompt.server.prompts.names import Names, taken, unknown
-from softprompt.server.prompts.shelf import Note, Shelf
+from softprompt.server.prompts.repository import LibraryFlags, PromptRepository
 
-__all__ = ["BASE_ALIAS", "Alias", "Catalogue", "Model"]
+__all__ = ["BASE_ALIAS", "Alias", "Model", "PromptRegistry"]
 
 _log = logging.getLogger(__name__)
 
 
-class Catalogue:
+class PromptRegistry:
     """All models. Each client sees its own and the shared ones; its own come first.
 
     `resolve`, `find`, `models` and `aliases` never wait. What changes something writes to the disk first, where there
-    is a shelf to write to, and may wait for another change: not for an event loop's thread.
+    is a repository to write to, and may wait for another change: not for an event loop's thread.
     """
 
-    def __init__(self, base_name: str, shelf: Shelf | None = None) -> None:
-        """Without a `shelf` nothing outlives the process."""
+    def __init__(self, base_name: str, repository: PromptRepository | None = None) -> None:
+        """Without a `repository` nothing outlives the process."""
         self.base = Model(id=base_name, source="base")
         self.problems: dict[str, str] = {}  # kept prompts that cannot be served, by name
-        self._shelf = shelf
+        self._repository = repository
         self._names = Names(self.base)
-        self._notes: dict[str, Note] = {}  # of the library's prompts
+        self._flags: dict[str, LibraryFlags] = {}  # of the library's prompts
         self._pinned: dict[tuple[str, str], Model] = {}
         self._lock = threading.RLock()  # for changes
 
     def load(self) -> None:
         """Serve what was kept. A broken prompt is set aside and stands in `problems`."""
-        if self._shelf is None:
+        if self._repository is None:
             return
-        loaded = self._shelf.load()
-        self.problems, self._notes = loaded.problems, loaded.notes
+        loaded = self._repository.load()
+        self.problems, self._flags = loaded.problems, loaded.flags
         for model in loaded.models:
             try:
                 self.put(model)
@@ -145,21 +145,21 @@ class Catalogue:
         """
         model = Model(id=name, prompt=prompt, owner=owner, source=source, job=job, is_shared=is_shared)
         self.check_free(model, overwrite)
-        if self._shelf is None:
+        if self._repository is None:
             self.put(model)
             return model
-        folder = self._shelf.write(model)
+        folder = self._repository.write(model)
         try:
             with self._lock:
                 self.check_free(model, overwrite)
                 model = self._as_before(model)
-                folder_before = self._shelf.enter(model, folder)
+                folder_before = self._repository.enter(model, folder)
                 self.put(model)
                 self.problems.pop(name, None)
         except BaseException:
-            self._shelf.discard(folder)
+            self._repository.discard(folder)
             raise
-        self._shelf.discard(folder_before)
+        self._repository.discard(folder_before)
         return model
 
     def check_free(self, model: Model, overwrite: bool) -> None:
@@ -174,10 +174,10 @@ class Catalogue:
     def forget(self, name: str, owner: str) -> None:
         """Serve a kept prompt no longer, and delete it. One that is not there is let be."""
         with self._lock:
-            folder = None if self._shelf is None else self._shelf.take_out(name, owner)
+            folder = None if self._repository is None else self._repository.take_out(name, owner)
             self.remove(name, owner)
-        if self._shelf is not None:
-            self._shelf.discard(folder)
+        if self._repository is not None:
+            self._repository.discard(folder)
 
     def delete(self, model: Model) -> None:
         """`forget` for a client; the checkpoints of a job's prompt go with it.
@@ -238,14 +238,14 @@ class Catalogue:
         """Serve a library's prompt no longer, also after a restart, until it is loaded again; its folder stays."""
         with self._lock:
             self._refuse_aliased(model)
-            self._write_note(model, Note(model.is_pinned, True))
+            self._write_note(model, LibraryFlags(model.is_pinned, True))
             self.remove(model.id, model.owner)
 
     def allow(self, name: str) -> None:
         """The library's prompt may be served again."""
         with self._lock:
             if self.is_unloaded(name):
-                self._write_note(Model(id=name), Note(self._note(name).is_pinned, False))
+                self._write_note(Model(id=name), LibraryFlags(self._note(name).is_pinned, False))
 
     # -- aliases
 
@@ -257,8 +257,8 @@ class Catalogue:
             self._names.check_free_alias(alias)
             for target in alias.targets:
                 self._check_target(target.model, alias.owner)
-            if self._shelf is not None:
-                self._shelf.put_alias(alias)
+            if self._repository is not None:
+                self._repository.put_alias(alias)
             self._names.put_alias(alias)
 
     def remove_alias(self, name: str, owner: str) -> None:
@@ -266,8 +266,8 @@ class Catalogue:
         with self._lock:
             if self._names.alias(name, owner) is None:
                 raise unknown(f"you have no alias {shortened(name, 100)}")
-            if self._shelf is not None:
-                self._shelf.remove_alias(name, owner)
+            if self._repository is not None:
+                self._repository.remove_alias(name, owner)
             self._names.remove_alias(name, owner)
 
     def own_alias(self, name: str, owner: str) -> Alias | None:
@@ -302,17 +302,17 @@ class Catalogue:
 
     def _write_down(self, model: Model, name: str) -> None:
         if model.source == LIBRARY:
-            self._write_note(model, Note(model.is_pinned, False))
-        elif self._shelf is not None:
-            self._shelf.change(model, name)
+            self._write_note(model, LibraryFlags(model.is_pinned, False))
+        elif self._repository is not None:
+            self._repository.change(model, name)
 
-    def _note(self, name: str) -> Note:
-        return self._notes.get(name, Note(False, False))
+    def _note(self, name: str) -> LibraryFlags:
+        return self._flags.get(name, LibraryFlags(False, False))
 
-    def _write_note(self, model: Model, note: Note) -> None:
-        if self._shelf is not None:
-            self._shelf.note(replace(model, owner=OPERATOR), note)
-        self._notes[model.id] = note
+    def _write_note(self, model: Model, note: LibraryFlags) -> None:
+        if self._repository is not None:
+            self._repository.note(replace(model, owner=OPERATOR), note)
+        self._flags[model.id] = note
 
     def _follow_pin(self, model: Model) -> None:
         if model.is_pinned:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from softprompt.base import Base
 from softprompt.errors import SoftpromptError, StorageError
-from softprompt.server.prompts.arrivals import read_folder
+from softprompt.server.prompts.adapter_import import read_folder
 from softprompt.server.prompts.model import LIBRARY, Alias, Model, Target
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import AliasRow, PromptRow
@@ -27,7 +27,7 @@ UNLOADED = "unloaded"  # the source of a row that keeps a library's prompt from 
 _log = logging.getLogger(__name__)
 
 
-class Note(NamedTuple):
+class LibraryFlags(NamedTuple):
     """What is known of a library's prompt beyond its folder."""
 
     is_pinned: bool
@@ -39,11 +39,11 @@ class Loaded(NamedTuple):
 
     models: list[Model]
     aliases: list[Alias]
-    notes: dict[str, Note]  # of the library's prompts, by name
+    flags: dict[str, LibraryFlags]  # of the library's prompts, by name
     problems: dict[str, str]  # of prompts that cannot be served, by name
 
 
-class Shelf:
+class PromptRepository:
     """Prompts in `STATE/prompts/ID/` and their rows. Blocks on the disk; any thread may use it."""
 
     def __init__(self, state: Path, database: Database, base: Base) -> None:
@@ -60,7 +60,7 @@ class Shelf:
             loaded.aliases.extend(map(_alias_of, session.scalars(select(AliasRow))))
         for row in rows:
             if row.folder is None:
-                loaded.notes[row.name] = Note(row.is_pinned, row.source == UNLOADED)
+                loaded.flags[row.name] = LibraryFlags(row.is_pinned, row.source == UNLOADED)
                 continue
             try:
                 loaded.models.append(self._model_of(row, row.folder))
@@ -112,7 +112,7 @@ class Shelf:
         except StorageError as error:
             _log.warning("a folder of no use could not be deleted: %s", error)
 
-    def note(self, model: Model, note: Note) -> None:
+    def note(self, model: Model, note: LibraryFlags) -> None:
         """Remember something of a library's prompt."""
         with self._database.session() as session:
             old = self._row(session, model.owner, model.id)
