@@ -27,7 +27,7 @@ def command() -> None:
 @_json
 def list_prompts(library: str, as_json: bool) -> None:
     """Every prompt of a library; a broken one is listed with its problem."""
-    from softprompt.cli.prompt_inspection import shape_text
+    from softprompt.cli.prompt_report import shape_text
     from softprompt.storage import Library
 
     entries = Library(library).list()
@@ -67,7 +67,7 @@ def show(
 
     --leave-out reads the rows that the prompt's training set aside; --data names another set to read instead.
     """
-    from softprompt.cli.prompt_inspection import check_flags, held_out_rows, inspect, show_inspection, with_leave_out
+    from softprompt.cli.prompt_report import check_flags, held_out_rows, inspect, show_inspection, with_leave_out
     from softprompt.storage import load_prompt, resolve_prompt
 
     check_flags(flags, leave_out=leave_out)
@@ -92,7 +92,7 @@ def show_similarities(names: tuple[str, ...], library: str, force: bool, as_json
     Each virtual token is matched with the most similar one of the other prompt; 1 is the same set of vectors. With
     --base the mean embedding of its vocabulary is subtracted first.
     """
-    from softprompt.cli.prompt_similarity import prompts_of, say_other_bases, show_similarity, similarity_json
+    from softprompt.cli.prompt_report import prompts_of, say_other_bases, show_similarity, similarity_json
     from softprompt.prompt import mean_embedding, similar_pairs
     from softprompt.storage import Library
 
