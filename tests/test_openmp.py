@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(
 
 BEGINS = """
 import os, threading, time, torch
-from softprompt import openmp, turns
-from softprompt.openmp import put_threads_away
-from softprompt.turns import Turns, breathe
+from softprompt import compute_share, openmp
+from softprompt.openmp import release_omp_threads
+from softprompt.compute_share import ComputeShare, yield_point
 
 def multiply():
     return torch.ones(1_000_000).sin()
@@ -49,44 +49,44 @@ def test_a_pool_is_put_away_and_made_anew_with_the_same_results():
     script = """
 before, first = num_threads(), multiply()
 print(num_threads() - before)
-put_threads_away()
-put_threads_away()
+release_omp_threads()
+release_omp_threads()
 print(settled(before) - before)
 print(torch.equal(multiply(), first), torch.get_num_threads(), num_threads() - before)
 """
     assert told(script) == ["1", "0", "True", "2", "1"]
 
 
-TURNS = """
+SHARING = """
 def train():
-    with turns_.second():
+    with share.training():
         while not is_over.is_set():
-            breathe()
+            yield_point()
             multiply()
-    put_threads_away()
+    release_omp_threads()
 
-turns_, is_over, counts = Turns(share=0.5), threading.Event(), []
+share, is_over, counts = ComputeShare(share=0.5), threading.Event(), []
 before = num_threads()
 thread = threading.Thread(target=train)
 thread.start()
-for _ in range(100):
-    with turns_.first():
+for _ in range(15):
+    with share.inference_step():
         multiply()
         ends = time.monotonic() + 0.01
         while time.monotonic() < ends and num_threads() > before + 2:
             pass
         counts.append(num_threads() - before)
 is_over.set()
-turns_.idle()
+share.idle()
 thread.join()
-print(sorted(counts)[50], settled(before) - before)
+print(sorted(counts)[7], settled(before) - before)
 """
 
 
-def test_of_two_that_take_turns_one_has_threads():
-    """The second core's is the engine's; in the control, of turns that put nothing away, both have one."""
-    assert told(TURNS) == ["2", "0"]
-    kept, _ = told("turns.put_threads_away = lambda: None\n" + TURNS)
+def test_of_two_threads_that_share_the_machine_only_one_keeps_a_pool():
+    """The second core's is the engine's; the control releases nothing, and both have one."""
+    assert told(SHARING) == ["2", "0"]
+    kept, _ = told("compute_share.release_omp_threads = lambda: None\n" + SHARING)
     assert kept == "3"
 
 
@@ -94,17 +94,17 @@ READS = """
 import tempfile
 from pathlib import Path
 from softprompt import SoftPrompt, load_base, save_prompt
-from softprompt.server.prompts import arrivals
+from softprompt.server.prompts import adapter_import
 
 def read():
-    arrivals.read_folder(place, base)
+    adapter_import.read_folder(place, base)
     has_read.set()
     may_end.wait(60)
 
 base, has_read, may_end = load_base("embedded"), threading.Event(), threading.Event()
 place = Path(tempfile.mkdtemp()) / "large"
 save_prompt(SoftPrompt(torch.ones(1_000, base.hidden_size)), place)
-put_threads_away()
+release_omp_threads()
 time.sleep(0.2)
 before = num_threads()
 thread = threading.Thread(target=read)
@@ -123,7 +123,9 @@ thread.join()
 def test_a_thread_that_has_read_a_large_soft_prompt_keeps_none():
     chosen = {"GOMP_SPINCOUNT": "300000"}  # libgomp's own: no load monitor adds threads
     assert told(READS, **chosen) == ["1"]
-    assert told(READS.replace("def read", "arrivals.put_threads_away = lambda: None\ndef read"), **chosen) == ["2"]
+    assert told(READS.replace("def read", "adapter_import.release_omp_threads = lambda: None\ndef read"), **chosen) == [
+        "2"
+    ]
 
 
 MONITORED = """

@@ -35,7 +35,7 @@ _OTHERS_BUSY, _OTHERS_QUIET = 0.4, 0.2  # cores that others use: a process that 
 _USERS_OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def put_threads_away() -> None:
+def release_omp_threads() -> None:
     """End the calling thread's pool. Its next product makes a new one: of two threads, 0.05 ms for both together.
 
     Not to be called inside of a parallel region. Nothing happens where the library is another one than GNU's.
@@ -91,7 +91,7 @@ class LoadMonitor:
             _make_spare_pool()
         elif self.is_busy and (share < _QUIET or others < _OTHERS_QUIET):
             self.is_busy = False
-            put_threads_away()
+            release_omp_threads()
 
 
 def load_warning() -> str | None:

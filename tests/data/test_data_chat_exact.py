@@ -10,11 +10,11 @@ from support.slow_chat import chat_prompt_ids as slow_chat_prompt_ids
 from test_data_chat import CHATML, MARKED, with_template
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.compute_share import ComputeShare
 from softprompt.data import build_examples, chat, chat_prompt_ids, rows_from_records
 from softprompt.data.chat import chat_ids
 from softprompt.data.chat_template import ChatTemplate
 from softprompt.errors import DataError
-from softprompt.turns import Turns
 
 END = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 TURN = "<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
@@ -229,11 +229,11 @@ def test_whoever_stops_the_work_stops_it_within_a_row(llama_base):
             raise StoppedError
 
     base = with_template(llama_base, CHATML)
-    with pytest.raises(StoppedError), Turns().second(stop):
+    with pytest.raises(StoppedError), ComputeShare().training(stop):
         chat_ids(base, long_chat(500), "row 1")
     num_asked = 0
     loops = "{% for a in range(99999) %}{% for b in range(99) %}{% endfor %}{% endfor %}"
-    with pytest.raises(StoppedError), Turns().second(stop):
+    with pytest.raises(StoppedError), ComputeShare().training(stop):
         chat_prompt_ids(with_template(llama_base, loops), [{"role": "user", "content": "x"}])
 
 

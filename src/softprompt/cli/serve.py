@@ -15,7 +15,7 @@ from softprompt.cli.serve_settings import ENVIRONMENT, check_environment, take_f
 from softprompt.config import EMBEDDED_BASE, BaseConfig, EngineConfig, ServerConfig
 from softprompt.embedded import prompts_folder
 from softprompt.errors import MissingDependencyError
-from softprompt.openmp import put_threads_away
+from softprompt.openmp import release_omp_threads
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -79,7 +79,7 @@ def _serve(base_config: BaseConfig, config: ServerConfig, engine_config: EngineC
         set_up_logging(config.log_format)
         app = serving_app(base, config, engine_config, offline=base_config.offline)
         url = url_of(place)
-        put_threads_away()
+        release_omp_threads()
         _spare_the_collector()
         run_server(app, place, config, lambda: click.echo(_told(app, url)))
 

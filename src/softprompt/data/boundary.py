@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from softprompt.base import Base
+from softprompt.compute_share import yield_point
 from softprompt.errors import EncodingError
-from softprompt.turns import breathe
 
 _USUAL_CHARACTERS = 8  # of a token, at most, in most texts
 _UNSURE_IDS = 64  # at the end of a beginning; the rest of the text may change them
@@ -62,7 +62,7 @@ def first_ids(encode: Callable[[str], Sequence[int]], text: str, count: int | No
     """
     num_characters = _USUAL_CHARACTERS * ((count or 0) + _UNSURE_IDS)
     while count is not None and num_characters < len(text):
-        breathe()
+        yield_point()
         ids = encode(text[:num_characters])
         if len(ids) >= count + _UNSURE_IDS:
             return ids[: len(ids) - _UNSURE_IDS]

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.base import Base
+from softprompt.compute_share import yield_point
 from softprompt.data.boundary import continuation_ids, first_ids
 from softprompt.data.chat_template import ChatTemplate, Rendered, Span
 from softprompt.data.messages import BREATH_MESSAGES, Message, is_learned
 from softprompt.errors import DataError, EncodingError
-from softprompt.turns import breathe
 
 # The assistant's turn ends with EOS in the history too, as it does when it is generated.
 DEFAULT_CHAT_TEMPLATE = (
@@ -173,7 +173,7 @@ class _TurnSpans:
         None where a template writes it, or what comes before it, differently once more turns follow (some drop the
         reasoning of all turns but the last): then nobody can say what inference would have seen.
         """
-        breathe()
+        yield_point()
         length_before = sum(self._beginning(index)) if index else 0
         start = self._opening_end(index)
         shared, rest = self._beginning(index + 1)
@@ -277,7 +277,7 @@ class _Growing:
         self._is_apart = False  # the joined text's settled ids are other ones
 
     def add(self, start: int, end: int) -> None:
-        breathe()
+        yield_point()
         if not self._is_broken and 0 <= self._first_break < end:
             self._is_broken = True
             self._restart()
@@ -343,7 +343,7 @@ class _Controls(NamedTuple):
                 yield match
                 start = match.end()
             start = max(start, piece_end)
-            breathe()
+            yield_point()
 
     def guard(self, value: Any) -> Any:  # Any: JSON
         """The value with every control token in it broken by _BREAK."""
@@ -382,7 +382,7 @@ class _Writing:
     def _guarded(self, messages: Sequence[Message]) -> Iterator[Message]:
         for number, message in enumerate(messages):
             if number % BREATH_MESSAGES == 0:
-                breathe()
+                yield_point()
             yield self.controls.guard(message)
 
     def encode(self, text: str, max_ids: int | None) -> list[int]:

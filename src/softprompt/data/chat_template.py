@@ -24,10 +24,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from softprompt.compute_share import yield_point
 from softprompt.data.messages import Message
 from softprompt.data.template_trace import ReadLog, Trace, Watched, plain_loops
 from softprompt.errors import DataError
-from softprompt.turns import breathe
 
 _STEPS, _STEPS_PER_MESSAGE = 300_000, 300
 _CHARACTERS, _CHARACTERS_PER_MESSAGE, _GROWTH = 2**20, 1_000, 16  # a template may write a message's words several times
@@ -155,7 +155,7 @@ class _Work:
         if self.num_steps >= self._next_breath:
             self._next_breath = self.num_steps + _BREATH_STEPS
             try:
-                breathe()
+                yield_point()
             except Exception as error:
                 self.interruption = error
                 raise

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from softprompt.base import Base
+from softprompt.compute_share import yield_point
 from softprompt.data.boundary import completion_ids, first_ids
 from softprompt.data.chat import chat_ids
 from softprompt.data.labels import labelled_form
 from softprompt.data.report import show_example
 from softprompt.data.rows import Rows, Written, write_rows, written_hash
 from softprompt.errors import DataError, EncodingError, LengthError
-from softprompt.turns import breathe
 from softprompt.types import DataReport, Example, ExampleSet, FormKind
 
 
@@ -84,7 +84,7 @@ def _fitted(base: Base, context: tuple[int, ...], target: tuple[int, ...], limit
 
     The context keeps its end, because a template's last words ("\\nSentiment:") say what is asked.
     """
-    breathe()
+    yield_point()
     special, end = base.bos_ids, limits.eos_ids if target else ()
     room = limits.max_length - len(special)
     is_truncated = len(context) + len(target) + len(end) > room
@@ -100,7 +100,7 @@ def _chat(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
     """Cut at the end. Turns end as the template ends them; EOS is added only behind a last turn that has no end."""
     if row.is_empty:
         return _fitted(base, (), (), limits)
-    breathe()
+    yield_point()
     ids, mask, num_special, end_id = chat_ids(base, row.messages, where, limits.max_length)
     ends = {*base.stop_ids, base.eos_id, end_id}
     if not limits.eos:  # neither between the turns nor at the end
@@ -127,7 +127,7 @@ def _target_length(mask: Sequence[bool]) -> int:
 
 
 def _example(base: Base, rows: Rows, position: int, result: _Ids) -> Example:
-    breathe()
+    yield_point()
     largest = max(result.ids)
     if largest >= base.vocab_size:
         token = base.tokenizer.convert_ids_to_tokens(largest)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from softprompt.compute_share import yield_point
 from softprompt.errors import DataError
-from softprompt.turns import breathe
 from softprompt.types import FormKind
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -90,7 +90,7 @@ _WAY_OUT = {
 def _read_messages(cell: Sequence[object], where: str, for_training: bool) -> Iterator[Message]:
     for number, item in enumerate(cell, start=1):
         if number % BREATH_MESSAGES == 0:
-            breathe()
+            yield_point()
         yield _read_message(item, f"{where}, message {number:,}", for_training)
 
 

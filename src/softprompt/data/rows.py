@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
+from softprompt.compute_share import yield_point
 from softprompt.data.messages import Message, is_learned, read_messages
 from softprompt.data.template import fill_template, template_fields
 from softprompt.errors import DataError, shortened
-from softprompt.turns import breathe
 from softprompt.types import InputForm, brief_repr
 
 
@@ -67,7 +67,7 @@ def write_row(rows: Rows, position: int) -> Written:
     Raises DataError, naming the row, for a cell that is not text, half of a surrogate pair, and messages that are not
     a chat.
     """
-    breathe()
+    yield_point()
     written = _written(rows, position)
     try:
         (written.key if written.messages else f"{written.prompt}{written.text}").encode()

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from softprompt.compute_share import yield_point
 from softprompt.errors import DataError
-from softprompt.turns import breathe
 
 Record = dict[str, Any]  # Any: JSON and Parquet cells are checked when they are asked for
 
@@ -115,7 +115,7 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        breathe()
+        yield_point()
         try:
             items.append((f"line {number:,}", load_json(line)))
         except (ValueError, RecursionError) as error:

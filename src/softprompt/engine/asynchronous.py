@@ -19,12 +19,12 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TypeVar
 
+from softprompt.compute_share import ComputeShare
 from softprompt.engine.engine import Engine
 from softprompt.engine.requests import Event, Failed, Request, Terminal
 from softprompt.engine.stats import EngineStats
 from softprompt.errors import EngineError
 from softprompt.prompt import SoftPrompt
-from softprompt.turns import Turns
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -45,10 +45,10 @@ class AsyncEngine:
     From `start` on nobody but the worker thread may touch the engine.
     """
 
-    def __init__(self, engine: Engine, turns: Turns | None = None) -> None:
-        """`turns`: with a training that runs in another thread on the same base."""
+    def __init__(self, engine: Engine, compute_share: ComputeShare | None = None) -> None:
+        """`compute_share`: with a training that runs in another thread on the same base."""
         self._engine = engine
-        self._turns = turns or Turns()
+        self._compute_share = compute_share or ComputeShare()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_open = False
@@ -161,13 +161,13 @@ class AsyncEngine:
     def _take_commands(self) -> None:
         """All that are there; where there is nothing else to do, wait for one."""
         if not self._has_work:
-            self._turns.idle()
+            self._compute_share.idle()
         for _ in range(max(self._commands.qsize(), 0 if self._has_work else 1)):
             self._commands.get()()
 
     def _step(self) -> list[Event]:
         try:
-            with self._turns.first():
+            with self._compute_share.inference_step():
                 return self._engine.step()
         except Exception as error:
             _log.exception("the engine's step failed; it has stopped")
@@ -210,7 +210,7 @@ class AsyncEngine:
 
     def _end(self) -> None:
         """Nobody may be left waiting: for the answer to a command, for an event, for its turn."""
-        self._turns.idle()
+        self._compute_share.idle()
         with self._gate:
             self._is_open = False
         self._is_closing = True

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softprompt.compute_share import yield_point
 from softprompt.families.grouping import Group, Grouping, grouping_of
 from softprompt.families.packed import PackedRows
 from softprompt.families.scores import Scores
-from softprompt.turns import breathe
 
 Biases = tuple[Tensor, Tensor | None]  # who sees whom [G, 1, n, m], and a position bias [G, h, 1, m]
 
@@ -47,7 +47,7 @@ class _PackedAttention(torch.autograd.Function):
         grouping = _grouping(rows, query, key)
         outs = []
         for number, group in enumerate(grouping.groups):
-            breathe()
+            yield_point()
             queries, keys, values = _gathered(query, key, value, group)
             shares, _ = _shares(queries, keys, group, _biases(rows, number, group, scores, query), scores)
             outs.append(_give(torch.bmm(_by_key_head(shares.to(value.dtype), len(values)), values), group, query))
@@ -60,7 +60,7 @@ class _PackedAttention(torch.autograd.Function):
         wide = torch.promote_types(key.dtype, torch.float32)
         grad_query, grad_key, grad_value = [], torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for number, group in enumerate(grouping.groups):
-            breathe()
+            yield_point()
             biases = _biases(ctx.rows, number, group, ctx.scores, query)
             parts = _group_gradients(grad_out, query, key, value, group, biases, ctx.scores)
             grad_query.append(_give(parts[0], group, query))

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from softprompt.compute_share import yield_point
 from softprompt.families.huge_pages import on_huge_pages
-from softprompt.turns import breathe
 
 _ROW_BLOCK = 2_048  # rows of an arranged head that are multiplied at once
 _MOST_ROWS = 1_024  # of tokens in one product: more of them are a long time without a breath
@@ -72,7 +72,7 @@ def _are_many(rows: Tensor) -> bool:
 
 def _parts(rows: Tensor) -> Iterator[Tensor]:
     for part in rows.split(_MOST_ROWS, dim=-2):
-        breathe()
+        yield_point()
         yield part
 
 
@@ -114,7 +114,7 @@ class Products:
     def _arrange_layers(self, layers: nn.Module, both_ways: bool) -> None:
         self._known.clear()
         for module in _linear_layers(layers):
-            breathe()
+            yield_point()
             weight = module.weight.detach()
             found = self._arranged.get(_storage(weight))
             if found is None or (both_ways and found.backward is None):
@@ -219,7 +219,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        breathe()
+        yield_point()
         return ctx.matrix.back(grad), None, None
 
 
@@ -250,7 +250,7 @@ def _answer(
     products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool
 ) -> Tensor | None:
     """The product, where it is one of ours."""
-    breathe()
+    yield_point()
     is_free = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dim() != 1))
     if is_free or rows.dtype is not weight.dtype or rows.numel() == 0:
         return None

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softprompt.compute_share import yield_point
 from softprompt.families import Head, Matrix
-from softprompt.turns import breathe
 
 _MOST_TARGETS = 4_096  # at once
 _BLOCK_NUMBERS = {"cpu": 1_500_000, "cuda": 64_000_000}  # logits at once: what fits the caches of a CPU
@@ -75,7 +75,7 @@ class _Running:
         return grad.to(self.hidden.dtype)
 
     def _add(self, block: Matrix, first: int) -> None:
-        breathe()
+        yield_point()
         logits = self.head.bend(block.times(self.hidden)).to(self.maximum.dtype)
         slopes = None if self.head.cap is None else 1 - (logits / self.head.cap).square()
         self._pick_targets(logits, slopes, first)

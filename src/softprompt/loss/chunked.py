@@ -15,9 +15,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from softprompt.compute_share import yield_point
 from softprompt.families import Head
 from softprompt.loss.blocked import blocked_nll
-from softprompt.turns import breathe
 
 _CHUNK_BYTES = 64 * 2**20  # of float32 logits
 
@@ -77,7 +77,7 @@ def _gradient(head: AnyHead, hidden: Tensor, ids: Tensor, weights: Tensor, num_c
 
 
 def _chunk_gradient(head: AnyHead, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    breathe()
+    yield_point()
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
         losses = _logits_nll(head(leaf), ids)

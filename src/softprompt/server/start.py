@@ -12,6 +12,7 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 
 from softprompt.base import Base
+from softprompt.compute_share import ComputeShare
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.engine import AsyncEngine, Engine
 from softprompt.server.app import create_app
@@ -39,7 +40,6 @@ from softprompt.server.running.routes import router as running_router
 from softprompt.server.running.tracing import Tracing
 from softprompt.server.state.database import Database
 from softprompt.server.state.holding import held
-from softprompt.turns import Turns
 
 MOST_WAITING = 2_048  # answers, where nobody says otherwise: more are told to come back later
 ROUTERS: tuple[APIRouter, ...] = (running_router, files_router, jobs_router, prompts_router, inference_router)
@@ -49,8 +49,8 @@ def serving_app(
     base: Base, config: ServerConfig, engine_config: EngineConfig | None = None, *, offline: bool = False
 ) -> FastAPI:
     """The app that serves a base. Its lifespan runs the engine. `offline`: prompts are never asked of the Hub."""
-    turns = Turns(config.training_share, _seconds(config.training_latency_ms))
-    engine = AsyncEngine(Engine(base, _with_bounded_queue(engine_config)), turns)
+    compute_share = ComputeShare(config.training_share, _seconds(config.training_latency_ms))
+    engine = AsyncEngine(Engine(base, _with_bounded_queue(engine_config)), compute_share)
     database = Database.of(config)
     check_listening(config, database)
     registry = PromptRegistry(config.base_name or base.name, PromptRepository(Path(config.state), database, base))
@@ -59,7 +59,7 @@ def serving_app(
     files = Files(database, Path(config.state) / "files", config.max_upload_bytes)
     metrics = Metrics()
     quotas = Quotas.of(config, lambda owner: registry.amounts(owner) + files.amounts(owner))
-    jobs = Jobs(base, config, database, registry, files, turns, metrics.trained, quotas)
+    jobs = Jobs(base, config, database, registry, files, compute_share, metrics.trained, quotas)
     tracing = Tracing(config.traces)
     ring, limiter, lifecycle = *keys_and_limits(config, database), Lifecycle()
     figures = Figures(engine, database, lambda: Counter(model.source for model in registry.everything()))
@@ -81,7 +81,7 @@ def serving_app(
                 database.close()
 
     parts = (
-        base, config, TokenTexts(base), Readers(base), turns, engine, database, registry, library, pins,
+        base, config, TokenTexts(base), Readers(base), compute_share, engine, database, registry, library, pins,
         Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, ring, limiter, quotas,
     )  # fmt: skip
     app = create_app(parts, ROUTERS, lifespan)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from softprompt.base import Base
+from softprompt.compute_share import yield_point
 from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
 from softprompt.data.batches import plan_epoch
 from softprompt.families import Forward
 from softprompt.splice import can_share_prefix
-from softprompt.turns import breathe
 from softprompt.types import ExampleSet, brief_repr
 
 _VERSIONS_OF = ("softprompt", "torch", "transformers")
@@ -88,7 +88,7 @@ def _learning_rate(base: Base, config: TrainConfig) -> float:
 
 
 def _epoch(lengths: Sequence[int], config: TrainConfig, epoch: int) -> tuple[tuple[int, ...], ...]:
-    breathe()
+    yield_point()
     steps = plan_epoch(
         lengths, batch_rows=config.batch_rows, batch_tokens=config.batch_tokens, seed=config.seed, epoch=epoch
     )

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from softprompt.compute_share import yield_point
 from softprompt.config import TrainConfig
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
 from softprompt.training.events import Checkpoint, within
 from softprompt.training.plan import Plan
-from softprompt.turns import breathe
 from softprompt.types import Example, PromptRecord
 
 
@@ -287,7 +287,7 @@ def _schedule_details(schedule: str, num_steps: int) -> dict[str, Any]:
 
 def training_row(example: Example, eos_weight: float) -> Row:
     """The example's row under prompt 0, its EOS weighing as much as `eos_weight` text tokens."""
-    breathe()
+    yield_point()
     weights = [
         eos_weight if is_eos else float(counted)
         for counted, is_eos in zip(example.target_mask, example.eos_mask, strict=True)

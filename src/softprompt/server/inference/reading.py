@@ -14,9 +14,9 @@ from typing import TypeVar
 from starlette.types import Receive
 
 from softprompt.base import Base
+from softprompt.compute_share import interrupted_by
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.hanging_up import ClientLeftError, unless_gone
-from softprompt.turns import interrupted_by
 
 _NUM_THREADS = 2
 _MOST_OF_ONE_CLIENT = 64  # inputs that are read or wait to be

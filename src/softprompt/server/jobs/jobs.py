@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from softprompt.base import Base
+from softprompt.compute_share import ComputeShare
 from softprompt.config import ServerConfig, TrainConfig
 from softprompt.errors import shortened
 from softprompt.prompt import SoftPrompt
@@ -34,7 +35,6 @@ from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobEventRow, JobRow
 from softprompt.storage import save_prompt
 from softprompt.storage.library import NAME
-from softprompt.turns import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +48,12 @@ class Jobs:
 
     def __init__(
         self, base: Base, config: ServerConfig, database: Database, registry: PromptRegistry, files: Files,
-        turns: Turns, count_trained: Callable[[int], None] = lambda num_tokens: None, quotas: Quotas | None = None,
+        compute_share: ComputeShare, count_trained: Callable[[int], None] = lambda num_tokens: None,
+        quotas: Quotas | None = None,
     ) -> None:  # fmt: skip
         state = Path(config.state)
         self._at = Workplace(
-            base=base, registry=registry, files=files, turns=turns, records=JobRecords(database),
+            base=base, registry=registry, files=files, compute_share=compute_share, records=JobRecords(database),
             runs=state / "jobs", starts=state / "starts",
             count_trained=count_trained,
         )  # fmt: skip

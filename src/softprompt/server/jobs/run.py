@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softprompt.base import Base
+from softprompt.compute_share import ComputeShare
 from softprompt.config import KEPT_CHECKPOINTS, DataConfig, TrainConfig
 from softprompt.data import Rows, Split, split_rows
 from softprompt.errors import ConfigError, DatabaseError
 from softprompt.evaluation import criterion
-from softprompt.openmp import put_threads_away
+from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
 from softprompt.runs import Recorder, RunFolder
 from softprompt.runs.run_folder import CHECKPOINTS_NAME
@@ -44,7 +45,6 @@ from softprompt.training import (
     TrainResult,
     train_together,
 )
-from softprompt.turns import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Workplace:
     base: Base
     registry: PromptRegistry
     files: Files
-    turns: Turns
+    compute_share: ComputeShare
     records: JobRecords
     runs: Path  # a folder for each job's run
     starts: Path  # and one for the prompt that a job trains further
@@ -108,7 +108,7 @@ class JobRun:
             self._end_failed(error)
         finally:
             self._ready = None
-            put_threads_away()
+            release_omp_threads()
 
     def _train(self) -> TrainResult:
         self._check_base()
@@ -119,7 +119,7 @@ class JobRun:
             self._folder.path, {"job": self._facts()}, overwrite=False, resume=self._folder.has_begun(),
             keep_checkpoints=KEPT_CHECKPOINTS, tensorboard=False,
         )  # fmt: skip
-        with self._at.turns.second(self._obey):  # reading too: Python runs in one thread at a time
+        with self._at.compute_share.training(self._obey):  # reading too: Python runs in one thread at a time
             return train_together(
                 self._at.base, [self._candidate()], sink=self._take, prepared=self._begin, resume=saved
             )[0]

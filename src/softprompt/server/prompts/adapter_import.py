@@ -17,7 +17,7 @@ from anyio import CapacityLimiter, to_thread
 from softprompt.base import Base
 from softprompt.errors import AdapterError, ConfigError, StorageError, shortened
 from softprompt.guard import is_nested_deeper
-from softprompt.openmp import put_threads_away
+from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
 from softprompt.storage import pull_prompt
@@ -124,7 +124,7 @@ def _read(files: AdapterFiles, base: Base) -> SoftPrompt:
     try:
         return _checked(files, base)
     finally:
-        put_threads_away()  # of a large prompt's checks: this thread may live as long as the server
+        release_omp_threads()  # of a large prompt's checks: this thread may live as long as the server
 
 
 def _checked(files: AdapterFiles, base: Base) -> SoftPrompt:
