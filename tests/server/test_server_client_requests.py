@@ -252,7 +252,7 @@ def test_the_fingerprint_is_of_base_and_prompt(place, base, prompts):
     assert len({fingerprint(model) for model in ("base", "ends", "other")}) == 3
     chat = {"messages": [{"role": "user", "content": "w3"}]}
     assert fingerprint("ends", "/v1/chat/completions", **chat) == fingerprint("ends")
-    part_of(place.app, PromptRegistry).put(Model(id="again", prompt=prompts["ends"]))
+    part_of(place.app, PromptRegistry).publish(Model(id="again", prompt=prompts["ends"]))
     assert fingerprint("again") == fingerprint("ends")
 
 

@@ -15,6 +15,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 from support.inference_runs import Place, events_of, place_of, serving
+from support.prompt_server import memory_registry
 from support.tiny_bases import build_base, random_prompt
 
 from softprompt.base import Base
@@ -25,7 +26,6 @@ from softprompt.server.app import create_app
 from softprompt.server.inference.reading import Readers
 from softprompt.server.inference.routes import router
 from softprompt.server.inference.token_text import TokenTexts
-from softprompt.server.prompts.registry import PromptRegistry
 
 LONG = {"model": "quotes", "prompt": "w3", "max_tokens": 9000, "ignore_eos": True, "seed": 1}
 AT_ONCE_S = 2.0  # a row is freed at the next step; the machine may be busy
@@ -148,7 +148,7 @@ def app_of(base: Base, engine: AsyncEngine, **config: float) -> FastAPI:
         async with engine:
             yield
 
-    parts = (base, ServerConfig(**config), engine, PromptRegistry("base"), TokenTexts(base), Readers(base))
+    parts = (base, ServerConfig(**config), engine, memory_registry("base"), TokenTexts(base), Readers(base))
     return create_app(parts, (router,), lifespan)
 
 

@@ -50,7 +50,7 @@ def asking(state: Path, *names: str, **config: Any) -> Iterator[Asking]:
     database.close()
     base = build_base()
     app = serving_app(base, ServerConfig(state=str(state), require_keys=bool(names), **config))
-    part_of(app, PromptRegistry).put(Model(id="p", prompt=SoftPrompt(random_prompt(base, NUM_VIRTUAL))))
+    part_of(app, PromptRegistry).publish(Model(id="p", prompt=SoftPrompt(random_prompt(base, NUM_VIRTUAL))))
     with place_of(app) as place:
         yield Asking(place, secrets)
 

@@ -8,16 +8,15 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from support.prompt_server import eventually, made_prompt, prompt_server, streamed, upload
+from support.prompt_server import eventually, made_prompt, memory_registry, prompt_server, streamed, upload
 from support.tiny_bases import random_ids
 
 from softprompt.errors import StorageError
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.client import Client
 from softprompt.server.errors import ApiError
-from softprompt.server.prompts import library as library_module
+from softprompt.server.prompts import library_watcher as library_module
 from softprompt.server.prompts.library_watcher import LibraryWatcher
-from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.storage import save_prompt
 from softprompt.storage.files import ADAPTER_FILES
 from softprompt.storage.save import adapter_to_bytes
@@ -249,7 +248,7 @@ def test_where_the_system_tells_nothing_the_folder_is_looked_at(tiny_llama, fold
 
 
 def test_a_library_that_is_not_there_is_an_error_and_one_that_goes_leaves_what_is_served(tiny_llama, folder):
-    registry = PromptRegistry("tiny")
+    registry = memory_registry("tiny")
     with pytest.raises(StorageError, match="no library"):
         LibraryWatcher(folder / "nowhere", tiny_llama, registry).scan()
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
@@ -263,7 +262,7 @@ def test_a_library_that_is_not_there_is_an_error_and_one_that_goes_leaves_what_i
 
 
 def test_what_did_not_change_is_not_read_again(tiny_llama, folder):
-    registry = PromptRegistry("tiny")
+    registry = memory_registry("tiny")
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
     watched = LibraryWatcher(folder, tiny_llama, registry)
     watched.scan()
@@ -294,7 +293,7 @@ def test_every_state_of_a_copy_is_whole_or_refused(tiny_llama, folder, order):
                 for done in names[:number]:
                     (place / done).write_bytes(contents[done])
                 (place / name).write_bytes(contents[name][: int(share * len(contents[name]))])
-                registry = PromptRegistry("tiny")
+                registry = memory_registry("tiny")
                 LibraryWatcher(folder, tiny_llama, registry).scan([place.name])
                 seen.add(hash_of(registry, place.name))
         assert seen <= allowed and None in seen and new.content_hash in seen
@@ -302,7 +301,7 @@ def test_every_state_of_a_copy_is_whole_or_refused(tiny_llama, folder, order):
 
 def test_a_prompt_is_a_value_that_readers_share(tiny_llama, folder):
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
-    registry = PromptRegistry("tiny")
+    registry = memory_registry("tiny")
     LibraryWatcher(folder, tiny_llama, registry).scan()
     prompt = registry.resolve("coach", ANYBODY).prompt
     assert isinstance(prompt, SoftPrompt) and registry.resolve("coach", Client("bob")).prompt is prompt

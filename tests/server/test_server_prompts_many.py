@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.prompt_server import made_prompt
+from support.prompt_server import made_prompt, memory_registry
 
 from softprompt.server.clients.client import Client
 from softprompt.server.prompts.library_watcher import LibraryWatcher
@@ -47,7 +47,7 @@ def measured(work):
 def test_ten_thousand_of_a_library(tiny_llama, tmp_path, capsys):
     count = 10_000
     write(tiny_llama, tmp_path, count)
-    registry = PromptRegistry("tiny")
+    registry = memory_registry("tiny")
     watched = LibraryWatcher(tmp_path, tiny_llama, registry)
     _, seconds, grown = measured(watched.scan)
     assert len(registry.models(ANYBODY)) == count + 1 and not watched.problems
@@ -85,7 +85,7 @@ def test_ten_thousand_that_were_kept(tiny_llama, tmp_path, capsys):
 
 def test_hundreds_are_loaded_quickly(tiny_llama, tmp_path):
     write(tiny_llama, tmp_path, 300)
-    watched = LibraryWatcher(tmp_path, tiny_llama, PromptRegistry("tiny"))
+    watched = LibraryWatcher(tmp_path, tiny_llama, memory_registry("tiny"))
     _, seconds, _ = measured(watched.scan)
     assert seconds < 10 and len(watched._served) == 300
 
@@ -93,7 +93,8 @@ def test_hundreds_are_loaded_quickly(tiny_llama, tmp_path):
 @pytest.mark.medium
 def test_killed_at_any_moment_every_prompt_is_whole(tmp_path):
     program = Path(__file__).parents[1] / "support" / "killed_while_keeping.py"
-    places = {**os.environ, "PYTHONPATH": str(program.parents[1])}
+    path = os.pathsep.join([str(program.parents[1]), *sys.path])
+    places = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, str(program), str(tmp_path)]
     done = subprocess.run(command, env=places, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

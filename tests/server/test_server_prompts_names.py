@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 import pytest
-from support.prompt_server import made_prompt
+from support.prompt_server import made_prompt, memory_registry
 
 from softprompt.errors import StorageError
 from softprompt.server.clients.client import OPERATOR, Client
@@ -32,7 +32,7 @@ def status_of(work, *args, **more):
 
 @pytest.fixture
 def registry():
-    return PromptRegistry("org/tiny")
+    return memory_registry("org/tiny")
 
 
 @pytest.fixture
@@ -54,17 +54,17 @@ def kept(tiny_llama, tmp_path):
 def test_the_base_has_two_names_that_nobody_else_may_have(registry):
     assert registry.resolve("base", ANN) is registry.resolve("org/tiny", ANN) is registry.base
     for name in ("base", "org/tiny"):
-        assert status_of(registry.put, private(name, "ann")) == 409
+        assert status_of(registry.publish, private(name, "ann")) == 409
         assert status_of(registry.put_alias, Alias(name=name, targets=(Target("base"),), owner="ann")) == 409
 
 
 def test_own_prompts_come_first_then_own_aliases_then_shared_ones(registry):
-    registry.put(Model(id="coach"))
-    registry.put(Model(id="other"))
+    registry.publish(Model(id="coach"))
+    registry.publish(Model(id="other"))
     assert registry.resolve("coach", ANN).owner == OPERATOR
     registry.put_alias(Alias(name="coach", targets=(Target("other"),), owner="ann"))
     assert registry.resolve("coach", ANN).id == "other" and registry.resolve("coach", BOB).id == "coach"
-    registry.put(private("coach", "bob"))
+    registry.publish(private("coach", "bob"))
     assert registry.resolve("coach", BOB).owner == "bob"
     assert {(model.id, model.owner) for model in registry.models(BOB)} == {
         ("org/tiny", OPERATOR), ("coach", "bob"), ("other", OPERATOR)
@@ -72,8 +72,8 @@ def test_own_prompts_come_first_then_own_aliases_then_shared_ones(registry):
 
 
 def test_anothers_name_is_told_like_one_that_never_was(registry):
-    registry.put(private("coach", "ann"))
-    registry.put(private("mine", "bob"))
+    registry.publish(private("coach", "ann"))
+    registry.publish(private("mine", "bob"))
 
     def told(name, client):
         with pytest.raises(ApiError) as caught:
@@ -88,20 +88,20 @@ def test_anothers_name_is_told_like_one_that_never_was(registry):
 
 
 def test_two_owners_cannot_share_one_name(registry):
-    registry.put(Model(id="coach", owner="ann", source="upload"))
+    registry.publish(Model(id="coach", owner="ann", source="upload"))
     assert registry.resolve("coach", BOB).owner == "ann"
-    assert status_of(registry.put, Model(id="coach", owner="bob", source="upload")) == 409
+    assert status_of(registry.publish, Model(id="coach", owner="bob", source="upload")) == 409
     shared = Alias(name="coach", targets=(Target("base"),), owner="bob", is_shared=True)
     assert status_of(registry.put_alias, shared) == 409
-    registry.remove("coach", "ann")
+    registry.withdraw("coach", "ann")
     registry.put_alias(shared)
-    assert status_of(registry.put, Model(id="coach", owner="ann", source="upload")) == 409
+    assert status_of(registry.publish, Model(id="coach", owner="ann", source="upload")) == 409
     assert registry.resolve("coach", ANN) == Model(id="org/tiny", source="base", alias="coach",
                                                     created=registry.base.created)  # fmt: skip
 
 
 def test_an_alias_points_to_prompts_that_its_owner_sees(registry):
-    registry.put(private("coach-v3", "ann"))
+    registry.publish(private("coach-v3", "ann"))
 
     def point(name, *targets, owner="ann"):
         registry.put_alias(Alias(name=name, targets=tuple(map(Target, targets)), owner=owner))
@@ -113,7 +113,7 @@ def test_an_alias_points_to_prompts_that_its_owner_sees(registry):
     assert status_of(point, "again", "coach") == 400  # an alias of an alias
     assert status_of(point, "again", "nobody") == 404
     assert status_of(point, "mine", "coach-v3", owner="bob") == 404
-    assert status_of(registry.put, private("coach", "ann")) == 409
+    assert status_of(registry.publish, private("coach", "ann")) == 409
     assert status_of(registry.delete, registry.find("coach-v3", ANN)) == 409
     assert status_of(registry.change, registry.find("coach-v3", ANN), name="coach-v4") == 409
     assert status_of(registry.remove_alias, "coach", "bob") == 404
@@ -122,17 +122,17 @@ def test_an_alias_points_to_prompts_that_its_owner_sees(registry):
 
 
 def test_a_shared_alias_means_what_its_owner_sees(registry):
-    registry.put(private("coach-v3", "admin"))
-    registry.put(private("coach-v3", "bob"))
+    registry.publish(private("coach-v3", "admin"))
+    registry.publish(private("coach-v3", "bob"))
     registry.put_alias(Alias(name="coach", targets=(Target("coach-v3"),), owner="admin", is_shared=True))
     assert registry.resolve("coach", BOB).owner == registry.resolve("coach", ANN).owner == "admin"
-    registry.remove("coach-v3", "admin")
+    registry.withdraw("coach-v3", "admin")
     assert status_of(registry.resolve, "coach", BOB) == 404
 
 
 def test_shares_hold_and_a_user_stays(registry):
     for name in ("v3", "v4"):
-        registry.put(Model(id=name))
+        registry.publish(Model(id=name))
 
     def share(first, second):
         registry.put_alias(Alias(name="coach", targets=(Target("v3", first), Target("v4", second)), is_shared=True))
@@ -148,7 +148,7 @@ def test_shares_hold_and_a_user_stays(registry):
     share(8.0, 2.0)  # of the users only those move that have to
     second = [registry.resolve("coach", ANN, user).id for user in users]
     assert all(now == "v4" for before, now in zip(first, second, strict=True) if before == "v4")
-    registry.remove("v4", OPERATOR)  # what is not there has no share
+    registry.withdraw("v4", OPERATOR)  # what is not there has no share
     assert {registry.resolve("coach", ANN, user).id for user in users} == {"v3"}
 
 
@@ -211,7 +211,7 @@ def test_a_prompt_that_cannot_be_written_is_not_served(kept, tiny_llama, tmp_pat
     def full(*_):
         raise StorageError("no space left")
 
-    monkeypatch.setattr(PromptRepository, "enter", full)
+    monkeypatch.setattr(PromptRepository, "add", full)
     for name in ("a", "b"):
         with pytest.raises(StorageError):
             registry.keep(made_prompt(tiny_llama, 2), name=name, owner="ann", source="upload")
@@ -258,7 +258,7 @@ def test_a_row_cannot_lead_out_of_the_state(kept, tiny_llama, tmp_path):
 
 
 def test_a_look_up_waits_for_no_change(registry):
-    registry.put(Model(id="a"))
+    registry.publish(Model(id="a"))
     with registry._lock:  # as while a disk is slow
         found = []
         others = [
@@ -274,7 +274,7 @@ def test_a_look_up_waits_for_no_change(registry):
 def test_ten_thousand_prompts_are_put_and_found_quickly(registry):
     began = time.perf_counter()
     for number in range(10_000):
-        registry.put(Model(id=f"p{number}"))
+        registry.publish(Model(id=f"p{number}"))
     put_s = time.perf_counter() - began
     began = time.perf_counter()
     assert all(registry.resolve(f"p{number}", ANN).id == f"p{number}" for number in range(10_000))
@@ -289,7 +289,7 @@ def test_ten_thousand_prompts_are_put_and_found_quickly(registry):
 def test_readers_see_whole_things_while_names_change(registry):
     """A renamed prompt is always there under one of its names, an alias always means one of its two targets."""
     for name in ("v1", "v2", "moving-0"):
-        registry.put(private(name, "ann"))
+        registry.publish(private(name, "ann"))
     registry.put_alias(Alias(name="now", targets=(Target("v1"),), owner="ann"))
     stop, wrong = threading.Event(), []
 

@@ -67,7 +67,7 @@ def serving(
 ) -> Iterator[Place]:
     app = serving_app(base, ServerConfig(state=str(state), **config), engine_config)
     for name, prompt in prompts.items():
-        part_of(app, PromptRegistry).put(Model(id=name, prompt=prompt))
+        part_of(app, PromptRegistry).publish(Model(id=name, prompt=prompt))
     with place_of(app) as place:
         yield place
 

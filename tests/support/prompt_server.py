@@ -25,9 +25,10 @@ from softprompt.server.clients import asking
 from softprompt.server.clients.client import Client
 from softprompt.server.prompts.adapter_import import Hub
 from softprompt.server.prompts.library_watcher import LibraryWatcher
+from softprompt.server.prompts.model import Alias, Model
 from softprompt.server.prompts.pins import Pins, serving_prompts
 from softprompt.server.prompts.registry import PromptRegistry
-from softprompt.server.prompts.repository import PromptRepository
+from softprompt.server.prompts.repository import Kept, LibraryFlags, PromptRepository
 from softprompt.server.prompts.routes import router
 from softprompt.server.state.database import Database
 from softprompt.storage.save import adapter_to_bytes
@@ -49,6 +50,42 @@ class Room:
     def client(self, name: str = "") -> httpx2.Client:
         """Whose key is `name`; the empty one, and those that begin with admin, are admins'."""
         return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {name}"} if name else {}, timeout=60)
+
+
+class MemoryRepository:
+    """A PromptRepository that keeps nothing: what is served lives in the registry alone."""
+
+    def load(self) -> Kept:
+        return Kept([], [], {}, {})
+
+    def write(self, model: Model) -> str:
+        return ""
+
+    def add(self, model: Model, folder: str) -> None:
+        pass
+
+    def update(self, model: Model, name: str) -> None:
+        pass
+
+    def remove(self, name: str, owner: str) -> None:
+        pass
+
+    def discard(self, folder: str | None) -> None:
+        pass
+
+    def set_flags(self, name: str, flags: LibraryFlags) -> None:
+        pass
+
+    def put_alias(self, alias: Alias) -> None:
+        pass
+
+    def remove_alias(self, name: str, owner: str) -> None:
+        pass
+
+
+def memory_registry(base_name: str = "tiny") -> PromptRegistry:
+    """A registry for tests in which nothing is written."""
+    return PromptRegistry(base_name, MemoryRepository())
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def serving_app(
     jobs = Jobs(base, config, database, registry, files, compute_share, metrics.trained, quotas)
     tracing = Tracing(config.traces)
     ring, limiter, lifecycle = *keys_and_limits(config, database), Lifecycle()
-    figures = Figures(engine, database, lambda: Counter(model.source for model in registry.everything()))
+    figures = Figures(engine, database, lambda: Counter(model.source for model in registry.all_prompts()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -17,7 +17,7 @@ from watchfiles import awatch
 
 from softprompt.base import Base
 from softprompt.errors import SoftpromptError, StorageError
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.client import OPERATOR, Client
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.adapter_import import read_folder
 from softprompt.server.prompts.model import LIBRARY, Model
@@ -149,7 +149,7 @@ class LibraryWatcher:
         path = library.path(name)
         prompt = read_folder(path, self._base)
         created = max((changed for changed, _, _ in stamp), default=0) / 1e9
-        self._registry.put_from_library(Model(id=name, prompt=prompt, source=LIBRARY, created=created))
+        self._registry.publish(Model(id=name, prompt=prompt, source=LIBRARY, created=created))
         if name not in self._served:
             _log.info("the library's prompt %r is served", name)
         self._served.add(name)
@@ -159,7 +159,7 @@ class LibraryWatcher:
         is_gone = stamp is None or problem is not None or self._registry.is_unloaded(name)
         if is_gone and name in self._served:
             self._served.discard(name)
-            self._registry.remove(name, Model(id=name).owner)
+            self._registry.withdraw(name, OPERATOR)
             _log.info("the library's prompt %r is served no longer", name)
         if problem is None:
             self.problems.pop(name, None)

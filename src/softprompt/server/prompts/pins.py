@@ -1,4 +1,4 @@
-"""Pinned prompts: their keys and values stay in the engine's memory for prefixes."""
+"""Prompts while a server runs: the registry is loaded, the library watched, and pinned prompts stay in the engine."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _log = logging.getLogger(__name__)
 
 
 class Pins:
-    """What the engine keeps, after what the registry says is pinned; two names of the same vectors take one place."""
+    """Keeps the keys and values of the registry's pinned prompts in the engine; equal vectors are pinned once."""
 
     def __init__(self, engine: AsyncEngine, registry: PromptRegistry) -> None:
         self._engine = engine
         self._registry = registry
-        self._kept: dict[str, SoftPrompt] = {}  # by content hash
+        self._pinned: dict[str, SoftPrompt] = {}  # in the engine, by content hash
         self._changing = asyncio.Lock()
 
-    async def try_on(self, prompt: SoftPrompt) -> None:
-        """Pin a prompt that is about to be marked as pinned. Raises ApiError 409 where there is no room."""
-        async with self._changing:
-            try:
+    async def add(self, prompt: SoftPrompt) -> None:
+        """Pin a prompt that is about to be marked as pinned. Raises ApiError 409 where the engine's memory is full."""
+        try:
+            async with self._changing:
                 await self._pin(prompt)
-            except MemoryLimitError as error:
-                raise ApiError(409, str(error), "pins_full", "pinned") from error
+        except MemoryLimitError as error:
+            raise ApiError(409, str(error), "pins_full", "pinned") from error
 
     async def follow(self) -> None:
-        """Pin what is marked now, and nothing else. What finds no room is logged and served all the same."""
+        """Pin what is marked now, and unpin the rest. A prompt that does not fit is logged, and served all the same."""
         async with self._changing:
-            wanted = {each.prompt.content_hash: each for each in self._registry.pinned() if each.prompt is not None}
-            for gone in self._kept.keys() - wanted.keys():
-                await self._engine.unpin(self._kept.pop(gone))
-            for model in wanted.values():
+            marked = {each.prompt.content_hash: each for each in self._registry.pinned() if each.prompt is not None}
+            for content_hash in self._pinned.keys() - marked.keys():
+                await self._engine.unpin(self._pinned.pop(content_hash))
+            for model in marked.values():
                 assert model.prompt is not None
                 try:
                     await self._pin(model.prompt)
@@ -48,16 +48,16 @@ class Pins:
                     _log.warning("the prompt %r is not pinned: %s", model.id, error)
 
     async def _pin(self, prompt: SoftPrompt) -> None:
-        if prompt.content_hash not in self._kept:
+        if prompt.content_hash not in self._pinned:
             await self._engine.pin(prompt)
-            self._kept[prompt.content_hash] = prompt
+            self._pinned[prompt.content_hash] = prompt
 
 
 @asynccontextmanager
 async def serving_prompts(registry: PromptRegistry, library: LibraryWatcher, pins: Pins) -> AsyncIterator[None]:
-    """Load what was kept and what the library has, then follow the library. The engine must run.
+    """Load what was kept and what the library has, then watch the library. The engine must run.
 
-    Raises StorageError where there is no library at the place that was given.
+    Raises StorageError where the library's folder is missing.
     """
     await asyncio.to_thread(registry.load)
     await asyncio.to_thread(library.scan)

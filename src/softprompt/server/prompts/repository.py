@@ -1,13 +1,13 @@
-"""What outlives the process: prompts that are not the library's as adapter folders, and what is known of each as a row.
+"""The prompts that outlive the process: each in an adapter folder of its own, with a row that says what it is.
 
-A prompt is there when its row is; a folder without a row is what a killed process left, and is never read.
+A prompt is there when its row is. A folder without a row was left by a killed process and is never read. Rows without
+a folder carry the flags of the library's prompts.
 """
 
 from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from softprompt.base import Base
 from softprompt.errors import SoftpromptError, StorageError
+from softprompt.server.clients.client import OPERATOR
 from softprompt.server.prompts.adapter_import import read_folder
 from softprompt.server.prompts.model import LIBRARY, Alias, Model, Target
 from softprompt.server.state.database import Database
@@ -23,19 +24,19 @@ from softprompt.server.state.schema import AliasRow, PromptRow
 from softprompt.storage import save_prompt
 from softprompt.storage.atomic import remove_folder
 
-UNLOADED = "unloaded"  # the source of a row that keeps a library's prompt from being served
+_UNLOADED = "unloaded"  # the source of a row that keeps a library's prompt from being served
 _log = logging.getLogger(__name__)
 
 
 class LibraryFlags(NamedTuple):
-    """What is known of a library's prompt beyond its folder."""
+    """What an admin has set for a library's prompt."""
 
     is_pinned: bool
     is_unloaded: bool
 
 
-class Loaded(NamedTuple):
-    """All that was kept."""
+class Kept(NamedTuple):
+    """Everything that outlived the process before."""
 
     models: list[Model]
     aliases: list[Alias]
@@ -44,67 +45,59 @@ class Loaded(NamedTuple):
 
 
 class PromptRepository:
-    """Prompts in `STATE/prompts/ID/` and their rows. Blocks on the disk; any thread may use it."""
+    """Prompts in `STATE/prompts/ID/` and their rows. Blocks on the disk; safe in any thread."""
 
     def __init__(self, state: Path, database: Database, base: Base) -> None:
         self._state = state
         self._database = database
         self._base = base
 
-    def load(self) -> Loaded:
-        """Everything that was kept; a prompt that is broken is set aside and named."""
+    def load(self) -> Kept:
+        """Read everything; a prompt that is broken is set aside and named in `problems`."""
         self._sweep()
-        loaded = Loaded([], [], {}, {})
+        kept = Kept([], [], {}, {})
         with self._database.session() as session:
             rows = list(session.scalars(select(PromptRow).order_by(PromptRow.created, PromptRow.name)))
-            loaded.aliases.extend(map(_alias_of, session.scalars(select(AliasRow))))
+            kept.aliases.extend(map(_alias_of, session.scalars(select(AliasRow))))
         for row in rows:
             if row.folder is None:
-                loaded.flags[row.name] = LibraryFlags(row.is_pinned, row.source == UNLOADED)
+                kept.flags[row.name] = LibraryFlags(row.is_pinned, row.source == _UNLOADED)
                 continue
             try:
-                loaded.models.append(self._model_of(row, row.folder))
+                kept.models.append(self._model_of(row, row.folder))
             except SoftpromptError as error:
                 _log.warning("the prompt %r is set aside: %s", row.name, error)
-                loaded.problems[row.name] = str(error)
-        return loaded
+                kept.problems[row.name] = str(error)
+        return kept
 
     def write(self, model: Model) -> str:
-        """Put a prompt into a folder of its own; nobody knows of it before `enter`. Its folder below the state."""
+        """Write a prompt into a new folder, which counts only once it is added. Gives its path below the state."""
         assert model.prompt is not None
         folder = f"prompts/prompt-{uuid.uuid4().hex}"
         save_prompt(model.prompt, self._state / folder)
         return folder
 
-    def enter(self, model: Model, folder: str) -> str | None:
-        """From now on the folder is the prompt of that owner and name; the folder that was it before."""
+    def add(self, model: Model, folder: str) -> str | None:
+        """Make the folder the prompt of that owner and name; gives the folder that was it before."""
         with self._database.session() as session:
-            old = self._row(session, model.owner, model.id)
-            replaced = None if old is None else old.folder
-            if old is not None:
-                session.delete(old)
-                session.flush()
+            replaced = _take_row(session, model.owner, model.id)
             session.add(_row_of(model, folder))
         return replaced
 
-    def change(self, model: Model, name: str) -> None:
-        """What is now known of a kept prompt, which was called `name`."""
+    def update(self, model: Model, name: str) -> None:
+        """Write what has changed of a kept prompt that was called `name`."""
         with self._database.session() as session:
-            row = self._row(session, model.owner, name)
+            row = _find_row(session, model.owner, name)
             if row is not None:
                 row.name, row.is_pinned, row.is_shared = model.id, model.is_pinned, model.is_shared
 
-    def take_out(self, name: str, owner: str) -> str | None:
-        """Forget a prompt; the folder that was it."""
+    def remove(self, name: str, owner: str) -> str | None:
+        """Delete a prompt's row; gives its folder, which is still to be discarded."""
         with self._database.session() as session:
-            row = self._row(session, owner, name)
-            if row is None:
-                return None
-            session.delete(row)
-            return row.folder
+            return _take_row(session, owner, name)
 
     def discard(self, folder: str | None) -> None:
-        """Delete a folder that is nobody's any more. One that resists is left for another day."""
+        """Delete a folder that no row names. If that fails it stays, and is never read."""
         if folder is None:
             return
         try:
@@ -112,17 +105,13 @@ class PromptRepository:
         except StorageError as error:
             _log.warning("a folder of no use could not be deleted: %s", error)
 
-    def note(self, model: Model, note: LibraryFlags) -> None:
-        """Remember something of a library's prompt."""
+    def set_flags(self, name: str, flags: LibraryFlags) -> None:
+        """Keep the flags of a library's prompt."""
         with self._database.session() as session:
-            old = self._row(session, model.owner, model.id)
-            if old is not None:
-                session.delete(old)
-                session.flush()
-            if note.is_pinned or note.is_unloaded:
-                row = _row_of(model, None)
-                row.is_pinned, row.source = note.is_pinned, UNLOADED if note.is_unloaded else LIBRARY
-                session.add(row)
+            _take_row(session, OPERATOR, name)
+            if flags.is_pinned or flags.is_unloaded:
+                source = _UNLOADED if flags.is_unloaded else LIBRARY
+                session.add(_row_of(Model(id=name, source=source, is_pinned=flags.is_pinned), None))
 
     def put_alias(self, alias: Alias) -> None:
         with self._database.session() as session:
@@ -133,12 +122,12 @@ class PromptRepository:
             session.execute(delete(AliasRow).where(AliasRow.owner == owner, AliasRow.name == name))
 
     def _model_of(self, row: PromptRow, folder: str) -> Model:
-        place = (self._state / folder).resolve()
-        if not place.is_relative_to(self._state.resolve()):
+        path = (self._state / folder).resolve()
+        if not path.is_relative_to(self._state.resolve()):
             raise StorageError(f"the prompt's folder {folder!r} leads out of {self._state}")
         return Model(
             id=row.name,
-            prompt=read_folder(place, self._base),
+            prompt=read_folder(path, self._base),
             owner=row.owner,
             source=row.source,
             job=row.job,
@@ -148,18 +137,25 @@ class PromptRepository:
         )
 
     def _sweep(self) -> None:
-        """Delete the temporaries of a killed process."""
-        for left in self._hidden():
-            self.discard(str(left.relative_to(self._state)))
+        """Delete the temporary folders that a killed process left."""
+        for left in (self._state / "prompts").glob(".*"):
+            if left.is_dir():
+                self.discard(str(left.relative_to(self._state)))
 
-    def _hidden(self) -> Iterator[Path]:
-        folder = self._state / "prompts"
-        if folder.is_dir():
-            yield from (each for each in folder.iterdir() if each.is_dir() and each.name.startswith("."))
 
-    @staticmethod
-    def _row(session: Session, owner: str, name: str) -> PromptRow | None:
-        return session.scalar(select(PromptRow).where(PromptRow.owner == owner, PromptRow.name == name))
+def _find_row(session: Session, owner: str, name: str) -> PromptRow | None:
+    return session.scalar(select(PromptRow).where(PromptRow.owner == owner, PromptRow.name == name))
+
+
+def _take_row(session: Session, owner: str, name: str) -> str | None:
+    """Delete a row if it is there; gives the folder that it named."""
+    row = _find_row(session, owner, name)
+    if row is None:
+        return None
+    folder = row.folder
+    session.delete(row)
+    session.flush()
+    return folder
 
 
 def _row_of(model: Model, folder: str | None) -> PromptRow:

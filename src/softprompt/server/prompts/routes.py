@@ -1,4 +1,4 @@
-"""/v1/prompts: what is served besides the base, loaded, changed and unloaded at run time."""
+"""/v1/prompts: prompts are listed, added, changed and deleted at run time; /v1/aliases: other names for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as InPath
@@ -21,14 +21,15 @@ from softprompt.server.clients.quotas import Amounts, Quotas, TheQuotas
 from softprompt.server.errors import ApiError
 from softprompt.server.malformed import sayable
 from softprompt.server.parts import part
-from softprompt.server.prompts import alias_routes
 from softprompt.server.prompts.adapter_import import Hub, read_folder, read_upload, upload_limits
 from softprompt.server.prompts.library_watcher import LibraryWatcher
-from softprompt.server.prompts.model import LIBRARY, Model
-from softprompt.server.prompts.names import unknown
+from softprompt.server.prompts.model import LIBRARY, Alias, Model, Target
 from softprompt.server.prompts.pins import Pins
-from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.server.prompts.registry import PromptRegistry, unknown
 from softprompt.server.prompts.schemas import (
+    AliasIn,
+    AliasList,
+    AliasOut,
     Change,
     Deleted,
     FromUpload,
@@ -44,6 +45,8 @@ from softprompt.server.refusals import refusals
 from softprompt.storage.library import NAME
 
 router = APIRouter(tags=["prompts"], responses=refusals(400, 401, 429, 503))
+_aliases = APIRouter(tags=["aliases"])
+_Kept = TypeVar("_Kept")
 TheRegistry = Annotated[PromptRegistry, part(PromptRegistry)]
 TheLibrary = Annotated[LibraryWatcher, part(LibraryWatcher)]
 ThePins = Annotated[Pins, part(Pins)]
@@ -52,6 +55,7 @@ TheBase = Annotated[Base, part(Base)]
 LibraryName = Annotated[
     str, InPath(pattern=f"^{NAME.pattern}$", description="Its folder's name.", examples=["coach-v3"])
 ]
+AliasName = Annotated[str, InPath(pattern=f"^{NAME.pattern}$", description="The other name.", examples=["coach"])]
 PromptName = Annotated[str, InPath(description="Its name, `:` included.", examples=["coach-v3"])]
 TheConfig = Annotated[ServerConfig, part(ServerConfig)]
 
@@ -83,11 +87,13 @@ async def list_prompts(
     limit: Annotated[int, Query(ge=1, le=1000, description="Prompts of a page.")] = 100,
 ) -> PromptList:
     """Your prompts and those that everybody may use, by name, with where each comes from."""
-    found = sorted((each for each in registry.models(client) if each.prompt and each.id > after), key=_by_name)
+    found = sorted(
+        (each for each in registry.models(client) if each.prompt and each.id > after), key=lambda model: model.id
+    )
     aliases = registry.alias_names(client)
     problems = sorted({**library.problems, **registry.problems}.items()) if client.is_admin else None
     return PromptList(
-        data=[_told(each, client, aliases) for each in found[:limit]],
+        data=[_shown(each, client, aliases) for each in found[:limit]],
         has_more=len(found) > limit,
         aliases=[alias_out(each, client.id) for each in registry.aliases(client)],
         problems=None if problems is None else [_problem_out(name, problem) for name, problem in problems],
@@ -103,7 +109,7 @@ def _problem_out(name: str, problem: str) -> ProblemOut:
 async def retrieve_prompt(name: PromptName, client: TheClient, registry: TheRegistry) -> PromptOut:
     """One prompt with the whole record of its training."""
     model = _found(name, client, registry)
-    return _told(model, client, registry.alias_names(client), with_run=True)
+    return _shown(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=refusals(403, 408, 409, 413))
@@ -130,9 +136,10 @@ async def add_prompt(
         prompt = await _fetched(wanted, hub, base, client)
     keep = partial(registry.keep, prompt, name=wanted.name, owner=client.id, source=source,
                    is_shared=wanted.shared, overwrite=wanted.overwrite)  # fmt: skip
-    model = await asyncio.to_thread(_keep, keep, quotas, client, registry.more(wanted.name, client.id, prompt))
+    more = registry.growth(wanted.name, client.id, prompt)
+    model = await asyncio.to_thread(_within_quotas, quotas, client, more, keep)
     await pins.follow()
-    return _told(model, client, registry.alias_names(client), with_run=True)
+    return _shown(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.post("/v1/prompts/{name}/load", summary="Load a prompt of the library again", responses=refusals(403, 404))
@@ -142,7 +149,7 @@ async def load_prompt(
     """Serve a prompt of the library that was deleted, or look at its folder now. For admins."""
     model = await asyncio.to_thread(library.load, name)
     await pins.follow()
-    return _told(model, client, registry.alias_names(client), with_run=True)
+    return _shown(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.patch("/v1/prompts/{name:path}", summary="Rename, pin or share a prompt",
@@ -155,13 +162,13 @@ async def change_prompt(
     if change.shared is not None and not client.is_admin:
         raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
     if change.pinned and not model.is_pinned and model.prompt is not None:
-        await pins.try_on(model.prompt)
+        await pins.add(model.prompt)
     wanted = partial(registry.change, name=change.name, is_pinned=change.pinned, is_shared=change.shared)
     try:
         changed = await asyncio.to_thread(wanted, model)
     finally:
         await pins.follow()
-    return _told(changed, client, registry.alias_names(client), with_run=True)
+    return _shown(changed, client, registry.alias_names(client), with_run=True)
 
 
 @router.delete("/v1/prompts/{name:path}", summary="Delete a prompt", responses=refusals(403, 404))
@@ -180,7 +187,38 @@ async def delete_model(model: PromptName, client: TheClient, registry: TheRegist
     return Deleted(id=model, object="model")
 
 
-router.include_router(alias_routes.router)
+@_aliases.get("/v1/aliases", summary="List aliases")
+async def list_aliases(client: TheClient, registry: TheRegistry) -> AliasList:
+    """Your aliases, and those that everybody may use."""
+    found = sorted(registry.aliases(client), key=lambda alias: alias.name)
+    return AliasList(data=[alias_out(each, client.id) for each in found])
+
+
+@_aliases.put("/v1/aliases/{alias}", summary="Set an alias", responses=refusals(403, 404, 408, 409, 413))
+async def set_alias(
+    alias: AliasName, wanted: AliasIn, client: TheClient, registry: TheRegistry, quotas: TheQuotas
+) -> AliasOut:
+    """Make a name mean a prompt, or several by share, from the next request on; running requests end as they began.
+
+    With shares each request draws its prompt; one that carries `user` draws the same one each time. Targets are names
+    as you see them, also where another uses a shared alias of yours.
+    """
+    if wanted.shared and not client.is_admin:
+        raise ApiError(403, "only an admin's key may share an alias with everybody", param="shared")
+    made = Alias(name=alias, targets=_targets(wanted), owner=client.id, is_shared=wanted.shared)
+    more = Amounts(aliases=int(registry.own_alias(alias, client.id) is None))
+    await asyncio.to_thread(_within_quotas, quotas, client, more, partial(registry.put_alias, made))
+    return alias_out(made, client.id)
+
+
+@_aliases.delete("/v1/aliases/{alias}", summary="Delete an alias", responses=refusals(404))
+async def delete_alias(alias: AliasName, client: TheClient, registry: TheRegistry) -> Deleted:
+    """Your alias is none any more; what it pointed to stays."""
+    await asyncio.to_thread(registry.remove_alias, alias, client.id)
+    return Deleted(id=alias, object="alias")
+
+
+router.include_router(_aliases)
 
 
 async def _fetched(wanted: PromptIn, hub: Hub, base: Base, client: Client) -> SoftPrompt:
@@ -190,7 +228,7 @@ async def _fetched(wanted: PromptIn, hub: Hub, base: Base, client: Client) -> So
     return await hub.pull(wanted.hub, wanted.revision, is_admin=client.is_admin)
 
 
-def _keep(keep: Callable[[], Model], quotas: Quotas, client: Client, more: Amounts) -> Model:
+def _within_quotas(quotas: Quotas, client: Client, more: Amounts, keep: Callable[[], _Kept]) -> _Kept:
     with quotas.reserved(client, more):
         return keep()
 
@@ -203,13 +241,9 @@ async def _check_wanted(
         raise ApiError(403, "only an admin's key may name a folder of the server; upload the files", param="folder")
     if wanted.shared and not client.is_admin:
         raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
-    model = Model(id=wanted.name, owner=client.id, is_shared=wanted.shared)
-    registry.check_free(model, wanted.overwrite)
-    await asyncio.to_thread(quotas.check, client, registry.more(wanted.name, client.id))
-
-
-def _by_name(model: Model) -> str:
-    return model.id
+    model = Model(id=wanted.name, owner=client.id, source=source, is_shared=wanted.shared)
+    registry.check_free(model, overwrite=wanted.overwrite)
+    await asyncio.to_thread(quotas.check, client, registry.growth(wanted.name, client.id))
 
 
 def _found(name: PromptName, client: Client, registry: PromptRegistry) -> Model:
@@ -232,7 +266,13 @@ async def _delete(name: PromptName, client: Client, registry: PromptRegistry, pi
     await pins.follow()
 
 
-def _told(
+def _shown(
     model: Model, client: Client, aliases: dict[tuple[str, str], list[str]], *, with_run: bool = False
 ) -> PromptOut:
     return prompt_out(model, client.id, aliases.get((model.owner, model.id), []), with_run=with_run)
+
+
+def _targets(wanted: AliasIn) -> tuple[Target, ...]:
+    if wanted.model is not None:
+        return (Target(wanted.model),)
+    return tuple(Target(each.model, each.share) for each in wanted.targets or ())
