@@ -15,9 +15,9 @@ from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine import generate
-from softprompt.engine.asynchronous import AsyncEngine
+from softprompt.engine.async_engine import AsyncEngine
 from softprompt.engine.engine import Engine
-from softprompt.engine.requests import Aborted, Answer, Failed, Finished, Request, Tokens
+from softprompt.engine.request import Aborted, Answer, Failed, Finished, Request, Tokens
 from softprompt.errors import DataError, EngineError, LengthError, QueueFullError, SoftpromptError
 from softprompt.prompt import SoftPrompt
 

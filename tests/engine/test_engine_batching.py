@@ -23,7 +23,7 @@ from support.engine_runs import (
 from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig
-from softprompt.engine import Engine, runners
+from softprompt.engine import Engine, model_runner
 from softprompt.prompt import SoftPrompt
 
 ALL = [*FAMILIES, *OTHERS]
@@ -132,8 +132,8 @@ def test_rows_that_give_their_memory_back_answer_as_if_they_had_not(family):
 @pytest.mark.parametrize("family", ALL)
 def test_a_base_that_fails_its_test_answers_one_row_at_a_time(family, monkeypatch, caplog):
     base = build(family)
-    monkeypatch.setattr(runners, "_FACTS", WeakKeyDictionary())
-    monkeypatch.setattr(runners, "why_not_held", lambda base, forward: "it is Monday")
+    monkeypatch.setattr(model_runner, "_FACTS", WeakKeyDictionary())
+    monkeypatch.setattr(model_runner, "why_not_held", lambda base, forward: "it is Monday")
     with caplog.at_level(logging.WARNING):
         engine = Engine(base, EngineConfig(max_step_tokens=3))
     assert f"base 'tiny-{family}': answers run one row at a time, which is slow: it is Monday" in caplog.text

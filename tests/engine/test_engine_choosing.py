@@ -18,10 +18,8 @@ from transformers import (
 )
 
 from softprompt.config import SamplingConfig
-from softprompt.engine.choosing import Chooser
-from softprompt.engine.choosing.drawing import uniform
-from softprompt.engine.choosing.peaks import best_first, first_peak
-from softprompt.engine.choosing.warping import filters_of, in_view, kept, masses
+from softprompt.engine.sampler import Chooser, best_first, first_peak, uniform
+from softprompt.engine.top_k_top_p import filters_of, in_view, kept, masses
 from softprompt.errors import ConfigError
 
 WIDE = 3000  # several blocks and a rest

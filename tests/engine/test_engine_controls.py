@@ -15,8 +15,8 @@ from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine, engine
-from softprompt.engine.held_runner import HeldRunner
-from softprompt.engine.memory import Shelf
+from softprompt.engine.kv_cache import Shelf
+from softprompt.engine.model_runner import HeldRunner
 from softprompt.families import Store
 from softprompt.prompt import SoftPrompt
 

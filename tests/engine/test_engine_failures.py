@@ -21,7 +21,7 @@ from support.tiny_bases import EOS, VOCAB, build_base, build_model, build_tokeni
 from softprompt.base import freeze_base
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine, Failed, Finished, Request
-from softprompt.engine.held_runner import HeldRunner
+from softprompt.engine.model_runner import HeldRunner
 from softprompt.errors import BaseModelError
 from softprompt.families import Store
 from softprompt.prompt import SoftPrompt

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from softprompt.base import freeze_base, load_base
 from softprompt.config import SamplingConfig
 from softprompt.engine import AsyncEngine, Engine, Request, generate
-from softprompt.engine.choosing import Chooser
+from softprompt.engine.sampler import Chooser
 from softprompt.errors import ConfigError, MissingDependencyError
 
 STRICT = {"x-guidance": {"whitespace_flexible": False}}

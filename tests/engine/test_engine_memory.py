@@ -13,7 +13,7 @@ from torch import nn
 
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine import Engine, Request
-from softprompt.engine.memory import KeyValueMemory, Shelf, capacities
+from softprompt.engine.kv_cache import KeyValueMemory, Shelf, capacities
 from softprompt.families import Store
 
 MODULES = [nn.Identity(), nn.Identity()]

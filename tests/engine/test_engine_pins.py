@@ -10,7 +10,7 @@ from torch import nn
 
 from softprompt.config import EngineConfig
 from softprompt.engine import AsyncEngine, Engine
-from softprompt.engine.prefixes import Prefix, PrefixCache
+from softprompt.engine.prefix_cache import Prefix, PrefixCache
 from softprompt.errors import MemoryLimitError
 from softprompt.prompt import SoftPrompt
 
@@ -108,7 +108,7 @@ def test_answers_of_pinned_prompts_are_true(tiny_llama):
 
 
 def test_where_nothing_is_held_a_pin_is_let_be(tiny_llama, monkeypatch):
-    monkeypatch.setattr("softprompt.engine.runners._facts", lambda base, forward: (64, 0, "not today"))
+    monkeypatch.setattr("softprompt.engine.model_runner._facts", lambda base, forward: (64, 0, "not today"))
     engine = Engine(tiny_llama, EngineConfig(prefix_bytes=0))
     engine.pin(prompts(tiny_llama, 1)[0])
     engine.check_integrity()

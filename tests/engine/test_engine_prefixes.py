@@ -13,7 +13,7 @@ from torch import nn
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine
-from softprompt.engine.prefixes import BLOCK, Prefix, PrefixCache, shared_beginnings
+from softprompt.engine.prefix_cache import BLOCK, Prefix, PrefixCache, shared_beginnings
 from softprompt.prompt import SoftPrompt
 
 MODULE = nn.Identity()

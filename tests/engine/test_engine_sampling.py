@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from softprompt.config import SamplingConfig
 from softprompt.engine import Request, generate
-from softprompt.engine.choosing.drawing import uniform
+from softprompt.engine.sampler import uniform
 from softprompt.prompt import SoftPrompt
 
 SETTINGS = [

@@ -12,7 +12,7 @@ from support.tiny_bases import build_base, random_ids
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Aborted, Engine, Finished, Tokens
-from softprompt.engine.waiting import WaitingRows
+from softprompt.engine.scheduler import WaitingRows
 from softprompt.errors import MemoryLimitError, QueueFullError
 
 

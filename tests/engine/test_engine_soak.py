@@ -14,8 +14,8 @@ from torch import Tensor
 
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine import Engine, Request
-from softprompt.engine.choosing import ChoosingRow
-from softprompt.engine.rows import Admitted, Row
+from softprompt.engine.logits_processors import ChoosingRow
+from softprompt.engine.sequence import Admitted, Row
 from softprompt.prompt import SoftPrompt
 
 NUM_PROMPTS = 1_000

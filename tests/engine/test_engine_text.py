@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from softprompt.base import load_base
-from softprompt.engine.text import AnswerText
+from softprompt.engine.detokenizer import AnswerText
 
 WORDS = "Once upon a time, a café in Zürich sold naïve 😀 and 👨‍👩‍👧 to 東京; two  spaces\n\nand two lines. สวัสดี"
 MODELS = Path(__file__).resolve().parents[3] / "shared" / "data" / "models"

@@ -19,7 +19,7 @@ from support.engine_runs import (
 from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
-from softprompt.engine import Engine, Failed, Request, TextRead, Tokens, runners, text_reports
+from softprompt.engine import Engine, Failed, Request, TextRead, Tokens, model_runner, prompt_logprobs
 from softprompt.errors import ConfigError
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt
@@ -135,13 +135,13 @@ def test_those_that_report_wait_for_a_soft_prompt_but_for_nobodys_text():
 @pytest.mark.parametrize("family", ALL)
 def test_rows_that_give_their_memory_back_tell_each_token_once(family, monkeypatch):
     base, tokens = build(family), []
-    report = text_reports.report
+    report = prompt_logprobs.report
 
     def counted(logits, ids, counts):
         tokens.extend(ids)
         return report(logits, ids, counts)
 
-    monkeypatch.setattr(text_reports, "report", counted)
+    monkeypatch.setattr(prompt_logprobs, "report", counted)
     older = [asked(base, random_ids(5, seed), None, 60, ignore_eos=True) for seed in range(2)]
     mine = told(base, 60, 14, num_new=3)
     engine = Engine(base, EngineConfig(kv_bytes=kv_bytes(base, 260), prefix_bytes=0, max_step_tokens=1))
@@ -165,8 +165,8 @@ def test_rows_that_give_their_memory_back_tell_each_token_once(family, monkeypat
 @pytest.mark.parametrize("max_step_tokens", [3, 64])
 def test_a_base_whose_rows_run_one_at_a_time_tells_them_too(max_step_tokens, monkeypatch):
     base = build_base("llama")
-    monkeypatch.setattr(runners, "_FACTS", WeakKeyDictionary())
-    monkeypatch.setattr(runners, "why_not_held", lambda base, forward: "it is Monday")
+    monkeypatch.setattr(model_runner, "_FACTS", WeakKeyDictionary())
+    monkeypatch.setattr(model_runner, "why_not_held", lambda base, forward: "it is Monday")
     requests = mixed(base)[:7]
     found, _ = read_all(base, requests, EngineConfig(max_step_tokens=max_step_tokens))
     for request, text in zip(requests, found, strict=True):
@@ -194,8 +194,8 @@ def test_neighbours_have_the_same_bits(family):
 def test_several_choices_are_told_once_and_before_any_of_their_tokens(is_held, monkeypatch):
     base = build_base("llama")
     if not is_held:
-        monkeypatch.setattr(runners, "_FACTS", WeakKeyDictionary())
-        monkeypatch.setattr(runners, "why_not_held", lambda base, forward: "it is Monday")
+        monkeypatch.setattr(model_runner, "_FACTS", WeakKeyDictionary())
+        monkeypatch.setattr(model_runner, "why_not_held", lambda base, forward: "it is Monday")
     sampling = SamplingConfig(max_new_tokens=5, temperature=0.9, ignore_eos=True)
     request = replace(told(base, 30, 9), num_choices=3, sampling=sampling)
     engine, events = Engine(base, EngineConfig(max_step_tokens=8)), []
@@ -230,7 +230,7 @@ def test_large_vocabularies_go_in_blocks(monkeypatch):
         return logits(forward, hidden)
 
     monkeypatch.setattr(Forward, "logits", watched)
-    monkeypatch.setattr(text_reports, "_MOST_SCORES", 4 * base.vocab_size + 1)
+    monkeypatch.setattr(prompt_logprobs, "_MOST_SCORES", 4 * base.vocab_size + 1)
     request = told(base, 30, 9, num_new=1)
     (text,), _ = read_all(base, [request])
     assert sizes == [4] * 7 + [2, 1]
@@ -240,13 +240,13 @@ def test_large_vocabularies_go_in_blocks(monkeypatch):
 def test_a_text_with_nan_fails_its_request_and_nobody_elses(monkeypatch):
     base = build("llama")
     good, engine, ledger = told(base, 9, 3), Engine(base), Ledger()
-    report = text_reports.report
+    report = prompt_logprobs.report
 
     def broken(logits, ids, counts):
         found = report(logits, ids, counts)
         return [(float("nan") if token == 42 else value, tops) for token, (value, tops) in zip(ids, found, strict=True)]
 
-    monkeypatch.setattr(text_reports, "report", broken)
+    monkeypatch.setattr(prompt_logprobs, "report", broken)
     bad = engine.add(replace(good, ids=(*random_ids(9, 5), 42, 7)))
     numbers = [engine.add(replace(good, ids=tuple(i for i in good.ids if i != 42)))]
     run_out(engine, ledger)

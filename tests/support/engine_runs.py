@@ -23,10 +23,10 @@ from softprompt.engine import (
     TextRead,
     TokenLogProb,
     Tokens,
-    held_runner,
+    model_runner,
 )
-from softprompt.engine.memory import Place, Shelf
-from softprompt.engine.runners import bytes_per_position
+from softprompt.engine.kv_cache import Place, Shelf
+from softprompt.engine.model_runner import bytes_per_position
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
 from support.slow_truth import plain_logits
@@ -118,7 +118,7 @@ def asked(
 
 def attend_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines made from now on do without the compiled attention, as on a machine that has no compiler."""
-    monkeypatch.setattr(held_runner, "is_native", lambda device, dtype: False)
+    monkeypatch.setattr(model_runner, "is_native", lambda device, dtype: False)
 
 
 def kv_bytes(base: Base, num_positions: int) -> int:

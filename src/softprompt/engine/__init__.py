@@ -1,9 +1,11 @@
 """Generation: answers under soft prompts. Knows neither training, nor the server, nor the disk."""
 
-from softprompt.engine.asynchronous import AsyncEngine
+from __future__ import annotations
+
+from softprompt.engine.async_engine import AsyncEngine
 from softprompt.engine.engine import Engine
 from softprompt.engine.generate import generate
-from softprompt.engine.requests import (
+from softprompt.engine.request import (
     Aborted,
     AbortReason,
     Answer,

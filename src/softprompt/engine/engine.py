@@ -14,18 +14,16 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.config import EngineConfig, SamplingConfig
-from softprompt.engine.admission import check_request
-from softprompt.engine.choosing import Chooser, Chosen
-from softprompt.engine.memory import is_out_of_memory
-from softprompt.engine.prefixes import shared_beginnings
-from softprompt.engine.progress import take_token
-from softprompt.engine.requests import Aborted, AbortReason, Event, Failed, Finished, Request, TextRead
-from softprompt.engine.rows import Admitted, Row
-from softprompt.engine.runners import Runners, make_runners
+from softprompt.engine.detokenizer import AnswerText
+from softprompt.engine.kv_cache import is_out_of_memory
+from softprompt.engine.model_runner import Runners, make_runners
+from softprompt.engine.prefix_cache import shared_beginnings
+from softprompt.engine.prompt_logprobs import new_report, report_texts
+from softprompt.engine.request import Aborted, AbortReason, Event, Failed, Finished, Request, TextRead, check_request
+from softprompt.engine.sampler import Chooser, Chosen
 from softprompt.engine.scheduler import Plan, Scheduler
+from softprompt.engine.sequence import Admitted, Row, take_token
 from softprompt.engine.stats import Counts, EngineStats
-from softprompt.engine.text import AnswerText
-from softprompt.engine.text_reports import new_report, report_texts
 from softprompt.errors import MemoryLimitError, QueueFullError
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt

@@ -10,7 +10,7 @@ from softprompt.config import SamplingConfig
 from softprompt.data import Input, form_ids
 from softprompt.data.inputs import input_list
 from softprompt.engine.engine import Engine
-from softprompt.engine.requests import Aborted, Answer, Failed, Finished, Request, Terminal
+from softprompt.engine.request import Aborted, Answer, Failed, Finished, Request, Terminal
 from softprompt.errors import BaseModelError, ConfigError, TimeLimitError
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from softprompt.engine.runners import Runners
+from softprompt.engine.model_runner import Runners
 from softprompt.engine.scheduler import Scheduler
 
 

@@ -11,8 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 
-from softprompt.engine import AsyncEngine
-from softprompt.engine.stats import EngineStats
+from softprompt.engine import AsyncEngine, EngineStats
 from softprompt.errors import DatabaseError, EngineError
 from softprompt.server.running.generations import PREFIX
 from softprompt.server.state.database import Database

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.config import SamplingConfig
-from softprompt.engine.choosing.peaks import BLOCK
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
+BLOCK = 512  # columns whose sums and maxima are taken apart
 _SPAN = 128  # columns whose best score stands for them
 _SLACK = 1e-3  # how far below the computed floor the real one is set
 _NOTHING = 2e-7  # a share out of view that is not told from rounding

@@ -18,18 +18,32 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.engine.choosing.drawing import Ids, draw_from_all, draw_from_kept, uniform
-from softprompt.engine.choosing.guides import Guides
-from softprompt.engine.choosing.peaks import BLOCK, first_peak
-from softprompt.engine.choosing.penalties import Touched, penalise
-from softprompt.engine.choosing.reporting import Alternatives, report
-from softprompt.engine.choosing.rows import ChoosingRow, ending_ids
-from softprompt.engine.choosing.token_rules import RowRules, add_sequence_biases, forbid
-from softprompt.engine.choosing.warping import Doubles, filters_of, has_top_k, masses
+from softprompt.engine.guided_decoding import Guides
+from softprompt.engine.logits_processors import (
+    ChoosingRow,
+    RowRules,
+    Touched,
+    add_sequence_biases,
+    ending_ids,
+    forbid,
+    penalise,
+)
+from softprompt.engine.top_k_top_p import (
+    BLOCK,
+    Doubles,
+    Filters,
+    filters_of,
+    has_top_k,
+    in_view,
+    kept,
+    masses,
+    running_sums,
+)
 from softprompt.errors import ConfigError
 
 Way = Literal["greedy", "all", "filtered", "nucleus"]
@@ -182,3 +196,105 @@ def _reports(
         chosen = [token for token in (ids[position] for position in slab) if token is not None]
         yield from zip(slab, report(logits_BV[slab], chosen, [num_log_probs[position] or 0 for position in slab]),
                        strict=True)  # fmt: skip
+
+
+# --
+
+Ids = NDArray[np.int64]
+
+
+def uniform(seed: int, step: int) -> float:
+    """In [0, 1), 53 bits of Philox under this key and counter."""
+    return float(int(np.random.Philox(key=seed, counter=step).random_raw()) >> 11) * 2.0**-53
+
+
+def draw_from_all(scores_NW: Tensor, uniforms_N: Doubles) -> Ids:
+    """An id of each row by the softmax of its scores; W is a whole number of blocks.
+
+    In two steps, a block and a token in it: float32 sums of blocks, float64 over them and inside.
+    """
+    shares_NKS = torch.softmax(scores_NW, dim=-1).view(len(scores_NW), -1, BLOCK)
+    blocks_NK = running_sums(shares_NKS.sum(-1).cpu().numpy())
+    targets_N = uniforms_N * blocks_NK[:, -1]
+    block_N = _first_above(blocks_NK, targets_N)
+    inside_NS = running_sums(shares_NKS[torch.arange(len(block_N)), torch.from_numpy(block_N)].cpu().numpy())
+    before_N = np.where(block_N > 0, np.take_along_axis(blocks_NK, np.maximum(block_N - 1, 0)[:, None], 1)[:, 0], 0)
+    return block_N * BLOCK + _first_above(inside_NS, targets_N - before_N)
+
+
+def draw_from_kept(scores_NW: Tensor, filters: Filters, masses_N: Doubles, uniforms_N: Doubles) -> Ids:
+    """An id of each row among those that its filters keep; `masses_N` as `in_view` wants it."""
+    view_NC, ids_NC = in_view(scores_NW, filters, masses_N)
+    weights_NC = np.exp(view_NC - view_NC.max(axis=1, keepdims=True))
+    sums_NC = running_sums(weights_NC * kept(view_NC, filters, masses_N))
+    places_N = _first_above(sums_NC, uniforms_N * sums_NC[:, -1])
+    drawn: Ids = np.take_along_axis(ids_NC, places_N[:, None], axis=1)[:, 0]
+    return drawn
+
+
+def _first_above(sums_NC: Doubles, targets_N: Doubles) -> Ids:
+    """The first column whose sum exceeds the target; where rounding leaves none, the last that adds anything."""
+    rows = zip(sums_NC, targets_N, strict=True)
+    places = [min(sums.searchsorted(target, "right"), sums.searchsorted(sums[-1])) for sums, target in rows]
+    return np.array(places, dtype=np.int64)
+
+
+# --
+
+
+def first_peak(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value [B] of each row and its first id [B]; an arbitrary id where the value is NaN."""
+    width = scores_BV.shape[1]
+    peaks_BK = block_peaks(scores_BV)
+    values = peaks_BK.amax(-1, keepdim=True)
+    start = _first(peaks_BK == values) * BLOCK
+    columns = (start + torch.arange(BLOCK, device=scores_BV.device)).clamp_(max=width - 1)
+    place = _first(scores_BV.gather(1, columns) == values)
+    return values[:, 0], columns.gather(1, place)[:, 0]
+
+
+def block_peaks(scores_BV: Tensor) -> Tensor:
+    """The largest of each block [B, K]; the last block may be short."""
+    width = scores_BV.shape[1]
+    whole = width - width % BLOCK
+    peaks_BK = scores_BV[:, :whole].view(len(scores_BV), whole // BLOCK, BLOCK).amax(-1)
+    return peaks_BK if whole == width else torch.cat([peaks_BK, scores_BV[:, whole:].amax(-1, keepdim=True)], dim=1)
+
+
+def best_first(log_probs_NV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The likeliest (id, nats) of each row, as many as its count, best first and the lower id first where equal."""
+    width = min(2 * max(counts) + 16, log_probs_NV.shape[1])
+    if max(counts) == 0:
+        return [()] * len(counts)
+    values_NC, ids_NC = (part.cpu().numpy() for part in log_probs_NV.topk(width, dim=-1))
+    return [
+        _in_order(log_probs_NV[row], values_NC[row], ids_NC[row], min(count, width)) for row, count in enumerate(counts)
+    ]
+
+
+def _in_order(
+    log_probs_V: Tensor, values_C: NDArray[np.float32], ids_C: NDArray[np.int64], count: int
+) -> tuple[tuple[int, float], ...]:
+    if count and values_C[-1] == values_C[count - 1]:  # there may be more of that value than were looked at
+        ids_C = (log_probs_V >= float(values_C[-1])).nonzero()[:, 0].cpu().numpy()
+        values_C = log_probs_V.cpu().numpy()[ids_C]
+    order = np.lexsort((ids_C, -values_C))[:count]
+    return tuple(zip(ids_C[order].tolist(), values_C[order].tolist(), strict=True))
+
+
+def _first(flags_BN: Tensor) -> Tensor:
+    """[B, 1]: the first true column, 0 where there is none."""
+    return flags_BN.to(torch.uint8).argmax(-1, keepdim=True)
+
+
+# --
+
+Alternatives = tuple[tuple[int, float], ...]
+
+
+def report(logits_NV: Tensor, ids: Sequence[int], counts: Sequence[int]) -> list[tuple[float, Alternatives]]:
+    """Each id's nats under its row of raw logits, in float32, and (id, nats) of so many likeliest, best first."""
+    log_probs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+    chosen = torch.tensor(ids, device=logits_NV.device)
+    values = log_probs_NV.gather(1, chosen[:, None])[:, 0].tolist()
+    return list(zip(values, best_first(log_probs_NV, counts), strict=True))

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from softprompt.compute_share import ComputeShare
 from softprompt.engine.engine import Engine
-from softprompt.engine.requests import Event, Failed, Request, Terminal
+from softprompt.engine.request import Event, Failed, Request, Terminal
 from softprompt.engine.stats import EngineStats
 from softprompt.errors import EngineError
 from softprompt.prompt import SoftPrompt

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from softprompt.base import Base
-from softprompt.engine.choosing import Alternatives, report
-from softprompt.engine.requests import Request, TokenLogProb
-from softprompt.engine.rows import Row
+from softprompt.engine.request import Request, TokenLogProb
+from softprompt.engine.sampler import Alternatives, report
+from softprompt.engine.sequence import Row
 from softprompt.families import Forward
 
 _MOST_SCORES = 2**24  # logits at a time: 64 MiB in float32
