@@ -18,7 +18,7 @@ from softprompt.base.model import Base
 from softprompt.errors import AdapterError, ExistsError, StorageError, WrongBaseError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage import Library, UnknownBaseWarning, load_prompt, resolve_prompt, save_prompt
-from softprompt.storage.adapter import AdapterFiles, read_adapter
+from softprompt.storage.adapter import AdapterFiles
 
 MakePrompt = Callable[..., SoftPrompt]
 MakeBase = Callable[..., Base]
@@ -230,12 +230,14 @@ def test_an_entry_that_cannot_even_be_looked_at_hides_no_others(
     sound = {entry.name for entry in library.list()}
     library.add("odd", make_prompt())
 
-    def read(folder: Path) -> AdapterFiles:
+    read = AdapterFiles.read
+
+    def read_or_fail(folder: Path) -> AdapterFiles:
         if folder.name == "odd":
             raise RecursionError
-        return read_adapter(folder)
+        return read(folder)
 
-    monkeypatch.setattr("softprompt.storage.library.read_adapter", read)
+    monkeypatch.setattr(AdapterFiles, "read", read_or_fail)
     problems = {entry.name: entry.problem for entry in library.list()}
     assert problems.pop("odd") == "it cannot be read (it is nested too deeply)"
     assert problems == dict.fromkeys(sound)

@@ -11,6 +11,7 @@ import os
 import warnings
 import zipfile
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +64,83 @@ class StoredRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """The bytes of an adapter folder, size-checked and not yet believed."""
+    """The bytes of an adapter folder: their sizes are checked, nothing else yet."""
 
     where: str  # for messages: the folder or the repository
     weights_name: str  # SAFETENSORS_NAME or PICKLE_NAME
     weights: bytes
     config: bytes | None
     record: bytes | None
+
+    @classmethod
+    def read(cls, folder: Path, *, where: str | None = None, follow_links: bool = False) -> AdapterFiles:
+        """The folder's files; safetensors where both kinds of weights are there.
+
+        Raises: AdapterError where the folder or its weights are missing, or a file may not be read.
+        """
+        where = str(folder) if where is None else where
+        if not folder.is_dir():
+            raise AdapterError(f"{where} is {'a file' if folder.exists() else 'not there'}; give an adapter's folder")
+        config = read_file(folder, CONFIG_NAME, MAX_TEXT_BYTES, follow_links=follow_links)
+        for name in (SAFETENSORS_NAME, PICKLE_NAME):
+            weights = read_file(folder, name, MAX_WEIGHTS_BYTES, follow_links=follow_links)
+            if weights is not None:
+                record = read_file(folder, RECORD_NAME, MAX_RECORD_BYTES, follow_links=follow_links)
+                return cls(where=where, weights_name=name, weights=weights, config=config, record=record)
+        if config is None:
+            raise AdapterError(f"{where} has no {CONFIG_NAME} and no {SAFETENSORS_NAME}{_nested_hint(folder)}")
+        _config_from_bytes(config, None, f"{where}/{CONFIG_NAME}")  # for an adapter of another kind, say that first
+        raise AdapterError(
+            f"{where} has a {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {PICKLE_NAME}; copy them too"
+        )
+
+    @cached_property
+    def stored(self) -> StoredRecord | None:
+        """Our record; None for a folder that PEFT wrote. Raises: AdapterError."""
+        return None if self.record is None else _record_from_bytes(self.record, f"{self.where}/{RECORD_NAME}")
+
+    def parse(
+        self,
+        base: Base | None = None,
+        *,
+        force: bool = False,
+        task_type: str | None = None,
+        base_name: str | None = None,
+    ) -> SoftPrompt:
+        """The soft prompt, as `load_prompt` gives it."""
+        config_where, weights_where = f"{self.where}/{CONFIG_NAME}", f"{self.where}/{self.weights_name}"
+        config = None if self.config is None else _config_from_bytes(self.config, task_type, config_where)
+        tensor_PH = _tensor_from_bytes(self.weights_name, self.weights, weights_where)
+        if config is None:
+            _check_task_of_weights_alone(list(tensor_PH.shape), task_type, self.where)
+        else:
+            _check_shape(config, tensor_PH, config_where)
+        try:
+            prompt = SoftPrompt(tensor_PH, self._record(config or {}, base_name))
+        except PromptError as error:
+            raise AdapterError(f"{weights_where}: {error}") from error
+        self._check_content(prompt)
+        if base is not None:
+            check_base(prompt, base, force=force, where=self.where)
+        return prompt
+
+    def _record(self, config: dict[str, Any], base_name: str | None) -> PromptRecord:
+        record = PromptRecord() if self.stored is None else self.stored.record
+        named = record.base_name or config.get("base_model_name_or_path") or None
+        if named is not None and not isinstance(named, str):
+            raise AdapterError(f"{self.where}/{CONFIG_NAME}: base_model_name_or_path is {named!r}; it must be text")
+        if named is not None and base_name is not None and named != base_name:
+            raise AdapterError(f"{self.where} names its base {named!r} and {base_name!r} was given; leave the name out")
+        return replace(record, base_name=base_name if named is None else named)
+
+    def _check_content(self, prompt: SoftPrompt) -> None:
+        """When PEFT saves into our folder it replaces the weights and leaves our record, which is then of others."""
+        if self.stored is not None and self.stored.content_hash != prompt.content_hash:
+            raise AdapterError(
+                f"{self.where}: the weights ({prompt.content_hash[:12]}) are not those that {RECORD_NAME} describes "
+                f"({self.stored.content_hash[:12]}); they were changed later: delete {RECORD_NAME} to load the rest as "
+                "PEFT's"
+            )
 
 
 def load_prompt(
@@ -83,71 +154,17 @@ def load_prompt(
     """The soft prompt [P, H] of an adapter folder, ours or PEFT's; any stored float dtype becomes float32.
 
     With `base`, the width and the fingerprint are checked; a folder without a fingerprint (PEFT's own) gives one
-    UnknownBaseWarning. `force` loads a prompt of another base of the same width. `task_type` and `base_name` say what
-    the folder does not: with task_type "CAUSAL_LM" even a missing adapter_config.json is forgiven.
+    UnknownBaseWarning. `force` loads a prompt of another base of the same width. `task_type` and `base_name` stand in
+    for what the folder leaves out: with task_type "CAUSAL_LM" even a missing adapter_config.json is accepted.
 
     Raises: AdapterError for a folder that is refused, WrongBaseError for a prompt of another base.
     """
-    files = read_adapter(Path(folder))
-    return parse_adapter(files, base, force=force, task_type=task_type, base_name=base_name)
-
-
-def read_adapter(folder: Path, *, where: str | None = None, follow_links: bool = False) -> AdapterFiles:
-    """The folder's files as bytes; safetensors where both kinds of weights are there.
-
-    Raises: AdapterError where the folder or its weights are missing, or a file may not be read.
-    """
-    said = str(folder) if where is None else where
-    if not folder.is_dir():
-        raise AdapterError(f"{said} is {'a file' if folder.exists() else 'not there'}; give an adapter's folder")
-    config = read_file(folder, CONFIG_NAME, MAX_TEXT_BYTES, follow_links=follow_links)
-    for name in (SAFETENSORS_NAME, PICKLE_NAME):
-        weights = read_file(folder, name, MAX_WEIGHTS_BYTES, follow_links=follow_links)
-        if weights is not None:
-            record = read_file(folder, RECORD_NAME, MAX_RECORD_BYTES, follow_links=follow_links)
-            return AdapterFiles(where=said, weights_name=name, weights=weights, config=config, record=record)
-    if config is None:
-        raise AdapterError(f"{said} has no {CONFIG_NAME} and no {SAFETENSORS_NAME}{_nested_hint(folder)}")
-    _check_config_bytes(config, said)  # an adapter of another kind is best told so
-    raise AdapterError(f"{said} has a {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {PICKLE_NAME}; copy them too")
-
-
-def parse_adapter(
-    files: AdapterFiles,
-    base: Base | None = None,
-    *,
-    force: bool = False,
-    task_type: str | None = None,
-    base_name: str | None = None,
-) -> SoftPrompt:
-    """See `load_prompt`."""
-    config = None if files.config is None else _check_config_bytes(files.config, files.where, task_type)
-    tensor = _tensor_from_bytes(files.weights_name, files.weights, f"{files.where}/{files.weights_name}")
-    if config is None:
-        _check_unstated(list(tensor.shape), task_type, files.where)
-    else:
-        _check_shape(config, tensor, f"{files.where}/{CONFIG_NAME}")
-    stored = stored_record(files)
-    try:
-        prompt = SoftPrompt(tensor, _record(stored, config or {}, base_name, files.where))
-    except PromptError as error:
-        raise AdapterError(f"{files.where}/{files.weights_name}: {error}") from error
-    _check_content(prompt, stored, files.where)
-    if base is not None:
-        check_base(prompt, base, force=force, where=files.where)
-    return prompt
-
-
-def stored_record(files: AdapterFiles) -> StoredRecord | None:
-    """What our record says; None for a folder that PEFT wrote.
-
-    Raises: AdapterError.
-    """
-    return None if files.record is None else _record_from_bytes(files.record, f"{files.where}/{RECORD_NAME}")
+    files = AdapterFiles.read(Path(folder))
+    return files.parse(base, force=force, task_type=task_type, base_name=base_name)
 
 
 def check_base(prompt: SoftPrompt, base: Base, *, force: bool = False, where: str = "the soft prompt") -> None:
-    """The prompt fits `base` and was trained on it.
+    """Check that the prompt fits `base` and was trained on it.
 
     Raises: AdapterError for another width, WrongBaseError for another base.
     """
@@ -190,39 +207,13 @@ def other_base_problem(record: PromptRecord, base: Base, where: str) -> str:
     )
 
 
-def _check_config_bytes(data: bytes, where: str, task_type: str | None = None) -> dict[str, Any]:
-    said = f"{where}/{CONFIG_NAME}"
-    config = parse_object(data, said)
-    _check_kind(config, task_type, said)
-    return config
-
-
-def _check_unstated(shape: list[int], task_type: str | None, where: str) -> None:
+def _check_task_of_weights_alone(shape: list[int], task_type: str | None, where: str) -> None:
     if task_type is None:
         raise AdapterError(
             f"{where} has no {CONFIG_NAME}, so its kind, task and base are unknown; its weights are {shape}. If they "
             f"are a soft prompt of a causal language model, say so: task_type={TASK_TYPE!r} (--task-type {TASK_TYPE})"
         )
     _check_task(task_type, where)
-
-
-def _record(stored: StoredRecord | None, config: dict[str, Any], base_name: str | None, where: str) -> PromptRecord:
-    record = PromptRecord() if stored is None else stored.record
-    named = record.base_name or config.get("base_model_name_or_path") or None
-    if named is not None and not isinstance(named, str):
-        raise AdapterError(f"{where}/{CONFIG_NAME}: base_model_name_or_path is {named!r}; it must be text")
-    if named is not None and base_name is not None and named != base_name:
-        raise AdapterError(f"{where} names its base {named!r} and {base_name!r} was given; leave the name out")
-    return replace(record, base_name=base_name if named is None else named)
-
-
-def _check_content(prompt: SoftPrompt, stored: StoredRecord | None, where: str) -> None:
-    """PEFT saving into our folder replaces the weights and leaves our record, which then tells of other vectors."""
-    if stored is not None and stored.content_hash != prompt.content_hash:
-        raise AdapterError(
-            f"{where}: the weights ({prompt.content_hash[:12]}) are not those that {RECORD_NAME} describes "
-            f"({stored.content_hash[:12]}); they were changed later: delete {RECORD_NAME} to load the rest as PEFT's"
-        )
 
 
 def _nested_hint(folder: Path) -> str:
@@ -236,11 +227,12 @@ def _nested_hint(folder: Path) -> str:
     return f", but these folders below it have: {', '.join(nested[:5])}; give one of them"
 
 
-def _check_kind(config: dict[str, Any], task_type: str | None, where: str) -> None:
-    """Only prompt tuning of a causal language model; `task_type` stands in where the config names none.
+def _config_from_bytes(data: bytes, task_type: str | None, where: str) -> dict[str, Any]:
+    """The config of a prompt for a causal language model; `task_type` stands in where it names none.
 
     Raises: AdapterError.
     """
+    config = parse_object(data, where)
     kind = config.get("peft_type")
     if kind != PEFT_TYPE:
         raise AdapterError(f"{where} has the peft_type {kind!r}; only {PEFT_TYPE} adapters are soft prompts")
@@ -248,6 +240,7 @@ def _check_kind(config: dict[str, Any], task_type: str | None, where: str) -> No
     if stated is not None and task_type is not None and stated != task_type:
         raise AdapterError(f"{where} has the task_type {stated!r} and {task_type!r} was given; leave it out")
     _check_task(task_type if stated is None else stated, where)
+    return config
 
 
 def _check_task(task: object, where: str) -> None:
@@ -264,7 +257,7 @@ def _check_task(task: object, where: str) -> None:
 
 
 def _check_shape(config: dict[str, Any], tensor: Tensor, where: str) -> None:
-    """What the config says of the tensor [P, H] must hold.
+    """Check what the config states about the tensor [P, H].
 
     Raises: AdapterError.
     """
@@ -315,9 +308,12 @@ def _tensor_from_bytes(name: str, data: bytes, where: str) -> Tensor:
 
     Raises: AdapterError for anything else than one floating-point matrix under the key `prompt_embeddings`.
     """
-    if is_lfs_pointer(data):
-        raise AdapterError(lfs_pointer_sentence(where))
-    tensors = _read_safetensors(data, where) if name == SAFETENSORS_NAME else _read_pickle(data, where)
+    try:
+        tensors = _read_safetensors(data, where) if name == SAFETENSORS_NAME else _read_pickle(data, where)
+    except AdapterError:
+        if is_lfs_pointer(data):
+            raise AdapterError(lfs_pointer_sentence(where)) from None
+        raise
     tensor = _only_tensor(tensors, where)
     if tensor.dim() != 2 or 0 in tensor.shape:
         raise AdapterError(f"{where}: {KEY} has the shape {list(tensor.shape)}; it must be [P, H], neither of them 0")
@@ -329,7 +325,7 @@ def _tensor_from_bytes(name: str, data: bytes, where: str) -> Tensor:
 
 
 def _of_usable_size(tensor_PH: Tensor, where: str) -> Tensor:
-    """The same tensor. Squares of larger values, which every norm of a base takes, overflow float32."""
+    """The same tensor, unless its values are so large that their squares, which each norm of a base takes, overflow."""
     largest = float(tensor_PH.abs().nan_to_num(0, 0, 0).max())
     if largest > _MAX_VALUE:
         raise AdapterError(

@@ -52,11 +52,11 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
 
     Raises: AdapterError for bytes that are none, for half a character and for what is nested too deeply.
     """
-    if is_lfs_pointer(data):
-        raise AdapterError(lfs_pointer_sentence(where))
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        if is_lfs_pointer(data):
+            raise AdapterError(lfs_pointer_sentence(where)) from error
         raise AdapterError(f"{where} is not valid JSON ({error}); write it again, or take another copy") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{where} holds a JSON {type(value).__name__}; it must be an object")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import ConfigError, StorageError
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.adapter import TASK_TYPE, parse_adapter, read_adapter
+from softprompt.storage.adapter import TASK_TYPE, AdapterFiles
 from softprompt.storage.atomic import write_folder
 from softprompt.storage.card import PLAIN_WORD, is_hub_id, model_card
 from softprompt.storage.files import (
@@ -117,8 +117,8 @@ def pull_prompt(
 def _read(snapshot: Path, repo_id: str, base: Base | None, force: bool) -> dict[str, bytes]:
     """An adapter's files, checked."""
     where = f"{repo_id} on the Hub"
-    adapter = read_adapter(snapshot, where=where, follow_links=True)  # the cache itself is made of links
-    parse_adapter(adapter, base, force=force)
+    adapter = AdapterFiles.read(snapshot, where=where, follow_links=True)  # the cache itself is made of links
+    adapter.parse(base, force=force)
     card = read_file(snapshot, CARD_NAME, MAX_TEXT_BYTES, follow_links=True)
     found = {
         adapter.weights_name: adapter.weights,
@@ -131,8 +131,8 @@ def _read(snapshot: Path, repo_id: str, base: Base | None, force: bool) -> dict[
 
 def _publishable(folder: Path) -> dict[str, bytes]:
     """Without the path of a local base, which would say how this machine is laid out and lead nowhere elsewhere."""
-    adapter = read_adapter(folder)
-    prompt = parse_adapter(adapter, task_type=TASK_TYPE)
+    adapter = AdapterFiles.read(folder)
+    prompt = adapter.parse(task_type=TASK_TYPE)
     if adapter.weights_name != SAFETENSORS_NAME or adapter.config is None:
         raise StorageError(
             f"{folder} lacks {SAFETENSORS_NAME} or {CONFIG_NAME}; import it into a library and push that"

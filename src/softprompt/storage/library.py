@@ -16,11 +16,9 @@ from softprompt.errors import AdapterError, SoftpromptError, StorageError
 from softprompt.guard import cause_of
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import (
+    AdapterFiles,
     UnknownBaseWarning,
     load_prompt,
-    parse_adapter,
-    read_adapter,
-    stored_record,
 )
 from softprompt.storage.atomic import remove_folder, write_file
 from softprompt.storage.files import (
@@ -180,8 +178,8 @@ class Library:
         try:
             path = self.path(name)
             num_bytes = _num_bytes(path)
-            files = read_adapter(path)
-            prompt, stored = parse_adapter(files), stored_record(files)
+            files = AdapterFiles.read(path)
+            prompt, stored = files.parse(), files.stored
         except Exception as error:  # one bad entry must not hide the others
             return LibraryEntry(name=name, problem=_problem_of(error), num_bytes=num_bytes)
         return LibraryEntry(

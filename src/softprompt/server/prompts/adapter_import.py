@@ -21,7 +21,7 @@ from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
 from softprompt.storage import pull_prompt
-from softprompt.storage.adapter import AdapterFiles, check_base, parse_adapter, read_adapter
+from softprompt.storage.adapter import AdapterFiles, check_base
 from softprompt.storage.files import (
     CONFIG_NAME,
     MAX_RECORD_BYTES,
@@ -45,7 +45,7 @@ def read_folder(folder: Path, base: Base) -> SoftPrompt:
 
     Raises: AdapterError, WrongBaseError.
     """
-    return _read(read_adapter(folder), base)
+    return _read(AdapterFiles.read(folder), base)
 
 
 def read_upload(files: Mapping[str, bytes], base: Base) -> SoftPrompt:
@@ -89,7 +89,7 @@ def pull(
         except StorageError as error:
             asked = "; it was asked without a token, as for every key that is not an admin's" if anonymous else ""
             raise ApiError(400, f"{error}{asked}", "hub_error", "hub") from error
-        files = read_adapter(folder, where=repository)
+        files = AdapterFiles.read(folder, where=repository)
     if files.weights_name == PICKLE_NAME:
         raise AdapterError(f"{repository} holds a pickle ({PICKLE_NAME}); ask its author for {SAFETENSORS_NAME}")
     return _read(files, base)
@@ -128,7 +128,7 @@ def _read(files: AdapterFiles, base: Base) -> SoftPrompt:
 
 
 def _checked(files: AdapterFiles, base: Base) -> SoftPrompt:
-    prompt = parse_adapter(files)
+    prompt = files.parse()
     _check_record(prompt.record, files.where)
     says_no_base = prompt.record.base_fingerprint is None  # PEFT's own: only the width can be compared
     check_base(prompt, base, force=says_no_base, where=files.where)
