@@ -18,7 +18,6 @@ from softprompt.config import (
     SamplingConfig,
     ServerConfig,
     TrainConfig,
-    make_config,
 )
 from softprompt.evaluation import ScoreConfig
 
@@ -111,7 +110,7 @@ def test_every_setting_has_its_meaning(kind):
 def test_an_unknown_setting_comes_with_the_nearest(kind):
     name = dataclasses.fields(kind)[0].name
     with pytest.raises(errors.ConfigError, match=f"did you mean '{name}'"):
-        make_config(kind, {f"{name}s": 1})
+        kind(**{f"{name}s": 1})
 
 
 def test_every_error_is_in_the_tree_with_its_builtin():

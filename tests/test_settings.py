@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+from support.command_line import run
 
 from softprompt.config import (
     BaseConfig,
@@ -20,9 +22,13 @@ from softprompt.config import (
     ServerConfig,
     Start,
     TrainConfig,
+    check_start_stays,
 )
 from softprompt.errors import ConfigError
 from softprompt.evaluation import ScoreConfig
+from softprompt.server.errors import ApiError
+from softprompt.server.jobs.schemas import CreateJob
+from softprompt.server.jobs.settings import train_config
 
 CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, EngineConfig, ServerConfig, ScoreConfig]
 NEEDED = {BaseConfig: {"base": "x"}, DataConfig: {"data": "x"}}
@@ -86,10 +92,10 @@ def test_a_value_outside_of_a_closed_set_comes_with_the_nearest_and_all(name, va
     ],
 )
 def test_an_unknown_name_comes_with_the_one_that_was_meant(kind, name, hint):
-    with pytest.raises(TypeError, match="has no setting") as caught:
+    with pytest.raises(TypeError, match="there is no setting") as caught:
         kind(**{**NEEDED.get(kind, {}), name: 1})
     assert isinstance(caught.value, ConfigError)
-    assert str(caught.value).startswith(f"{kind.__name__} has no setting {name!r}; ")
+    assert str(caught.value).startswith(f"there is no setting {name!r} here; ")
     assert hint in str(caught.value)
 
 
@@ -139,3 +145,83 @@ def test_help_shows_what_each_setting_means(kind):
         assert f"{item.name}: {item.type}{default}\n    " in shown
     assert "--" not in shown, "Python's names, not the command line's"
     assert "virtual_tokens" in str(inspect.signature(TrainConfig))
+
+
+# Of one mistake: the flags, the TOML lines of its section, the hyperparameters of a job, and the one sentence.
+TRAINING_MISTAKES = [
+    (("--virtual-token", 3), "virtual_token = 3", {"virtual_token": 3},
+     "there is no setting 'virtual_token' here; did you mean 'virtual_tokens'?"),
+    (("--lr", 0.1), "lr = 0.1", {"lr": 0.1}, "there is no setting 'lr' here; did you mean 'learning_rate'?"),
+    (("--epochs", "many"), "epochs = 'many'", {"epochs": "many"}, "epochs is 'many'; it must be a whole number"),
+    (("--epochs", 1.5), "epochs = 1.5", {"epochs": 1.5}, "epochs is 1.5; it must be a whole number"),
+    (("--learning-rate", "fast"), "learning_rate = 'fast'", {"learning_rate": "fast"},
+     "learning_rate is 'fast'; it must be a number"),
+    (("--schedule", "linaer"), "schedule = 'linaer'", {"schedule": "linaer"}, "schedule is 'linaer'; did you mean "
+     "'linear'? it must be one of 'linear', 'cosine', 'constant', 'stable-decay'"),
+    (("--epochs", 0), "epochs = 0", {"epochs": 0}, "epochs is 0; it must be at least 1"),
+    (("--seed", 2**63), f"seed = {2**63}", {"seed": 2**63},
+     "seed is 9223372036854775808; it must be a whole number of 63 bits at most"),
+    (("--weight-decay", "nan"), "weight_decay = nan", {"weight_decay": float("nan")},
+     "weight_decay is nan; it must be 0 or more, and finite"),
+    (("--init", "text"), "init = 'text'", {"init": "text"},
+     "init 'text' needs init_text, the instruction to start from"),
+    (("--learning-rate", 0.1, "--relative-learning-rate", 0.2), "learning_rate = 0.1\nrelative_learning_rate = 0.2",
+     {"learning_rate": 0.1, "relative_learning_rate": 0.2},
+     "learning_rate=0.1 and relative_learning_rate=0.2 exclude each other; give one"),
+]  # fmt: skip
+# Of one mistake: the flags, the environment, the TOML line of [server], and the one sentence.
+SERVER_MISTAKES = [
+    (("--prot", 1), {"SOFTPROMPT_PROT": "1"}, "prot = 1", "there is no setting 'prot' here; did you mean 'port'?"),
+    (("--port", "80OO"), {"SOFTPROMPT_PORT": "80OO"}, "port = '80OO'", "port is '80OO'; it must be a whole number"),
+    (("--port", 99999), {"SOFTPROMPT_PORT": "99999"}, "port = 99999", "port is 99999; it must be between 0 and 65535"),
+    (("--log-format", "xml"), {"SOFTPROMPT_LOG_FORMAT": "xml"}, "log_format = 'xml'",
+     "log_format is 'xml'; it must be one of 'text', 'json'"),
+    (("--drain-s", "inf"), {"SOFTPROMPT_DRAIN_S": "inf"}, "drain_s = inf",
+     "drain_s is inf; it must be 0 or more, and finite"),
+    (None, {"SOFTPROMPT_REQUIRE_KEYS": "maybe"}, "require_keys = 'maybe'",
+     "require_keys is 'maybe'; it must be true or false"),
+]  # fmt: skip
+
+
+def as_setting(complaint):
+    """The sentence with names as settings have them, not as flags or environment variables."""
+    return re.sub(r"'(?:--|SOFTPROMPT_)([^']+)'", lambda name: f"'{name[1].lower().replace('-', '_')}'", complaint)
+
+
+@pytest.mark.parametrize(("flags", "toml", "asked", "sentence"), TRAINING_MISTAKES, ids=lambda part: str(part)[:30])
+def test_a_mistake_in_training_has_one_message_as_flag_in_toml_and_over_http(flags, toml, asked, sentence, tmp_path):
+    train = run("train", "--base", "embedded", "--data", "data", "--out", tmp_path / "out", *flags)
+    assert as_setting(train.complaint) == sentence
+    file = tmp_path / "sweep.toml"
+    file.write_text(f"[base]\nbase = 'embedded'\n[data]\ndata = 'x.csv'\n[train]\n{toml}\n")
+    assert run("sweep", file, "--out", tmp_path / "out").complaint == f"{file} [train]: {sentence}"
+    with pytest.raises(ApiError) as refused:
+        train_config(CreateJob(model="base", training_file="file", hyperparameters=asked), base=None, start=None)
+    assert (refused.value.status, refused.value.message) == (400, sentence)
+
+
+@pytest.mark.parametrize(("flags", "variables", "toml", "sentence"), SERVER_MISTAKES, ids=lambda part: str(part)[:30])
+def test_a_mistake_in_serving_has_one_message_as_flag_variable_and_in_toml(
+    flags, variables, toml, sentence, tmp_path, monkeypatch
+):
+    if flags is not None:  # a switch has no value on the command line
+        assert as_setting(run("serve", *flags).complaint) == sentence
+    file = tmp_path / "serve.toml"
+    file.write_text(f"[server]\n{toml}\n")
+    complaint = run("serve", "--config", file).complaint
+    assert complaint.removeprefix(f"{file} [server]: ") == sentence
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert as_setting(run("serve").complaint) == sentence
+
+
+def test_further_training_keeps_its_start_and_its_length_alike_as_flag_and_over_http():
+    for given, sentence in (
+        ({"init": "random"}, "'coach' is trained further, from what it is; leave init and init_text out"),
+        ({"virtual_tokens": 9}, "virtual_tokens is 9, but 'coach' has 3 and keeps them in further training; "),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_start_stays(given, 3, "'coach'")
+        assert str(caught.value).startswith(sentence)
+        assert caught.value.param == next(iter(given))
+    check_start_stays({"virtual_tokens": 3, "epochs": 2}, 3, "'coach'")

@@ -13,9 +13,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from softprompt.errors import ConfigError, shortened
-from softprompt.settings import check_types, make_config, option, require, required, settings_class, typed_text
-
-__all__ = ["make_config", "option"]  # of `softprompt.settings`, beside the classes here
+from softprompt.settings import check_types, option, require, required, settings_class, typed_text
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
@@ -151,9 +149,11 @@ class TrainConfig:
                 "exclude each other; give one"
             )
         if self.init == "text" and not self.init_text:
-            raise ConfigError("init 'text' needs init_text, the instruction to start from")
+            raise ConfigError("init 'text' needs init_text, the instruction to start from", param="init")
         if self.init != "text" and self.init_text is not None:
-            raise ConfigError(f"init_text is given, but init is {self.init!r}; it must be 'text' to start from it")
+            raise ConfigError(
+                f"init_text is given, but init is {self.init!r}; it must be 'text' to start from it", param="init_text"
+            )
 
 
 @settings_class
@@ -308,6 +308,20 @@ class ServerConfig:
         require(0 <= self.drain_s < math.inf, "drain_s", self.drain_s, "0 or more, and finite")
         has_scheme = self.traces is None or self.traces.startswith(("http://", "https://"))
         require(has_scheme, "traces", self.traces, "a URL, http://localhost:4318/v1/traces say")
+
+
+def check_start_stays(given: Mapping[str, Any], num_virtual_tokens: int, start: str) -> None:
+    """Raises ConfigError where the settings given contradict the prompt `start`, of so many vectors, that is to be
+    trained further."""
+    if {"init", "init_text"} & given.keys():
+        raise ConfigError(f"{start} is trained further, from what it is; leave init and init_text out", param="init")
+    wanted = given.get("virtual_tokens", num_virtual_tokens)
+    if wanted != num_virtual_tokens:
+        raise ConfigError(
+            f"virtual_tokens is {wanted}, but {start} has {num_virtual_tokens} and keeps them in further training; "
+            "leave virtual_tokens out",
+            param="virtual_tokens",
+        )
 
 
 # The settings of the notebook "Prompt Tuning With PEFT": PEFT's random start, transformers.Trainer's linear decay

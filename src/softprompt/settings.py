@@ -1,7 +1,7 @@
-"""How a class of settings is declared and checked: a frozen dataclass whose fields say meaning, type and default.
+"""How a class of settings is declared, read and checked: a frozen dataclass, each field with meaning, type and default.
 
-The command line, TOML files, HTTP and Python all come through here, so a mistake has one message wherever it is made.
-No torch here.
+Flags, environment variables, TOML files, HTTP and Python all come through here, so a mistake has one message wherever
+it is made. No torch here.
 """
 
 from __future__ import annotations
@@ -12,20 +12,33 @@ import functools
 import operator
 import os
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from softprompt.errors import ConfigError, UnknownSettingError, shortened
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ConfigT = TypeVar("ConfigT")
+Table = dict[str, Any]  # a TOML section; Any: whatever TOML holds
 
 _LONGEST_NAME = 200  # characters of a name that may be one of ours, mistyped: finding the nearest takes time
 _TYPE_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 _LARGEST_WHOLE = 2**63  # what torch, SQLite and JSON's readers take
+_SWITCHES = {
+    **dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True),
+    **dict.fromkeys(("0", "false", "f", "no", "n", "off", ""), False),
+}
 _TYPED_ESCAPE = re.compile(r"\\(\\?)([nt])")
 _ESCAPES = {"n": "\n", "t": "\t"}
 _FLAG = re.compile(r"--([a-z][a-z-]*)")
@@ -87,30 +100,32 @@ def settings_class(kind: type[ConfigT]) -> type[ConfigT]:
     return kind
 
 
-def make_config(kind: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:
-    """A config from loose settings; an unknown key fails with the nearest valid name.
-
-    Raises: ConfigError.
-    """
-    check_settings(kind, settings)
-    return kind(**settings)
-
-
 def check_settings(kind: type[Any], names: Iterable[str]) -> None:
-    """Raises UnknownSettingError, with the name that was probably meant, for one that is no setting of the class."""
-    known = [item.name for item in dataclasses.fields(kind)]
+    """Raises UnknownSettingError for a name that is no setting of the class."""
+    check_names(names, [item.name for item in dataclasses.fields(kind)])
+
+
+def check_names(
+    names: Iterable[str], known: Sequence[str], *, written: Callable[[str], str] = str, listing: str | None = None
+) -> None:
+    """Raises UnknownSettingError, with the name that was probably meant, for one that is not among the known ones.
+
+    `written` spells a name as it is given there, as a flag say; `listing` stands for the list of all of them.
+    """
     for name in names:
         if name not in known:
-            raise UnknownSettingError(f"{kind.__name__} has no setting {shortened(name)}; {_meant(kind, name, known)}")
+            message = f"there is no setting {shortened(written(name))} here; "
+            message += _meant(name, known, written) or listing or f"known are {', '.join(map(written, known))}"
+            raise UnknownSettingError(message, param=name)
 
 
-def nearest(wanted: object, known: Iterable[object]) -> str | None:
-    """The one of the known names that was probably meant."""
+def nearest(wanted: object, known: Iterable[object], likeness: float = 0.6) -> str | None:
+    """The one of the known names that was probably meant: at least so alike (difflib's ratio), or a longer one."""
     names = [str(name) for name in known]
     if not isinstance(wanted, str) or not wanted.strip() or len(wanted) > _LONGEST_NAME:
         return None
     lowered = wanted.strip().lower()
-    close = difflib.get_close_matches(lowered, [name.lower() for name in names], n=1)
+    close = difflib.get_close_matches(lowered, [name.lower() for name in names], n=1, cutoff=likeness)
     found = close[0] if close else next((name.lower() for name in names if len(lowered) > 2 and lowered in name), None)
     return next((name for name in names if name.lower() == found), None)
 
@@ -132,7 +147,59 @@ def checked_value(hint: Any, value: object, where: str) -> Any:  # Any: a type h
         found = _as(kind, value, where)
         if found is not None:
             return found[0]
-    raise ConfigError(f"{where} is {shortened(value)}; {_wanted(allowed, value)}")
+    raise ConfigError(f"{where} is {shortened(value)}; {_wanted(allowed, value)}", param=where)
+
+
+def read_text(hint: Any, text: str, name: str) -> Any:  # Any: as with `checked_value`
+    """The value that a flag or an environment variable gives as text. Raises ConfigError, as `checked_value` does."""
+    allowed = _allowed(hint)
+    value: object = text
+    if bool in allowed:
+        value = _SWITCHES.get(text.strip().lower(), text)
+    elif int in allowed or float in allowed:
+        value = _number(text)
+    return checked_value(hint, value, name)
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts `where`, the file and its section, before the message of every ConfigError that is raised inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise type(error)(f"{where}: {error}", param=error.param) from error
+
+
+def read_toml(path: Path, known: Sequence[str], what: str) -> Table:
+    """The top level of a TOML file. `what` is the file's name in messages.
+
+    Raises: ConfigError where it cannot be read, is not TOML, or has a key that is not known.
+    """
+    try:
+        found: Table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML: {' '.join(str(error).split())}") from error
+    with located(str(path)):
+        check_names(found, known)
+    return found
+
+
+def read_section(kind: type[Any], table: object, where: str) -> Table:
+    """A section's settings, each of them known and of its type. Raises ConfigError."""
+    found = require_table(table, where)
+    hints = typing.get_type_hints(kind)
+    with located(where):
+        check_settings(kind, found)
+        return {name: checked_value(hints[name], value, name) for name, value in found.items()}
+
+
+def require_table(value: object, where: str) -> Table:
+    """A section. Raises ConfigError for anything else."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is {shortened(value)}; it must be a section of settings")
+    return value
 
 
 def check_kinds(**given: tuple[object, type[Any]]) -> None:
@@ -146,7 +213,7 @@ def check_kinds(**given: tuple[object, type[Any]]) -> None:
 def require(holds: bool, name: str, value: object, range_text: str) -> None:
     """Raises ConfigError where a setting is out of its range."""
     if not holds:
-        raise ConfigError(f"{name} is {shortened(value)}; it must be {range_text}")
+        raise ConfigError(f"{name} is {shortened(value)}; it must be {range_text}", param=name)
 
 
 def typed_text(text: str) -> str:
@@ -167,16 +234,26 @@ def _documented(kind: type[Any]) -> list[str]:
     return lines
 
 
-def _meant(kind: type[Any], name: str, known: Sequence[str]) -> str:
+def _meant(name: str, known: Sequence[str], written: Callable[[str], str]) -> str | None:
     elsewhere = next((ours for ours in _ELSEWHERE.get(name, ()) if ours in known), None)
     if elsewhere is not None:
-        return f"did you mean {elsewhere!r}?"
+        return f"did you mean {written(elsewhere)!r}?"
     for ours in (name, *_ELSEWHERE.get(name, ())):
         owner = next((other for other in _classes if ours in other.__dataclass_fields__), None)
         if owner is not None:
-            return f"{ours} is a setting of {owner.__name__}"
+            return f"{written(ours)} is a setting of {owner.__name__}"
     near = nearest(name, known)
-    return f"did you mean {near!r}?" if near is not None else f"known are {', '.join(known)}"
+    return f"did you mean {written(near)!r}?" if near is not None else None
+
+
+def _number(text: str) -> object:
+    """The number that a text is, or the text where it is none."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 @functools.cache
@@ -226,7 +303,7 @@ def _as_text(value: object, where: str) -> tuple[str] | None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{where} holds half of a surrogate pair, which is no text") from None
+        raise ConfigError(f"{where} holds half of a surrogate pair, which is no text", param=where) from None
     return (text,)
 
 

@@ -300,7 +300,7 @@ class TestRefusals:
             (("--score", "f1"), "score 'f1' compares answers with completions, and there is none in the held-out rows"),
             (("--calibrate",), "calibrate needs labels, and the held-out rows have none (texts.csv)"),
             (("--score", "f1", "--score-rows", 0), "score_rows is 0; it must be at least 1"),
-            (("--score", "bleu"), "'bleu' is not one of 'exact_match', 'f1', 'rouge_l', 'chrf'"),
+            (("--score", "bleu"), "score is 'bleu'; it must be one of 'exact_match', 'f1', 'rouge_l', 'chrf'"),
         ],
     )
     def test_a_score_that_cannot_be_had(self, base_folder, library, flags, complaint):

@@ -236,7 +236,7 @@ class TestShow:
             (("--data", "x.csv"), "--data has no meaning without --leave-out; add --leave-out"),
             (("--leave-out-rows", 5), "--leave-out-rows has no meaning without --leave-out; add --leave-out"),
             (("--leave-out", "--base", "x", "--rows", 5), "--rows has no meaning without --data; add --data"),
-            (("--leave-out-rows", 0), "Invalid value for '--leave-out-rows': 0 is not in the range x>=1."),
+            (("--leave-out-rows", 0), "leave_out_rows is 0; it must be at least 1"),
         ],
     )
     def test_flags_that_nothing_would_read_are_refused(self, library, flags, sentence):

@@ -81,9 +81,9 @@ def test_without_anything_it_is_the_configs_own_defaults():
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("prot = 1", "has no key 'prot'; did you mean 'port'?"),
-        ("[server]\nprot = 1", "[server]: ServerConfig has no setting 'prot'; did you mean 'port'?"),
-        ("[servers]\nport = 1", "has no key 'servers'; did you mean 'server'?"),
+        ("prot = 1", "there is no setting 'prot' here; did you mean 'port'?"),
+        ("[server]\nprot = 1", "[server]: there is no setting 'prot' here; did you mean 'port'?"),
+        ("[servers]\nport = 1", "there is no setting 'servers' here; did you mean 'server'?"),
         ("port = '80'", "port is '80'; it must be a whole number"),
         ("port = true", "port is True; it must be a whole number"),
         ("port = 70000", "port is 70000; it must be between 0 and 65535"),
@@ -102,7 +102,7 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_a_variable_that_is_almost_a_setting(monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_PROT", "1")
-    assert "SOFTPROMPT_PROT, which is no setting; did you mean SOFTPROMPT_PORT?" in run("serve").complaint
+    assert "there is no setting 'SOFTPROMPT_PROT' here; did you mean 'SOFTPROMPT_PORT'?" in run("serve").complaint
 
 
 # -- refusals
@@ -260,8 +260,8 @@ class TestVariablesOfAKubernetesService:
     def test_a_name_spelt_almost_like_a_flag_is_refused_all_the_same(self, monkeypatch, name, value):
         monkeypatch.setenv("SOFTPROMPT_SERVICE_HOST", "10.0.0.7")
         monkeypatch.setenv(name, value)
-        assert f"the environment has {name}, which is no setting; did you mean" in run("serve").complaint
+        assert f"there is no setting {name!r} here; did you mean" in run("serve").complaint
 
     def test_a_port_that_is_no_address_is_a_setting_and_judged_as_one(self, monkeypatch):
         monkeypatch.setenv("SOFTPROMPT_PORT", "80OO")
-        assert "'80OO' is not a valid integer" in run("serve").complaint
+        assert "port is '80OO'; it must be a whole number" in run("serve").complaint

@@ -410,7 +410,7 @@ class TestOverwriting:
         (ONE + "[tasks.checkpoints]\n", "[tasks]: 'checkpoints' is what a file or folder of every run is called"),
         (ONE + "[tasks.'']\n[tasks.b]\n", "[tasks]: '' is not a prompt's name"),
         ("[base]\nbase = '{base}'\n" + ONE.replace('"prompt"', '"promt"'), "did you mean 'prompt'?"),
-        ("[base]\nbase = '{base}'\n" + ONE.replace("rows", "row"), "[data]: DataConfig has no setting 'row'; did you"),
+        ("[base]\nbase = '{base}'\n" + ONE.replace("rows", "row"), "[data]: there is no setting 'row' here; did you"),
     ],
 )
 def test_refusals_leave_nothing(sweep, text, said, tmp_path):

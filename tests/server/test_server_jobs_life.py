@@ -208,7 +208,7 @@ def test_openais_own_names_mean_ours(server: tuple[OpenAI, FastAPI], tiny_llama:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"settings": {"virtual_token": 3}}, "no hyperparameter 'virtual_token'; did you mean 'virtual_tokens'"),
+    ({"settings": {"virtual_token": 3}}, "no setting 'virtual_token' here; did you mean 'virtual_tokens'"),
     ({"settings": {"n_epoch": 3}}, "did you mean 'n_epochs'"),
     ({"settings": {"epochs": "6"}}, "epochs is '6'"),
     ({"settings": {"epochs": True}}, "epochs is True"),

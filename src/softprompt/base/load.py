@@ -31,7 +31,7 @@ from softprompt.base.generation import rules_of
 from softprompt.base.model import Base
 from softprompt.base.size import check_numbers, check_size
 from softprompt.base.tokens import bos_ids_of, check_tokenizer, eos_id_of, stop_ids_of
-from softprompt.config import EMBEDDED_BASE, BaseConfig, make_config
+from softprompt.config import EMBEDDED_BASE, BaseConfig
 from softprompt.embedded import base_folder
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
 from softprompt.guard import one_sentence
@@ -51,7 +51,7 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
     is a model that the free memory cannot hold. Raises ConfigError for a dtype, device, device map or length that
     cannot be had.
     """
-    config = base if isinstance(base, BaseConfig) else make_config(BaseConfig, {"base": base, **settings})
+    config = base if isinstance(base, BaseConfig) else BaseConfig(base=base, **settings)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     spread = _spread(config)

@@ -7,14 +7,13 @@ No torch here, nor in any module of a command: what computes is imported inside 
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 import click
 
-from softprompt.settings import make_config, nearest, typed_text
+from softprompt.settings import check_names, checked_value, read_text, require, typed_text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ConfigT = TypeVar("ConfigT")
@@ -31,15 +30,35 @@ class TypedText(click.ParamType[str]):
         return typed_text(value)
 
 
-class NearChoice(click.Choice[str]):
-    """One of a closed set; another value comes with the one that was probably meant."""
+class Setting(click.ParamType[Any]):  # Any: of the setting's own type
+    """A value of a setting's type, from a flag, an environment variable or a TOML file; `settings` reads and judges."""
 
-    def get_invalid_choice_message(self, value: str, ctx: click.Context | None) -> str:
-        near = nearest(value, self.choices)
-        said = super().get_invalid_choice_message(value, ctx)
-        return said if near is None else f"{said} Did you mean {near!r}?"
+    def __init__(self, hint: Any, *, least: int | None = None) -> None:  # Any: a type hint
+        self.hint, self.name, self.least = hint, _KINDS[hint], least
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = _read(self.hint, value, param)
+        require(self.least is None or found >= self.least, _name(param), found, f"at least {self.least}")
+        return found
 
 
+class Switch(click.types.BoolParamType):
+    """True or false, read and judged as any setting is."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        found: bool = _read(bool, value, param)
+        return found
+
+
+class OneOf(click.Choice[str]):
+    """One of a closed set, read and judged as any setting is."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        found: str = _read(Literal[tuple(self.choices)], value, param)
+        return found
+
+
+_KINDS = {int: "integer", float: "float", str: "text"}  # as click calls them in a command's help
 TYPED_TEXT = TypedText()
 
 
@@ -61,7 +80,7 @@ def options_of(
 def config_of(kind: type[ConfigT], flags: Mapping[str, Any]) -> ConfigT:
     """The config that the flags say. Flags of other configs are left alone. Raises ConfigError."""
     names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]  # every ConfigT is a dataclass
-    return make_config(kind, {name: value for name, value in flags.items() if name in names})
+    return kind(**{name: value for name, value in flags.items() if name in names})
 
 
 def require_flags(flags: Mapping[str, Any], *names: str) -> None:
@@ -79,14 +98,14 @@ def given_flags() -> set[str]:
 
 
 def _option(item: dataclasses.Field[Any], hint: Any, optional: bool) -> Callable[[Function], Function]:
-    flag = "--" + item.name.replace("_", "-")
+    flag = _flag(item.name)
     text = item.metadata["help"]
     if item.default is dataclasses.MISSING:
         return click.option(flag, item.name, required=not optional, help=text, type=str)
     shown = item.default not in (None, (), False)
     if hint is bool:
         names = f"{flag}/--no-{flag[2:]}" if item.default else flag
-        return click.option(names, item.name, default=item.default, is_flag=True, help=text)
+        return click.option(names, item.name, default=item.default, is_flag=True, help=text, type=Switch())
     kind = TYPED_TEXT if item.metadata.get("typed") else _type_of(hint)
     multiple = typing.get_origin(hint) is tuple
     return click.option(
@@ -94,15 +113,25 @@ def _option(item: dataclasses.Field[Any], hint: Any, optional: bool) -> Callable
     )
 
 
-def _type_of(hint: Any) -> Any:  # Any: a type hint in, a click type out
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return _type_of(next(argument for argument in arguments if argument is not type(None)))
-    if origin is Literal:
-        return NearChoice(arguments)
-    if origin is tuple:
-        return _type_of(arguments[0])
-    return hint
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _type_of(hint: Any) -> click.ParamType[Any]:  # Any: a type hint; what the flag's values are
+    """The type of the flag of a setting, or of one of its values where it takes several."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind not in (type(None), ...)]
+    if typing.get_origin(hint) is Literal:
+        return OneOf(kinds)
+    return Setting(kinds[0]) if kinds[0] in _KINDS else _type_of(kinds[0])
+
+
+def _read(hint: Any, value: object, parameter: click.Parameter | None) -> Any:  # Any: as with `Setting`
+    name = _name(parameter)
+    return read_text(hint, value, name) if isinstance(value, str) else checked_value(hint, value, name)
+
+
+def _name(parameter: click.Parameter | None) -> str:
+    return str(parameter.name) if parameter is not None else "the value"
 
 
 class Command(click.Command):
@@ -148,6 +177,11 @@ class Command(click.Command):
             rest = super().parse_args(ctx, args)
         except click.MissingParameter as first:
             raise self._missing(ctx, given) or first from None
+        except click.NoSuchOption as unknown:
+            flags = [flag for item in self.get_params(ctx) for flag in item.opts if flag.startswith("--")]
+            names = [flag.lstrip("-").replace("-", "_") for flag in (unknown.option_name, *flags)]
+            check_names(names[:1], names[1:], written=_flag, listing="--help lists them")
+            raise
         if self._lacking is not None and not ctx.resilient_parsing:
             error = self._missing(ctx, given)
             if error is not None:

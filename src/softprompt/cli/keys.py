@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.command import Group, config_of, options_of
+from softprompt.cli.command import Group, Setting, config_of, options_of
 from softprompt.cli.console import print_json, print_table, say
 from softprompt.cli.serve_settings import ENVIRONMENT
 from softprompt.config import ServerConfig
@@ -46,7 +46,7 @@ def _place(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _limits(function: Callable[..., Any]) -> Callable[..., Any]:
     for name, text in reversed(_LIMITS.items()):
-        function = click.option(f"--{name.replace('_', '-')}", name, type=click.IntRange(min=1), help=text)(function)
+        function = click.option(f"--{name.replace('_', '-')}", name, type=Setting(int, least=1), help=text)(function)
     return function
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from softprompt.cli.command import Group, config_of, options_of
+from softprompt.cli.command import Group, Setting, config_of, options_of
 from softprompt.cli.console import load, print_json, print_list, print_table, print_words, say, warnings_as_lines
 from softprompt.config import BaseConfig, DataConfig
 
@@ -54,7 +54,7 @@ def list_prompts(library: str, as_json: bool) -> None:
 @options_of(BaseConfig, optional=True)
 @click.option("--leave-out", is_flag=True, help="With --base: the held-out loss without each virtual token.")
 @click.option(
-    "--leave-out-rows", type=click.IntRange(min=1), default=100, show_default=True,
+    "--leave-out-rows", type=Setting(int, least=1), default=100, show_default=True,
     help="Held-out rows to score at most.",
 )  # fmt: skip
 @options_of(DataConfig, optional=True, leave_out=("validation", "test", "shuffle"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.command import Function
+from softprompt.cli.command import Function, Setting
 from softprompt.cli.console import print_json, say
 from softprompt.config import KEPT_CHECKPOINTS, BaseConfig
 from softprompt.errors import ConfigError
@@ -41,7 +41,7 @@ _RUN_OPTIONS = (
     click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out."),
     click.option("--resume", is_flag=True, help="Go on with the run in --out where it stopped, or begin it."),
     click.option(
-        "--keep-checkpoints", type=click.IntRange(min=1), default=KEPT_CHECKPOINTS, show_default=True,
+        "--keep-checkpoints", type=Setting(int, least=1), default=KEPT_CHECKPOINTS, show_default=True,
         help="Checkpoints to keep, the latest.",
     ),
     click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events into --out/tensorboard."),
@@ -158,7 +158,7 @@ def _relocated(recorded: Mapping[str, Any]) -> Settings:
 def in_processes(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command `--processes N`, and `ranks`: this process among those that we or another launcher started."""
 
-    @click.option("--processes", type=click.IntRange(min=1), help="Train in so many processes on this machine.")
+    @click.option("--processes", type=Setting(int, least=1), help="Train in so many processes on this machine.")
     @functools.wraps(function)
     def command(processes: int | None, **flags: Any) -> None:
         if processes is not None and processes > 1:

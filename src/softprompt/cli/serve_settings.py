@@ -11,7 +11,6 @@ Paths are relative to the file's folder. In the environment a flag is SOFTPROMPT
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -20,9 +19,9 @@ from typing import Any
 
 import click
 
-from softprompt.cli.toml_settings import Table, read_toml, require_table, settings
 from softprompt.config import EMBEDDED_BASE, BaseConfig, EngineConfig, ServerConfig
 from softprompt.errors import ConfigError
+from softprompt.settings import Table, check_names, nearest, read_section, read_toml, require_table
 
 SECTIONS: Mapping[str, type[Any]] = {"base": BaseConfig, "server": ServerConfig, "engine": EngineConfig}
 ENVIRONMENT = "SOFTPROMPT"
@@ -55,8 +54,8 @@ def read_settings(path: Path) -> Table:
     read: Table = {}
     for name, kind in SECTIONS.items():
         fields = {item.name for item in dataclasses.fields(kind)}
-        own = settings(kind, {key: value for key, value in found.items() if key in fields}, str(path))
-        inner = settings(kind, require_table(sections.get(name, {}), f"{path} [{name}]"), f"{path} [{name}]")
+        own = read_section(kind, {key: value for key, value in found.items() if key in fields}, str(path))
+        inner = read_section(kind, require_table(sections.get(name, {}), f"{path} [{name}]"), f"{path} [{name}]")
         for key in own.keys() & inner.keys():
             raise ConfigError(f"{path} has {key!r} twice, by itself and in [{name}]; give it once")
         read |= own | inner
@@ -95,11 +94,8 @@ def _is_service_variable(name: str, value: str) -> bool:
 def check_environment(known: set[str]) -> None:
     """Raises ConfigError for a SOFTPROMPT_ variable that is no flag's but is spelt almost like one."""
     names = [f"{ENVIRONMENT}_{name.upper()}" for name in sorted(known)]
-    for name in os.environ:
-        if name.startswith(f"{ENVIRONMENT}_") and name not in (*names, *_OF_OTHERS):
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-            if close:
-                raise ConfigError(f"the environment has {name}, which is no setting; did you mean {close[0]}?")
+    ours = (name for name in os.environ if name.startswith(f"{ENVIRONMENT}_") and name not in _OF_OTHERS)
+    check_names([name for name in ours if nearest(name, names, likeness=0.8) is not None], names)
 
 
 def _with_places(read: Table, folder: Path) -> Table:

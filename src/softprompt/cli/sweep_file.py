@@ -24,10 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from softprompt.cli.toml_settings import Table, check_names, read_toml, require_table, settings
-from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig, make_config
+from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig
 from softprompt.errors import ConfigError
-from softprompt.settings import checked_value
+from softprompt.settings import Table, check_settings, checked_value, located, read_section, read_toml, require_table
 from softprompt.types import is_number
 
 ConfigT = TypeVar("ConfigT")
@@ -69,8 +68,8 @@ def read_sweep(path: Path) -> Sweep:
     Raises: ConfigError, naming file, section and key, for what cannot be meant.
     """
     tables = _read_tables(path)
-    base = settings(BaseConfig, tables["base"], f"{path} [base]")
-    train = settings(TrainConfig, tables["train"], f"{path} [train]")
+    base = read_section(BaseConfig, tables["base"], f"{path} [base]")
+    train = read_section(TrainConfig, tables["train"], f"{path} [train]")
     candidates = _candidates(path, tables, train)
     if tables["ensemble"] and len(candidates) < 2:
         raise ConfigError(f"{path}: ensemble needs several candidates to vote, and there is one; give a grid of seeds")
@@ -100,7 +99,7 @@ def _candidates(path: Path, tables: Table, train: Table) -> dict[str, TrainConfi
         where = f"{path} [candidates.{name}]"
         if name in found:
             raise ConfigError(f"{where} is called as a candidate of the grid is; call it otherwise")
-        found[name] = settings(TrainConfig, table, where)
+        found[name] = read_section(TrainConfig, table, where)
     places = {name: f"{path}, candidate {name}" for name in found}
     if not found:
         found, places = {"": {}}, {"": f"{path} [train]"}
@@ -108,7 +107,8 @@ def _candidates(path: Path, tables: Table, train: Table) -> dict[str, TrainConfi
 
 
 def _grid_values(grid: Table, where: str) -> dict[str, list[Any]]:
-    check_names(TrainConfig, grid, where)
+    with located(where):
+        check_settings(TrainConfig, grid)
     hints = typing.get_type_hints(TrainConfig)
     return {key: _grid_list(hints[key], values, f"{where}: {key}") for key, values in grid.items()}
 
@@ -139,7 +139,7 @@ def _tasks(path: Path, tables: Table) -> dict[str, DataConfig]:
 def _data_settings(table: object, where: str, folder: Path) -> Table:
     given = require_table(table, where)
     shares = {name: str(given[name]) for name in _PARTS if type(given.get(name)) in (int, float)}
-    found = settings(DataConfig, {**given, **shares}, where)
+    found = read_section(DataConfig, {**given, **shares}, where)
     if "data" in found:
         found["data"] = _data_place(found["data"], folder)
     for name in _PARTS:
@@ -176,10 +176,8 @@ def _over(shared: Table, own: Table) -> Table:
 
 
 def _config(kind: type[ConfigT], settings: Table, where: str) -> ConfigT:
-    try:
-        return make_config(kind, settings)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    with located(where):
+        return kind(**settings)
 
 
 _LONGEST_NAME = 64

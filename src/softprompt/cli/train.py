@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.command import Command, config_of, given_flags, options_of, require_flags
+from softprompt.cli.command import Command, OneOf, Setting, config_of, given_flags, options_of, require_flags
 from softprompt.cli.console import warnings_as_lines
 from softprompt.cli.run_options import RUN_FLAGS, RunPlace, in_processes, load_among, resumed_settings, run_options
-from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, PRESETS, BaseConfig, DataConfig, TrainConfig
+from softprompt.config import (
+    DEFAULT_RELATIVE_LEARNING_RATE,
+    PRESETS,
+    BaseConfig,
+    DataConfig,
+    TrainConfig,
+    check_start_stays,
+)
 from softprompt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,10 +63,10 @@ def _lacking(given: Collection[str]) -> list[str]:
               help="Hub id that the adapter names as its base, where --base is a folder.")  # fmt: skip
 @click.option("--init-from", metavar="PROMPT", help="Train further from this adapter (folder, or name in --library).")
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings to start from; flags given override them.")
-@click.option("--candidates", type=click.IntRange(min=1), default=1, show_default=True,
+@click.option("--preset", type=OneOf(list(PRESETS)), help="Settings to start from; flags given override them.")
+@click.option("--candidates", type=Setting(int, least=1), default=1, show_default=True,
               help="Train so many prompts in one pass and keep the best by validation.")  # fmt: skip
-@click.option("--vary", multiple=True, type=click.Choice(VARIED), default=("seed", "rate"), show_default=True,
+@click.option("--vary", multiple=True, type=OneOf(VARIED), default=("seed", "rate"), show_default=True,
               help="What differs between candidates; may be repeated.")  # fmt: skip
 @click.option("--halving/--no-halving", default=True, help="Drop the weaker candidates as the training goes on.")
 @click.option("--ensemble", is_flag=True, help="Keep all candidates as a set that votes, instead of the best.")
@@ -94,7 +101,7 @@ def _job(flags: Mapping[str, Any], ranks: Ranks) -> Job:
     base = load_among(base_config, ranks)
     return Job(
         base=base, tasks=[Task(name="", data=data_config, seed=config.seed, split=split)], configs=configs,
-        start=_start(flags, base, config), start_name=flags["init_from"],
+        start=_start(flags, base), start_name=flags["init_from"],
         halving=flags["halving"] and not flags["ensemble"], keeps_all=flags["ensemble"],
         base_id=base_id,
     )  # fmt: skip
@@ -140,22 +147,16 @@ def _preset(name: str | None) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in overridden}
 
 
-def _start(flags: Mapping[str, Any], base: Base, config: TrainConfig) -> SoftPrompt | None:
+def _start(flags: Mapping[str, Any], base: Base) -> SoftPrompt | None:
     from softprompt.storage import load_prompt, resolve_prompt
 
     init_from = flags["init_from"]
     if init_from is None:
         return None
-    given = given_flags()
-    if {"init", "init_text"} & given:
-        raise ConfigError("--init-from and --init exclude each other; give one")
     with warnings_as_lines():
         start = load_prompt(resolve_prompt(init_from, flags["library"]), base)
-    if "virtual_tokens" in given and start.num_virtual_tokens != config.virtual_tokens:
-        raise ConfigError(
-            f"--virtual-tokens is {config.virtual_tokens}, but {init_from} has {start.num_virtual_tokens} and keeps "
-            "them in further training; leave --virtual-tokens out"
-        )
+    given = {name: flags[name] for name in given_flags() & flags.keys()}
+    check_start_stays(given, start.num_virtual_tokens, init_from)
     return start
 
 

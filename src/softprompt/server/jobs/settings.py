@@ -1,24 +1,23 @@
-"""What a job asks for as a TrainConfig: OpenAI's names and ours, checked before the job is taken."""
+"""A job's hyperparameters as a TrainConfig: OpenAI's names and ours, checked before the job is accepted."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from softprompt.base import Base
-from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
+from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig, check_start_stays
 from softprompt.errors import ConfigError, shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.schemas import CreateJob, Json
-from softprompt.settings import make_config, nearest
+from softprompt.settings import check_names, checked_value, require
 
 _OPENAI = {"n_epochs": "epochs", "batch_size": "batch_rows", "learning_rate_multiplier": "relative_learning_rate"}
 _OURS = tuple(item.name for item in fields(TrainConfig))
 _SERVERS = {"micro_batch_rows": "the server fits it to its memory"}  # what a client may not choose
 _LEAST_WIDTH_LIMIT = 1024  # of a residual MLP; wider than four times the base's width it learns nothing more
+_LARGEST_MULTIPLIER = 1_000_000  # of the default learning rate
 MAX_EPOCHS = 1_000
 MAX_ROW_VISITS = 5_000_000  # the order of all epochs is planned ahead, in memory
 
@@ -29,11 +28,14 @@ def train_config(asked: CreateJob, base: Base, start: SoftPrompt | None) -> Trai
     Raises ApiError 400 for a name that is unknown, a value of the wrong type or out of range, and settings that
     contradict each other or the prompt to start from.
     """
-    settings = _settings(asked)
-    config = _checked(settings)
-    _check_limits(config, base)
-    if start is not None:
-        _check_start_stays(settings, start, asked.model)
+    try:
+        settings = _settings(asked)
+        config = TrainConfig(**settings)
+        _check_limits(config, base)
+        if start is not None:
+            check_start_stays(settings, start.num_virtual_tokens, repr(asked.model))
+    except ConfigError as error:
+        raise _refusal(error.param, str(error)) from None
     return config
 
 
@@ -56,42 +58,30 @@ def _settings(asked: CreateJob) -> Json:
     found: Json = {} if asked.seed is None else {"seed": asked.seed}
     for name, value in (pair for some in given for pair in some.items()):
         setting, value = _setting(name, value)
-        if value is not None and found.setdefault(setting, value) != value:
-            raise _refusal(
-                name, f"{name} is given twice, as {shortened(found[setting])} and {shortened(value)}; give one"
-            )
+        if value is None:
+            continue
+        if setting in found and found[setting] != value:
+            both = f"{shortened(found[setting])} and {shortened(value)}"
+            raise ConfigError(f"{name} is given twice, as {both}; give one", param=name)
+        found[setting] = value
     return found
 
 
 def _setting(name: str, value: Any) -> tuple[str, Any]:  # Any: as JSON gave it
     """Our name for it and the value; None is the default."""
     if name in _SERVERS:
-        raise _refusal(name, f"{name} cannot be asked for: {_SERVERS[name]}; leave it out")
-    if name not in _OPENAI and name not in _OURS:
-        near = nearest(name, [*_OPENAI, *_OURS])
-        hint = f"did you mean {near!r}?" if near is not None else f"known are {', '.join((*_OPENAI, *_OURS))}"
-        raise _refusal(name, f"there is no hyperparameter {shortened(name)}; {hint}")
+        raise ConfigError(f"{name} cannot be asked for: {_SERVERS[name]}; leave it out", param=name)
+    check_names([name], [*_OPENAI, *_OURS])
     if value is None or value == "auto":
         return _OPENAI.get(name, name), None
     return _OPENAI.get(name, name), _rate(value) if name == "learning_rate_multiplier" else value
 
 
 def _rate(multiplier: Any) -> float:  # Any: as above
-    is_number = isinstance(multiplier, (int, float)) and not isinstance(multiplier, bool)
-    if not is_number or not 0 < multiplier < math.inf or multiplier > 1e6:
-        raise _refusal(
-            "learning_rate_multiplier",
-            f"learning_rate_multiplier is {shortened(multiplier)}; it must be a number above 0 and at most 1,000,000",
-        )
-    return float(multiplier) * DEFAULT_RELATIVE_LEARNING_RATE
-
-
-def _checked(settings: Mapping[str, Any]) -> TrainConfig:
-    try:
-        return make_config(TrainConfig, settings)
-    except ConfigError as error:
-        name = next((name for name in settings if str(error).startswith(f"{name} ")), None)
-        raise _refusal(name, str(error)) from None
+    name = "learning_rate_multiplier"
+    number: float = checked_value(float, multiplier, name)
+    require(0 < number <= _LARGEST_MULTIPLIER, name, multiplier, f"above 0 and at most {_LARGEST_MULTIPLIER:,}")
+    return number * DEFAULT_RELATIVE_LEARNING_RATE
 
 
 def _check_limits(config: TrainConfig, base: Base) -> None:
@@ -100,19 +90,7 @@ def _check_limits(config: TrainConfig, base: Base) -> None:
     for name, limit in (("virtual_tokens", room), ("bottleneck", widest), ("epochs", MAX_EPOCHS)):
         value = getattr(config, name)
         if value > limit:
-            raise _refusal(name, f"{name} is {value:,}; on this server it can be at most {limit:,}")
-
-
-def _check_start_stays(settings: Mapping[str, Any], start: SoftPrompt, name: str) -> None:
-    if {"init", "init_text"} & settings.keys():
-        raise _refusal("init", f"{name!r} is trained further, from what it is; leave init and init_text out")
-    wanted = settings.get("virtual_tokens", start.num_virtual_tokens)
-    if wanted != start.num_virtual_tokens:
-        raise _refusal(
-            "virtual_tokens",
-            f"virtual_tokens is {wanted}, but {name!r} has {start.num_virtual_tokens} and keeps them in further "
-            "training; leave virtual_tokens out",
-        )
+            raise ConfigError(f"{name} is {value:,}; on this server it can be at most {limit:,}", param=name)
 
 
 def _refusal(name: str | None, message: str) -> ApiError:
