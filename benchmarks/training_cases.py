@@ -297,7 +297,7 @@ def run_loop(loop: Any, batches: Batches) -> Request:  # Any: TrainingLoop
     prepared = loop.trials[0]
     plan = replace(prepared.plan, epochs=(batches,), num_steps=len(batches))
     trial = Trial(
-        name=None, plan=plan, examples=prepared.examples, validation=(), start=prepared.start, record=prepared.record
+        name=None, plan=plan, data=prepared.data, validation_data=None, start=prepared.start, record=prepared.record
     )
     loop = replace(loop, trials=[trial])
     steps: list[StepDone] = []

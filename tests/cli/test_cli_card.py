@@ -82,7 +82,7 @@ class TestALabelledTraining:
     def test_without_validation_leaves_the_test_rows_to_compare(self, base_folder, reviews, tmp_path):
         flags = ("--data", reviews, *TEMPLATE, "--rows", 24, "--out", tmp_path / "p")
         ran = succeed("train", "--base", base_folder, *QUICK, *flags, "--json")
-        assert "note: no validation rows, so nobody knows yet how often the prompt is right" in ran.err
+        assert "note: no validation rows, so the prompt's accuracy is unknown" in ran.err
         assert "times in 100" not in ran.err and "held_out" not in ran.json
 
     def test_of_a_label_that_training_never_saw_has_no_accuracy_but_an_end(self, base_folder, reviews, tmp_path):

@@ -92,7 +92,7 @@ def test_a_pipe_sees_a_line_every_few_seconds(capsys):
         progress.begin(1_000)
         for step in range(1, 41):
             clock.now += 0.5
-            progress.take(step_done(step))
+            progress.show(step_done(step))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"step {step} of 1" for step in (10, 20, 30, 40)]
     assert lines[0] == "step 10 of 1,000, loss 2.500, 120 tokens/s, 8:15 left"
@@ -104,5 +104,5 @@ def test_a_short_training_says_nothing_meanwhile(capsys):
         progress.begin(8)
         for step in range(1, 9):
             clock.now += 0.5
-            progress.take(step_done(step))
+            progress.show(step_done(step))
     assert capsys.readouterr().err == ""

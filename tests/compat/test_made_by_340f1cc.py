@@ -15,7 +15,7 @@ import pytest
 import torch
 from sqlalchemy import create_engine
 from support.command_line import succeed
-from support.job_server import until
+from support.job_server import wait_until
 from support.postgres_server import postgres
 from support.served import served
 from support.tiny_bases import build_base
@@ -151,7 +151,7 @@ def test_a_servers_state_answers_as_before_and_its_paused_job_goes_on(server: Se
     assert 0 < len(before) < 60
     assert checked(server.ada.get(f"{jobs}/{paused}"))["status"] == "paused"
     assert checked(server.ada.post(f"{jobs}/{paused}/resume"))["status"] in ("queued", "running")
-    until(lambda: checked(server.ada.get(f"{jobs}/{paused}"))["status"] == "succeeded")
+    wait_until(lambda: checked(server.ada.get(f"{jobs}/{paused}"))["status"] == "succeeded")
     succeed(*TRAIN_AS_JOB, "--out", "straight", cwd=copied)
     made, straight = (copied / "state" / "jobs" / paused, copied / "straight")
     rounds_alike = losses(straight)[: len(before)] == before

@@ -22,7 +22,7 @@ from hypothesis.strategies import SearchStrategy
 from openai import OpenAI
 from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
-from support.job_server import LONG, ask, ended, plain_rows, upload
+from support.job_server import LONG, create_job, plain_rows, upload, wait_for_end
 from support.running_server import running
 from support.tiny_bases import build_base, random_prompt
 
@@ -132,7 +132,7 @@ class Fuzzed:
             run_state_machine_as_test(seed(number)(Story), settings=bounded)
         return answered
 
-    def ask(self, case: schemathesis.Case) -> None:
+    def create_job(self, case: schemathesis.Case) -> None:
         self.num_asked += 1
         case.call_and_validate(self.url, self.session, self.headers, additional_checks=[described], timeout=30)
 
@@ -140,7 +140,7 @@ class Fuzzed:
         base = build_base()
         for name in ("quotes", "coach"):
             prompts.keep(SoftPrompt(random_prompt(base, 4)), name=name, owner="", source="folder", is_shared=True)
-        job = ask(self.client, upload(self.client, plain_rows(4)), LONG)
+        job = create_job(self.client, upload(self.client, plain_rows(4)), LONG)
         self.client.fine_tuning.jobs.pause(job.id)
 
     def check_alive(self) -> None:
@@ -148,7 +148,7 @@ class Fuzzed:
         for job in self.client.fine_tuning.jobs.list():
             if job.status not in ("succeeded", "failed", "cancelled"):
                 self.client.fine_tuning.jobs.cancel(job.id)
-                assert ended(self.client, job.id).status == "cancelled"
+                assert wait_for_end(self.client, job.id).status == "cancelled"
         assert self.client.completions.create(model="base", prompt="w5", max_tokens=2).usage is not None
 
 

@@ -13,16 +13,16 @@ from support.job_server import (
     LONG,
     SETTINGS,
     Record,
-    ask,
+    create_job,
     job_server,
     plain_rows,
     same_bits,
     served_prompt,
     steps_done,
-    succeeded,
     trained_alone,
-    until,
     upload,
+    wait_for_success,
+    wait_until,
     words,
 )
 
@@ -43,8 +43,8 @@ def server(tiny_llama: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def models(server: tuple[OpenAI, FastAPI]) -> list[str]:
     client, _ = server
     file = upload(client, plain_rows())
-    jobs = [ask(client, file, {**SETTINGS, "seed": seed, "init": "random"}) for seed in range(3)]
-    return ["base", *(str(succeeded(client, job.id).fine_tuned_model) for job in jobs)]
+    jobs = [create_job(client, file, {**SETTINGS, "seed": seed, "init": "random"}) for seed in range(3)]
+    return ["base", *(str(wait_for_success(client, job.id).fine_tuned_model) for job in jobs)]
 
 
 async def stream(client: AsyncOpenAI, model: str, prompt: str, max_tokens: int = 40) -> str:
@@ -81,7 +81,7 @@ def test_eight_streams_and_a_job_beside_them(
     alone = asyncio.run(eight(url, models, at_once))
     assert all(len(answers) == 1 for answers in alone)
     assert len(set.union(*alone)) == 8  # each its own
-    job = ask(client, upload(client, plain_rows()), BUSY)
+    job = create_job(client, upload(client, plain_rows()), BUSY)
 
     async def has_succeeded() -> bool:
         found = await asyncio.to_thread(client.fine_tuning.jobs.retrieve, job.id)
@@ -89,7 +89,7 @@ def test_eight_streams_and_a_job_beside_them(
         return found.status == "succeeded"
 
     assert asyncio.run(eight(url, models, has_succeeded)) == alone
-    mine = served_prompt(app, str(succeeded(client, job.id).fine_tuned_model))
+    mine = served_prompt(app, str(wait_for_success(client, job.id).fine_tuned_model))
     assert same_bits(mine, trained_alone(tiny_llama, tmp_path, plain_rows(), BUSY))
     changed: Record = {**BUSY, "seed": 1}
     assert not same_bits(mine, trained_alone(tiny_llama, tmp_path, plain_rows(), changed))
@@ -98,7 +98,7 @@ def test_eight_streams_and_a_job_beside_them(
 def test_a_job_is_cancelled_while_streams_hold_it(server: tuple[OpenAI, FastAPI], models: list[str]) -> None:
     client, _ = server
     url, file = str(client.base_url), upload(client, plain_rows())
-    job = ask(client, file, LONG)
+    job = create_job(client, file, LONG)
 
     async def has_cancelled() -> bool:
         if await asyncio.to_thread(steps_done, client, job.id) < 2:
@@ -107,5 +107,5 @@ def test_a_job_is_cancelled_while_streams_hold_it(server: tuple[OpenAI, FastAPI]
         return found.status == "cancelled"
 
     asyncio.run(eight(url, models, has_cancelled))
-    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "cancelled")
-    succeeded(client, ask(client, file).id)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "cancelled")
+    wait_for_success(client, create_job(client, file).id)

@@ -15,27 +15,26 @@ from openai import OpenAI
 from support.job_process import job_process
 from support.job_server import (
     SETTINGS,
-    ask,
     chat_rows,
-    ended,
-    hold,
+    create_job,
+    hold_training,
     job_server,
     plain_rows,
     same_bits,
     served_prompt,
-    succeeded,
     trained_alone,
-    until,
     upload,
+    wait_for_end,
+    wait_for_success,
+    wait_until,
 )
 
 from softprompt.base import Base
 from softprompt.data.chat_template import ChatTemplate, Rendered
 from softprompt.data.messages import Message
 from softprompt.errors import DatabaseError, MemoryLimitError, StorageError
-from softprompt.runs import Recorder
+from softprompt.runs import Recorder, TrainingSession
 from softprompt.server.clients.client import Client
-from softprompt.server.jobs import run
 from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.records import JobRecords
 from softprompt.server.parts import part_of
@@ -59,18 +58,18 @@ def test_a_killed_server_goes_on_with_its_job(tiny_llama: Base, tmp_path: Path) 
     state, settings = tmp_path / "state", {**SETTINGS, "epochs": 100}  # 300 steps, a checkpoint each third
     with job_process(state) as (url, process):
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        job = ask(client, upload(client, plain_rows()), settings)
+        job = create_job(client, upload(client, plain_rows()), settings)
         places = state / "jobs" / job.id / "checkpoints"
-        until(lambda: any(places.glob("step-*")))
+        wait_until(lambda: any(places.glob("step-*")))
         process.kill()
         client.close()
     saved = {int(place.name.removeprefix("step-")) for place in places.glob("step-*")}
     assert saved and max(saved) < 300
     alone = trained_alone(tiny_llama, tmp_path, plain_rows(), settings)
     with job_server(tiny_llama, state) as (client, app):
-        done = succeeded(client, job.id)
+        done = wait_for_success(client, job.id)
         messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
-        assert any(message.startswith("goes on behind step") for message in messages)
+        assert any(message.startswith("training continues after step") for message in messages)
         assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)
     assert same_bits(load_prompt(state / "jobs" / job.id, tiny_llama), alone)
     assert not same_bits(alone, trained_alone(tiny_llama, tmp_path, plain_rows(), {**settings, "epochs": 99}))
@@ -82,16 +81,16 @@ def test_a_full_disk_pauses_a_job(
     client, app = server
 
     def refuse(recorder: Recorder, event: Any) -> NoReturn:
-        raise StorageError(f"no space left on the disk for {recorder.place}: free some, or choose another disk")
+        raise StorageError(f"no space left on the disk for {recorder.folder}: free some, or choose another disk")
 
-    monkeypatch.setattr(Recorder, "take", refuse)
-    job = ask(client, file)
-    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    monkeypatch.setattr(Recorder, "record", refuse)
+    job = create_job(client, file)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
     told = client.fine_tuning.jobs.list_events(job.id).data[0]
     assert told.level == "error" and "has paused it" in told.message and "/" not in told.message
     monkeypatch.undo()
     client.fine_tuning.jobs.resume(job.id)
-    done = succeeded(client, job.id)
+    done = wait_for_success(client, job.id)
     alone = trained_alone(tiny_llama, tmp_path, plain_rows())
     assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)
 
@@ -114,14 +113,14 @@ def test_a_failure_is_told_in_words(
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(run, "train_together", fail)
+    monkeypatch.setattr(TrainingSession, "train", fail)
     with caplog.at_level(logging.ERROR):
-        found = ended(client, ask(client, file).id)
+        found = wait_for_end(client, create_job(client, file).id)
     assert found.status == "failed" and found.error is not None
     assert found.error.code == code and words in found.error.message and "/" not in found.error.message
     assert ("ZeroDivisionError" in caplog.text) == (code == "server_error")
     monkeypatch.undo()
-    succeeded(client, ask(client, file).id)
+    wait_for_success(client, create_job(client, file).id)
 
 
 def test_a_long_conversation_does_not_keep_a_job_from_being_cancelled(
@@ -138,11 +137,11 @@ def test_a_long_conversation_does_not_keep_a_job_from_being_cancelled(
     monkeypatch.setattr(tiny_llama.tokenizer, "chat_template", slow)
     monkeypatch.setattr(ChatTemplate, "render", counting)
     turns = [{"role": role, "content": "w5"} for _ in range(1_000) for role in ("user", "assistant")]
-    job = ask(client, upload(client, [{"messages": turns}] * 40)).id
-    until(lambda: bool(rendered))
+    job = create_job(client, upload(client, [{"messages": turns}] * 40)).id
+    wait_until(lambda: bool(rendered))
     client.fine_tuning.jobs.cancel(job)
     monkeypatch.setattr(tiny_llama.tokenizer, "chat_template", None)
-    succeeded(client, ask(client, upload(client, chat_rows())).id)
+    wait_for_success(client, create_job(client, upload(client, chat_rows())).id)
     assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
     assert rendered.count(2_000) < 40
 
@@ -157,7 +156,7 @@ def test_a_chat_template_that_cannot_be_used_fails_the_job_in_words(
 ) -> None:
     client, _ = server
     monkeypatch.setattr(tiny_llama.tokenizer, "chat_template", template)
-    found = ended(client, ask(client, upload(client, chat_rows())).id)
+    found = wait_for_end(client, create_job(client, upload(client, chat_rows())).id)
     assert found.status == "failed" and found.error is not None
     assert found.error.code == "invalid_file" and re.search(words, found.error.message)
 
@@ -169,15 +168,15 @@ def test_rows_that_were_changed_behind_our_back_fail_with_their_number(server: t
     lines = place.read_text().splitlines()
     lines[6] = json.dumps({"text": 7})
     place.write_text("\n".join(lines))
-    found = ended(client, ask(client, file).id)
+    found = wait_for_end(client, create_job(client, file).id)
     assert found.error is not None and found.error.code == "invalid_file"
     assert "row 7" in found.error.message and str(place.parent) not in found.error.message
     lines[4] = '{"text": '
     place.write_text("\n".join(lines))
-    found = ended(client, ask(client, file).id)
+    found = wait_for_end(client, create_job(client, file).id)
     assert found.error is not None and found.error.message.startswith(f"{file}, line 5 is not JSON")
     place.unlink()
-    found = ended(client, ask(client, file).id)
+    found = wait_for_end(client, create_job(client, file).id)
     assert found.error is not None and str(place.parent) not in found.error.message
 
 
@@ -186,18 +185,18 @@ def test_the_queue_outlives_a_database_that_does_not_answer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     client, app = server
-    settings, held = {**SETTINGS, "epochs": 12}, hold(monkeypatch, 4)
-    job = ask(client, file, settings)
-    until(lambda: held == [4])
+    settings, held = {**SETTINGS, "epochs": 12}, hold_training(monkeypatch, 4)
+    job = create_job(client, file, settings)
+    wait_until(lambda: held == [4])
 
     def refuse(*_: Any) -> NoReturn:
         raise DatabaseError("the database sqlite:////home/someone/x.db cannot be used: disk I/O error")
 
-    monkeypatch.setattr(JobRecords, "tell", refuse)
+    monkeypatch.setattr(JobRecords, "write_progress", refuse)
     monkeypatch.setattr(JobRecords, "recover", refuse)
     held.clear()
-    until(lambda: caplog.text.count("the queue of jobs was interrupted") >= 2)
+    wait_until(lambda: caplog.text.count("the queue of jobs was interrupted") >= 2)
     monkeypatch.undo()
-    done = succeeded(client, job.id)
+    done = wait_for_success(client, job.id)
     alone = trained_alone(tiny_llama, tmp_path, plain_rows(), settings)
     assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)

@@ -15,22 +15,22 @@ from support.job_server import (
     LONG,
     SETTINGS,
     Record,
-    ask,
-    hold,
+    create_job,
+    hold_training,
     job_server,
     plain_rows,
     same_bits,
     served_prompt,
     steps_done,
-    succeeded,
     trained_alone,
-    until,
     upload,
+    wait_for_success,
+    wait_until,
 )
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig
-from softprompt.runs import RunFolder
+from softprompt.runs import RunFolder, TrainingSession
 from softprompt.server.clients.client import Client, Limits
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
@@ -60,8 +60,8 @@ def file(server: tuple[OpenAI, FastAPI]) -> str:
 
 def test_a_running_job_is_cancelled_and_the_next_one_runs(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, _ = server
-    long, short = ask(client, file, LONG), ask(client, file)
-    until(lambda: steps_done(client, long.id) > 2)
+    long, short = create_job(client, file, LONG), create_job(client, file)
+    wait_until(lambda: steps_done(client, long.id) > 2)
     running = client.fine_tuning.jobs.retrieve(long.id)
     assert running.status == "running" and running.trained_tokens is None
     assert running.estimated_finish is not None and running.estimated_finish >= int(time.time())
@@ -69,7 +69,7 @@ def test_a_running_job_is_cancelled_and_the_next_one_runs(server: tuple[OpenAI, 
 
     cancelled = client.fine_tuning.jobs.cancel(long.id)
     assert cancelled.status == "cancelled" and cancelled.finished_at is not None
-    succeeded(client, short.id)
+    wait_for_success(client, short.id)
     assert client.fine_tuning.jobs.retrieve(long.id).status == "cancelled"
     assert client.fine_tuning.jobs.retrieve(long.id).fine_tuned_model is None
     for call in (client.fine_tuning.jobs.cancel, client.fine_tuning.jobs.pause, client.fine_tuning.jobs.resume):
@@ -86,18 +86,18 @@ def test_a_paused_job_lets_others_run_and_becomes_the_same_prompt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     client, app = server
-    held = hold(monkeypatch, 4, 9)
+    held = hold_training(monkeypatch, 4, 9)
     held_out = upload(client, plain_rows(4, first=60)) if more else None
-    job = ask(client, file, {**MIDDLE, **more}, validation_file=held_out)
+    job = create_job(client, file, {**MIDDLE, **more}, validation_file=held_out)
     for step in (4, 9):
-        until(lambda step=step: step in held)  # type: ignore[misc]
+        wait_until(lambda step=step: step in held)  # type: ignore[misc]
         assert client.fine_tuning.jobs.pause(job.id).status == "paused"
-        succeeded(client, ask(client, file).id)
+        wait_for_success(client, create_job(client, file).id)
         assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
         assert client.fine_tuning.jobs.resume(job.id).status in ("queued", "validating_files")
-    done = succeeded(client, job.id)
+    done = wait_for_success(client, job.id)
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
-    assert sum(message.startswith("goes on behind step") for message in messages) == 2
+    assert sum(message.startswith("training continues after step") for message in messages) == 2
     assert done.trained_tokens == 12 * 24 * 10
     alone = trained_alone(
         tiny_llama, tmp_path, plain_rows(), {**MIDDLE, **more}, validation=plain_rows(4, first=60) if more else None
@@ -113,20 +113,22 @@ def test_a_pause_within_a_validation_waits_for_its_end(
 ) -> None:
     """Between a step and its validation there is no state to go on from: the validation would be left out."""
     client, app = server
-    take, seen = JobRun._take_and_record, list[Event]()
+    handle_event, seen, running = JobRun.handle_event, list[Event](), list[str]()
 
     def pause_in_validation(run: JobRun, event: Event) -> None:
-        take(run, event)
+        handle_event(run, event)
         if seen and isinstance(event, SliceDone) and isinstance(seen[-1], StepDone) and event.step == 3:
-            client.fine_tuning.jobs.pause(run._row.id)
+            wait_until(lambda: bool(running))
+            client.fine_tuning.jobs.pause(running[0])
         seen.append(event)
 
-    monkeypatch.setattr(JobRun, "_take_and_record", pause_in_validation)
+    monkeypatch.setattr(JobRun, "handle_event", pause_in_validation)
     held_out, settings = plain_rows(4, first=60), {**SETTINGS, "validate_every": 3, "relative_learning_rate": 3.0}
-    job = ask(client, file, settings, validation_file=upload(client, held_out))
-    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    job = create_job(client, file, settings, validation_file=upload(client, held_out))
+    running.append(job.id)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
     client.fine_tuning.jobs.resume(job.id)
-    mine = served_prompt(app, str(succeeded(client, job.id).fine_tuned_model))
+    mine = served_prompt(app, str(wait_for_success(client, job.id).fine_tuned_model))
     alone = trained_alone(tiny_llama, tmp_path, plain_rows(), settings, validation=held_out)
     assert mine.record.run["validation_losses"] == alone.record.run["validation_losses"]
     assert same_bits(mine, alone)
@@ -134,7 +136,7 @@ def test_a_pause_within_a_validation_waits_for_its_end(
 
 def test_a_waiting_job_is_paused_and_cancelled_too(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, _ = server
-    long, first, second = ask(client, file, LONG), ask(client, file), ask(client, file)
+    long, first, second = create_job(client, file, LONG), create_job(client, file), create_job(client, file)
     assert client.fine_tuning.jobs.pause(first.id).status == "paused"
     assert client.fine_tuning.jobs.cancel(first.id).status == "cancelled"
     assert client.fine_tuning.jobs.cancel(second.id).status == "cancelled"
@@ -143,12 +145,12 @@ def test_a_waiting_job_is_paused_and_cancelled_too(server: tuple[OpenAI, FastAPI
 
 def test_a_client_has_so_many_jobs_and_no_more(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, app = server
-    jobs = [ask(client, file, LONG) for _ in range(4)]
+    jobs = [create_job(client, file, LONG) for _ in range(4)]
     with pytest.raises(openai.RateLimitError, match="4 of your fine-tuning jobs") as refused:
-        ask(client, file)
+        create_job(client, file)
     assert int(refused.value.response.headers["retry-after"]) > 0
     client.fine_tuning.jobs.pause(jobs[3].id)
-    jobs.append(ask(client, file, LONG))
+    jobs.append(create_job(client, file, LONG))
     with pytest.raises(openai.RateLimitError):
         client.fine_tuning.jobs.resume(jobs[3].id)
     assert client.fine_tuning.jobs.retrieve(jobs[3].id).status == "paused"
@@ -161,7 +163,7 @@ def test_a_client_has_so_many_jobs_and_no_more(server: tuple[OpenAI, FastAPI], f
 
 def test_jobs_are_listed_by_pages_and_by_metadata(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, _ = server
-    marked = [ask(client, file, metadata={"run": str(index % 2), "set": "listed"}) for index in range(3)]
+    marked = [create_job(client, file, metadata={"run": str(index % 2), "set": "listed"}) for index in range(3)]
     listed = [job.id for job in client.fine_tuning.jobs.list(limit=2, metadata={"set": "listed"})]
     assert listed == [job.id for job in reversed(marked)]
     assert [job.id for job in client.fine_tuning.jobs.list(metadata={"set": "listed", "run": "1"})] == [marked[1].id]
@@ -173,7 +175,7 @@ def test_jobs_are_listed_by_pages_and_by_metadata(server: tuple[OpenAI, FastAPI]
     with pytest.raises(openai.BadRequestError, match="limit"):
         client.fine_tuning.jobs.list(limit=0)
     for job in marked:
-        succeeded(client, job.id)
+        wait_for_success(client, job.id)
 
 
 def test_clients_take_turns_and_an_interrupted_job_goes_first(tmp_path: Path) -> None:
@@ -218,23 +220,23 @@ def test_a_job_that_ends_the_server_again_and_again_is_set_aside(tmp_path: Path)
 def test_a_stopped_server_goes_on_with_its_job(
     tiny_llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state, held = tmp_path / "state", hold(monkeypatch, 4)
+    state, held = tmp_path / "state", hold_training(monkeypatch, 4)
     with job_server(tiny_llama, state) as (client, _):
         file = upload(client, plain_rows())
-        job = ask(client, file, MIDDLE)
-        until(lambda: held == [4])
-        waiting = ask(client, file)
+        job = create_job(client, file, MIDDLE)
+        wait_until(lambda: held == [4])
+        waiting = create_job(client, file)
     saved, problems = RunFolder(state / "jobs" / job.id).load_latest()
-    assert saved is not None and not problems and saved.facts["step"] == 4
+    assert saved is not None and not problems and saved.state["step"] == 4
     with job_server(tiny_llama, state) as (client, app):
-        done = succeeded(client, job.id)
+        done = wait_for_success(client, job.id)
         assert same_bits(served_prompt(app, str(done.fine_tuned_model)),
                          trained_alone(tiny_llama, tmp_path, plain_rows(), MIDDLE))  # fmt: skip
-        name = succeeded(client, waiting.id).fine_tuned_model
+        name = wait_for_success(client, waiting.id).fine_tuned_model
         events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
         assert any("the server stops" in event.message for event in events)
         assert not (state / "jobs" / job.id / "checkpoints").exists()
-        until(lambda: gc.collect() >= 0 and not any(isinstance(each, Trial) for each in gc.get_objects()))
+        wait_until(lambda: gc.collect() >= 0 and not any(isinstance(each, Trial) for each in gc.get_objects()))
     with job_server(tiny_llama, state) as (client, app):  # what was trained is served again
         assert client.fine_tuning.jobs.retrieve(waiting.id).status == "succeeded"
         assert client.completions.create(model=str(name), prompt="w3", max_tokens=2).model == name
@@ -242,40 +244,54 @@ def test_a_stopped_server_goes_on_with_its_job(
 
 def test_a_job_of_another_base_fails_in_words(tiny_llama: Base, tiny_gpt2: Base, tmp_path: Path) -> None:
     with job_server(tiny_llama, tmp_path) as (client, _):
-        job = ask(client, upload(client, plain_rows()), LONG)
-        until(lambda: steps_done(client, job.id) >= 1)
+        job = create_job(client, upload(client, plain_rows()), LONG)
+        wait_until(lambda: steps_done(client, job.id) >= 1)
     with job_server(tiny_gpt2, tmp_path) as (client, _):
-        until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "failed")
+        wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "failed")
         error = client.fine_tuning.jobs.retrieve(job.id).error
         assert error is not None and "made for another base" in error.message
 
 
-def test_an_order_is_heard_between_two_pieces_of_a_slice(
+def test_a_stop_signal_is_obeyed_within_a_slice_where_training_yields_to_the_engine(
     server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no slice ever told of itself, a long step would hold the job until its end."""
+    """Were it read between slices only, one long slice would keep the job running until its end."""
     client, app = server
-    held = hold(monkeypatch, 4)
-    monkeypatch.setattr(JobRun, "_take", JobRun._take_and_record)
-    job = ask(client, file, MIDDLE)
-    until(lambda: held == [4])
+    held = hold_training(monkeypatch, 4)
+    handle_event, check_stop = JobRun.handle_event, TrainingSession.check_stop
+    is_between_slices = list[bool]()
+
+    def handle(run: JobRun, event: Event) -> None:
+        handle_event(run, event)
+        is_between_slices.append(True)
+
+    def check_within_slices(session: TrainingSession) -> None:
+        if is_between_slices:
+            is_between_slices.clear()
+        else:
+            check_stop(session)
+
+    monkeypatch.setattr(JobRun, "handle_event", handle)
+    monkeypatch.setattr(TrainingSession, "check_stop", check_within_slices)
+    job = create_job(client, file, MIDDLE)
+    wait_until(lambda: held == [4])
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
-    succeeded(client, ask(client, file, {**SETTINGS, "max_steps": 1}).id)
+    wait_for_success(client, create_job(client, file, {**SETTINGS, "max_steps": 1}).id)
     monkeypatch.undo()
     saved, _ = RunFolder(Path(part_of(app, ServerConfig).state) / "jobs" / job.id).load_latest()
-    assert saved is not None and saved.facts["step"] == 4
+    assert saved is not None and saved.state["step"] == 4
     client.fine_tuning.jobs.resume(job.id)
-    done = succeeded(client, job.id)
+    done = wait_for_success(client, job.id)
     alone = trained_alone(tiny_llama, tmp_path, plain_rows(), MIDDLE)
     assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)
 
 
 def test_a_paused_job_that_is_cancelled_leaves_no_state(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, app = server
-    job = ask(client, file, LONG)
-    until(lambda: steps_done(client, job.id) > 2)
+    job = create_job(client, file, LONG)
+    wait_until(lambda: steps_done(client, job.id) > 2)
     client.fine_tuning.jobs.pause(job.id)
     folder = Path(part_of(app, ServerConfig).state) / "jobs" / job.id / "checkpoints"
-    until(lambda: any(folder.glob("step-*")))
+    wait_until(lambda: any(folder.glob("step-*")))
     client.fine_tuning.jobs.cancel(job.id)
-    until(lambda: not folder.exists())
+    wait_until(lambda: not folder.exists())

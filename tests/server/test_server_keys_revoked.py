@@ -15,7 +15,7 @@ import openai
 import pytest
 from support.inference_runs import Place, place_of
 from support.job_server import LONG as LONG_JOB
-from support.job_server import ask, plain_rows, until, upload
+from support.job_server import create_job, plain_rows, upload, wait_until
 from support.served import served
 from support.tiny_bases import build_base
 
@@ -108,12 +108,12 @@ def test_jobs_of_a_revoked_key_are_cancelled_and_the_next_one_runs(
     with served(serving_app(build_base(), ServerConfig(state=str(tmp_path), require_keys=True))) as url:
         ann, bob = (openai.OpenAI(base_url=f"{url}/v1", api_key=each, max_retries=0) for each in (secret, other))
         file = upload(ann, plain_rows())
-        jobs = [ask(ann, file, {**LONG_JOB, "epochs": 1000}).id for _ in range(3)]
+        jobs = [create_job(ann, file, {**LONG_JOB, "epochs": 1000}).id for _ in range(3)]
         paused = ann.fine_tuning.jobs.pause(jobs.pop()).id
-        until(lambda: ann.fine_tuning.jobs.retrieve(jobs[0]).status == "running")
-        mine = ask(bob, upload(bob, plain_rows())).id
+        wait_until(lambda: ann.fine_tuning.jobs.retrieve(jobs[0]).status == "running")
+        mine = create_job(bob, upload(bob, plain_rows())).id
         revoke_key(database, key.id)
-        until(lambda: bob.fine_tuning.jobs.retrieve(mine).status == "succeeded")
+        wait_until(lambda: bob.fine_tuning.jobs.retrieve(mine).status == "succeeded")
     with database.session() as session:
         assert {session.get_one(JobRow, each).status for each in (*jobs, paused)} == {"cancelled"}
     assert not list((tmp_path / "jobs").glob(f"{jobs[0]}/checkpoints"))

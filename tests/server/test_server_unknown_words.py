@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from support.job_server import ask, ended, job_server, upload
+from support.job_server import create_job, job_server, upload, wait_for_end
 from support.tiny_bases import build_closed_tokenizer, build_model
 
 from softprompt.base import freeze_base
@@ -44,7 +44,7 @@ def test_a_chat_of_an_unknown_word_is_a_400_and_the_next_answers(client: OpenAI)
 
 def test_a_job_on_an_unknown_word_fails_with_its_row(client: OpenAI) -> None:
     file = upload(client, [{"text": "the dog ran"}, {"text": "the zebra ran"}, {"text": "the dog"}])
-    found = ended(client, ask(client, file).id)
+    found = wait_for_end(client, create_job(client, file).id)
     assert found.error is not None
     assert found.error.code == "invalid_file"
     assert "row 2" in found.error.message

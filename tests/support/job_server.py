@@ -66,26 +66,28 @@ def upload(client: OpenAI, rows: Sequence[Record], name: str = "rows.jsonl") -> 
     return client.files.create(file=(name, data), purpose="fine-tune").id
 
 
-def ask(client: OpenAI, file: str, settings: Record = SETTINGS, model: str = "base", **more: Any) -> FineTuningJob:
+def create_job(
+    client: OpenAI, file: str, settings: Record = SETTINGS, model: str = "base", **more: Any
+) -> FineTuningJob:
     method = {"type": "supervised", "supervised": {"hyperparameters": settings}}
     return client.fine_tuning.jobs.create(model=model, training_file=file, method=method, **more)  # type: ignore[arg-type]
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
     ends = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < ends, "it does not come"
         time.sleep(0.02)
 
 
-def ended(client: OpenAI, job: str) -> FineTuningJob:
+def wait_for_end(client: OpenAI, job: str) -> FineTuningJob:
     """The job when it has ended."""
-    until(lambda: client.fine_tuning.jobs.retrieve(job).status in ENDED)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job).status in ENDED)
     return client.fine_tuning.jobs.retrieve(job)
 
 
-def succeeded(client: OpenAI, job: str) -> FineTuningJob:
-    found = ended(client, job)
+def wait_for_success(client: OpenAI, job: str) -> FineTuningJob:
+    found = wait_for_end(client, job)
     assert found.status == "succeeded", found.error
     return found
 
@@ -96,17 +98,17 @@ def steps_done(client: OpenAI, job: str) -> int:
     return max((event.data["step"] for event in events if event.type == "metrics"), default=0)  # type: ignore[index]
 
 
-def hold(monkeypatch: pytest.MonkeyPatch, *steps: int) -> list[int]:
-    """Training waits behind each of these steps, once, until it is told to stop or the step is taken from the list."""
-    take, held = JobRun._take_and_record, list[int]()
+def hold_training(monkeypatch: pytest.MonkeyPatch, *steps: int) -> list[int]:
+    """Training waits after each of these steps, once, until it gets a stop signal or the step leaves the list."""
+    handle_event, held = JobRun.handle_event, list[int]()
 
-    def take_and_wait(run: JobRun, event: Event) -> None:
-        take(run, event)
+    def handle_and_wait(run: JobRun, event: Event) -> None:
+        handle_event(run, event)
         if isinstance(event, StepDone) and event.step in steps and event.step not in held:
             held.append(event.step)
-            until(lambda: run._order() is not None or event.step not in held)
+            wait_until(lambda: run.stop_signal() is not None or event.step not in held)
 
-    monkeypatch.setattr(JobRun, "_take_and_record", take_and_wait)
+    monkeypatch.setattr(JobRun, "handle_event", handle_and_wait)
     return held
 
 

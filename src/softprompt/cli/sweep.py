@@ -25,7 +25,7 @@ from softprompt.config import BaseConfig
 from softprompt.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from softprompt.cli.training_run import Job, Task
+    from softprompt.runs import TrainingTask
     from softprompt.training import Ranks
 
 Settings = dict[str, Any]
@@ -50,8 +50,6 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
     `ensemble` are as with `train`. Flags override [base]. The prompt kept for a task lies in --out/NAME, or in --out
     where the tasks have no names.
     """
-    from softprompt.cli.training_run import run_job
-
     sweep = read_sweep(Path(file))
     _check_names(file, sweep)
     place = RunPlace.of(out, overwrite=overwrite, resume=resume)
@@ -62,18 +60,20 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
     if flags["base"] is None:
         raise ConfigError(f"{file} names no base; give one: --base, or base = in its [base]")
     place.check(flags, tasks=[name for name in sweep.tasks if name])
-    job = _job(file, sweep, config_of(BaseConfig, flags), ranks)
-    recorder = place.recorder({**job.facts(), SWEEP_KEY: sweep.to_json()}, flags)
-    run_job(job, recorder, ranks=ranks, as_json=as_json)
+    _train(file, sweep, place, flags, ranks, as_json)
 
 
-def _job(file: str, sweep: Sweep, base_config: BaseConfig, ranks: Ranks) -> Job:
-    from softprompt.cli.training_run import Job
+def _train(file: str, sweep: Sweep, place: RunPlace, flags: Settings, ranks: Ranks, as_json: bool) -> None:
+    from softprompt.cli.training_run import run_session
+    from softprompt.runs import tasks_metadata
 
+    base_config = config_of(BaseConfig, flags)
     tasks = _tasks(sweep, offline=base_config.offline)
-    return Job(
-        base=load_among(base_config, ranks), tasks=tasks, configs=sweep.candidates,
-        halving=sweep.halving and not sweep.ensemble, keeps_all=sweep.ensemble, command=f"sweep {shlex.quote(file)}",
+    base = load_among(base_config, ranks)
+    recorder = place.recorder({**tasks_metadata(tasks), SWEEP_KEY: sweep.to_json()}, flags)
+    run_session(
+        base, tasks, recorder, ranks=ranks, as_json=as_json, halving=sweep.halving, ensemble=sweep.ensemble,
+        command=f"sweep {shlex.quote(file)}",
     )  # fmt: skip
 
 
@@ -94,14 +94,16 @@ def _with_base(base: Mapping[str, Any], flags: Settings) -> Settings:
     return {**flags, **{name: value for name, value in base.items() if name not in given}}
 
 
-def _tasks(sweep: Sweep, *, offline: bool) -> list[Task]:
-    from softprompt.cli.training_run import Task
+def _tasks(sweep: Sweep, *, offline: bool) -> list[TrainingTask]:
     from softprompt.data import split_rows
+    from softprompt.runs import TrainingTask, rows_metadata
 
-    return [
-        Task(name=name, data=data, seed=sweep.seed, split=split_rows(data, seed=sweep.seed, offline=offline))
-        for name, data in sweep.tasks.items()
-    ]
+    tasks = []
+    for name, data in sweep.tasks.items():
+        split = split_rows(data, seed=sweep.seed, offline=offline)
+        metadata = rows_metadata(data, sweep.seed, split)
+        tasks.append(TrainingTask(name=name, split=split, configs=sweep.candidates, metadata=metadata))
+    return tasks
 
 
 def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:

@@ -25,7 +25,6 @@ from softprompt.errors import ConfigError
 
 if TYPE_CHECKING:
     from softprompt.base import Base
-    from softprompt.cli.training_run import Job
     from softprompt.prompt import SoftPrompt
     from softprompt.training import Ranks
 
@@ -76,8 +75,6 @@ def command(
     out: str, overwrite: bool, resume: bool, as_json: bool, preset: str | None, ranks: Ranks, **flags: Any
 ) -> None:
     """Train a soft prompt on a frozen base."""
-    from softprompt.cli.training_run import run_job
-
     place = RunPlace.of(out, overwrite=overwrite, resume=resume)
     if place.is_finished:
         place.report_finished(as_json)
@@ -86,24 +83,24 @@ def command(
     require_flags(flags, "base", "data")
     place.check(flags)
     _check_start_stays(flags, out)
-    job = _job(flags, ranks)
-    run_job(job, place.recorder(job.facts(), flags), ranks=ranks, as_json=as_json)
+    _train(place, flags, ranks, as_json)
 
 
-def _job(flags: Mapping[str, Any], ranks: Ranks) -> Job:
-    from softprompt.cli.training_run import Job, Task
+def _train(place: RunPlace, flags: Mapping[str, Any], ranks: Ranks, as_json: bool) -> None:
+    from softprompt.cli.training_run import run_session
     from softprompt.data import split_rows
+    from softprompt.runs import TrainingTask, rows_metadata
 
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
     config = config_of(TrainConfig, flags)
     configs, base_id = _candidates(config, flags), _base_id(flags)
     split = split_rows(data_config, seed=config.seed, offline=base_config.offline)
+    metadata = rows_metadata(data_config, config.seed, split)
     base = load_among(base_config, ranks)
-    return Job(
-        base=base, tasks=[Task(name="", data=data_config, seed=config.seed, split=split)], configs=configs,
-        start=_start(flags, base), start_name=flags["init_from"],
-        halving=flags["halving"] and not flags["ensemble"], keeps_all=flags["ensemble"],
-        base_id=base_id,
+    task = TrainingTask(split=split, configs=configs, start=_start(flags, base), metadata=metadata)
+    run_session(
+        base, [task], place.recorder(metadata, flags), ranks=ranks, as_json=as_json, halving=flags["halving"],
+        ensemble=flags["ensemble"], base_id=base_id, start_name=flags["init_from"],
     )  # fmt: skip
 
 

@@ -18,9 +18,8 @@ from softprompt.demo.tasks import INPUTS, TASKS, WRITTEN_TEMPLATES, Task
 from softprompt.evaluation import Comparison, accuracy_by_likelihood, compare
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
-from softprompt.runs import RunFolder
+from softprompt.runs import Recorder, RunFolder, TrainingSession, TrainingTask, rows_metadata
 from softprompt.splice import Row, concatenate
-from softprompt.training import TrainResult, train
 
 Say = Callable[[str], None]
 
@@ -64,9 +63,10 @@ class _Trained:
 def run_demo(base: Base, folder: Path, say: Say, *, overwrite: bool = False, tasks: tuple[Task, ...] = TASKS) -> Demo:
     """Do it all; adapters go to `folder/<task>`. Raises ExistsError where they are there and may not be replaced."""
     began = time.perf_counter()
-    places = {task.name: RunFolder.create(folder / task.name, overwrite=overwrite) for task in tasks}
+    for task in tasks:
+        RunFolder.check_free(folder / task.name, overwrite=overwrite)
     data = _lay_out_data(folder / "data", tasks)
-    trained = [_train(base, task, places[task.name], say) for task in tasks]
+    trained = [_train(base, task, folder / task.name, say, overwrite) for task in tasks]
     findings = tuple(_find(base, item) for item in trained)
     say(f"measured on held-out rows, {time.perf_counter() - began:.0f} s so far")
     prompts = {item.task.name: item.ours for item in trained}
@@ -77,7 +77,7 @@ def run_demo(base: Base, folder: Path, say: Say, *, overwrite: bool = False, tas
         data=data,
         findings=findings,
         answers=compare(base, prompts, inputs, sampling=sampling, raw=True),
-        peft_difference=_difference_in_peft(base, places[trained[0].task.name].path, trained[0].ours),
+        peft_difference=_difference_in_peft(base, folder / trained[0].task.name, trained[0].ours),
         seconds=time.perf_counter() - began,
     )
 
@@ -96,11 +96,14 @@ def _lay_out_data(folder: Path, tasks: tuple[Task, ...]) -> Path:
     return folder
 
 
-def _train(base: Base, task: Task, place: RunFolder, say: Say) -> _Trained:
+def _train(base: Base, task: Task, folder: Path, say: Say, overwrite: bool) -> _Trained:
     split = split_rows(task.data)
     assert split.test is not None, task
-    result = train(base, split.train, task.train)
-    _keep(place, result)
+    rows = rows_metadata(task.data, task.train.seed, split)
+    wanted = TrainingTask(split=split, configs={"": task.train}, metadata=rows)
+    session = TrainingSession(base, [wanted], Recorder(folder, rows, overwrite=overwrite))
+    (result,) = session.train()
+    session.finish([result])
     losses, took = result.losses, result.prompt.record.run["seconds"]
     say(
         f"{task.name}: {len(split.train)} rows, {task.train.virtual_tokens} virtual tokens, {len(losses)} steps, "
@@ -111,13 +114,6 @@ def _train(base: Base, task: Task, place: RunFolder, say: Say) -> _Trained:
     peft = peft_prompt(base, build_examples(base, split.train, eos=task.train.eos, max_length=room), task.train)
     say(f"{task.name}: PEFT's defaults on the same rows and steps, {time.perf_counter() - began:.1f} s")
     return _Trained(task, split.train, split.test, result.prompt, peft)
-
-
-def _keep(place: RunFolder, result: TrainResult) -> None:
-    for step, loss in enumerate(result.losses, start=1):
-        place.append_metrics({"kind": "step", "step": step, "loss": loss})
-    place.write_plan({"plan": result.plan.to_json()})
-    place.finish(result.prompt)
 
 
 def _find(base: Base, item: _Trained) -> Finding:

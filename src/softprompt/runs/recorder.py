@@ -1,4 +1,4 @@
-"""Writes a training run's folder as events come. Nothing is touched before `begin`."""
+"""Writes a training run's folder as its events come. Nothing is written before `begin`."""
 
 from __future__ import annotations
 
@@ -10,69 +10,78 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from softprompt.config import KEPT_CHECKPOINTS
 from softprompt.errors import MissingDependencyError
 from softprompt.prompt import SoftPrompt
-from softprompt.runs.run_folder import BOARD_NAME, RunFolder
+from softprompt.runs.run_folder import BOARD_NAME, RunFolder, SavedState
 from softprompt.storage import save_set
 from softprompt.training import Checkpoint, Dropped, Event, Prepared, ResumePoint, StepDone, TrainResult
 
-Facts = Mapping[str, Any]
+Metadata = Mapping[str, Any]
 
 
 class Recorder:
-    """One run's folder. `facts` go into `run.json`; those of a prompt's own rows go into its record too."""
+    """One run's folder. `metadata` goes into `run.json`; that of a prompt's own rows goes into its record too."""
 
     def __init__(
-        self, place: Path, facts: Facts, *, overwrite: bool, resume: bool, keep_checkpoints: int, tensorboard: bool
-    ) -> None:
-        self.place = place
-        self._facts = facts
-        self._overwrite, self.resume = overwrite, resume
+        self, folder: Path, metadata: Metadata, *, overwrite: bool = False, resume: bool = False,
+        keep_checkpoints: int = KEPT_CHECKPOINTS, tensorboard: bool = False,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        self._metadata = metadata
+        self._overwrite, self._resume = overwrite, resume
         self._keep = keep_checkpoints
         self._wants_board = tensorboard
         self._steps: list[tuple[float, float, int]] = []  # epoch, loss, targets
 
+    def load_latest(self) -> tuple[SavedState | None, tuple[str, ...]]:
+        """The state to resume from, if there is any, and a sentence for each broken checkpoint after it."""
+        return RunFolder(self.folder).load_latest() if self._resume else (None, ())
+
     def begin(self, ready: Prepared) -> None:
-        self._folder = RunFolder.create(self.place, resume=self.resume, overwrite=self._overwrite)
+        """Make the folder, or go back in it to the step that is resumed from."""
+        self._run = RunFolder.create(self.folder, resume=self._resume, overwrite=self._overwrite)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        begun = self._folder.read_plan().get("begun") if self.resume else now
-        self._plan = {"begun": begun, **_plans(ready), "notes": list(ready.notes), **self._facts}
-        if not self.resume:
-            self._folder.write_plan(self._plan)  # first of all: from here on the folder is known as a run
-        self._folder.go_back_to(ready.loop.step)
+        begun = self._run.read_plan().get("begun") if self._resume else now
+        self._plan = {"begun": begun, **_plans(ready), "notes": list(ready.notes), **self._metadata}
+        if not self._resume:
+            self._run.write_plan(self._plan)  # first of all: from here on the folder is known as a run
+        self._run.go_back_to(ready.loop.step)
         self._steps = [
             (line["epoch"], line["loss"], line["num_targets"])
-            for line in self._folder.read_metrics()
+            for line in self._run.read_metrics()
             if line["kind"] == "step"
         ]
-        self._folder.write_plan(self._plan)
-        self._board = _board(self.place, ready.loop.step + 1) if self._wants_board else None
+        self._run.write_plan(self._plan)
+        self._board = _board(self.folder, ready.loop.step + 1) if self._wants_board else None
 
-    def take(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
+        """Write an event: a line of the metrics, a checkpoint, a point of TensorBoard's curves."""
         if isinstance(event, (StepDone, Checkpoint, Dropped)):
-            self._folder.append_metrics(event.to_json())
+            self._run.append_metrics(event.to_json())
         if isinstance(event, StepDone):
             self._steps.append((event.epoch, event.loss, event.num_targets))
         if isinstance(event, ResumePoint):
             state = event.state
-            self._folder.save_checkpoint(event.step, event.prompts, state.to_json(), state.tensors, keep=self._keep)
+            self._run.save_checkpoint(event.step, event.prompts, state.to_json(), state.tensors, keep=self._keep)
         if self._board is not None:
-            _show_on_board(self._board, event)
+            _add_to_board(self._board, event)
 
-    def finish(
-        self, kept: TrainResult, others: Sequence[TrainResult], facts: Facts, folder: str = "", is_set: bool = False
-    ) -> None:
-        """The chosen prompt's adapter, and those of the candidates that it was chosen from, each with its record."""
-        place = RunFolder(self.place / folder)
+    def save_prompts(
+        self, kept: TrainResult, others: Sequence[TrainResult], metadata: Metadata, folder: str = "",
+        is_set: bool = False,
+    ) -> None:  # fmt: skip
+        """The kept prompt's adapter, and those of the candidates that it was chosen from, each with its record."""
+        place = RunFolder(self.folder / folder)
         place.path.mkdir(exist_ok=True)
-        saved = [place.save_candidate(_own_name(result), _with_facts(result, facts)) for result in others]
+        saved = [place.save_candidate(_own_name(result), _with_metadata(result, metadata)) for result in others]
         if is_set:
             save_set(place.path, [path.relative_to(place.path).as_posix() for path in saved])
-        place.finish(_with_facts(kept, facts))
+        place.finish(_with_metadata(kept, metadata))
 
-    def end(self, outcome: Facts) -> None:
-        """The results, in `run.json`: from now on there is nothing to resume, unless it was interrupted."""
-        self._folder.write_plan({**self._plan, **outcome})
+    def end(self, outcome: Metadata) -> None:
+        """Add the results to `run.json`: from now on there is nothing to resume, unless the run was interrupted."""
+        self._run.write_plan({**self._plan, **outcome})
         if self._board is not None:
             self._board.close()
 
@@ -94,13 +103,13 @@ def _plans(ready: Prepared) -> dict[str, Any]:
     return {"candidates": {str(trial.name): {"plan": trial.plan.to_json()} for trial in ready.loop.trials}}
 
 
-def _with_facts(result: TrainResult, facts: Facts) -> SoftPrompt:
-    record = replace(result.prompt.record, run={**result.prompt.record.run, **facts})
+def _with_metadata(result: TrainResult, metadata: Metadata) -> SoftPrompt:
+    record = replace(result.prompt.record, run={**result.prompt.record.run, **metadata})
     return SoftPrompt(result.prompt.tensor, record)
 
 
 def require_tensorboard(wanted: bool) -> None:
-    """Raises MissingDependencyError where TensorBoard is asked for and not there."""
+    """Raises MissingDependencyError where TensorBoard is wanted and not installed."""
     if wanted and find_spec("tensorboard") is None:
         raise MissingDependencyError("--tensorboard needs the package tensorboard; pip install tensorboard")
 
@@ -111,7 +120,7 @@ def _board(folder: Path, first_step: int) -> Any:  # Any: tensorboard's SummaryW
     return SummaryWriter(str(folder / BOARD_NAME), purge_step=first_step)
 
 
-def _show_on_board(board: Any, event: Event) -> None:  # Any: as above
+def _add_to_board(board: Any, event: Event) -> None:  # Any: as above
     if isinstance(event, (StepDone, Checkpoint)):
         prefix = f"{event.candidate}/" if event.candidate is not None else ""
     if isinstance(event, StepDone):

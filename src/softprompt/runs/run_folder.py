@@ -57,12 +57,12 @@ class Checkpoint(NamedTuple):
 class SavedState(NamedTuple):
     """What `save_checkpoint` was given."""
 
-    facts: dict[str, Any]
+    state: dict[str, Any]  # JSON
     tensors: dict[str, Tensor]
 
 
 def save_checkpoint(
-    folder: Path, step: int, prompts: Mapping[str | None, SoftPrompt], facts: Mapping[str, Any],
+    folder: Path, step: int, prompts: Mapping[str | None, SoftPrompt], state: Mapping[str, Any],
     tensors: Mapping[str, Tensor], *, keep: int,
 ) -> Path:  # fmt: skip
     """Write `folder/step-N`, then delete all but the latest `keep`; the same step again replaces it.
@@ -72,7 +72,7 @@ def save_checkpoint(
     assert step >= 0 and keep >= 1, (step, keep)
     place = folder / f"step-{step}"
     data = safetensors_torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    head = {"tensors_sha256": hashlib.sha256(data).hexdigest(), "state": facts}
+    head = {"tensors_sha256": hashlib.sha256(data).hexdigest(), "state": state}
     files = {STATE_TENSORS_NAME: data, STATE_NAME: dump_object(head)}
     for name, prompt in prompts.items():
         files |= {_within(name, file): content for file, content in adapter_to_bytes(prompt).items()}
@@ -216,14 +216,14 @@ class RunFolder:
         return [parse_object(line, f"line {number:,} of {file}") for number, line in enumerate(lines, start=1)]
 
     def save_checkpoint(
-        self, step: int, prompts: Mapping[str | None, SoftPrompt], facts: Mapping[str, Any],
+        self, step: int, prompts: Mapping[str | None, SoftPrompt], state: Mapping[str, Any],
         tensors: Mapping[str, Tensor], *, keep: int = KEPT_CHECKPOINTS,
     ) -> Path:  # fmt: skip
         """The prompts after `step` optimiser steps and the run's state; see `storage.checkpoints`.
 
         Raises: StorageError.
         """
-        return save_checkpoint(self.path / CHECKPOINTS_NAME, step, prompts, facts, tensors, keep=keep)
+        return save_checkpoint(self.path / CHECKPOINTS_NAME, step, prompts, state, tensors, keep=keep)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Saved steps, earliest first."""

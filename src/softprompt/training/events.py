@@ -1,4 +1,4 @@
-"""What a training run tells its caller, slice by slice, and the state that it resumes from.
+"""The events that a training run yields, slice by slice, and the state that it resumes from.
 
 Plain values; a prompt in them is a copy. No random state is in a `RunState`: the order of the rows, the start and every
 draw are functions of seed and step.
@@ -21,18 +21,19 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class RunState:
-    """`facts` is JSON; `tensors` are on the CPU in the dtype that they are trained in."""
+    """A run between two steps. `metadata` is JSON; `tensors` are on the CPU, in the dtype that they are trained in."""
 
     __repr__ = brief_repr
 
     step: int
     identity: str  # of plan, data and base: a state belongs to one run
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors."""
-        return {"state_version": STATE_VERSION, "step": self.step, "identity": self.identity, "facts": self.facts}
+        head = {"state_version": STATE_VERSION, "step": self.step, "identity": self.identity}
+        return {**head, "facts": self.metadata}  # the key of the file format
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RunState:
@@ -57,7 +58,7 @@ def within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class SliceDone:
-    """A bounded piece of work that ended nothing: a micro-batch, or a batch of a validation."""
+    """A bounded piece of work that completed no step: a micro-batch, or a batch of a validation."""
 
     step: int
     num_tokens: int  # real tokens of the whole step or batch, virtual ones not counted
@@ -92,7 +93,7 @@ class Checkpoint:
     prompt: SoftPrompt
     validation_loss: float | None  # nats per text token; None without validation rows
     is_best: bool  # by the validation; without one, the latest is
-    score: float | None = None  # what the caller's score gives, higher is better; None where the loss decides
+    score: float | None = None  # by the caller's score, higher is better; None where the loss decides
     candidate: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """A candidate that trains no further: its rivals validate better."""
+    """A candidate whose training ends early, because its rivals validate better."""
 
     step: int
     candidate: str
@@ -113,13 +114,13 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """All that a run needs to go on from here as if it had never stopped."""
+    """All that a run needs to resume from here as if it had never stopped."""
 
     __repr__ = brief_repr
 
     step: int
     state: RunState
-    prompts: Mapping[str | None, SoftPrompt]  # of each candidate, as it stands
+    prompts: Mapping[str | None, SoftPrompt]  # of each candidate, at this step
 
 
 Event = SliceDone | StepDone | Checkpoint | Dropped | ResumePoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -62,11 +62,6 @@ def make_plan(base: Base, forward: Forward, data: ExampleSet, config: TrainConfi
         device=str(base.device),
         num_threads=torch.get_num_threads(),
     )
-
-
-def with_micro_batch_rows(plan: Plan, rows: int) -> Plan:
-    """The same plan with smaller forward passes; the sums of a step stay the same."""
-    return replace(plan, micro_batch_rows=rows)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Train soft prompts on a frozen base: resolve the plans, run the loop, give back each prompt with its record."""
+"""Train soft prompts on a frozen base: resolve the plans, run the loop, return each prompt with its record."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from torch import Tensor
 from softprompt.base import Base, free_bytes
 from softprompt.config import TrainConfig
 from softprompt.data import Rows, as_rows, build_examples
-from softprompt.errors import ConfigError, DivergedError, LengthError, MemoryLimitError, PromptError, StorageError
+from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt, StartTexts, drift, starting_tensor
 from softprompt.settings import check_kinds
 from softprompt.splice import can_share_prefix
 from softprompt.training.events import Event, RunState
 from softprompt.training.loop import TrainingLoop
-from softprompt.training.memory import fit_rows
-from softprompt.training.plan import Plan, make_plan, with_micro_batch_rows
-from softprompt.training.ranks import Alone, Ranks, least, most_shared
-from softprompt.training.step import accumulate_gradient
-from softprompt.training.trial import Score, Trial, training_row
-from softprompt.types import Example, ExampleSet, InputForm, PromptRecord, brief_repr
+from softprompt.training.memory import fit_micro_batches
+from softprompt.training.plan import Plan, make_plan
+from softprompt.training.ranks import Alone, Ranks
+from softprompt.training.trial import Score, Trial
+from softprompt.types import ExampleSet, InputForm, PromptRecord, brief_repr
 
-_ARRANGED_SHARE = 0.25  # of the free memory, at most
-_TOKENS_WORTH_ARRANGING = 20_000  # arranging takes as long as some 2,000 tokens, and saves a tenth of each
+_PREPACK_MEMORY_SHARE = 0.25  # of the free memory, at most
+_TOKENS_WORTH_PREPACKING = 20_000  # prepacking takes as long as some 2,000 tokens, and saves a tenth of each
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
 
 # Texts, dictionaries, a DataFrame or a data set of the `datasets` library count as rows too.
 Data = ExampleSet | Rows | Iterable[Any]
 
 
+Sink = Callable[[Event], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One prompt to train: its rows, settings and start. Candidates of one `group` are rivals on one validation set."""
+    """One prompt to train: rows, settings and start. Candidates of one `group` are rivals on one validation set."""
 
     __repr__ = brief_repr
 
@@ -49,19 +51,17 @@ class Candidate:
     name: str | None = None
     validation: Data | None = None
     start: SoftPrompt | None = None
-    score: Score | None = None  # of a prompt, higher is better: chooses the best checkpoint in place of the loss
+    score: Score | None = None  # chooses the best checkpoint in place of the validation loss
     group: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run before its first step, or before the first after it is resumed."""
+    """A run before its first step, or before the first one after it is resumed."""
 
     __repr__ = brief_repr
 
     loop: TrainingLoop
-    data: tuple[ExampleSet, ...]  # of each candidate, as `loop.trials`
-    validation: tuple[ExampleSet | None, ...]
     notes: tuple[str, ...]  # what the user should know about how the rows were read and `auto` was resolved
 
     @property
@@ -69,245 +69,15 @@ class Prepared:
         """The only one, or the first."""
         return self.loop.trials[0]
 
+    @property
+    def data(self) -> tuple[ExampleSet, ...]:
+        """The training examples of each candidate, as `loop.trials`."""
+        return tuple(trial.data for trial in self.loop.trials)
 
-def prepare(
-    base: Base,
-    candidates: Sequence[Candidate],
-    *,
-    halving: bool = False,
-    ranks: Ranks | None = None,
-    resume: RunState | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Prepared:
-    """A loop that is ready to run, with the memory measured. Raises as `train` does."""
-    forward, ranks = forward_of(base), ranks or Alone()
-    _check_in_step(base, forward, ranks)
-    reader = _Reader(base)
-    made = [_trial(base, forward, candidate, reader) for candidate in candidates]
-    trials, data = [trial for trial, _, _, _ in made], tuple(data for _, data, _, _ in made)
-    notes = [note for _, rows, held_out, _ in made for read in (rows, held_out) if read for note in read.report.notes]
-    notes += [note for _, _, _, some in made for note in some]
-    notes += [forward.packing.note, *_company(ranks), *_arranged(forward, trials, ranks)]
-    rows, split = _micro_batch_rows(base, forward, trials, ranks)
-    for trial in trials:
-        trial.plan = with_micro_batch_rows(trial.plan, rows)
-    loop = TrainingLoop(
-        base=base, forward=forward, trials=trials, micro_batch_rows=rows, clock=clock, halving=halving,
-        checkpoint_layers=any(trial.plan.config.checkpoint_layers for trial in trials), ranks=ranks,
-        identity=_identity(base, trials, [examples.data_hash for examples in data]),
-    )  # fmt: skip
-    if resume is not None:
-        _resume(loop, resume)
-        notes.append(f"resumed after step {resume.step}")
-    validation = tuple(held_out for _, _, held_out, _ in made)
-    return Prepared(loop=loop, data=data, validation=validation, notes=tuple(dict.fromkeys((*notes, *split))))
-
-
-class _Reader:
-    """Examples of data, each set built once however many candidates train on it."""
-
-    def __init__(self, base: Base) -> None:
-        self._base = base
-        self._rows: dict[int, Rows] = {}
-        self._known: dict[tuple[int, bool, int], ExampleSet] = {}
-
-    def examples(self, data: Data, config: TrainConfig, form: InputForm | None = None) -> ExampleSet:
-        """`form` is that of the training rows, for rows of validation that come without one."""
-        key = (id(data), config.eos, config.virtual_tokens)
-        if key not in self._known:
-            self._known[key] = self._built(data, config, form)
-            _check_lengths(self._base, self._known[key], config)
-        return self._known[key]
-
-    def _built(self, data: Data, config: TrainConfig, form: InputForm | None) -> ExampleSet:
-        if isinstance(data, ExampleSet):
-            return data
-        if id(data) not in self._rows:  # kept, since an iterator gives its rows once
-            self._rows[id(data)] = as_rows(data, form)
-        return build_examples(
-            self._base, self._rows[id(data)], eos=config.eos, max_length=self._base.max_length - config.virtual_tokens
-        )
-
-
-def _trial(
-    base: Base, forward: Forward, candidate: Candidate, reader: _Reader
-) -> tuple[Trial, ExampleSet, ExampleSet | None, list[str]]:
-    start, config = candidate.start, candidate.config
-    if start is not None:
-        config = replace(config, virtual_tokens=start.num_virtual_tokens)
-    _check_criterion(candidate)
-    examples = reader.examples(candidate.data, config)
-    held_out = (
-        reader.examples(candidate.validation, config, examples.form) if candidate.validation is not None else None
-    )
-    _check_checkpointing(forward, config)
-    tensor, notes = _start(base, examples, config, start)
-    plan = make_plan(base, forward, examples, config)
-    trial = Trial(
-        name=candidate.name, plan=plan, examples=examples.examples, record=_record(base, examples, plan, start),
-        validation=held_out.examples if held_out is not None else (), score=candidate.score, group=candidate.group,
-        start=tensor.to(base.device, torch.promote_types(base.dtype, torch.float32)),
-    )  # fmt: skip
-    last_kept = ["no validation rows: the last step is kept"] if held_out is None else []
-    return trial, examples, held_out, [*notes, *last_kept]
-
-
-def _check_criterion(candidate: Candidate) -> None:
-    wanted = candidate.config.best_by
-    if wanted == "loss":
-        return
-    if candidate.validation is None:
-        raise ConfigError(f"best_by is {wanted!r}, but there are no validation rows to choose by; give some")
-    if candidate.score is None:
-        raise ConfigError(
-            f"best_by is {wanted!r}, but no score was given: pass score=softprompt.evaluation.criterion(...)"
-        )
-
-
-def _check_lengths(base: Base, data: ExampleSet, config: TrainConfig) -> None:
-    longest = max(len(example.ids) for example in data.examples)
-    if config.virtual_tokens + longest > base.max_length:
-        raise LengthError(
-            f"{config.virtual_tokens} virtual tokens and a row of {longest} tokens are more than the "
-            f"{base.max_length} positions of base {base.name!r}; use fewer virtual tokens or shorter rows"
-        )
-
-
-def _start(
-    base: Base, data: ExampleSet, config: TrainConfig, start: SoftPrompt | None
-) -> tuple[Tensor, tuple[str, ...]]:
-    if start is None:
-        return starting_tensor(base, config.init, config.virtual_tokens, config.seed, _start_texts(base, data, config))
-    if start.hidden_size != base.hidden_size:
-        raise PromptError(
-            f"the prompt to start from has width {start.hidden_size}; base {base.name!r} has {base.hidden_size}"
-        )
-    return start.tensor, (f"further training of prompt {start.content_hash[:12]}",)
-
-
-def _start_texts(base: Base, data: ExampleSet, config: TrainConfig) -> StartTexts:
-    return StartTexts(
-        data=[_text_ids(example) for example in data.examples],
-        instruction=base.encode(config.init_text) if config.init_text else (),
-        labels=[base.encode(label) for label in data.form.labels],
-    )
-
-
-def _text_ids(example: Example) -> tuple[int, ...]:
-    return example.ids[example.num_special : len(example.ids) - int(example.has_eos)]
-
-
-def _check_checkpointing(forward: Forward, config: TrainConfig) -> None:
-    if config.checkpoint_layers and not can_share_prefix(forward):
-        raise ConfigError(f"checkpoint_layers works on packed rows only; {forward.packing.note}")
-
-
-def _check_in_step(base: Base, forward: Forward, ranks: Ranks) -> None:
-    if ranks.in_step and forward.alone_beyond is not None:
-        raise ConfigError(
-            f"rows of base {base.name!r} have to run one at a time, so ranks cannot run it in step; "
-            "train it without FSDP, with device_map 'auto' say"
-        )
-
-
-def _company(ranks: Ranks) -> tuple[str, ...]:
-    if ranks.count == 1:
-        return ()
-    whole = "each with a part of the base's layers" if ranks.in_step else "each with the whole base"
-    return (f"{ranks.count} processes share the rows of a step, {whole}",)
-
-
-def _arranged(forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> tuple[str, ...]:
-    """Keep the weights as the CPU multiplies them fastest, where the run is long enough and the memory ample."""
-    planned = sum(_planned_tokens(trial) for trial in trials)
-    needed = 0 if ranks.in_step else forward.bytes_to_arrange()
-    free = free_bytes(torch.device("cpu")) // ranks.num_on_this_machine
-    if not 0 < needed <= free * _ARRANGED_SHARE or planned < _TOKENS_WORTH_ARRANGING * ranks.count:
-        return ()
-    forward.arrange()
-    return (f"weights kept twice more, as this CPU multiplies them fastest ({needed / 2**20:.0f} MiB)",)
-
-
-def _planned_tokens(trial: Trial) -> int:
-    return sum(len(trial.examples[index].ids) for steps in trial.plan.epochs for step in steps for index in step)
-
-
-def _micro_batch_rows(
-    base: Base, forward: Forward, trials: Sequence[Trial], ranks: Ranks
-) -> tuple[int, tuple[str, ...]]:
-    """Rows per forward pass, of all trials together: what was asked for, else what every rank's memory holds.
-
-    All ranks meet here: what they have read until now, none has begun to write.
-    """
-    asked = [trial.plan.config.micro_batch_rows for trial in trials if trial.plan.config.micro_batch_rows is not None]
-    planned = sum(trial.plan.micro_batch_rows for trial in trials)
-    if asked:
-        return least(min(*asked, planned), ranks), ()
-    whole = most_shared(planned, ranks)
-    rows = _fitted_rows(base, forward, trials, whole, ranks)
-    if rows == whole:
-        return rows, ()
-    return rows, (f"memory allows {rows} of {whole} rows at a time: each step is split, its sums stay the same",)
-
-
-def _fitted_rows(base: Base, forward: Forward, trials: Sequence[Trial], whole: int, ranks: Ranks) -> int:
-    """As many on every rank; where one cannot hold a row, all of them say so."""
-    refusal = MemoryLimitError("one row does not fit into another rank's memory; use fewer processes or shorter rows")
-    try:
-        rows = fit_rows(lambda: _run_longest_row(base, forward, trials), whole, base.device, ranks.num_on_this_machine)
-    except MemoryLimitError as error:
-        rows, refusal = 0, error
-    rows = least(rows, ranks)
-    if rows < 1:
-        raise refusal
-    return rows
-
-
-def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> None:
-    lengths = [max(len(example.ids) for example in trial.examples) for trial in trials]
-    owner = lengths.index(max(lengths))
-    longest = max(trials[owner].examples, key=lambda example: len(example.ids))
-    config = trials[owner].plan.config
-    row = replace(training_row(longest, config.eos_weight), prompt=owner)
-    leaves = [trial.prompt().requires_grad_(True) for trial in trials]
-    list(accumulate_gradient(base, forward, leaves, [row], 1, config.checkpoint_layers))
-
-
-def _record(base: Base, data: ExampleSet, plan: Plan, start: SoftPrompt | None) -> PromptRecord:
-    return PromptRecord(
-        base_name=base.name,
-        base_source=base.source,
-        base_fingerprint=base.fingerprint,
-        form=data.form,
-        parent=start.content_hash if start is not None else None,
-        run={"plan": plan.to_json(), "data_hash": data.data_hash, "source": data.report.source},
-    )
-
-
-def _identity(base: Base, trials: Sequence[Trial], data_hashes: Sequence[str]) -> str:
-    """sha256 of what is trained on what: base, rows, validation, starts, settings; not of device, dtype or splits."""
-    facts = [[base.fingerprint, *data_hashes]] + [
-        [trial.name, _settings(trial.plan.config), trial.plan.num_steps, trial.group, trial.record.parent,
-         [example.ids for example in trial.validation]]
-        for trial in trials
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if name not in _NOT_IDENTITY}
-
-
-def _resume(loop: TrainingLoop, state: RunState) -> None:
-    if state.identity != loop.identity:
-        raise StorageError(
-            "the checkpoint is of another run: base, rows or settings are not the same; "
-            "resume with those that it was begun with, or start anew in another folder"
-        )
-    loop.restore(state)
-
-
-Sink = Callable[[Event], None]
+    @property
+    def validation(self) -> tuple[ExampleSet | None, ...]:
+        """The validation examples of each candidate, as `loop.trials`."""
+        return tuple(trial.validation_data for trial in self.loop.trials)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +94,7 @@ class TrainResult:
     interrupted: bool  # stopped by KeyboardInterrupt
     notes: tuple[str, ...]  # what the user should know about how the rows were read and `auto` was resolved
     name: str | None = None  # of the candidate
-    scores: tuple[tuple[int, float], ...] = ()  # (step, what the caller's score gave)
+    scores: tuple[tuple[int, float], ...] = ()  # (step, the caller's score)
     dropped_after: int | None = None  # the step after which its rivals trained on without it
     diverged_after: int | None = None  # the step after which its loss or prompt was no longer a number
 
@@ -336,9 +106,26 @@ class TrainResult:
 
     @property
     def value(self) -> float:
-        """What candidates are ranked by, lower for better: the best validation's loss, or its score turned round."""
+        """What candidates are ranked by, lower is better: the best validation loss, or the negative of its score."""
         values = [-score for _, score in self.scores] or [loss for _, loss in self.validation_losses]
         return min((value for value in values if not math.isnan(value)), default=math.inf)
+
+    def to_json(self) -> dict[str, Any]:
+        """The outcome, as `run.json`, `--json` and the prompt's record give it; without plan and prompt."""
+        found: dict[str, Any] = {
+            "steps": len(self.losses),
+            "kept_step": self.kept_step,
+            "interrupted": self.interrupted,
+            "losses": list(self.losses),
+            "validation_losses": [list(pair) for pair in self.validation_losses],
+        }
+        if self.scores:
+            found["scores"] = [list(pair) for pair in self.scores]
+        if self.name is not None:
+            found |= {"value": self.value, "dropped_after": self.dropped_after}
+        if self.diverged_after is not None:
+            found["diverged_after"] = self.diverged_after
+        return found
 
 
 def train(
@@ -354,16 +141,16 @@ def train(
     ranks: Ranks | None = None,
     resume: RunState | None = None,
 ) -> TrainResult:
-    """Train a soft prompt [P, H] on rows, texts or ready examples, from `start` if given; `sink` hears every event.
+    """Train a soft prompt [P, H] on rows, texts or ready examples, from `start` if given; `sink` gets every event.
 
     `score` rates a prompt, higher for better, and then chooses the best checkpoint in place of the validation loss.
     `prepared` is called once with the resolved plan and what was read, before the first step. `resume` goes on from the
     state of a ResumePoint event of the same run. A KeyboardInterrupt ends the run early and keeps the best prompt so
     far. The base is not changed by a bit.
 
-    Raises DataError for rows that cannot be used, LengthError where the prompt leaves no room for text, PromptError
-    where `start` has another width, StorageError where `resume` is of another run, and MemoryLimitError where one row
-    does not fit, and DivergedError where the loss stops being a number before there is a prompt to keep.
+    Raises DataError for rows that cannot be used, LengthError where the prompt and a row exceed the base's positions,
+    PromptError where `start` has another width, StorageError where `resume` is of another run, MemoryLimitError where
+    one row does not fit, and DivergedError where the loss stops being a number before there is a prompt to keep.
     """
     check_kinds(base=(base, Base), config=(config, TrainConfig), start=(start, SoftPrompt))
     only = Candidate(data=data, config=config or TrainConfig(), validation=validation, start=start, score=score)
@@ -416,26 +203,206 @@ def _check_names(candidates: Sequence[Candidate]) -> None:
 
 def _result(ready: Prepared, trial: Trial, interrupted: bool, seconds: float) -> TrainResult:
     kept, kept_step = _kept(trial, interrupted)
-    losses = tuple(trial.losses)
-    validated = tuple((step, loss) for step, loss, _ in trial.validations if loss is not None)
-    scores = tuple((step, score) for step, _, score in trial.validations if score is not None)
-    outcome: dict[str, Any] = {
-        "steps": trial.step, "kept_step": kept_step, "interrupted": interrupted, "losses": losses,
-        "validation_losses": validated, "seconds": round(seconds, 3), "plan": trial.plan.to_json(),
-    }  # fmt: skip
-    outcome["drift"] = [token.to_json() for token in drift(trial.start, kept)]
-    if scores:
-        outcome["scores"] = scores
-    record = replace(kept.record, run={**kept.record.run, **outcome})
-    return TrainResult(
-        prompt=SoftPrompt(kept.tensor, record), plan=trial.plan, losses=losses, validation_losses=validated,
-        kept_step=kept_step, interrupted=interrupted, notes=ready.notes, name=trial.name, scores=scores,
+    result = TrainResult(
+        prompt=kept, plan=trial.plan, losses=tuple(trial.losses),
+        validation_losses=tuple((step, loss) for step, loss, _ in trial.validations if loss is not None),
+        scores=tuple((step, score) for step, _, score in trial.validations if score is not None),
+        kept_step=kept_step, interrupted=interrupted, notes=ready.notes, name=trial.name,
         dropped_after=trial.step if trial.is_dropped else None,
         diverged_after=trial.step if trial.is_diverged else None,
     )  # fmt: skip
+    moved = [token.to_json() for token in drift(trial.start, kept)]
+    run = {**result.to_json(), "seconds": round(seconds, 3), "plan": trial.plan.to_json(), "drift": moved}
+    record = replace(kept.record, run={**kept.record.run, **run})
+    return replace(result, prompt=SoftPrompt(kept.tensor, record))
 
 
 def _kept(trial: Trial, interrupted: bool) -> tuple[SoftPrompt, int]:
     if trial.best is not None and (trial.validation or trial.is_diverged or not interrupted):
         return trial.best, trial.best_step
     return trial.snapshot(), trial.step
+
+
+def prepare(
+    base: Base,
+    candidates: Sequence[Candidate],
+    *,
+    halving: bool = False,
+    ranks: Ranks | None = None,
+    resume: RunState | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Prepared:
+    """A loop that is ready to run, with the memory measured. Raises as `train` does."""
+    forward, ranks = forward_of(base), ranks or Alone()
+    _check_in_step(base, forward, ranks)
+    reader = _Reader(base)
+    trials = [_trial(base, forward, candidate, reader) for candidate in candidates]
+    notes = [note for trial in trials for note in trial.notes]
+    notes += [forward.packing.note, *_ranks_note(ranks), *_prepack(forward, trials, ranks)]
+    rows, split_note = fit_micro_batches(base, forward, trials, ranks)
+    for trial in trials:
+        trial.plan = replace(trial.plan, micro_batch_rows=rows)
+    loop = TrainingLoop(
+        base=base, forward=forward, trials=trials, micro_batch_rows=rows, clock=clock, halving=halving,
+        checkpoint_layers=any(trial.plan.config.checkpoint_layers for trial in trials), ranks=ranks,
+        identity=_identity(base, trials),
+    )  # fmt: skip
+    if resume is not None:
+        _resume(loop, resume)
+        notes.append(f"resumed after step {resume.step}")
+    return Prepared(loop=loop, notes=tuple(dict.fromkeys((*notes, *split_note))))
+
+
+class _Reader:
+    """Examples of data, each set built once however many candidates train on it."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._rows: dict[int, Rows] = {}
+        self._known: dict[tuple[int, bool, int], ExampleSet] = {}
+
+    def examples(self, data: Data, config: TrainConfig, form: InputForm | None = None) -> ExampleSet:
+        """`form` is that of the training rows, for rows of validation that come without one."""
+        key = (id(data), config.eos, config.virtual_tokens)
+        if key not in self._known:
+            self._known[key] = self._built(data, config, form)
+            _check_lengths(self._base, self._known[key], config)
+        return self._known[key]
+
+    def _built(self, data: Data, config: TrainConfig, form: InputForm | None) -> ExampleSet:
+        if isinstance(data, ExampleSet):
+            return data
+        if id(data) not in self._rows:  # kept, since an iterator gives its rows once
+            self._rows[id(data)] = as_rows(data, form)
+        return build_examples(
+            self._base, self._rows[id(data)], eos=config.eos, max_length=self._base.max_length - config.virtual_tokens
+        )
+
+
+def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) -> Trial:
+    start, config = candidate.start, candidate.config
+    if start is not None:
+        config = replace(config, virtual_tokens=start.num_virtual_tokens)
+    _check_criterion(candidate)
+    data = reader.examples(candidate.data, config)
+    validation = reader.examples(candidate.validation, config, data.form) if candidate.validation is not None else None
+    _check_checkpointing(forward, config)
+    start_PH, start_notes = _start(base, data, config, start)
+    plan = make_plan(base, forward, data, config)
+    read = data.report.notes + (validation.report.notes if validation is not None else ())
+    last_kept = ("no validation rows: the last step is kept",) if validation is None else ()
+    return Trial(
+        name=candidate.name, plan=plan, data=data, validation_data=validation, record=_record(base, data, plan, start),
+        start=start_PH.to(base.device, torch.promote_types(base.dtype, torch.float32)),
+        score=candidate.score, group=candidate.group, notes=(*read, *start_notes, *last_kept),
+    )  # fmt: skip
+
+
+def _check_criterion(candidate: Candidate) -> None:
+    wanted = candidate.config.best_by
+    if wanted == "loss":
+        return
+    if candidate.validation is None:
+        raise ConfigError(f"best_by is {wanted!r}, but there are no validation rows to choose by; give some")
+    if candidate.score is None:
+        raise ConfigError(
+            f"best_by is {wanted!r}, but no score was given: pass score=softprompt.evaluation.criterion(...)"
+        )
+
+
+def _check_lengths(base: Base, data: ExampleSet, config: TrainConfig) -> None:
+    longest = max(len(example.ids) for example in data.examples)
+    if config.virtual_tokens + longest > base.max_length:
+        raise LengthError(
+            f"{config.virtual_tokens} virtual tokens and a row of {longest} tokens are more than the "
+            f"{base.max_length} positions of base {base.name!r}; use fewer virtual tokens or shorter rows"
+        )
+
+
+def _check_checkpointing(forward: Forward, config: TrainConfig) -> None:
+    if config.checkpoint_layers and not can_share_prefix(forward):
+        raise ConfigError(f"checkpoint_layers works on packed rows only; {forward.packing.note}")
+
+
+def _check_in_step(base: Base, forward: Forward, ranks: Ranks) -> None:
+    if ranks.in_step and forward.alone_beyond is not None:
+        raise ConfigError(
+            f"rows of base {base.name!r} have to run one at a time, so ranks cannot run it in step; "
+            "train it without FSDP, with device_map 'auto' say"
+        )
+
+
+def _start(
+    base: Base, data: ExampleSet, config: TrainConfig, start: SoftPrompt | None
+) -> tuple[Tensor, tuple[str, ...]]:
+    if start is None:
+        return starting_tensor(base, config.init, config.virtual_tokens, config.seed, _start_texts(base, data, config))
+    if start.hidden_size != base.hidden_size:
+        raise PromptError(
+            f"the prompt to start from has width {start.hidden_size}; base {base.name!r} has {base.hidden_size}"
+        )
+    return start.tensor, (f"further training of prompt {start.content_hash[:12]}",)
+
+
+def _start_texts(base: Base, data: ExampleSet, config: TrainConfig) -> StartTexts:
+    return StartTexts(
+        data=[each.ids[each.num_special : len(each.ids) - int(each.has_eos)] for each in data.examples],
+        instruction=base.encode(config.init_text) if config.init_text else (),
+        labels=[base.encode(label) for label in data.form.labels],
+    )
+
+
+def _ranks_note(ranks: Ranks) -> tuple[str, ...]:
+    if ranks.count == 1:
+        return ()
+    whole = "each with a part of the base's layers" if ranks.in_step else "each with the whole base"
+    return (f"{ranks.count} processes share the rows of a step, {whole}",)
+
+
+def _prepack(forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> tuple[str, ...]:
+    """Store the weights once more in the CPU's fastest layout, if the run is long enough and the memory ample."""
+    planned = sum(_planned_tokens(trial) for trial in trials)
+    needed = 0 if ranks.in_step else forward.bytes_to_arrange()
+    free = free_bytes(torch.device("cpu")) // ranks.num_on_this_machine
+    if not 0 < needed <= free * _PREPACK_MEMORY_SHARE or planned < _TOKENS_WORTH_PREPACKING * ranks.count:
+        return ()
+    forward.arrange()
+    return (f"weights kept twice more, as this CPU multiplies them fastest ({needed / 2**20:.0f} MiB)",)
+
+
+def _planned_tokens(trial: Trial) -> int:
+    return sum(len(trial.examples[index].ids) for steps in trial.plan.epochs for step in steps for index in step)
+
+
+def _record(base: Base, data: ExampleSet, plan: Plan, start: SoftPrompt | None) -> PromptRecord:
+    return PromptRecord(
+        base_name=base.name,
+        base_source=base.source,
+        base_fingerprint=base.fingerprint,
+        form=data.form,
+        parent=start.content_hash if start is not None else None,
+        run={"plan": plan.to_json(), "data_hash": data.data_hash, "source": data.report.source},
+    )
+
+
+def _identity(base: Base, trials: Sequence[Trial]) -> str:
+    """sha256 of what is trained on what: base, rows, validation, starts, settings; not of device, dtype or splits."""
+    parts = [[base.fingerprint, *(trial.data.data_hash for trial in trials)]] + [
+        [trial.name, _identifying(trial.plan.config), trial.plan.num_steps, trial.group, trial.record.parent,
+         [example.ids for example in trial.validation]]
+        for trial in trials
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _identifying(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in vars(config).items() if name not in _NOT_IDENTITY}
+
+
+def _resume(loop: TrainingLoop, state: RunState) -> None:
+    if state.identity != loop.identity:
+        raise StorageError(
+            "the checkpoint is of another run: base, rows or settings are not the same; "
+            "resume with those that it was begun with, or start anew in another folder"
+        )
+    loop.restore(state)

@@ -1,8 +1,7 @@
-"""One soft prompt in training: its parameters, optimiser, and what is best so far. The loop drives several.
+"""One soft prompt in training: its parameters, its optimiser and the best prompt so far. The loop drives several.
 
-The optimiser moves the prompt's own vectors, or a re-parameterisation that is folded into them. Whatever it is,
-training ends in a plain [P, H] tensor: `fold()` is what is validated, saved and served. Every form begins exactly at
-the start that it is given.
+The optimiser moves the prompt's own vectors, or a re-parameterisation that is folded into them. In either case training
+ends in a plain [P, H] tensor: `fold()` is validated, saved and served. Every form begins exactly at the given start.
 
 P prompt length, H hidden size, M bottleneck, R rank.
 """
@@ -24,76 +23,9 @@ from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
 from softprompt.training.events import Checkpoint, within
 from softprompt.training.plan import Plan
-from softprompt.types import Example, PromptRecord
+from softprompt.types import Example, ExampleSet, PromptRecord
 
-
-@dataclass(frozen=True)
-class Parameters:
-    """Named leaves, each with its learning rate as a multiple of the plan's, and how they make the prompt."""
-
-    leaves: dict[str, Tensor]
-    rate_scales: dict[str, float]
-    fold: Callable[[], Tensor]  # [P, H], differentiable in the leaves
-
-
-def make_parameters(config: TrainConfig, start_PH: Tensor, embedding_rms: float) -> Parameters:
-    """The parameters of a run, at `start_PH` (its device and dtype are theirs)."""
-    if config.reparameterisation == "residual-mlp":
-        return _residual_mlp(start_PH, config.bottleneck, embedding_rms, config.seed)
-    if config.reparameterisation == "low-rank":
-        return _low_rank(start_PH, config.bottleneck, embedding_rms, config.seed)
-    prompt = _leaf(start_PH)
-    return Parameters({"prompt": prompt}, {"prompt": 1.0}, lambda: prompt)
-
-
-def _residual_mlp(start_PH: Tensor, bottleneck: int, rms: float, seed: int) -> Parameters:
-    """Residual Prompt Tuning (Razdaibiedina et al. 2023, arXiv 2305.03937): E + MLP(E), the MLP shared by all tokens.
-
-    Ours has no layer normalisation: E goes in divided by the RMS of the start and what comes out is times that of the
-    embeddings. The up-projection begins at zero. The projections' rates are divided by their widths, so that a first
-    step moves the prompt about as far through them as by itself.
-    """
-    hidden = start_PH.shape[1]
-    unit = float(start_PH.square().mean().sqrt()) or rms
-    prompt = _leaf(start_PH)
-    down_HM = _leaf(_normal((hidden, bottleneck), seed, start_PH) / math.sqrt(hidden))
-    up_MH = _leaf(torch.zeros(bottleneck, hidden).to(start_PH))
-
-    def fold() -> Tensor:
-        return prompt + torch.relu(prompt / unit @ down_HM) @ up_MH * rms
-
-    scale = 1.0 / (rms * bottleneck)
-    scales = {"prompt": 1.0, "down": 1.0 / (rms * hidden), "up": scale}
-    return Parameters({"prompt": prompt, "down": down_HM, "up": up_MH}, scales, fold)
-
-
-def _low_rank(start_PH: Tensor, rank: int, rms: float, seed: int) -> Parameters:
-    """Ultra-low-dimensional prompt tuning (Wu et al. 2025, arXiv 2502.04501): few numbers per token, a fixed random
-    projection, and a learnt scale and shift of every embedding dimension; here as a change of the start.
-    """
-    num_tokens, hidden = start_PH.shape
-    origin = start_PH.detach().clone()
-    projection_RH = _normal((rank, hidden), seed, start_PH) * (rms / math.sqrt(rank))
-    codes_PR = _leaf(torch.zeros(num_tokens, rank).to(start_PH))
-    scale_H = _leaf(torch.ones(hidden).to(start_PH))
-    shift_H = _leaf(torch.zeros(hidden).to(start_PH))
-
-    def fold() -> Tensor:
-        return origin + codes_PR @ projection_RH * scale_H + shift_H
-
-    leaves = {"codes": codes_PR, "scale": scale_H, "shift": shift_H}
-    return Parameters(leaves, {"codes": 1.0 / rms, "scale": 1.0 / rms, "shift": 1.0}, fold)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(True)
-
-
-def _normal(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(like)
-
-
-Score = Callable[[SoftPrompt], float]
+Score = Callable[[SoftPrompt], float]  # higher is better
 
 _SCHEDULERS = {
     "linear": "linear",
@@ -102,18 +34,21 @@ _SCHEDULERS = {
     "stable-decay": "warmup_stable_decay",  # Hu et al. 2024, MiniCPM, arXiv 2404.06395
 }
 _DECAY_SHARE = 1 / 3  # of the steps, of "stable-decay"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 
 
 class Trial:
-    """A candidate on its way. `start` [P, H] has the device and dtype that it trains in; a higher `score` is better."""
+    """A candidate in training. `start` [P, H] has the device and dtype that it trains in."""
 
     def __init__(
-        self, *, name: str | None, plan: Plan, examples: Sequence[Example], validation: Sequence[Example],
-        start: Tensor, record: PromptRecord, score: Score | None = None, group: int = 0,
+        self, *, name: str | None, plan: Plan, data: ExampleSet, validation_data: ExampleSet | None,
+        start: Tensor, record: PromptRecord, score: Score | None = None, group: int = 0, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.name, self.plan, self.examples, self.validation = name, plan, examples, validation
+        self.name, self.plan, self.data, self.validation_data = name, plan, data, validation_data
+        self.examples: Sequence[Example] = data.examples
+        self.validation: Sequence[Example] = validation_data.examples if validation_data is not None else ()
         self.start, self.record, self.score, self.group = start, record, score, group
+        self.notes = notes  # what the user should know about how its rows were read and its start was made
         self.step = 0
         self.is_dropped = False
         self.is_diverged = False  # its loss or its prompt is no longer a number
@@ -123,7 +58,7 @@ class Trial:
         self.losses: list[float] = []  # nats per counted target, one per step
         self.validations: list[tuple[int, float | None, float | None]] = []  # step, nats per text token, score
         self._validations_without_gain = 0
-        self._rows = [training_row(example, plan.config.eos_weight) for example in examples]
+        self._rows = [training_row(example, plan.config.eos_weight) for example in data.examples]
         self._steps = [
             (rows, epoch + (index + 1) / len(steps))
             for epoch, steps in enumerate(plan.epochs)
@@ -151,31 +86,26 @@ class Trial:
     @property
     def is_over(self) -> bool:
         patience = self.plan.config.patience
-        tired = patience is not None and self._validations_without_gain >= patience
-        return self.is_dropped or self.is_diverged or tired or self.step >= self.plan.num_steps
+        has_stalled = patience is not None and self._validations_without_gain >= patience
+        return self.is_dropped or self.is_diverged or has_stalled or self.step >= self.plan.num_steps
 
     @property
-    def is_judged(self) -> bool:
-        """Whether there is anything to rank it by."""
+    def can_be_ranked(self) -> bool:
+        """Whether it has validation rows or a score."""
         return bool(self.validation) or self.score is not None
 
     @property
-    def progress(self) -> float:
-        """The share of its steps that is done."""
-        return self.step / self.plan.num_steps
-
-    @property
     def learning_rate(self) -> float:
-        """Of the step to come, for the prompt's own vectors."""
+        """The learning rate of the next step, for the prompt's own vectors."""
         return self.plan.learning_rate * float(self._schedule.lr_lambdas[0](self.step))
 
     def prompt(self) -> Tensor:
-        """The prompt [P, H] as it stands, no part of any graph."""
+        """The current prompt [P, H], outside of any graph."""
         with torch.no_grad():
             return self._parameters.fold().detach().clone()
 
     def snapshot(self) -> SoftPrompt:
-        """The prompt as it stands; of a run that has diverged, the best or the start."""
+        """The current prompt; of a run that has diverged, the best one or the start."""
         prompt = self.prompt()
         self.is_diverged = self.is_diverged or not bool(prompt.isfinite().all())
         if self.is_diverged:
@@ -183,11 +113,11 @@ class Trial:
         return SoftPrompt(prompt, self.record)
 
     def check_diverged(self, loss: float, grad_norm: float) -> None:
-        """To be called after a step, with what it gave."""
+        """Call it after each step, with the step's loss and gradient norm."""
         self.is_diverged = not (math.isfinite(loss) and math.isfinite(grad_norm))
 
     def next_rows(self) -> tuple[list[Row], float]:
-        """The rows of the step to come and the epochs done after it."""
+        """The rows of the next step, and the epochs done after it."""
         indices, epoch = self._steps[self.step]
         return [self._rows[index] for index in indices], epoch
 
@@ -219,8 +149,8 @@ class Trial:
     def _ended_epoch(self) -> bool:
         return self.step in self._ends_of_epochs
 
-    def remember(self, loss: float | None) -> Checkpoint:
-        """Judge the prompt as it stands by its validation loss, or by the caller's score where there is one."""
+    def record_validation(self, loss: float | None) -> Checkpoint:
+        """Rank the current prompt by its validation loss, or by the caller's score where there is one."""
         prompt = self.snapshot()
         score = self.score(prompt) if self.score is not None and not self.is_diverged else None
         self.validations.append((self.step, loss, score))
@@ -234,8 +164,8 @@ class Trial:
             step=self.step, prompt=prompt, validation_loss=loss, is_best=is_best, score=score, candidate=self.name
         )
 
-    def facts(self) -> dict[str, Any]:
-        """The state that is no tensor, as JSON."""
+    def state(self) -> dict[str, Any]:
+        """The part of the state that is JSON."""
         return {
             "step": self.step, "dropped": self.is_dropped, "diverged": self.is_diverged, "best_step": self.best_step,
             "best_value": None if math.isinf(self.best_value) else self.best_value,
@@ -244,21 +174,21 @@ class Trial:
         }  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state that is tensors: parameters, AdamW's moments, the best prompt."""
+        """The tensors of the state: parameters, AdamW's moments, the best prompt."""
         found = {f"parameter/{name}": leaf.detach().cpu().clone() for name, leaf in self._parameters.leaves.items()}
         for name, leaf in self._parameters.leaves.items():
             kept = self._optimizer.state.get(leaf, {})
             found |= {f"{moment}/{name}": kept[moment].detach().cpu().clone() for moment in _MOMENTS if moment in kept}
         return found if self.best is None else {**found, "best": self.best.tensor}
 
-    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `facts()` and `tensors()` of the same trial."""
-        self.step, self.is_dropped, self.best_step = facts["step"], facts["dropped"], facts["best_step"]
-        self.is_diverged = facts["diverged"]
-        self.best_value = math.inf if facts["best_value"] is None else facts["best_value"]
-        self._validations_without_gain = facts["validations_without_gain"]
-        self.losses = [math.nan if loss is None else loss for loss in facts["losses"]]
-        self.validations = [(step, loss, score) for step, loss, score in facts["validations"]]
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Continue from the `state()` and `tensors()` of the same trial."""
+        self.step, self.is_dropped, self.best_step = state["step"], state["dropped"], state["best_step"]
+        self.is_diverged = state["diverged"]
+        self.best_value = math.inf if state["best_value"] is None else state["best_value"]
+        self._validations_without_gain = state["validations_without_gain"]
+        self.losses = [math.nan if loss is None else loss for loss in state["losses"]]
+        self.validations = [(step, loss, score) for step, loss, score in state["validations"]]
         self.best = SoftPrompt(tensors["best"], self.record) if "best" in tensors else None
         with torch.no_grad():
             for name, value in within("parameter/", tensors).items():
@@ -286,10 +216,76 @@ def _schedule_details(schedule: str, num_steps: int) -> dict[str, Any]:
 
 
 def training_row(example: Example, eos_weight: float) -> Row:
-    """The example's row under prompt 0, its EOS weighing as much as `eos_weight` text tokens."""
+    """The example's row under prompt 0; its EOS counts as `eos_weight` text tokens."""
     yield_point()
     weights = [
         eos_weight if is_eos else float(counted)
         for counted, is_eos in zip(example.target_mask, example.eos_mask, strict=True)
     ]
     return Row(example.ids, 0, weights)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Named leaves, each with its learning rate as a multiple of the plan's, and the function that makes the prompt."""
+
+    leaves: dict[str, Tensor]
+    rate_scales: dict[str, float]
+    fold: Callable[[], Tensor]  # [P, H], differentiable in the leaves
+
+
+def make_parameters(config: TrainConfig, start_PH: Tensor, embedding_rms: float) -> Parameters:
+    """The parameters of a run, beginning at `start_PH`, on its device and in its dtype."""
+    if config.reparameterisation == "residual-mlp":
+        return _residual_mlp(start_PH, config.bottleneck, embedding_rms, config.seed)
+    if config.reparameterisation == "low-rank":
+        return _low_rank(start_PH, config.bottleneck, embedding_rms, config.seed)
+    prompt = _leaf(start_PH)
+    return Parameters({"prompt": prompt}, {"prompt": 1.0}, lambda: prompt)
+
+
+def _residual_mlp(start_PH: Tensor, bottleneck: int, rms: float, seed: int) -> Parameters:
+    """Residual Prompt Tuning (Razdaibiedina et al. 2023, arXiv 2305.03937): E + MLP(E), the MLP shared by all tokens.
+
+    Ours has no layer normalisation: the input E is divided by the RMS of the start, the output is multiplied by that of
+    the embeddings. The up-projection begins at zero. The projections' rates are divided by their widths, so that the
+    first step moves the prompt about as far through them as by itself.
+    """
+    hidden = start_PH.shape[1]
+    unit = float(start_PH.square().mean().sqrt()) or rms
+    prompt = _leaf(start_PH)
+    down_HM = _leaf(_normal((hidden, bottleneck), seed, start_PH) / math.sqrt(hidden))
+    up_MH = _leaf(torch.zeros(bottleneck, hidden).to(start_PH))
+
+    def fold() -> Tensor:
+        return prompt + torch.relu(prompt / unit @ down_HM) @ up_MH * rms
+
+    scale = 1.0 / (rms * bottleneck)
+    scales = {"prompt": 1.0, "down": 1.0 / (rms * hidden), "up": scale}
+    return Parameters({"prompt": prompt, "down": down_HM, "up": up_MH}, scales, fold)
+
+
+def _low_rank(start_PH: Tensor, rank: int, rms: float, seed: int) -> Parameters:
+    """Ultra-low-dimensional prompt tuning (Wu et al. 2025, arXiv 2502.04501): few numbers per token, a fixed random
+    projection, and a learnt scale and shift of every embedding dimension; ours is added to the start.
+    """
+    num_tokens, hidden = start_PH.shape
+    origin = start_PH.detach().clone()
+    projection_RH = _normal((rank, hidden), seed, start_PH) * (rms / math.sqrt(rank))
+    codes_PR = _leaf(torch.zeros(num_tokens, rank).to(start_PH))
+    scale_H = _leaf(torch.ones(hidden).to(start_PH))
+    shift_H = _leaf(torch.zeros(hidden).to(start_PH))
+
+    def fold() -> Tensor:
+        return origin + codes_PR @ projection_RH * scale_H + shift_H
+
+    leaves = {"codes": codes_PR, "scale": scale_H, "shift": shift_H}
+    return Parameters(leaves, {"codes": 1.0 / rms, "scale": 1.0 / rms, "shift": 1.0}, fold)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(True)
+
+
+def _normal(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(like)

@@ -1,7 +1,7 @@
-"""Fine-tuning jobs: asked for by clients, trained one at a time by a thread of their own, beside the engine's.
+"""Fine-tuning jobs: created by clients, trained one at a time in a thread of their own, beside the engine's.
 
-The queue lives in the database and outlives the process. Clients take turns: next is the oldest job of the client
-whose last turn is longest ago. A status changes in the database first; the running training then hears of it.
+The queue is in the database and outlives the process. Clients take turns: next is the oldest job of the client whose
+last turn is longest ago. A status changes in the database first; then the running training gets its stop signal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from softprompt.server.clients.quotas import Amounts, Quotas
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
-from softprompt.server.jobs.run import JobRun, Order, Workplace, forget_state
+from softprompt.server.jobs.run import JobContext, JobRun, StopSignal, forget_state
 from softprompt.server.jobs.schemas import CreateJob, Json
 from softprompt.server.jobs.settings import check_rows, train_config
 from softprompt.server.prompts.registry import PromptRegistry
@@ -52,25 +52,25 @@ class Jobs:
         quotas: Quotas | None = None,
     ) -> None:  # fmt: skip
         state = Path(config.state)
-        self._at = Workplace(
+        self._context = JobContext(
             base=base, registry=registry, files=files, compute_share=compute_share, records=JobRecords(database),
             runs=state / "jobs", starts=state / "starts",
             count_trained=count_trained,
         )  # fmt: skip
         self._max_jobs = config.max_jobs
         self._quotas = quotas
-        self._records = self._at.records
+        self._records = self._context.records
         self._gate = threading.Lock()  # of the limits: two requests at once may not both be the last
         self._woken = threading.Event()
         self._is_stopping = False
-        self._orders: dict[str, Order] = {}
+        self._signals: dict[str, StopSignal] = {}
         self._current: str | None = None
         self._looked_at = 0.0  # for revoked keys, by the monotonic clock
         self._thread = threading.Thread(target=self._work, name="softprompt-training", daemon=True)
 
     def start(self) -> None:
         """Train what waits. What a killed or stopped server left in the middle goes first."""
-        for left in self._at.starts.glob(".*"):  # half-written
+        for left in self._context.starts.glob(".*"):  # half-written
             shutil.rmtree(left, ignore_errors=True)
         self._records.recover()
         self._thread.start()
@@ -82,18 +82,12 @@ class Jobs:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def counts(self) -> dict[str, int]:
-        """Jobs of all clients by status."""
-        return self._records.counts()
-
-    # What clients ask for
-
     def create(self, asked: CreateJob, client: Client) -> JobRow:
         """Take a job into the queue. Raises ApiError for what cannot be trained, and 429 where the client has many."""
         _check_wishes(asked)
-        model = self._at.registry.resolve(asked.model, client)
-        config = train_config(asked, self._at.base, model.prompt)
-        with self._at.files.changes:  # no file goes before the job that needs it is written down
+        model = self._context.registry.resolve(asked.model, client)
+        config = train_config(asked, self._context.base, model.prompt)
+        with self._context.files.changes:  # no file goes before the job that needs it is written down
             self._check_files(asked, config, client)
             return self._add(self._row(asked, client, model.id, config, model.prompt), client, model.prompt)
 
@@ -118,7 +112,7 @@ class Jobs:
         """End it for good. A prompt's checkpoints stay."""
         row = self._change(job, client, OPEN, "cancelled", "cancel", finished=time.time())
         if self._current != row.id:  # a running one puts its things away itself
-            forget_state(self._at, row.id)
+            forget_state(self._context, row.id)
         return row
 
     def pause(self, job: str, client: Client) -> JobRow:
@@ -145,11 +139,11 @@ class Jobs:
     def checkpoints(self, job: str, client: Client) -> list[Json]:
         """Those of the job's checkpoints that are still served, the latest first."""
         row = self.get(job, client)
-        served = {model.id for model in self._at.registry.models(client) if model.job == row.id}
+        served = {model.id for model in self._context.registry.models(client) if model.job == row.id}
         return [each for each in reversed(row.outcome.get("checkpoints", [])) if each["model"] in served]
 
     def _change(
-        self, job: str, client: Client, before: Collection[str], status: str, order: Order | None, **values: float
+        self, job: str, client: Client, before: Collection[str], status: str, signal: StopSignal | None, **values: float
     ) -> JobRow:
         row = self.get(job, client)
         if not self._records.move(row.id, before, status, [NewEvent(f"the job is {status}")], **values):
@@ -158,8 +152,8 @@ class Jobs:
                 400, f"job {row.id} is {now}; only one that is {', '.join(before)} can become {status}",
                 "invalid_status",
             )  # fmt: skip
-        if order is not None and self._current == row.id:
-            self._orders[row.id] = order
+        if signal is not None and self._current == row.id:
+            self._signals[row.id] = signal
         self._woken.set()
         return self.get(job, client)
 
@@ -174,7 +168,7 @@ class Jobs:
 
     def _file(self, file: str, client: Client, param: str) -> StoredFile:
         try:
-            found = self._at.files.get(file, client)
+            found = self._context.files.get(file, client)
         except ApiError as error:
             raise replace(error, param=param) from None
         if found.purpose != "fine-tune":
@@ -189,7 +183,7 @@ class Jobs:
     ) -> JobRow:
         settings = {
             "train": asdict(config), "metadata": asked.metadata, "has_start": start is not None,
-            "base_fingerprint": self._at.base.fingerprint,
+            "base_fingerprint": self._context.base.fingerprint,
         }  # fmt: skip
         return JobRow(
             id=f"ftjob-{uuid.uuid4().hex[:24]}", owner=client.id, status="queued", model=model,
@@ -201,7 +195,7 @@ class Jobs:
         with self._gate:
             self._check_limit(client)
             if start is not None:  # as it is now, whatever becomes of its name
-                save_prompt(start, self._at.starts / row.id)
+                save_prompt(start, self._context.starts / row.id)
             self._records.add(row, NewEvent(f"the job is queued, to train on {row.training_file}"))
         self._woken.set()
         return row
@@ -217,8 +211,6 @@ class Jobs:
                 429, f"{count} of your fine-tuning jobs wait or run, and {limit} may; try again when one has ended",
                 "max_jobs", retry_after_s=_RETRY_AFTER_S,
             )  # fmt: skip
-
-    # From here on: in the thread that trains
 
     def _work(self) -> None:
         is_sound = True
@@ -243,24 +235,24 @@ class Jobs:
         self._current = row.id
         try:
             if self._records.move(row.id, ("queued",), "validating_files", started=time.time()):
-                JobRun(row, self._at, partial(self._order, row.id)).run()
+                JobRun(row, self._context, partial(self._stop_signal, row.id)).run()
         finally:
             self._current = None
-            if self._orders.pop(row.id, None) == "cancel":  # perhaps when it was about to pause
-                forget_state(self._at, row.id)
+            if self._signals.pop(row.id, None) == "cancel":  # perhaps when it was about to pause
+                forget_state(self._context, row.id)
 
     def _cancel_revoked(self) -> None:
         self._looked_at = time.monotonic()
         for job in self._records.cancel_revoked():
             if job == self._current:
-                self._orders[job] = "cancel"
+                self._signals[job] = "cancel"
             else:
-                forget_state(self._at, job)
+                forget_state(self._context, job)
 
-    def _order(self, job: str) -> Order | None:
+    def _stop_signal(self, job: str) -> StopSignal | None:
         if time.monotonic() - self._looked_at > _LOOK_AGAIN_S:
             self._cancel_revoked()
-        return self._orders.get(job) or ("stop" if self._is_stopping else None)
+        return self._signals.get(job) or ("stop" if self._is_stopping else None)
 
 
 def _check_wishes(asked: CreateJob) -> None:

@@ -1,7 +1,7 @@
-"""One job's training, in the thread that trains: from its file to the prompt that is served.
+"""One job's training, in the training thread: from its file to the prompt that is served.
 
-It is `softprompt train` on the same rows with the same settings, and gives the same prompt to the bit. It stops where
-it is told to between two slices; what it goes on from lies in the run's folder.
+It is a `TrainingSession` as in `softprompt train`, on the same rows with the same settings, and gives the same prompt
+to the bit. It stops between two slices when asked to; the run's folder holds what it resumes from.
 """
 
 from __future__ import annotations
@@ -14,65 +14,61 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from softprompt import errors
 from softprompt.base import Base
 from softprompt.compute_share import ComputeShare
 from softprompt.config import KEPT_CHECKPOINTS, DataConfig, TrainConfig
 from softprompt.data import Rows, Split, split_rows
 from softprompt.errors import ConfigError, DatabaseError
-from softprompt.evaluation import criterion
 from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
-from softprompt.runs import Recorder, RunFolder
+from softprompt.runs import Recorder, RunFolder, SessionStopped, TrainingSession, TrainingTask
 from softprompt.runs.run_folder import CHECKPOINTS_NAME
 from softprompt.server.clients.client import Client
-from softprompt.server.jobs.failures import code_and_param, is_of_disk, said
+from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile
-from softprompt.server.jobs.records import TAKEN, JobRecords
-from softprompt.server.jobs.results import add_results
+from softprompt.server.jobs.records import TAKEN, JobEventLog, JobRecords, add_results
 from softprompt.server.jobs.schemas import Json
-from softprompt.server.jobs.story import Story
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.schema import JobRow
 from softprompt.storage import load_prompt
-from softprompt.training import (
-    Candidate,
-    Checkpoint,
-    Event,
-    Prepared,
-    ResumePoint,
-    RunState,
-    StepDone,
-    TrainResult,
-    train_together,
-)
+from softprompt.training import Checkpoint, Event, Prepared, StepDone, TrainResult
 
 _log = logging.getLogger(__name__)
 
-Order = Literal["cancel", "pause", "stop"]  # stop: the server ends, and the job goes on when it is back
-MAX_STEPS = 400_000  # the loss of each stands in the prompt's record
-_SAVE_EVERY_S = 60.0  # what a killed server loses at most, slow validations apart
-
-
-class Stopped(Exception):  # noqa: N818  # no error
-    """Training ends here, because it was told to."""
+StopSignal = Literal["cancel", "pause", "stop"]  # stop: the server ends, and the job is resumed at its next start
+MAX_STEPS = 400_000  # the prompt's record keeps the loss of each
+_SAVE_EVERY_S = 60.0  # work that a killed server loses at most, slow validations apart
+_LONGEST_MESSAGE = 2_000  # characters
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, on a GPU and on a CPU
+# OpenAI's `code` and `param` for what ended a job. A request's are in `server/errors.py`: its fields are others.
+_CODES: tuple[tuple[type[Exception], str, str | None], ...] = (
+    (errors.DataError, "invalid_file", "training_file"),
+    (errors.ConfigError, "invalid_hyperparameters", "method"),
+    (errors.PromptError, "invalid_prompt", "model"),
+    (errors.DivergedError, "training_diverged", "method"),
+    (errors.MemoryLimitError, "out_of_memory", None),
+    (errors.MissingDependencyError, "not_installed", "method"),
+    (errors.StorageError, "storage_error", None),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workplace:
-    """What every job works with."""
+class JobContext:
+    """Everything that all jobs share."""
 
     base: Base
     registry: PromptRegistry
     files: Files
     compute_share: ComputeShare
     records: JobRecords
-    runs: Path  # a folder for each job's run
-    starts: Path  # and one for the prompt that a job trains further
-    count_trained: Callable[[int], None]  # tokens of each step, for the metrics
+    runs: Path  # with a folder for each job's run
+    starts: Path  # with a folder for the prompt that a job trains further
+    count_trained: Callable[[int], None]  # adds a step's tokens to the metrics
 
 
 def model_name(base_name: str, row: JobRow) -> str:
-    """What the job's prompt is called; spaces of the suffix become hyphens, as in OpenAI's names."""
+    """The name of the job's prompt; spaces of the suffix become hyphens, as in OpenAI's names."""
     return f"ft:{base_name}:{'-'.join((row.suffix or '').split())}:{row.id}"
 
 
@@ -81,247 +77,199 @@ def checkpoint_name(model: str, step: int) -> str:
 
 
 class JobRun:
-    """One job until it succeeds, fails or is told to stop."""
+    """One job until it succeeds, fails or is stopped."""
 
-    def __init__(self, row: JobRow, at: Workplace, order: Callable[[], Order | None]) -> None:
-        """`order` is asked after each slice."""
-        self._row, self._at, self._order = row, at, order
+    def __init__(self, row: JobRow, context: JobContext, stop_signal: Callable[[], StopSignal | None]) -> None:
+        """`stop_signal` is called between two slices."""
+        self._row, self._context, self.stop_signal = row, context, stop_signal
         self._client = Client(id=row.owner, is_admin=False)
         self._config = TrainConfig(**row.settings["train"])
-        self._name = model_name(at.registry.base.id, row)
-        self._folder = RunFolder(at.runs / row.id)
-        self._story = Story(at.records, row)
-        self._ready: Prepared | None = None
-        self._saved_step = -1
-        self._saved_at = time.monotonic()
-        self._owes_validation = False  # what a step is followed by has not come yet: no state to go on from
+        self._name = model_name(context.registry.base.id, row)
+        self._folder = RunFolder(context.runs / row.id)
+        self._events = JobEventLog(context.records, row)
+        self._session: TrainingSession | None = None
 
     def run(self) -> None:
-        """Raises DatabaseError alone. Afterwards nothing of the job is held, nor threads to compute with."""
+        """Raises DatabaseError alone. Afterwards no tensor of the job is left, nor a thread that computed."""
         try:
-            self._keep(self._train())
-        except Stopped as stopped:
+            with self._context.compute_share.training(
+                self._check_stop
+            ):  # reading too: Python runs in one thread at a time
+                session = self._session = self._open_session()
+                (result,) = session.train()
+            self._succeed(session, result)
+        except SessionStopped as stopped:
             self._end_stopped(str(stopped))
-        except DatabaseError:  # nothing can be written down; whoever keeps the queue begins anew when it is back
+        except DatabaseError:  # nothing can be written; the queue's thread begins anew when the database is back
             raise
         except Exception as error:
             self._end_failed(error)
         finally:
-            self._ready = None
+            self._session = None
             release_omp_threads()
 
-    def _train(self) -> TrainResult:
+    def _open_session(self) -> TrainingSession:
         self._check_base()
-        self._story.say("reading the files")
-        self._story.write()
-        saved = self._saved()
-        self._recorder = Recorder(
-            self._folder.path, {"job": self._facts()}, overwrite=False, resume=self._folder.has_begun(),
-            keep_checkpoints=KEPT_CHECKPOINTS, tensorboard=False,
+        self._events.add("reading the files")
+        self._events.write()
+        recorder = Recorder(self._folder.path, {"job": self._metadata()}, resume=self._folder.has_begun())
+        task = TrainingTask(split=self._split(), configs={"": self._config}, start=self._start())
+        return TrainingSession(
+            self._context.base, [task], recorder, max_steps=MAX_STEPS, save_every_s=_SAVE_EVERY_S,
+            should_stop=self._should_stop, on_start=self._started, on_event=self.handle_event,
+            on_note=lambda note: _log.warning("job %s: %s", self._row.id, note),
         )  # fmt: skip
-        with self._at.compute_share.training(self._obey):  # reading too: Python runs in one thread at a time
-            return train_together(
-                self._at.base, [self._candidate()], sink=self._take, prepared=self._begin, resume=saved
-            )[0]
 
     def _check_base(self) -> None:
-        if self._row.settings["base_fingerprint"] != self._at.base.fingerprint:
+        if self._row.settings["base_fingerprint"] != self._context.base.fingerprint:
             raise ConfigError(
-                f"the job was made for another base than {self._at.registry.base.id!r}, which is served now; "
+                f"the job was made for another base than {self._context.registry.base.id!r}, which is served now; "
                 "make it anew"
             )
 
-    def _candidate(self) -> Candidate:
-        """As `softprompt train` makes it."""
-        split, config, score = self._split(), self._config, None
-        if config.best_by != "loss" and split.validation is not None:
-            score = criterion(self._at.base, split.validation, config.best_by)
-        return Candidate(
-            data=split.train, config=config, validation=split.validation, start=self._start(), score=score
-        )  # fmt: skip
+    def _check_stop(self) -> None:
+        if self._session is not None:
+            self._session.check_stop()
+        elif (signal := self._should_stop()) is not None:  # still reading
+            raise SessionStopped(signal)
+
+    def _should_stop(self) -> StopSignal | None:
+        signal = self.stop_signal()
+        if signal == "cancel":  # there is nothing to save
+            raise SessionStopped(signal)
+        return signal
 
     def _split(self) -> Split:
-        train, validation = self._training_file(), self._validation_file()
+        files, wanted = self._context.files, self._row.validation_file
+        train = files.get(self._row.training_file, self._client)
+        validation = None if wanted is None else files.get(wanted, self._client)
         split = split_rows(data_config(train, validation), seed=self._config.seed)
         return replace(
             split,
-            train=_called(split.train, train),
-            validation=_called(split.validation, validation) if split.validation and validation else None,
+            train=_with_owners_name(split.train, train),
+            validation=_with_owners_name(split.validation, validation) if split.validation and validation else None,
         )
-
-    def _training_file(self) -> StoredFile:
-        return self._at.files.get(self._row.training_file, self._client)
-
-    def _validation_file(self) -> StoredFile | None:
-        wanted = self._row.validation_file
-        return None if wanted is None else self._at.files.get(wanted, self._client)
 
     def _start(self) -> SoftPrompt | None:
         if not self._row.settings["has_start"]:
             return None
-        return load_prompt(self._at.starts / self._row.id, self._at.base)
+        return load_prompt(self._context.starts / self._row.id, self._context.base)
 
-    def _saved(self) -> RunState | None:
-        if not self._folder.has_begun():
-            return None
-        saved, problems = self._folder.load_latest()
-        for problem in problems:
-            _log.warning("job %s: %s", self._row.id, problem)
-        return None if saved is None else RunState.from_json(saved.facts, saved.tensors)
-
-    def _facts(self) -> Json:
-        """What the run and the prompt's record say of where it comes from: no path of the server's."""
+    def _metadata(self) -> Json:
+        """The prompt's origin for the run and the prompt's record: no path of the server's."""
         row = self._row
         return {"id": row.id, "training_file": row.training_file, "validation_file": row.validation_file}
 
-    def _begin(self, ready: Prepared) -> None:
-        self._ready, step, total = ready, ready.loop.step, ready.trial.plan.num_steps
-        if total > MAX_STEPS:
-            raise ConfigError(f"the job would take {total:,} steps, more than {MAX_STEPS:,}; ask for fewer epochs")
-        self._recorder.begin(ready)
-        lines = self._folder.read_metrics()
-        self._story.begin(step, total, sum(line.get("num_tokens", 0) for line in lines))
-        self._story.say(f"goes on behind step {step:,} of {total:,}" if step else f"training begins: {total:,} steps")
+    def _started(self, ready: Prepared) -> None:
+        step, total = ready.loop.step, ready.trial.plan.num_steps
+        trained_tokens = sum(line.get("num_tokens", 0) for line in self._folder.read_metrics())
+        self._events.start(step, total, trained_tokens)
+        self._events.add(
+            f"training continues after step {step:,} of {total:,}" if step else f"training begins: {total:,} steps"
+        )
         for note in ready.notes:
-            self._story.say(note)
-        if self._at.records.move(self._row.id, TAKEN, "running"):
-            self._story.write()
+            self._events.add(note)
+        if self._context.records.move(self._row.id, TAKEN, "running"):
+            self._events.write()
 
-    def _take(self, event: Event) -> None:
-        self._take_and_record(event)
-        self._obey()
-
-    def _take_and_record(self, event: Event) -> None:
-        self._recorder.take(event)
+    def handle_event(self, event: Event) -> None:
+        """Report an event of the training, which is recorded already, and serve a checkpoint."""
         if isinstance(event, StepDone):
-            self._story.step(event)
-            self._at.count_trained(event.num_tokens)
-            self._owes_validation = self._trial_saves
+            self._events.add_step(event)
+            self._context.count_trained(event.num_tokens)
         if isinstance(event, Checkpoint):
             self._serve(event)
-        if isinstance(event, ResumePoint):
-            self._owes_validation = False
-            self._has_saved(event.step)
-        if time.monotonic() - self._saved_at > _SAVE_EVERY_S and not self._owes_validation:
-            self._save()
-        self._story.write(now=isinstance(event, Checkpoint))
-
-    @property
-    def _trial_saves(self) -> bool:
-        assert self._ready is not None
-        return self._ready.trial.saving_is_due
-
-    def _obey(self) -> None:
-        """Stop here if told to. Within a step that is the state before it; within a validation it has to end first."""
-        order = self._order()
-        if order == "cancel":
-            raise Stopped(order)
-        if order is not None and not self._owes_validation:
-            self._save()
-            raise Stopped(order)
-
-    def _save(self) -> None:
-        if self._ready is None or self._ready.loop.step == self._saved_step:
-            return
-        loop = self._ready.loop
-        prompts = {trial.name: trial.snapshot() for trial in loop.trials}
-        self._recorder.take(ResumePoint(step=loop.step, state=loop.state(), prompts=prompts))
-        self._has_saved(loop.step)
-
-    def _has_saved(self, step: int) -> None:
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self._events.write(now=isinstance(event, Checkpoint))
 
     def _serve(self, event: Checkpoint) -> None:
-        """The prompt as it stands is a model too; of these the last few are kept."""
+        """Serve the checkpoint as a model of its own; only the last few are kept."""
         name = checkpoint_name(self._name, event.step)
-        self._put(event.prompt, name, "checkpoint", {"step": event.step})
+        self._keep(event.prompt, name, "checkpoint", {"step": event.step})
         entry = {
             "id": f"ftckpt-{self._row.id.removeprefix('ftjob-')}-{event.step}", "step": event.step, "model": name,
-            "created": time.time(), "metrics": self._story.checkpoint(event),
+            "created": time.time(), "metrics": self._events.add_checkpoint(event),
         }  # fmt: skip
-        known = [each for each in self._story.outcome.get("checkpoints", []) if each["step"] != event.step]
+        known = [each for each in self._events.outcome.get("checkpoints", []) if each["step"] != event.step]
         for old in known[: 1 - KEPT_CHECKPOINTS]:
-            self._at.registry.forget(old["model"], self._row.owner)
-        self._story.outcome["checkpoints"] = [*known[1 - KEPT_CHECKPOINTS :], entry]
+            self._context.registry.forget(old["model"], self._row.owner)
+        self._events.outcome["checkpoints"] = [*known[1 - KEPT_CHECKPOINTS :], entry]
 
-    def _put(self, prompt: SoftPrompt, name: str, source: str, more: Mapping[str, Any]) -> SoftPrompt:
-        run = {**prompt.record.run, "job": {**self._facts(), **more}}
-        record = replace(prompt.record, base_source=None, run=run)  # a path of the server's is nobody else's business
-        known = SoftPrompt(prompt.tensor, record)
-        self._at.registry.keep(known, name=name, owner=self._row.owner, source=source, job=self._row.id)
-        return known
+    def _keep(self, prompt: SoftPrompt, name: str, source: str, more: Mapping[str, Any]) -> SoftPrompt:
+        run = {**prompt.record.run, "job": {**self._metadata(), **more}}
+        record = replace(prompt.record, base_source=None, run=run)  # no client sees a path of the server's
+        kept = SoftPrompt(prompt.tensor, record)
+        self._context.registry.keep(kept, name=name, owner=self._row.owner, source=source, job=self._row.id)
+        return kept
 
-    def _keep(self, result: TrainResult) -> None:
-        """Served first, and then told so."""
+    def _succeed(self, session: TrainingSession, result: TrainResult) -> None:
+        """Serve the prompt first, and then report it."""
+        records, row = self._context.records, self._row
         if result.diverged_after is not None:
-            self._story.say(f"{result.diverged_words}; the best before is kept", "warn")
-        prompt = self._put(result.prompt, self._name, "job", {"step": result.kept_step})
-        self._recorder.finish(replace(result, prompt=prompt), (), {})
-        self._recorder.end({"result": {"content_hash": prompt.content_hash, "kept_step": result.kept_step}})
-        results = add_results(self._at.files, self._at.records, self._row.owner, self._folder.read_metrics())
-        self._story.say(f"step {result.kept_step:,} is kept, and served as {self._name}")
-        self._story.outcome |= {"estimated_finish": None, "result_files": [results]}
-        has_moved = self._at.records.move(
-            self._row.id, TAKEN, "succeeded", self._story.rest(), fine_tuned_model=self._name,
-            finished=time.time(), outcome=self._story.outcome,
+            self._events.add(f"{result.diverged_words}; the best before is kept", "warn")
+        prompt = self._keep(result.prompt, self._name, "job", {"step": result.kept_step})
+        session.finish([replace(result, prompt=prompt)])
+        results = add_results(self._context.files, records, row.owner, self._folder.read_metrics())
+        self._events.add(f"step {result.kept_step:,} is kept, and served as {self._name}")
+        self._events.outcome |= {"estimated_finish": None, "result_files": [results]}
+        has_moved = records.move(
+            row.id, TAKEN, "succeeded", self._events.pop_unwritten(), fine_tuned_model=self._name,
+            finished=time.time(), outcome=self._events.outcome,
         )  # fmt: skip
         if has_moved:
-            self._tidy()
+            forget_state(self._context, row.id)
         else:  # cancelled or paused at the very last moment
-            self._at.registry.forget(self._name, self._row.owner)
+            self._context.registry.forget(self._name, row.owner)
 
-    def _tidy(self) -> None:
-        forget_state(self._at, self._row.id)
-
-    def _end_stopped(self, order: str) -> None:
-        """Whoever cancels or pauses a job has set its status."""
-        self._story.outcome["estimated_finish"] = None
-        if order == "stop":
-            self._story.say("the server stops; the job goes on when it is back")
-            outcome = {**self._story.outcome, "is_interrupted": True}
-            self._at.records.move(self._row.id, TAKEN, "queued", self._story.rest(), outcome=outcome)
+    def _end_stopped(self, signal: str) -> None:
+        """The status of a cancelled or paused job is set already."""
+        self._events.outcome["estimated_finish"] = None
+        if signal == "stop":
+            self._events.add("the server stops; the job is resumed when it is back")
+            outcome = {**self._events.outcome, "is_interrupted": True}
+            events = self._events.pop_unwritten()
+            self._context.records.move(self._row.id, TAKEN, "queued", events, outcome=outcome)
             return
-        self._story.write()
-        if order == "cancel":
-            self._tidy()
+        self._events.write()
+        if signal == "cancel":
+            forget_state(self._context, self._row.id)
 
     def _end_failed(self, error: Exception) -> None:
-        message = said(error, self._paths())
-        code, param = code_and_param(error)
+        message = errors.truncated(_message(error, self._paths()), _LONGEST_MESSAGE)
+        code, param = _code_and_param(error)
         if param == "training_file" and self._names_validation_file(message):
             param = "validation_file"
         if code in ("server_error", "storage_error"):
             _log.error("job %s failed", self._row.id, exc_info=error)
         error.__traceback__ = None  # its frames hold tensors
-        self._story.say(message, "error")
-        outcome = {**self._story.outcome, "estimated_finish": None}
-        if is_of_disk(error):
-            self._at.records.move(self._row.id, TAKEN, "paused", self._story.rest(), outcome=outcome)
+        self._events.add(message, "error")
+        outcome, records = {**self._events.outcome, "estimated_finish": None}, self._context.records
+        if _can_be_resumed(error):
+            records.move(self._row.id, TAKEN, "paused", self._events.pop_unwritten(), outcome=outcome)
             return
         outcome["error"] = {"code": code, "message": message, "param": param}
-        events, now = self._story.rest(), time.time()
-        if self._at.records.move(self._row.id, TAKEN, "failed", events, outcome=outcome, finished=now):
-            self._tidy()
+        events, now = self._events.pop_unwritten(), time.time()
+        if records.move(self._row.id, TAKEN, "failed", events, outcome=outcome, finished=now):
+            forget_state(self._context, self._row.id)
 
     def _names_validation_file(self, message: str) -> bool:
         row = self._row
         return row.validation_file not in (None, row.training_file) and str(row.validation_file) in message
 
     def _paths(self) -> dict[str, str]:
-        """The server's names of the files, and the client's."""
+        """The server's paths of the files, and the client's names of them."""
         wanted = (self._row.training_file, self._row.validation_file)
-        places = {self._at.files.folder / f"{each}.jsonl": each for each in wanted if each is not None}
+        places = {self._context.files.folder / f"{each}.jsonl": each for each in wanted if each is not None}
         return {str(known): each for place, each in places.items() for known in (place.absolute(), place)}
 
 
-def forget_state(at: Workplace, job: str) -> None:
-    """What a job that has ended goes on from is needed no longer; the plan and the metrics stay."""
-    for folder in (at.runs / job / CHECKPOINTS_NAME, at.starts / job):
+def forget_state(context: JobContext, job: str) -> None:
+    """Delete the state that an ended job would resume from; the plan and the metrics stay."""
+    for folder in (context.runs / job / CHECKPOINTS_NAME, context.starts / job):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def data_config(train: StoredFile, validation: StoredFile | None) -> DataConfig:
-    """What `softprompt train` is told for such files."""
+    """The settings with which `softprompt train` reads such files."""
     held_out = None if validation is None else str(validation.path)
     if train.form == "template":
         return DataConfig(
@@ -332,6 +280,41 @@ def data_config(train: StoredFile, validation: StoredFile | None) -> DataConfig:
     return DataConfig(data=str(train.path), text_column="text", validation=held_out)
 
 
-def _called(rows: Rows, file: StoredFile) -> Rows:
-    """The rows by the name that their owner knows."""
+def _with_owners_name(rows: Rows, file: StoredFile) -> Rows:
+    """The rows, named as their owner knows the file."""
     return replace(rows, source=f"{file.id} ({file.filename})")
+
+
+def _code_and_param(error: Exception) -> tuple[str, str | None]:
+    if isinstance(error, ApiError):
+        return error.code or "invalid_request", error.param
+    if _is_of_memory(error):
+        return "out_of_memory", None
+    return next(((code, param) for kind, code, param in _CODES if isinstance(error, kind)), ("server_error", None))
+
+
+def _message(error: Exception, names: Mapping[str, str]) -> str:
+    """The sentence for the job's owner, without traceback; `names` replaces the server's paths by the client's ids."""
+    if isinstance(error, ApiError):
+        return error.message
+    if _can_be_resumed(error):
+        return "the server could not read or write the job's files and has paused it; resume it when there is room"
+    if isinstance(error, errors.SoftpromptError) and not isinstance(error, errors.StorageError):
+        text = str(error)
+        for path, name in names.items():
+            text = text.replace(path, name)
+        return text
+    if _is_of_memory(error):
+        return "the memory does not hold a step of this job; ask for fewer rows per step, or shorter ones"
+    return "the job has failed for a reason that lies with the server; its log says why"
+
+
+def _can_be_resumed(error: Exception) -> bool:
+    """The disk is full, say."""
+    return type(error) in (errors.StorageError, errors.ExistsError)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return not isinstance(error, errors.SoftpromptError)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
