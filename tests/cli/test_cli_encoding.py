@@ -12,7 +12,7 @@ import pytest
 from support.command_line import ENVIRONMENT, run_apart, run_encoded
 from support.material import QUICK, write_csv
 
-from softprompt.server.running.logs import set_up_logging
+from softprompt.server.telemetry.request_log import set_up_logging
 
 ENCODINGS = ("cp1252", "latin-1", "ascii")
 JAPANESE = r"\u65e5\u672c"

@@ -25,7 +25,7 @@ from softprompt.config import ServerConfig
 from softprompt.errors import WrongBaseError
 from softprompt.prompt import SoftPrompt
 from softprompt.server.start import serving_app
-from softprompt.server.state.urls import database_url
+from softprompt.server.state.database import database_url
 from softprompt.storage import RunFolder, load_prompt
 
 MADE = Path(__file__).parent / "made_by_340f1cc"

@@ -20,7 +20,7 @@ from support.fault_work import Place
 from support.prompt_server import eventually
 
 from softprompt.engine import Request, Tokens
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.inference.call import Call, Told
 from softprompt.server.inference.serving import _stream
 from softprompt.server.inference.shape import Writer

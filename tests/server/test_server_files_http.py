@@ -20,7 +20,7 @@ from support.served import served
 
 from softprompt.errors import DatabaseError
 from softprompt.server.app import create_app
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.jobs import files as files_room
 from softprompt.server.jobs import files_form
 from softprompt.server.jobs.files import Files

@@ -11,7 +11,7 @@ from support.inference_runs import Place, serving
 from support.tiny_bases import build_base, random_prompt
 
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.completion_body import CompletionBody
 from softprompt.server.inference.sampling import check_body

@@ -34,7 +34,7 @@ from softprompt.data.chat_template import ChatTemplate, Rendered
 from softprompt.data.messages import Message
 from softprompt.errors import DatabaseError, MemoryLimitError, StorageError
 from softprompt.runs import Recorder, TrainingSession
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.records import JobRecords
 from softprompt.server.parts import part_of

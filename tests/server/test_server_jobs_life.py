@@ -35,7 +35,7 @@ from support.slow_truth import plain_nats
 
 from softprompt.base import Base
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.parts import part_of

@@ -31,7 +31,7 @@ from support.job_server import (
 from softprompt.base import Base
 from softprompt.config import ServerConfig
 from softprompt.runs import RunFolder, TrainingSession
-from softprompt.server.clients.client import Client, Limits
+from softprompt.server.clients.keys import Client, Limits
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.jobs.records import JobRecords, NewEvent

@@ -18,10 +18,8 @@ from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.errors import ConfigError, DatabaseError
-from softprompt.server.clients.client import OPERATOR
-from softprompt.server.clients.key_ring import KeyRing
-from softprompt.server.clients.keys import create_key, revoke_key
-from softprompt.server.clients.listening import check_listening, is_loopback
+from softprompt.server.clients.auth import check_listening, is_loopback
+from softprompt.server.clients.keys import OPERATOR, KeyCache, create_key, revoke_key
 from softprompt.server.errors import ApiError
 from softprompt.server.start import serving_app
 from softprompt.server.state.database import Database
@@ -133,7 +131,7 @@ def test_an_admins_routes_refuse_others(url: str, database: Database, admin: str
     assert [httpx.get(f"{url}/metrics", headers=header).status_code for header in headers] == [403, 200]
 
 
-async def _told(ring: KeyRing, secret: str | None) -> int | str:
+async def _told(ring: KeyCache, secret: str | None) -> int | str:
     try:
         return (await ring.client(secret)).name
     except ApiError as refusal:
@@ -154,7 +152,7 @@ def statements(database: Database) -> Iterator[list[str]]:
 
 def test_guessing_neither_asks_the_database_nor_fills_the_memory(database: Database, statements: list[str]) -> None:
     now = [0.0]
-    ring = KeyRing(database, asks=True, clock=lambda: now[0])
+    ring = KeyCache(database, asks=True, clock=lambda: now[0])
     _, secret = create_key(database, "dave")
 
     async def guess() -> None:
@@ -173,7 +171,7 @@ def test_guessing_neither_asks_the_database_nor_fills_the_memory(database: Datab
 
 def test_a_database_that_is_gone_is_503_and_not_open(tmp_path: Path) -> None:
     database = Database.in_folder(tmp_path)
-    ring = KeyRing(database, asks=True)
+    ring = KeyCache(database, asks=True)
     with database.session() as session:
         session.connection().exec_driver_sql("DROP TABLE keys")
     with pytest.raises(DatabaseError) as failure:
@@ -185,7 +183,7 @@ def test_a_database_that_is_gone_is_503_and_not_open(tmp_path: Path) -> None:
 
 
 def test_without_keys_everybody_is_the_operator(database: Database) -> None:
-    client_ = asyncio.run(KeyRing(database, asks=False).client(None))
+    client_ = asyncio.run(KeyCache(database, asks=False).client(None))
     assert (client_.id, client_.is_admin) == (OPERATOR, True)
 
 

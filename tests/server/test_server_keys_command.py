@@ -12,8 +12,7 @@ from click.testing import CliRunner, Result
 
 from softprompt.cli.main import commands
 from softprompt.errors import ConfigError
-from softprompt.server.clients.client import Limits
-from softprompt.server.clients.keys import clients_by_hash, hash_of
+from softprompt.server.clients.keys import Limits, clients_by_hash, hash_of
 from softprompt.server.state.database import Database
 
 

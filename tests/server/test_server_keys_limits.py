@@ -15,11 +15,9 @@ from support.served import served
 from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig
-from softprompt.server.clients import limiter as limiter_room
-from softprompt.server.clients.buckets import Bucket
-from softprompt.server.clients.client import Client, Limits
-from softprompt.server.clients.keys import create_key
-from softprompt.server.clients.limiter import Limiter
+from softprompt.server.clients import rate_limits as limiter_room
+from softprompt.server.clients.keys import Client, Limits, create_key
+from softprompt.server.clients.rate_limits import Bucket, RateLimiter
 from softprompt.server.errors import ApiError
 from softprompt.server.start import serving_app
 from softprompt.server.state.database import Database
@@ -37,7 +35,7 @@ class Clock:
         return self.now
 
 
-def refused(limiter: Limiter, client: Client = CLIENT) -> float:
+def refused(limiter: RateLimiter, client: Client = CLIENT) -> float:
     """When to come back (seconds)."""
     with pytest.raises(ApiError) as refusal:
         limiter.request(client)
@@ -87,7 +85,7 @@ def test_a_clock_that_goes_back_gives_nothing() -> None:
 
 def test_requests_are_refused_until_the_time_that_was_said() -> None:
     clock = Clock()
-    limiter = Limiter(Limits(requests_per_minute=3), clock)
+    limiter = RateLimiter(Limits(requests_per_minute=3), clock)
     for _ in range(3):
         limiter.request(CLIENT)
     assert refused(limiter) == pytest.approx(20)
@@ -102,7 +100,7 @@ def test_requests_are_refused_until_the_time_that_was_said() -> None:
 
 def test_tokens_may_be_overdrawn_once_and_are_paid_back() -> None:
     clock = Clock()
-    limiter = Limiter(Limits(tokens_per_minute=60), clock)
+    limiter = RateLimiter(Limits(tokens_per_minute=60), clock)
     limiter.admit(CLIENT, num_tokens=50)
     limiter.ended(CLIENT, num_tokens=100)  # 90 in debt
     with pytest.raises(ApiError) as refusal:
@@ -114,7 +112,7 @@ def test_tokens_may_be_overdrawn_once_and_are_paid_back() -> None:
 
 
 def test_answers_at_once() -> None:
-    limiter = Limiter(Limits(max_concurrent=3))
+    limiter = RateLimiter(Limits(max_concurrent=3))
     limiter.admit(CLIENT, num_answers=2)
     with pytest.raises(ApiError, match="2 answers of this key wait or run") as refusal:
         limiter.admit(CLIENT, num_answers=2)
@@ -127,7 +125,7 @@ def test_answers_at_once() -> None:
 
 
 def test_a_keys_own_limits_come_first() -> None:
-    limiter = Limiter(Limits(requests_per_minute=1, max_jobs=100))
+    limiter = RateLimiter(Limits(requests_per_minute=1, max_jobs=100))
     generous = Client(id="key-3", limits=Limits(requests_per_minute=2, max_jobs=1))
     limiter.request(generous)
     limiter.request(generous)
@@ -139,7 +137,7 @@ def test_a_keys_own_limits_come_first() -> None:
 def test_clients_that_have_all_they_may_use_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limiter_room, "_MAX_IDLE", 10)
     clock = Clock()
-    limiter = Limiter(Limits(requests_per_minute=1), clock)
+    limiter = RateLimiter(Limits(requests_per_minute=1), clock)
     limiter.admit(CLIENT)
     for number in range(100):
         clock.now += 60
@@ -149,7 +147,7 @@ def test_clients_that_have_all_they_may_use_are_forgotten(monkeypatch: pytest.Mo
 
 
 def test_threads_share_one_bucket() -> None:
-    limiter = Limiter(Limits(requests_per_minute=1000), Clock())
+    limiter = RateLimiter(Limits(requests_per_minute=1000), Clock())
     admitted: list[int] = []
 
     def ask() -> None:

@@ -17,8 +17,7 @@ from support.tiny_bases import build_base
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig
-from softprompt.server.clients.client import Client, Limits
-from softprompt.server.clients.keys import create_key
+from softprompt.server.clients.keys import Client, Limits, create_key
 from softprompt.server.clients.quotas import Amounts, Quotas
 from softprompt.server.errors import ApiError
 from softprompt.server.start import serving_app

@@ -13,7 +13,7 @@ from support.tiny_bases import random_ids
 
 from softprompt.errors import StorageError
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts import library_watcher as library_module
 from softprompt.server.prompts.library_watcher import LibraryWatcher

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from support.prompt_server import made_prompt, memory_registry
 
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.prompts.library_watcher import LibraryWatcher
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.prompts.repository import PromptRepository

@@ -9,7 +9,7 @@ import pytest
 from support.prompt_server import made_prompt, memory_registry
 
 from softprompt.errors import StorageError
-from softprompt.server.clients.client import OPERATOR, Client
+from softprompt.server.clients.keys import OPERATOR, Client
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.model import Alias, Model, Target, by_share
 from softprompt.server.prompts.registry import PromptRegistry

@@ -12,7 +12,7 @@ import pytest
 from support.running_server import Running, running
 
 from softprompt.config import ServerConfig
-from softprompt.server.running.logs import JsonLines, TextLines
+from softprompt.server.telemetry.request_log import JsonLines, TextLines
 
 MOST, MOST_UPLOADED = 1_000, 100_000
 
@@ -92,7 +92,7 @@ def test_uploads_have_a_limit_of_their_own(server):
 
 def test_a_body_that_comes_slowly(server):
     with server.connect() as line:
-        line.sendall(b"POST /v1/length HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n")
+        line.sendall(b"POST /v1/length HTTP/1.1\r\nhost: localhost\r\ncontent-length: 900\r\n\r\n")
         began = time.monotonic()
         line.settimeout(0.05)
         answer = b""
@@ -112,7 +112,7 @@ def test_a_body_that_comes_slowly(server):
 
 def test_a_head_that_never_ends(server):
     with server.connect() as line:
-        line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n")
+        line.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n")
         assert line.recv(100) == b""  # cut off after client_timeout_s
 
 
@@ -126,7 +126,7 @@ def test_a_head_that_is_too_long(server, piece):
     answer = b""
     with server.connect() as line:
         try:
-            line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx-first: ")
+            line.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nx-first: ")
             for _ in range(1_000):
                 line.sendall(piece)
             answer = line.recv(100)
@@ -137,14 +137,16 @@ def test_a_head_that_is_too_long(server, piece):
 
 def test_trailers_are_bounded_too(server):
     with server.connect() as line, pytest.raises(ConnectionError):  # noqa: PT012
-        line.sendall(b"POST /v1/length HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n")
+        line.sendall(
+            b"POST /v1/length HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+        )
         for _ in range(10_000):
             line.sendall(b"x-pad: " + b"x" * 1_000 + b"\r\n")
 
 
 def test_two_requests_on_one_line(server):
     """A time limit for a head must not count while the first one is answered, nor cut off the second."""
-    ask = b"GET /v1/stream?seconds=0.8 HTTP/1.1\r\nhost: x\r\n\r\n"
+    ask = b"GET /v1/stream?seconds=0.8 HTTP/1.1\r\nhost: localhost\r\n\r\n"
     with server.connect() as line:
         for _ in range(2):
             line.sendall(ask)
@@ -160,7 +162,7 @@ def test_an_answer_that_nobody_reads(server):
     """It is given up: neither its bytes nor its task are kept."""
     sizes = []
     with server.connect() as line:
-        line.sendall(b"GET /v1/stream?seconds=200&num_bytes=50000 HTTP/1.1\r\nhost: x\r\n\r\n")
+        line.sendall(b"GET /v1/stream?seconds=200&num_bytes=50000 HTTP/1.1\r\nhost: localhost\r\n\r\n")
         _until(lambda: server.lifecycle.num_running == 1)
         (connection,) = server.server.server_state.connections
         while server.lifecycle.num_running > 0 and len(sizes) < 10_000:
@@ -175,13 +177,13 @@ def test_a_thousand_idle_clients():
     with running(ServerConfig()) as server, ExitStack() as lines:
         held = [lines.enter_context(server.connect()) for _ in range(1_000)]
         for line in held[:500]:  # half of them have asked something before
-            line.sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
+            line.sendall(b"GET /nothing HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert all(line.recv(1_000).startswith(b"HTTP/1.1 404") for line in held[:500])
         _until(lambda: len(server.server.server_state.connections) == 1_000)
         began = time.monotonic()
         assert server.ask("POST", "/v1/length", b"x").body == b"1"
         assert time.monotonic() - began < 10
-        held[0].sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
+        held[0].sendall(b"GET /nothing HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert held[0].recv(1_000).startswith(b"HTTP/1.1 404")
 
 
@@ -237,7 +239,7 @@ def test_routes_are_counted_by_their_template(server):
 
 def test_draining():
     with running(ServerConfig(drain_s=20)) as server, server.connect() as line:
-        line.sendall(b"GET /v1/stream?seconds=1 HTTP/1.1\r\nhost: x\r\n\r\n")
+        line.sendall(b"GET /v1/stream?seconds=1 HTTP/1.1\r\nhost: localhost\r\n\r\n")
         heard = line.recv(1_000)
         server.server.handle_exit(15, None)
         _until(lambda: server.lifecycle.is_draining)
@@ -253,7 +255,7 @@ def test_draining():
 
 def test_what_does_not_end_in_time_is_cut_off():
     with running(ServerConfig(drain_s=0.3)) as server, server.connect() as line:
-        line.sendall(b"GET /v1/stream?seconds=60 HTTP/1.1\r\nhost: x\r\n\r\n")
+        line.sendall(b"GET /v1/stream?seconds=60 HTTP/1.1\r\nhost: localhost\r\n\r\n")
         heard = line.recv(1_000)
         server.server.handle_exit(15, None)
         began = time.monotonic()

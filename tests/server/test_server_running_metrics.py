@@ -1,4 +1,4 @@
-"""Figures: bounded names, what a generation counts, and /metrics of a server that has answered."""
+"""Collectors: bounded names, what a generation counts, and /metrics of a server that has answered."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from support.tiny_bases import random_prompt
 from softprompt.engine import AsyncEngine
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import create_key
+from softprompt.server.lifecycle import Lifecycle
 from softprompt.server.parts import part_of
-from softprompt.server.running.bounded_names import BoundedNames
-from softprompt.server.running.lifecycle import Lifecycle
-from softprompt.server.running.metrics import Metrics
 from softprompt.server.state.database import Database
+from softprompt.server.telemetry.metrics import BoundedNames, Metrics
 
 
 @pytest.fixture(scope="module")

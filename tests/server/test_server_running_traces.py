@@ -16,7 +16,7 @@ from support.running_server import running, small_app
 from softprompt.config import ServerConfig
 from softprompt.errors import MissingDependencyError
 from softprompt.server.parts import part_of
-from softprompt.server.running.tracing import Tracing
+from softprompt.server.telemetry.tracing import Tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

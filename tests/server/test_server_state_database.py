@@ -18,8 +18,9 @@ from sqlalchemy.exc import IntegrityError
 from support.postgres_server import postgres
 
 from softprompt.errors import ConfigError, DatabaseError, DataError, StorageError
-from softprompt.server.clients.client import Client, Limits
 from softprompt.server.clients.keys import (
+    Client,
+    Limits,
     clients_by_hash,
     create_key,
     has_keys,
@@ -31,11 +32,10 @@ from softprompt.server.clients.keys import (
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.files_form import Form
-from softprompt.server.state import migrate
-from softprompt.server.state.database import Database
-from softprompt.server.state.holding import held
+from softprompt.server.state import migrations
+from softprompt.server.state.database import Database, database_url
+from softprompt.server.state.lock import exclusive
 from softprompt.server.state.schema import FileRow, JobEventRow, JobRow, Table
-from softprompt.server.state.urls import database_url
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_tables_of_others_are_let_be(url: str) -> None:
 
 
 def test_a_migration_that_fails_leaves_the_database_as_it_was(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrate.command, "upgrade", _upgrade_and_fail(migrate.command.upgrade))
+    monkeypatch.setattr(migrations.command, "upgrade", _upgrade_and_fail(migrations.command.upgrade))
     with pytest.raises(ZeroDivisionError):
         Database(url)
     engine = create_engine(database_url(url))
@@ -226,6 +226,7 @@ def _upgrade_and_fail(upgrade):  # type: ignore[no-untyped-def]
 
 _OPEN = """
 import sys, time
+from softprompt.server.state import migrations
 from softprompt.server.state.database import Database
 sys.stdin.read()
 Database(sys.argv[1]).close()
@@ -271,11 +272,14 @@ def test_processes_that_start_together_migrate_in_turn(url: str) -> None:
 
 def test_one_server_works_on_a_database(database: Database, url: str, tmp_path: Path) -> None:
     other = Database(url)
-    with held(tmp_path / "one", database):
-        with pytest.raises(StorageError, match="another server works on the database"), held(tmp_path / "two", other):
+    with exclusive(tmp_path / "one", database):
+        with (
+            pytest.raises(StorageError, match="another server works on the database"),
+            exclusive(tmp_path / "two", other),
+        ):
             pass
         create_key(other, "while it serves")
-    with held(tmp_path / "two", other):
+    with exclusive(tmp_path / "two", other):
         assert len(list_keys(database)) == 1
     other.close()
 
@@ -284,9 +288,9 @@ def test_one_server_works_on_a_state_folder(tmp_path: Path) -> None:
     one, two = (Database(f"sqlite:///{tmp_path / name}") for name in ("one.db", "two.db"))
     state = tmp_path / "state"
     refusal = pytest.raises(StorageError, match="another server works on the state folder")
-    with held(state, one), refusal, held(state, two):
+    with exclusive(state, one), refusal, exclusive(state, two):
         pass
-    with held(state, two):
+    with exclusive(state, two):
         pass
     one.close()
     two.close()

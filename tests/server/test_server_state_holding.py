@@ -16,14 +16,14 @@ from softprompt.errors import ConfigError, StorageError
 from softprompt.server.start import serving_app
 from softprompt.server.state import migrations
 from softprompt.server.state.database import Database
-from softprompt.server.state.holding import held
+from softprompt.server.state.lock import exclusive
 
 _HOLD = """
 import pathlib, sys
 from softprompt.server.state.database import Database
-from softprompt.server.state.holding import held
+from softprompt.server.state.lock import exclusive
 folder = pathlib.Path(sys.argv[1])
-with held(folder, Database.in_folder(folder)):
+with exclusive(folder, Database.in_folder(folder)):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -56,13 +56,13 @@ def test_a_server_that_is_killed_lets_go(tmp_path: Path) -> None:
     assert process.stdin is not None
     assert process.stdout.readline() == b"held\n"
     database = Database.in_folder(tmp_path)
-    with pytest.raises(StorageError), held(tmp_path, database):
+    with pytest.raises(StorageError), exclusive(tmp_path, database):
         pass
     process.kill()
     process.wait(10)
     process.stdout.close()
     process.stdin.close()
-    with held(tmp_path, database):
+    with exclusive(tmp_path, database):
         pass
     database.close()
 

@@ -22,7 +22,7 @@ from softprompt.errors import DatabaseError, StorageError
 from softprompt.server.clients.keys import create_key, list_keys
 from softprompt.server.start import serving_app
 from softprompt.server.state.database import Database
-from softprompt.server.state.holding import held
+from softprompt.server.state.lock import exclusive
 
 PATIENCE_S = 1.5
 
@@ -70,7 +70,7 @@ def test_an_open_folder_that_holds_other_things_is_refused_and_left_as_it_is(tmp
     with pytest.raises(StorageError, match=r"mode 1777\) and holds other things; name a folder of its own"):
         Database.in_folder(shared)
     elsewhere = Database(f"sqlite:///{tmp_path / 'own.db'}")
-    with pytest.raises(StorageError, match="holds other things"), held(shared, elsewhere):
+    with pytest.raises(StorageError, match="holds other things"), exclusive(shared, elsewhere):
         pass
     elsewhere.close()
     assert mode_of(shared) == 0o1777 and [path.name for path in shared.iterdir()] == ["thesis.txt"]

@@ -135,7 +135,7 @@ def can_mount() -> bool:
 
 
 def _fork_when_told() -> None:
-    for name in ("server.start", "server.running.serving", "cli.console", "cli.serve", "embedded", "base", "storage"):
+    for name in ("server.start", "server.lifecycle", "cli.console", "cli.serve", "embedded", "base", "storage"):
         importlib.import_module(f"softprompt.{name}")
     importlib.import_module("transformers.models.llama.modeling_llama")
     print("ready", flush=True)

@@ -19,7 +19,7 @@ from softprompt.base import Base
 from softprompt.config import DataConfig, ServerConfig, TrainConfig
 from softprompt.data import split_rows
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.jobs.run import JobRun
 from softprompt.server.parts import part_of
 from softprompt.server.prompts.registry import PromptRegistry

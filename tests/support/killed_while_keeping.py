@@ -15,7 +15,7 @@ import torch
 
 from softprompt.base import Base
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.prompts.model import Alias, Target
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.prompts.repository import PromptRepository

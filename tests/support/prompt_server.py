@@ -21,8 +21,8 @@ from softprompt.engine import AsyncEngine, Engine, Finished, Tokens
 from softprompt.engine import Request as Generation
 from softprompt.prompt import SoftPrompt
 from softprompt.server.app import create_app
-from softprompt.server.clients import asking
-from softprompt.server.clients.client import Client
+from softprompt.server.clients import auth
+from softprompt.server.clients.keys import Client
 from softprompt.server.prompts.adapter_import import Hub
 from softprompt.server.prompts.library_watcher import LibraryWatcher
 from softprompt.server.prompts.model import Alias, Model
@@ -108,7 +108,7 @@ def prompt_server(
 
     config = ServerConfig(state=str(state))
     app = create_app((base, config, database, registry, watched, pins, Hub(base, **hub)), (router,), lifespan)
-    app.dependency_overrides[asking._client] = _told_client
+    app.dependency_overrides[auth.current_client] = _told_client
     app.post("/stream")(_streaming(registry, running))
     with served(app) as url:
         yield Room(url, registry, watched, engine, state)

@@ -18,13 +18,12 @@ from fastapi.responses import StreamingResponse
 
 from softprompt.config import ServerConfig
 from softprompt.server.app import create_app
+from softprompt.server.lifecycle import Lifecycle, Server, bind
+from softprompt.server.middleware import observe
 from softprompt.server.parts import part_of
-from softprompt.server.running.lifecycle import Lifecycle
-from softprompt.server.running.metrics import Metrics
-from softprompt.server.running.notes import TheNotes
-from softprompt.server.running.observing import observe
-from softprompt.server.running.serving import Server, bind
-from softprompt.server.running.tracing import Tracing
+from softprompt.server.telemetry.metrics import Metrics
+from softprompt.server.telemetry.request_log import CurrentRequestLog
+from softprompt.server.telemetry.tracing import Tracing
 
 
 @dataclass
@@ -73,7 +72,7 @@ def small_app(config: ServerConfig) -> FastAPI:
         return len(await request.body())
 
     @app.post("/v1/echo/{name}")
-    async def echo(name: str, notes: TheNotes, value: dict[str, Any] = Body()) -> dict[str, Any]:  # noqa: B008
+    async def echo(name: str, notes: CurrentRequestLog, value: dict[str, Any] = Body()) -> dict[str, Any]:  # noqa: B008
         notes.model, notes.num_prompt_tokens, notes.num_new_tokens = name, 3, 5
         return value
 

@@ -67,8 +67,7 @@ def create(name: str, admin: bool, as_json: bool, **flags: Any) -> None:
     Its holder sees its own prompts, files and jobs, and what is shared. Limits that are not given are the server's.
     """
     with _database(flags) as database:
-        from softprompt.server.clients.client import Limits
-        from softprompt.server.clients.keys import create_key
+        from softprompt.server.clients.keys import Limits, create_key
 
         limits = Limits(**{name: flags[name] for name in _LIMITS})
         key, secret = create_key(database, name, is_admin=admin, limits=limits)

@@ -69,9 +69,9 @@ def _require_packages() -> None:
 def _serve(base_config: BaseConfig, config: ServerConfig, engine_config: EngineConfig) -> None:
     """The port first: whether it can be had is known before the base is loaded, which may take minutes."""
     from softprompt.cli.console import load
-    from softprompt.server.running.logs import set_up_logging
-    from softprompt.server.running.serving import bind, run_server, url_of
+    from softprompt.server.lifecycle import bind, run_server, url_of
     from softprompt.server.start import serving_app
+    from softprompt.server.telemetry.request_log import set_up_logging
 
     with bind(config.host, config.port) as place:
         _check_keys(config)
@@ -92,7 +92,7 @@ def _spare_the_collector() -> None:
 
 def _check_keys(config: ServerConfig) -> None:
     """Before the base is loaded, too. Raises ConfigError where keys are asked for and nobody has one."""
-    from softprompt.server.clients.listening import check_listening
+    from softprompt.server.clients.auth import check_listening
     from softprompt.server.state.database import Database
 
     with closing(Database.of(config)) as database:
@@ -100,7 +100,7 @@ def _check_keys(config: ServerConfig) -> None:
 
 
 def _told(app: FastAPI, url: str) -> str:
-    from softprompt.server.clients.listening import asks_for_keys
+    from softprompt.server.clients.auth import asks_for_keys
     from softprompt.server.parts import part_of
     from softprompt.server.prompts.registry import PromptRegistry
 

@@ -16,9 +16,10 @@ from softprompt.compute_share import ComputeShare
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.engine import AsyncEngine, Engine
 from softprompt.server.app import create_app
-from softprompt.server.clients.guard import guard, keys_and_limits
-from softprompt.server.clients.listening import check_listening
+from softprompt.server.clients.auth import asks_for_keys, check_listening
+from softprompt.server.clients.keys import KeyCache
 from softprompt.server.clients.quotas import Quotas
+from softprompt.server.clients.rate_limits import RateLimiter
 from softprompt.server.inference.reading import Readers
 from softprompt.server.inference.routes import router as inference_router
 from softprompt.server.inference.token_text import TokenTexts
@@ -26,20 +27,19 @@ from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.files_routes import router as files_router
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.jobs.routes import router as jobs_router
+from softprompt.server.lifecycle import Lifecycle, end_revoked_requests
+from softprompt.server.middleware import observe
 from softprompt.server.prompts.adapter_import import Hub
 from softprompt.server.prompts.library_watcher import LibraryWatcher
 from softprompt.server.prompts.pins import Pins, serving_prompts
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.prompts.repository import PromptRepository
 from softprompt.server.prompts.routes import router as prompts_router
-from softprompt.server.running.figures import Figures
-from softprompt.server.running.lifecycle import Lifecycle, end_revoked_answers
-from softprompt.server.running.metrics import Metrics
-from softprompt.server.running.observing import observe
-from softprompt.server.running.routes import router as running_router
-from softprompt.server.running.tracing import Tracing
 from softprompt.server.state.database import Database
-from softprompt.server.state.holding import held
+from softprompt.server.state.lock import exclusive
+from softprompt.server.telemetry.metrics import Collectors, Metrics
+from softprompt.server.telemetry.routes import router as running_router
+from softprompt.server.telemetry.tracing import Tracing
 
 MOST_WAITING = 2_048  # answers, where nobody says otherwise: more are told to come back later
 ROUTERS: tuple[APIRouter, ...] = (running_router, files_router, jobs_router, prompts_router, inference_router)
@@ -61,17 +61,17 @@ def serving_app(
     quotas = Quotas.of(config, lambda owner: registry.amounts(owner) + files.amounts(owner))
     jobs = Jobs(base, config, database, registry, files, compute_share, metrics.trained, quotas)
     tracing = Tracing(config.traces)
-    ring, limiter, lifecycle = *keys_and_limits(config, database), Lifecycle()
-    figures = Figures(engine, database, lambda: Counter(model.source for model in registry.all_prompts()))
+    keys, limiter, lifecycle = KeyCache(database, asks=asks_for_keys(config)), RateLimiter.of(config), Lifecycle()
+    figures = Collectors(engine, database, lambda: Counter(model.source for model in registry.all_prompts()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with held(Path(config.state), database):
+        with exclusive(Path(config.state), database):
             files.clean()
             engine.start()
             await asyncio.to_thread(lambda: base.fingerprint)  # answers have it; made once, and not beside others
             try:
-                async with serving_prompts(registry, library, pins), _beside(end_revoked_answers(ring, lifecycle)):
+                async with serving_prompts(registry, library, pins), _beside(end_revoked_requests(keys, lifecycle)):
                     jobs.start()
                     yield
             finally:
@@ -82,10 +82,9 @@ def serving_app(
 
     parts = (
         base, config, TokenTexts(base), Readers(base), compute_share, engine, database, registry, library, pins,
-        Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, ring, limiter, quotas,
+        Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, keys, limiter, quotas,
     )  # fmt: skip
     app = create_app(parts, ROUTERS, lifespan)
-    guard(app)
     observe(app)  # the outermost layer, so it comes last
     return app
 

@@ -8,15 +8,17 @@ its hash, nor that of another key that resembles it.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 from sqlalchemy import func, select
 
 from softprompt.errors import ConfigError
-from softprompt.server.clients.client import Client, Limits
+from softprompt.server.errors import ApiError
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import KeyRow
 
@@ -109,3 +111,99 @@ def _check(name: str, limits: Limits) -> None:
     for what, value in asdict(limits).items():
         if value is not None and value < 1:
             raise ConfigError(f"{what} is {value}; it must be at least 1")
+
+
+OPERATOR = ""  # the owner of what belongs to the machine's operator: shared things, and all where no keys are asked for
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one key may ask for; None: as the server's settings say."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None  # generations that wait or run
+    max_jobs: int | None = None  # fine-tuning jobs that wait or run
+    max_prompts: int | None = None  # that are kept; and as many aliases
+    max_files: int | None = None
+    max_stored_bytes: int | None = None  # of files, and of prompts' vectors
+
+    def or_else(self, defaults: Limits) -> Limits:
+        """These, and the defaults where there is none."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(defaults, **given)
+
+
+@dataclass(frozen=True)
+class Client:
+    """One API key's holder. Its prompts, files and jobs carry `id` as their owner."""
+
+    id: str = OPERATOR
+    name: str = "local"
+    is_admin: bool = True  # where no keys are asked for, whoever reaches the server operates it
+    limits: Limits = field(default_factory=Limits)
+
+
+_FRESH_S = 1.0  # a new key is known, and a revoked one refused, after so long
+
+
+class KeyCache:
+    """All keys that are not revoked, by their hashes.
+
+    A wrong key is looked for among them and nowhere else: who guesses neither fills the memory nor asks the database.
+    """
+
+    def __init__(self, database: Database, *, asks: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        """`asks`: whether a key is needed at all."""
+        self.asks = asks
+        self._database = database
+        self._clock = clock
+        self._looking: asyncio.Future[None] | None = None
+        self._clients: Mapping[str, Client] = {}
+        self._version: tuple[object, ...] | None = None
+        self._read: float | None = None  # when, by the clock
+
+    async def client(self, secret: str | None) -> Client:
+        """Whose key it is; without keys, the operator. Raises ApiError 401 for a wrong or a missing one.
+
+        Nobody gets in while the database does not answer: DatabaseError, which is 503.
+        """
+        if not self.asks:
+            return Client()
+        if secret is None:
+            raise ApiError(
+                401, "this server asks for an API key; send it as Authorization: Bearer sp-...", "no_api_key"
+            )
+        await self._refresh()
+        found = self._clients.get(hash_of(secret))
+        if found is None:
+            raise ApiError(401, "the API key is wrong or revoked; ask the server's operator for one", "invalid_api_key")
+        return found
+
+    async def ids(self) -> set[str]:
+        """Of the clients whose keys are not revoked. Raises DatabaseError."""
+        await self._refresh()
+        return {client.id for client in self._clients.values()}
+
+    async def _refresh(self) -> None:
+        if self._is_fresh():
+            return
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(asyncio.to_thread(self._look))
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)  # one looks, and all who came meanwhile share what it finds, or its error
+
+    def _looked(self, looking: asyncio.Future[None]) -> None:
+        self._looking = None
+        if not looking.cancelled():
+            looking.exception()  # everybody who waited for it may have gone
+
+    def _is_fresh(self) -> bool:
+        return self._read is not None and self._clock() - self._read < _FRESH_S
+
+    def _look(self) -> None:
+        began = self._clock()
+        version = keys_version(self._database)
+        if version != self._version:
+            self._clients, self._version = clients_by_hash(self._database), version
+        self._read = began

@@ -15,7 +15,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from softprompt.config import ServerConfig
-from softprompt.server.clients.client import Client, Limits
+from softprompt.server.clients.keys import Client, Limits
 from softprompt.server.errors import ApiError
 from softprompt.server.parts import part_if_any
 
@@ -146,5 +146,5 @@ def _quotas(request: Request) -> Quotas:
     return part_if_any(request.app, Quotas) or Quotas(Limits(), lambda owner: Amounts())  # an app may have none
 
 
-TheQuotas = Annotated[Quotas, Depends(_quotas)]
+QuotasDep = Annotated[Quotas, Depends(_quotas)]
 """The app's quotas, for its routes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from softprompt.engine import Finished, Request, TextRead, Tokens
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.prompts.model import Model
 
 Endpoint = Literal["completions", "chat"]

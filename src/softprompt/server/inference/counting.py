@@ -7,8 +7,7 @@ from fastapi import Request
 from softprompt.engine import Finished, Tokens
 from softprompt.server.inference.call import Call, Told
 from softprompt.server.parts import part_if_any
-from softprompt.server.running.generations import End, Generation
-from softprompt.server.running.metrics import Metrics
+from softprompt.server.telemetry.metrics import End, GenerationMetrics, Metrics
 
 _NOT_ANSWERED: dict[str | None, End] = {"failed": "error", "refused": "error", "left": "abort"}
 
@@ -18,7 +17,9 @@ class Counting:
 
     def __init__(self, http: Request, call: Call) -> None:
         metrics = part_if_any(http.app, Metrics)
-        self._generation: Generation | None = None if metrics is None else metrics.generation_started(call.model.id)
+        self._generation: GenerationMetrics | None = (
+            None if metrics is None else metrics.generation_started(call.model.id)
+        )
         self._how: End = "stop"
         if metrics is not None and call.model.alias is not None:
             metrics.drawn(call.model.alias, call.model.id)

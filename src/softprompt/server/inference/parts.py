@@ -11,8 +11,8 @@ from softprompt.base import Base
 from softprompt.config import SamplingConfig, ServerConfig
 from softprompt.engine import AsyncEngine
 from softprompt.engine import Request as EngineRequest
-from softprompt.server.clients.asking import TheClient
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.auth import CurrentClient
+from softprompt.server.clients.keys import Client
 from softprompt.server.inference.call import Call, Endpoint
 from softprompt.server.inference.fields import GenerationBody
 from softprompt.server.inference.reading import Readers, Reading
@@ -23,7 +23,7 @@ from softprompt.server.inference.token_text import TokenTexts
 from softprompt.server.parts import part
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
-from softprompt.server.running.notes import Notes, TheNotes
+from softprompt.server.telemetry.request_log import CurrentRequestLog, RequestLog
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Parts:
 
     http: Request
     client: Client
-    notes: Notes
+    notes: RequestLog
     base: Base
     config: ServerConfig
     engine: AsyncEngine
@@ -93,8 +93,8 @@ class Parts:
 
 async def _parts(
     http: Request,
-    client: TheClient,
-    notes: TheNotes,
+    client: CurrentClient,
+    notes: CurrentRequestLog,
     base: Annotated[Base, part(Base)],
     config: Annotated[ServerConfig, part(ServerConfig)],
     engine: Annotated[AsyncEngine, part(AsyncEngine)],

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Response
 
 from softprompt.base import Base
-from softprompt.server.clients.asking import TheClient
+from softprompt.server.clients.auth import CurrentClient
 from softprompt.server.inference.answers import ChatCompletion, Completion
 from softprompt.server.inference.chat import chat
 from softprompt.server.inference.chat_body import ChatBody
@@ -35,7 +35,7 @@ def _answers(description: str) -> Responses:
 
 
 @router.get("/v1/models", summary="List models", tags=["models"])
-def list_models(client: TheClient, base: TheBase, registry: TheRegistry) -> ModelList:
+def list_models(client: CurrentClient, base: TheBase, registry: TheRegistry) -> ModelList:
     """The base and every soft prompt that the key may use, each with its record."""
     models = registry.models(client)
     return ModelList(data=[describe(model, base, registry.base.id) for model in models])
@@ -44,7 +44,7 @@ def list_models(client: TheClient, base: TheBase, registry: TheRegistry) -> Mode
 @router.get("/v1/models/{model:path}", summary="Retrieve a model", tags=["models"], responses=refusals(400, 404))
 def retrieve_model(
     model: Annotated[str, Path(description="Its name, `/` and `:` included.", examples=["quotes"])],
-    client: TheClient,
+    client: CurrentClient,
     base: TheBase,
     registry: TheRegistry,
 ) -> ModelObject:

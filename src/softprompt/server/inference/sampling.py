@@ -9,7 +9,7 @@ from typing import Any
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.fields import GenerationBody
 from softprompt.server.inference.refused import refuse

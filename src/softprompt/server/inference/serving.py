@@ -22,7 +22,7 @@ from softprompt.server.inference.call import Call, Told
 from softprompt.server.inference.counting import Counting
 from softprompt.server.inference.hanging_up import ClientLeftError, EventStream, unless_gone
 from softprompt.server.inference.shape import Json, Writer
-from softprompt.server.running.notes import Notes
+from softprompt.server.telemetry.request_log import RequestLog
 
 _log = logging.getLogger(__name__)
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -37,7 +37,7 @@ class Asked:
 
     http: Request
     engine: AsyncEngine
-    notes: Notes
+    notes: RequestLog
     is_stream: bool
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from softprompt.errors import StorageError, shortened
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.clients.quotas import Amounts
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files_form import Form

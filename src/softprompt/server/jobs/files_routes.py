@@ -12,8 +12,8 @@ from fastapi import Path as InPath
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from softprompt.server.clients.asking import TheClient
-from softprompt.server.clients.quotas import Amounts, TheQuotas
+from softprompt.server.clients.auth import CurrentClient
+from softprompt.server.clients.quotas import Amounts, QuotasDep
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import PURPOSE, Files, StoredFile
 from softprompt.server.jobs.files_form import receive_form
@@ -93,7 +93,7 @@ _CONTENT = {"description": "The file.", "content": {"application/jsonl": {
 
 @router.post("", summary="Upload a file", openapi_extra={"requestBody": _FORM},
              responses={200: _UPLOADED, **refusals(403, 408, 413, 507)})  # fmt: skip
-async def upload_file(request: Request, client: TheClient, files: TheFiles, quotas: TheQuotas) -> FileObject:
+async def upload_file(request: Request, client: CurrentClient, files: TheFiles, quotas: QuotasDep) -> FileObject:
     """Takes a file of rows. They are checked line by line; a refusal names the first broken lines."""
     file_id, kind = files.new_id(), request.headers.get("content-type", "")
     place = files.arriving(file_id)
@@ -109,7 +109,7 @@ async def upload_file(request: Request, client: TheClient, files: TheFiles, quot
 
 @router.get("", summary="List files", responses=refusals(404))
 def list_files(
-    client: TheClient,
+    client: CurrentClient,
     files: TheFiles,
     purpose: Annotated[str | None, Query(description="Only files with this purpose.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="Files of a page.")] = 10_000,
@@ -124,13 +124,13 @@ def list_files(
 
 
 @router.get("/{file_id}", summary="Retrieve a file", responses=refusals(404))
-def retrieve_file(file_id: FileId, client: TheClient, files: TheFiles) -> FileObject:
+def retrieve_file(file_id: FileId, client: CurrentClient, files: TheFiles) -> FileObject:
     """What is known of a file."""
     return _object(files.get(file_id, client))
 
 
 @router.delete("/{file_id}", summary="Delete a file", responses=refusals(404, 409))
-def delete_file(file_id: FileId, client: TheClient, files: TheFiles) -> FileDeleted:
+def delete_file(file_id: FileId, client: CurrentClient, files: TheFiles) -> FileDeleted:
     """Deletes a file, unless a job that waits, runs or is paused needs it."""
     files.delete(file_id, client)
     return FileDeleted(id=file_id)
@@ -138,7 +138,7 @@ def delete_file(file_id: FileId, client: TheClient, files: TheFiles) -> FileDele
 
 @router.get("/{file_id}/content", summary="Retrieve a file's content", response_class=StreamingResponse,
             responses={200: _CONTENT, **refusals(404)})  # fmt: skip
-def retrieve_file_content(file_id: FileId, client: TheClient, files: TheFiles) -> StreamingResponse:
+def retrieve_file_content(file_id: FileId, client: CurrentClient, files: TheFiles) -> StreamingResponse:
     """The bytes that were uploaded."""
     stored = files.get(file_id, client)
     try:

@@ -22,7 +22,7 @@ from softprompt.compute_share import ComputeShare
 from softprompt.config import ServerConfig, TrainConfig
 from softprompt.errors import shortened
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.clients.quotas import Amounts, Quotas
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile

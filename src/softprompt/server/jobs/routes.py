@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request
 
 from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE
-from softprompt.server.clients.asking import TheClient
+from softprompt.server.clients.auth import CurrentClient
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.jobs.schemas import (
     JOB_ID,
@@ -41,13 +41,15 @@ _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
 @router.post("", summary="Create a job", responses=refusals(403, 404, 408, 413))
-def create_job(asked: CreateJob, jobs: TheJobs, client: TheClient) -> FineTuningJob:
+def create_job(asked: CreateJob, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """Train a soft prompt on an uploaded file; it is served under `fine_tuned_model` as soon as the job succeeds."""
     return _job(jobs.create(asked, client))
 
 
 @router.get("", summary="List jobs", responses=refusals(404))
-def list_jobs(request: Request, jobs: TheJobs, client: TheClient, after: After = None, limit: Limit = 20) -> JobList:
+def list_jobs(
+    request: Request, jobs: TheJobs, client: CurrentClient, after: After = None, limit: Limit = 20
+) -> JobList:
     """Your jobs, the latest first; `metadata[key]=value` leaves those that have it, `metadata=null` those without."""
     given = request.query_params.multi_items()
     wanted = {match[1]: value for name, value in given if (match := _METADATA.fullmatch(name))}
@@ -57,32 +59,32 @@ def list_jobs(request: Request, jobs: TheJobs, client: TheClient, after: After =
 
 
 @router.get("/{fine_tuning_job_id}", summary="Retrieve a job", responses=refusals(404))
-def retrieve_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: TheClient) -> FineTuningJob:
+def retrieve_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """One job as it stands."""
     return _job(jobs.get(fine_tuning_job_id, client))
 
 
 @router.post("/{fine_tuning_job_id}/cancel", summary="Cancel a job", responses=refusals(404))
-def cancel_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: TheClient) -> FineTuningJob:
+def cancel_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """End a job for good."""
     return _job(jobs.cancel(fine_tuning_job_id, client))
 
 
 @router.post("/{fine_tuning_job_id}/pause", summary="Pause a job", responses=refusals(404))
-def pause_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: TheClient) -> FineTuningJob:
+def pause_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """Let a job rest; its state is kept."""
     return _job(jobs.pause(fine_tuning_job_id, client))
 
 
 @router.post("/{fine_tuning_job_id}/resume", summary="Resume a job", responses=refusals(404))
-def resume_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: TheClient) -> FineTuningJob:
+def resume_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """Go on with a paused job. It becomes the same prompt as without the pause, to the bit."""
     return _job(jobs.resume(fine_tuning_job_id, client))
 
 
 @router.get("/{fine_tuning_job_id}/events", summary="List a job's events", responses=refusals(404))
 def list_job_events(
-    fine_tuning_job_id: JobId, jobs: TheJobs, client: TheClient, after: After = None, limit: Limit = 20
+    fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient, after: After = None, limit: Limit = 20
 ) -> EventList:
     """A job's events, the latest first."""
     rows, has_more = jobs.events(fine_tuning_job_id, client, after, limit)
@@ -91,7 +93,7 @@ def list_job_events(
 
 @router.get("/{fine_tuning_job_id}/checkpoints", summary="List a job's checkpoints", responses=refusals(404))
 def list_job_checkpoints(
-    fine_tuning_job_id: JobId, jobs: TheJobs, client: TheClient, after: After = None, limit: Limit = 10
+    fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient, after: After = None, limit: Limit = 10
 ) -> CheckpointList:
     """The prompts on the way that are kept, each a model of its own; the latest first."""
     known = [_checkpoint(fine_tuning_job_id, each) for each in jobs.checkpoints(fine_tuning_job_id, client)]

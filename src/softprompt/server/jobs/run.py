@@ -24,7 +24,7 @@ from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
 from softprompt.runs import Recorder, RunFolder, SessionStopped, TrainingSession, TrainingTask
 from softprompt.runs.run_folder import CHECKPOINTS_NAME
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import TAKEN, JobEventLog, JobRecords, add_results

@@ -17,7 +17,7 @@ from watchfiles import awatch
 
 from softprompt.base import Base
 from softprompt.errors import SoftpromptError, StorageError
-from softprompt.server.clients.client import OPERATOR, Client
+from softprompt.server.clients.keys import OPERATOR, Client
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.adapter_import import read_folder
 from softprompt.server.prompts.model import LIBRARY, Model

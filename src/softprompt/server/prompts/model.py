@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from softprompt.base import Base
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.client import OPERATOR
+from softprompt.server.clients.keys import OPERATOR
 
 BASE_ALIAS = "base"  # always means the bare base
 LIBRARY = "library"  # the source of what lies in the operator's folder

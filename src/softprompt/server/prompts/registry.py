@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from softprompt.errors import shortened
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.client import Client
+from softprompt.server.clients.keys import Client
 from softprompt.server.clients.quotas import Amounts
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.model import BASE_ALIAS, LIBRARY, Alias, Model, by_share

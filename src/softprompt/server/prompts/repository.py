@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from softprompt.base import Base
 from softprompt.errors import SoftpromptError, StorageError
-from softprompt.server.clients.client import OPERATOR
+from softprompt.server.clients.keys import OPERATOR
 from softprompt.server.prompts.adapter_import import read_folder
 from softprompt.server.prompts.model import LIBRARY, Alias, Model, Target
 from softprompt.server.state.database import Database

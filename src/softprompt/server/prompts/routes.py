@@ -15,9 +15,9 @@ from pydantic import TypeAdapter
 from softprompt.base import Base
 from softprompt.config import ServerConfig
 from softprompt.prompt import SoftPrompt
-from softprompt.server.clients.asking import TheAdmin, TheClient
-from softprompt.server.clients.client import Client
-from softprompt.server.clients.quotas import Amounts, Quotas, TheQuotas
+from softprompt.server.clients.auth import CurrentAdmin, CurrentClient
+from softprompt.server.clients.keys import Client
+from softprompt.server.clients.quotas import Amounts, Quotas, QuotasDep
 from softprompt.server.errors import ApiError
 from softprompt.server.malformed import sayable
 from softprompt.server.parts import part
@@ -80,7 +80,7 @@ _BODY = {
 
 @router.get("/v1/prompts", summary="List prompts")
 async def list_prompts(
-    client: TheClient,
+    client: CurrentClient,
     registry: TheRegistry,
     library: TheLibrary,
     after: Annotated[str, Query(max_length=256, description="The last `id` of the page before.")] = "",
@@ -106,7 +106,7 @@ def _problem_out(name: str, problem: str) -> ProblemOut:
 
 
 @router.get("/v1/prompts/{name:path}", summary="Retrieve a prompt", responses=refusals(404))
-async def retrieve_prompt(name: PromptName, client: TheClient, registry: TheRegistry) -> PromptOut:
+async def retrieve_prompt(name: PromptName, client: CurrentClient, registry: TheRegistry) -> PromptOut:
     """One prompt with the whole record of its training."""
     model = _found(name, client, registry)
     return _shown(model, client, registry.alias_names(client), with_run=True)
@@ -114,8 +114,8 @@ async def retrieve_prompt(name: PromptName, client: TheClient, registry: TheRegi
 
 @router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=refusals(403, 408, 409, 413))
 async def add_prompt(
-    request: Request, client: TheClient, registry: TheRegistry, pins: ThePins, hub: TheHub, base: TheBase,
-    config: TheConfig, quotas: TheQuotas,
+    request: Request, client: CurrentClient, registry: TheRegistry, pins: ThePins, hub: TheHub, base: TheBase,
+    config: TheConfig, quotas: QuotasDep,
 ) -> PromptOut:  # fmt: skip
     """Serve an adapter from now on: uploaded files (never a pickle), a repository on the Hub, or, for admins, a folder.
 
@@ -144,7 +144,7 @@ async def add_prompt(
 
 @router.post("/v1/prompts/{name}/load", summary="Load a prompt of the library again", responses=refusals(403, 404))
 async def load_prompt(
-    name: LibraryName, client: TheAdmin, registry: TheRegistry, library: TheLibrary, pins: ThePins
+    name: LibraryName, client: CurrentAdmin, registry: TheRegistry, library: TheLibrary, pins: ThePins
 ) -> PromptOut:
     """Serve a prompt of the library that was deleted, or look at its folder now. For admins."""
     model = await asyncio.to_thread(library.load, name)
@@ -155,7 +155,7 @@ async def load_prompt(
 @router.patch("/v1/prompts/{name:path}", summary="Rename, pin or share a prompt",
               responses=refusals(403, 404, 408, 409, 413))  # fmt: skip
 async def change_prompt(
-    name: PromptName, change: Change, client: TheClient, registry: TheRegistry, pins: ThePins
+    name: PromptName, change: Change, client: CurrentClient, registry: TheRegistry, pins: ThePins
 ) -> PromptOut:
     """What is left out stays. A pinned prompt's keys and values stay in memory: no request waits for them again."""
     model = _changeable(name, client, registry)
@@ -172,7 +172,7 @@ async def change_prompt(
 
 
 @router.delete("/v1/prompts/{name:path}", summary="Delete a prompt", responses=refusals(403, 404))
-async def delete_prompt(name: PromptName, client: TheClient, registry: TheRegistry, pins: ThePins) -> Deleted:
+async def delete_prompt(name: PromptName, client: CurrentClient, registry: TheRegistry, pins: ThePins) -> Deleted:
     """Your prompt is deleted, with its file. One of the library is only unloaded (for admins): its folder stays, and it
     stays unloaded, also after a restart, until it is loaded again with `POST /v1/prompts/{name}/load`."""
     await _delete(name, client, registry, pins)
@@ -181,14 +181,14 @@ async def delete_prompt(name: PromptName, client: TheClient, registry: TheRegist
 
 @router.delete("/v1/models/{model:path}", summary="Delete a model", tags=["models"],
                responses=refusals(403, 404))  # fmt: skip
-async def delete_model(model: PromptName, client: TheClient, registry: TheRegistry, pins: ThePins) -> Deleted:
+async def delete_model(model: PromptName, client: CurrentClient, registry: TheRegistry, pins: ThePins) -> Deleted:
     """The same as deleting a prompt, as OpenAI has it for fine-tuned models."""
     await _delete(model, client, registry, pins)
     return Deleted(id=model, object="model")
 
 
 @_aliases.get("/v1/aliases", summary="List aliases")
-async def list_aliases(client: TheClient, registry: TheRegistry) -> AliasList:
+async def list_aliases(client: CurrentClient, registry: TheRegistry) -> AliasList:
     """Your aliases, and those that everybody may use."""
     found = sorted(registry.aliases(client), key=lambda alias: alias.name)
     return AliasList(data=[alias_out(each, client.id) for each in found])
@@ -196,7 +196,7 @@ async def list_aliases(client: TheClient, registry: TheRegistry) -> AliasList:
 
 @_aliases.put("/v1/aliases/{alias}", summary="Set an alias", responses=refusals(403, 404, 408, 409, 413))
 async def set_alias(
-    alias: AliasName, wanted: AliasIn, client: TheClient, registry: TheRegistry, quotas: TheQuotas
+    alias: AliasName, wanted: AliasIn, client: CurrentClient, registry: TheRegistry, quotas: QuotasDep
 ) -> AliasOut:
     """Make a name mean a prompt, or several by share, from the next request on; running requests end as they began.
 
@@ -212,7 +212,7 @@ async def set_alias(
 
 
 @_aliases.delete("/v1/aliases/{alias}", summary="Delete an alias", responses=refusals(404))
-async def delete_alias(alias: AliasName, client: TheClient, registry: TheRegistry) -> Deleted:
+async def delete_alias(alias: AliasName, client: CurrentClient, registry: TheRegistry) -> Deleted:
     """Your alias is none any more; what it pointed to stays."""
     await asyncio.to_thread(registry.remove_alias, alias, client.id)
     return Deleted(id=alias, object="alias")

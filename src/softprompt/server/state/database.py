@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
+import logging
 import math
 import os
-from collections.abc import Iterator
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from softprompt.config import ServerConfig
-from softprompt.errors import DatabaseError, DataError
-from softprompt.server.state.folder import DATABASE, make_private
-from softprompt.server.state.migrate import migrate
-from softprompt.server.state.transactions import Transactions
-from softprompt.server.state.urls import database_url
+from softprompt.errors import ConfigError, DatabaseError, DataError, MissingDependencyError, StorageError
+from softprompt.server.state.migrations import migrate
 
 _DISK_FULL = "53100"  # PostgreSQL's word for it
 _PATIENCE_S = 10.0  # for another's transaction or lock, and for a connection
@@ -170,3 +172,126 @@ def _set_up_sqlite(patience_s: float, connection: Any, record: object) -> None: 
 def _begin_sqlite(connection: Connection) -> None:
     """With the right to write from the beginning: one that reads first and then writes could be refused midway."""
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+DATABASE, LOCK = "softprompt.db", "server.lock"
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_OF_A_NEW_DISK = "lost+found"
+
+_log = logging.getLogger(__name__)
+
+
+def make_private(folder: Path) -> None:
+    """Make the folder with mode 0700, or take the rights of others from one that exists.
+
+    Raises StorageError where it cannot be made or closed, or where it holds other things, which others may need.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = stat.S_IMODE(folder.stat().st_mode)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"cannot make the state folder {folder}: {reason}; choose another") from error
+    if mode & _OTHERS:
+        _close(folder, mode)
+
+
+def _close(folder: Path, mode: int) -> None:
+    found = f"the state folder {folder} is open to other users (mode {mode:04o})"
+    try:
+        if not _is_own(folder):
+            raise StorageError(f"{found} and holds other things; name a folder of its own, or run chmod 700 on it")
+        folder.chmod(mode & ~_OTHERS)
+    except PermissionError as error:
+        raise StorageError(f"{found}, and only its owner can close it; name a folder inside it") from error
+    _log.warning("%s; it is closed to them now", found)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether it is a state folder already, or empty."""
+    names = {path.name for path in folder.iterdir()}
+    return bool(names & {DATABASE, LOCK}) or names <= {_OF_A_NEW_DISK}
+
+
+_POSTGRESQL = "postgresql+psycopg"
+_DRIVERS = {
+    "sqlite": "sqlite",
+    "postgres": _POSTGRESQL,
+    "postgresql": _POSTGRESQL,
+    _POSTGRESQL: _POSTGRESQL,
+}
+
+
+def database_url(text: str) -> URL:
+    """The URL with the driver that we use. Raises ConfigError for one that is not SQLite's or PostgreSQL's."""
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError) as error:  # not shown: there may be a password in it
+        raise ConfigError(f"the database's URL cannot be read; {_EXAMPLES}") from error
+    if url.drivername not in _DRIVERS:
+        raise ConfigError(f"the database's URL begins with {url.drivername}://, which is not served; {_EXAMPLES}")
+    if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ConfigError("sqlite:// without a file keeps nothing; give sqlite:///FILE, four slashes for /FILE")
+    if url.drivername != "sqlite" and importlib.util.find_spec("psycopg") is None:
+        raise MissingDependencyError("PostgreSQL needs psycopg; pip install 'softprompt[postgresql]'")
+    return url.set(drivername=_DRIVERS[url.drivername])
+
+
+_EXAMPLES = "give sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
+
+
+_STUCK_S = 1.0  # a transaction that has waited so long for the file's lock: nobody joins it
+
+
+class Transactions:
+    """Any thread may use it."""
+
+    def __init__(self, name: str, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`name`: the database's, for messages. `patience_s`: how long a transaction waits for others of ours."""
+        self._name = name
+        self._patience_s = patience_s
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._is_running = False
+        self._waiting_since: float | None = None  # the running one, for the file's lock
+        self._num_failures = 0
+
+    @contextmanager
+    def one(self) -> Iterator[Callable[[], None]]:
+        """While one transaction runs; gives what to call when it has the file's lock.
+
+        Raises DatabaseError where it cannot run soon.
+        """
+        self._enter()
+        try:
+            yield self._begun
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._changed:
+            self._check_not_stuck()
+            failures, ends = self._num_failures, self._clock() + self._patience_s
+            while self._is_running:
+                is_over = not self._changed.wait(max(0.0, ends - self._clock())) and self._is_running
+                if is_over or self._num_failures != failures:
+                    raise self._locked()
+            self._is_running, self._waiting_since = True, self._clock()
+
+    def _begun(self) -> None:
+        with self._changed:
+            self._waiting_since = None
+
+    def _leave(self) -> None:
+        with self._changed:
+            if self._waiting_since is not None:  # it never began
+                self._num_failures += 1
+            self._is_running, self._waiting_since = False, None
+            self._changed.notify_all()
+
+    def _check_not_stuck(self) -> None:
+        if self._waiting_since is not None and self._clock() - self._waiting_since > _STUCK_S:
+            raise self._locked()
+
+    def _locked(self) -> DatabaseError:
+        return DatabaseError(f"the database {self._name} is locked; another process or transaction holds it for long")

@@ -1,23 +1,26 @@
-"""How much each client may ask for: requests and tokens per minute, answers and jobs at once."""
+"""How much each client may ask for: requests and tokens per minute, answers and jobs at once.
+
+What is left of it stands in the head of every answer, streams and errors included.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from softprompt.config import ServerConfig
-from softprompt.server.clients.buckets import Bucket
-from softprompt.server.clients.client import Client, Limits
+from softprompt.server.clients.keys import Client, Limits
 from softprompt.server.errors import ApiError
 
 _MAX_IDLE = 1_000  # clients that are remembered though they have all of their limits at hand
 _BUSY_S = 1.0  # when to try again where nobody knows when an answer ends
 
 
-class Limiter:
+class RateLimiter:
     """The limits of all clients: a key's own where it has some, else the server's. Any thread may use it."""
 
     def __init__(self, defaults: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,7 +30,7 @@ class Limiter:
         self._uses: dict[str, _Use] = {}  # by client
 
     @classmethod
-    def of(cls, config: ServerConfig) -> Limiter:
+    def of(cls, config: ServerConfig) -> RateLimiter:
         """By the server's settings."""
         return cls(Limits(requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute,
                           max_concurrent=config.max_concurrent, max_jobs=config.max_jobs))  # fmt: skip
@@ -135,3 +138,65 @@ def _require_room(num_running: int, wanted: int, most: int) -> None:
     if num_running + wanted > most:
         raise ApiError(429, f"{num_running} answers of this key wait or run, and it may have {most} at once; try again "
                             "when some have ended", "rate_limit_exceeded", retry_after_s=_BUSY_S)  # fmt: skip
+
+
+_ROUNDING = 1e-9  # of a bucket: who waited as long as was said is not told to wait for a sum's last bit
+
+
+class Bucket:
+    """Filled evenly, `per_minute` in 60 s, and never above that. What is taken may leave it in debt."""
+
+    def __init__(self, per_minute: float, now: float) -> None:
+        self.per_minute = per_minute
+        self._level = per_minute
+        self._time = now  # seconds, of the level
+
+    def level(self, now: float) -> float:
+        """What is in it; negative in debt. A clock that went back changes nothing."""
+        passed = max(0.0, now - self._time)
+        return min(self.per_minute, self._level + passed * self.per_minute / 60)
+
+    def take(self, amount: float, now: float) -> None:
+        """Take so much, whether it is there or not."""
+        self._level = self.level(now) - amount
+        self._time = max(self._time, now)
+
+    def wait_s(self, wanted: float, now: float) -> float:
+        """Seconds until `wanted` (at most `per_minute`) will be in it; 0 where it is."""
+        missing = wanted - self.level(now)
+        return missing * 60 / self.per_minute if missing > _ROUNDING * self.per_minute else 0.0
+
+
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+_KEY = "softprompt.rate_headers"  # in a request's scope
+
+
+def count_request(scope: MutableMapping[str, Any], limiter: RateLimiter, client: Client) -> None:  # Any: as ASGI has it
+    """Count a request, and note its headers for RateHeaders. Raises ApiError 429."""
+    try:
+        limiter.request(client)
+    finally:
+        scope.get(_KEY, {}).update(limiter.headers(client))
+
+
+class RateHeaders:
+    """ASGI middleware that writes the headers which count_request has noted."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        noted: dict[str, str] = {}
+
+        async def send_with_headers(message: Any) -> None:
+            if noted and message["type"] == "http.response.start":
+                lines = ((name.encode(), value.encode()) for name, value in noted.items())
+                message = {**message, "headers": [*message.get("headers", ()), *lines]}
+            await send(message)
+
+        scope[_KEY] = noted  # not in a copy: the layers outside of this one read the route from the same scope
+        await self._app(scope, receive, send_with_headers)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from softprompt.errors import MissingDependencyError
-from softprompt.server.running.notes import Notes, Scope, client_of, route_of
+from softprompt.server.clients.auth import client_of
+from softprompt.server.telemetry.request_log import RequestLog, Scope, route_of
 
 
 class HasStatus(Protocol):
@@ -26,7 +27,7 @@ class Tracing:
         self._tracer: Any = None if self._provider is None else self._provider.get_tracer("softprompt")
 
     @contextmanager
-    def span(self, scope: Scope, notes: Notes, answer: HasStatus) -> Iterator[None]:
+    def span(self, scope: Scope, notes: RequestLog, answer: HasStatus) -> Iterator[None]:
         """Around one request; a child of the client's own span where it names one (W3C traceparent)."""
         if self._tracer is None:
             yield
@@ -71,7 +72,7 @@ def _parent(scope: Scope) -> Any:  # Any: an optional package's
     return TraceContextTextMapPropagator().extract(carrier)
 
 
-def _attributes(scope: Scope, notes: Notes, status: int) -> dict[str, str | int]:
+def _attributes(scope: Scope, notes: RequestLog, status: int) -> dict[str, str | int]:
     """OpenTelemetry's names where it has them."""
     found: dict[str, str | int | None] = {
         "http.request.method": notes.method,

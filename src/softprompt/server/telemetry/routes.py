@@ -18,21 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from softprompt.engine import AsyncEngine
 from softprompt.errors import DatabaseError
-from softprompt.server.clients.asking import TheAdmin
+from softprompt.server.clients.auth import CurrentAdmin
+from softprompt.server.lifecycle import Lifecycle
 from softprompt.server.parts import part, part_if_any
 from softprompt.server.refusals import Responses, refusals
-from softprompt.server.running.figures import Figures
-from softprompt.server.running.lifecycle import Lifecycle
-from softprompt.server.running.metrics import Metrics
 from softprompt.server.state.database import Database
+from softprompt.server.telemetry.metrics import Collectors, Metrics
 
 router = APIRouter(tags=["running"])
 _log = logging.getLogger(__name__)
 
 TheEngine = Annotated[AsyncEngine, part(AsyncEngine)]
-TheLifecycle = Annotated[Lifecycle, part(Lifecycle)]
-TheMetrics = Annotated[Metrics, part(Metrics)]
-TheFigures = Annotated[Figures, part(Figures)]
+LifecycleDep = Annotated[Lifecycle, part(Lifecycle)]
+MetricsDep = Annotated[Metrics, part(Metrics)]
+CollectorsDep = Annotated[Collectors, part(Collectors)]
 
 
 class Status(BaseModel):
@@ -91,7 +90,7 @@ async def health(engine: TheEngine) -> JSONResponse:
 
 
 @router.get("/ready", summary="Does the server take requests?", responses=_STATUS)
-async def ready(request: Request, engine: TheEngine, lifecycle: TheLifecycle) -> JSONResponse:
+async def ready(request: Request, engine: TheEngine, lifecycle: LifecycleDep) -> JSONResponse:
     """503 also while the server is being stopped and answers what it has begun, and where its database's file is
     another than when it started."""
     stopping = "the server is being stopped" if lifecycle.is_draining else None
@@ -99,9 +98,9 @@ async def ready(request: Request, engine: TheEngine, lifecycle: TheLifecycle) ->
     return _status(stopping or stopped or _lost_database(part_if_any(request.app, Database)))
 
 
-@router.get("/metrics", summary="Figures for Prometheus", response_class=Response,
+@router.get("/metrics", summary="Collectors for Prometheus", response_class=Response,
             responses={200: _TEXT, **refusals(401, 403, 429)})  # fmt: skip
-async def metrics(admin: TheAdmin, metrics: TheMetrics, figures: TheFigures) -> Response:
+async def metrics(admin: CurrentAdmin, metrics: MetricsDep, figures: CollectorsDep) -> Response:
     """vLLM's names with `softprompt:` before them, and those of prompts, jobs and HTTP."""
     text = await asyncio.to_thread(_text, metrics.registry, await figures.look())
     return Response(text, media_type=CONTENT_TYPE_LATEST)

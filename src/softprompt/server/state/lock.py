@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from softprompt.errors import StorageError
-from softprompt.server.state.database import Database
-from softprompt.server.state.folder import LOCK, make_private
+from softprompt.server.state.database import LOCK, Database, make_private
 
 _NUMBER = 7_364_928_115_340_022  # the same of a database on PostgreSQL
 
 
 @contextlib.contextmanager
-def held(folder: Path, database: Database) -> Iterator[None]:
+def exclusive(folder: Path, database: Database) -> Iterator[None]:
     """A state folder and its database as this server's own. Raises StorageError where another server has one of them.
 
     Commands that only read and write rows (softprompt keys) need not hold them.
