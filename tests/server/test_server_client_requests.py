@@ -17,9 +17,9 @@ from softprompt.base import Base
 from softprompt.config import TrainConfig
 from softprompt.data import rows_from_records
 from softprompt.prompt import SoftPrompt
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.tool_turns import conversation_ids
-from softprompt.server.parts import part_of
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.storage import save_prompt
@@ -252,7 +252,7 @@ def test_the_fingerprint_is_of_base_and_prompt(place, base, prompts):
     assert len({fingerprint(model) for model in ("base", "ends", "other")}) == 3
     chat = {"messages": [{"role": "user", "content": "w3"}]}
     assert fingerprint("ends", "/v1/chat/completions", **chat) == fingerprint("ends")
-    part_of(place.app, PromptRegistry).publish(Model(id="again", prompt=prompts["ends"]))
+    dependency_of(place.app, PromptRegistry).publish(Model(id="again", prompt=prompts["ends"]))
     assert fingerprint("again") == fingerprint("ends")
 
 

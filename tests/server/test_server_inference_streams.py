@@ -13,12 +13,12 @@ from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.base import Base, load_base
 from softprompt.prompt import SoftPrompt
+from softprompt.server.error_schemas import ErrorBody
 from softprompt.server.inference.answers import ChatCompletion, Completion
 from softprompt.server.inference.chat_body import ChatBody
 from softprompt.server.inference.completion_body import CompletionBody
 from softprompt.server.inference.listing import ModelObject
 from softprompt.server.inference.offsets import offsets
-from softprompt.server.refusals import ErrorBody
 
 MULTI_BYTE = "wörld: 你好, 🙂👩‍🚀 – ça va?"
 

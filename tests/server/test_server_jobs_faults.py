@@ -35,9 +35,9 @@ from softprompt.data.messages import Message
 from softprompt.errors import DatabaseError, MemoryLimitError, StorageError
 from softprompt.runs import Recorder, TrainingSession
 from softprompt.server.clients.keys import Client
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.records import JobRecords
-from softprompt.server.parts import part_of
 from softprompt.storage import load_prompt
 
 pytestmark = pytest.mark.medium
@@ -164,7 +164,7 @@ def test_a_chat_template_that_cannot_be_used_fails_the_job_in_words(
 def test_rows_that_were_changed_behind_our_back_fail_with_their_number(server: tuple[OpenAI, FastAPI]) -> None:
     client, app = server
     file = upload(client, plain_rows(), "mine.jsonl")
-    place = part_of(app, Files).get(file, Client()).path
+    place = dependency_of(app, Files).get(file, Client()).path
     lines = place.read_text().splitlines()
     lines[6] = json.dumps({"text": 7})
     place.write_text("\n".join(lines))

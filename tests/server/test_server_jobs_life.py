@@ -36,9 +36,9 @@ from support.slow_truth import plain_nats
 from softprompt.base import Base
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import Client
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
-from softprompt.server.parts import part_of
 from softprompt.server.prompts.registry import PromptRegistry
 
 pytestmark = pytest.mark.medium
@@ -312,7 +312,7 @@ def test_a_job_that_diverges_fails_and_the_next_one_trains(server: tuple[OpenAI,
 def test_a_job_is_its_owners_alone(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, app = server
     done = wait_for_success(client, create_job(client, file).id)
-    jobs, other = part_of(app, Jobs), Client(id="other", is_admin=False)
+    jobs, other = dependency_of(app, Jobs), Client(id="other", is_admin=False)
     with pytest.raises(ApiError) as refused:
         jobs.get(done.id, other)
     with pytest.raises(ApiError) as unknown:
@@ -324,7 +324,7 @@ def test_a_job_is_its_owners_alone(server: tuple[OpenAI, FastAPI], file: str) ->
             change(done.id, other)
     for name in (str(done.fine_tuned_model), f"{done.fine_tuned_model}:ckpt-step-6"):
         with pytest.raises(ApiError, match="there is no model"):
-            part_of(app, PromptRegistry).resolve(name, other)
+            dependency_of(app, PromptRegistry).resolve(name, other)
 
 
 def test_a_suffix_with_spaces_is_written_with_hyphens(server: tuple[OpenAI, FastAPI]) -> None:

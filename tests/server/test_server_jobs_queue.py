@@ -32,12 +32,12 @@ from softprompt.base import Base
 from softprompt.config import ServerConfig
 from softprompt.runs import RunFolder, TrainingSession
 from softprompt.server.clients.keys import Client, Limits
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.jobs.records import JobRecords, NewEvent
 from softprompt.server.jobs.run import JobRun
 from softprompt.server.jobs.schemas import CreateJob
-from softprompt.server.parts import part_of
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobRow
 from softprompt.training import Event, SliceDone, StepDone, Trial
@@ -158,7 +158,7 @@ def test_a_client_has_so_many_jobs_and_no_more(server: tuple[OpenAI, FastAPI], f
         client.fine_tuning.jobs.cancel(job.id)
     asked = CreateJob(model="base", training_file=file)
     with pytest.raises(ApiError, match="0 of your fine-tuning jobs wait or run, and 0 may"):
-        part_of(app, Jobs).create(asked, Client(limits=Limits(max_jobs=0)))
+        dependency_of(app, Jobs).create(asked, Client(limits=Limits(max_jobs=0)))
 
 
 def test_jobs_are_listed_by_pages_and_by_metadata(server: tuple[OpenAI, FastAPI], file: str) -> None:
@@ -278,7 +278,7 @@ def test_a_stop_signal_is_obeyed_within_a_slice_where_training_yields_to_the_eng
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     wait_for_success(client, create_job(client, file, {**SETTINGS, "max_steps": 1}).id)
     monkeypatch.undo()
-    saved, _ = RunFolder(Path(part_of(app, ServerConfig).state) / "jobs" / job.id).load_latest()
+    saved, _ = RunFolder(Path(dependency_of(app, ServerConfig).state) / "jobs" / job.id).load_latest()
     assert saved is not None and saved.state["step"] == 4
     client.fine_tuning.jobs.resume(job.id)
     done = wait_for_success(client, job.id)
@@ -291,7 +291,7 @@ def test_a_paused_job_that_is_cancelled_leaves_no_state(server: tuple[OpenAI, Fa
     job = create_job(client, file, LONG)
     wait_until(lambda: steps_done(client, job.id) > 2)
     client.fine_tuning.jobs.pause(job.id)
-    folder = Path(part_of(app, ServerConfig).state) / "jobs" / job.id / "checkpoints"
+    folder = Path(dependency_of(app, ServerConfig).state) / "jobs" / job.id / "checkpoints"
     wait_until(lambda: any(folder.glob("step-*")))
     client.fine_tuning.jobs.cancel(job.id)
     wait_until(lambda: not folder.exists())

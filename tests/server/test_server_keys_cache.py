@@ -15,7 +15,7 @@ from support.tiny_bases import build_base, random_ids, random_prompt
 from softprompt.config import ServerConfig
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import create_key
-from softprompt.server.parts import part_of
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
@@ -50,7 +50,7 @@ def asking(state: Path, *names: str, **config: Any) -> Iterator[Asking]:
     database.close()
     base = build_base()
     app = serving_app(base, ServerConfig(state=str(state), require_keys=bool(names), **config))
-    part_of(app, PromptRegistry).publish(Model(id="p", prompt=SoftPrompt(random_prompt(base, NUM_VIRTUAL))))
+    dependency_of(app, PromptRegistry).publish(Model(id="p", prompt=SoftPrompt(random_prompt(base, NUM_VIRTUAL))))
     with place_of(app) as place:
         yield Asking(place, secrets)
 

@@ -16,7 +16,7 @@ from support.served import served
 from softprompt.errors import DataError, truncated
 from softprompt.server.app import create_app
 from softprompt.server.errors import ApiError
-from softprompt.server.malformed import malformed
+from softprompt.server.validation_errors import validation_error
 
 JSON = {"content-type": "application/json"}
 DEEP = "[" * 100_000
@@ -127,7 +127,9 @@ def test_another_path_or_method_is_told_in_the_envelope_too(http: httpx2.Client)
 
 
 def test_half_a_character_in_a_place_or_a_reason(tmp_path: Path) -> None:
-    told = malformed([{"type": "x", "loc": ("body", "\udc00" * 99), "msg": "Input should be \ud800", "input": None}])
+    told = validation_error(
+        [{"type": "x", "loc": ("body", "\udc00" * 99), "msg": "Input should be \ud800", "input": None}]
+    )
     told.message.encode()
     assert told.message.endswith("is null; it must be \\ud800")
     assert (told.param or "").encode()

@@ -16,8 +16,8 @@ from support.tiny_bases import random_prompt
 from softprompt.engine import AsyncEngine
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import create_key
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.lifecycle import Lifecycle
-from softprompt.server.parts import part_of
 from softprompt.server.state.database import Database
 from softprompt.server.telemetry.metrics import BoundedNames, Metrics
 
@@ -198,7 +198,7 @@ def test_two_servers_count_apart(place, tiny_llama, tmp_path):
 def test_health_and_ready(tiny_llama, tmp_path):
     with serving(tiny_llama, {}, tmp_path / "state") as place:
         assert place.http.get("/health").json() == place.http.get("/ready").json() == {"status": "ok"}
-        part_of(place.app, Lifecycle).begin_to_drain()
+        dependency_of(place.app, Lifecycle).begin_to_drain()
         answer = place.http.get("/ready")
         assert (answer.status_code, answer.json()) == (503, {"status": "the server is being stopped"})
         assert place.http.get("/health").status_code == 200
@@ -208,7 +208,7 @@ def test_health_and_ready(tiny_llama, tmp_path):
 
 def test_an_engine_that_has_stopped(tiny_llama, tmp_path):
     with serving(tiny_llama, {}, tmp_path / "state") as place:
-        asyncio.run(part_of(place.app, AsyncEngine).close())
+        asyncio.run(dependency_of(place.app, AsyncEngine).close())
         for path in ("/health", "/ready"):
             answer = place.http.get(path)
             assert (answer.status_code, answer.json()) == (503, {"status": "the engine has stopped"})

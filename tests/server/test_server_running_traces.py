@@ -15,7 +15,7 @@ from support.running_server import running, small_app
 
 from softprompt.config import ServerConfig
 from softprompt.errors import MissingDependencyError
-from softprompt.server.parts import part_of
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.telemetry.tracing import Tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -55,7 +55,7 @@ def test_a_span_per_request_reaches_the_collector():
             server.ask("POST", "/v1/echo/coach", b'{"secret": "text"}', headers)
             server.ask("GET", "/v1/broken", headers={"x-request-id": "mine"})
             server.ask("GET", "/health")
-        asyncio.run(part_of(app, Tracing).close())
+        asyncio.run(dependency_of(app, Tracing).close())
         spans = _spans(bodies)
         assert not any(b"secret" in body for body in bodies)
     assert sorted(spans) == ["GET /v1/broken", "POST /v1/echo/{name}"]
@@ -81,7 +81,7 @@ def test_a_parent_that_is_none_is_ignored(parent):
         with running(config, app) as server:
             sent = {"traceparent": parent.encode("latin-1")}
             assert server.ask("POST", "/v1/length", b"x", sent).status == 200
-        asyncio.run(part_of(app, Tracing).close())
+        asyncio.run(dependency_of(app, Tracing).close())
         (span,) = _spans(bodies).values()
     assert span.parent_span_id == b""
 

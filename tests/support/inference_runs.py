@@ -19,7 +19,7 @@ from softprompt.base import Base
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.engine import AsyncEngine, EngineStats
 from softprompt.prompt import SoftPrompt
-from softprompt.server.parts import part_of
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
@@ -44,7 +44,7 @@ class Place:
         return self.http.post(path, content=content, headers={"content-type": "application/json"})
 
     def stats(self) -> EngineStats:
-        return asyncio.run(part_of(self.app, AsyncEngine).stats())
+        return asyncio.run(dependency_of(self.app, AsyncEngine).stats())
 
     def until_idle(self, seconds: float = 5.0) -> float:
         """Seconds until nobody runs or waits in the engine."""
@@ -67,7 +67,7 @@ def serving(
 ) -> Iterator[Place]:
     app = serving_app(base, ServerConfig(state=str(state), **config), engine_config)
     for name, prompt in prompts.items():
-        part_of(app, PromptRegistry).publish(Model(id=name, prompt=prompt))
+        dependency_of(app, PromptRegistry).publish(Model(id=name, prompt=prompt))
     with place_of(app) as place:
         yield place
 

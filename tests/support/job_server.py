@@ -20,8 +20,8 @@ from softprompt.config import DataConfig, ServerConfig, TrainConfig
 from softprompt.data import split_rows
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import Client
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.jobs.run import JobRun
-from softprompt.server.parts import part_of
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
 from softprompt.training import Event, StepDone, train
@@ -113,7 +113,7 @@ def hold_training(monkeypatch: pytest.MonkeyPatch, *steps: int) -> list[int]:
 
 
 def served_prompt(app: FastAPI, name: str) -> SoftPrompt:
-    prompt = part_of(app, PromptRegistry).resolve(name, Client()).prompt
+    prompt = dependency_of(app, PromptRegistry).resolve(name, Client()).prompt
     assert prompt is not None
     return prompt
 

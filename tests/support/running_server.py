@@ -18,9 +18,9 @@ from fastapi.responses import StreamingResponse
 
 from softprompt.config import ServerConfig
 from softprompt.server.app import create_app
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.lifecycle import Lifecycle, Server, bind
 from softprompt.server.middleware import observe
-from softprompt.server.parts import part_of
 from softprompt.server.telemetry.metrics import Metrics
 from softprompt.server.telemetry.request_log import CurrentRequestLog
 from softprompt.server.telemetry.tracing import Tracing
@@ -42,8 +42,8 @@ class Running:
 
     def __init__(self, app: FastAPI, server: Server, port: int) -> None:
         self.app, self.server, self.port = app, server, port
-        self.lifecycle = part_of(app, Lifecycle)
-        self.metrics = part_of(app, Metrics)
+        self.lifecycle = dependency_of(app, Lifecycle)
+        self.metrics = dependency_of(app, Metrics)
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:

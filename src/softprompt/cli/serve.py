@@ -101,11 +101,11 @@ def _check_keys(config: ServerConfig) -> None:
 
 def _told(app: FastAPI, url: str) -> str:
     from softprompt.server.clients.auth import asks_for_keys
-    from softprompt.server.parts import part_of
+    from softprompt.server.dependencies import dependency_of
     from softprompt.server.prompts.registry import PromptRegistry
 
-    registry = part_of(app, PromptRegistry)
+    registry = dependency_of(app, PromptRegistry)
     num_prompts = sum(1 for _ in registry.all_prompts())
-    keys = "API keys are asked for" if asks_for_keys(part_of(app, ServerConfig)) else "no API key is asked for"
+    keys = "API keys are asked for" if asks_for_keys(dependency_of(app, ServerConfig)) else "no API key is asked for"
     prompts = f"{num_prompts} prompt{'' if num_prompts == 1 else 's'}"
     return f"{url}/v1 serves {registry.base.id} and {prompts}; {keys}; Ctrl-C stops it"

@@ -16,10 +16,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from softprompt.errors import DatabaseError, SoftpromptError, truncated
+from softprompt.server.dependencies import set_dependencies
+from softprompt.server.error_schemas import DEFAULT_ERROR
 from softprompt.server.errors import ApiError
-from softprompt.server.malformed import malformed, sayable
-from softprompt.server.parts import give_parts
-from softprompt.server.refusals import ANY_OTHER
+from softprompt.server.validation_errors import encodable, validation_error
 
 _log = logging.getLogger(__name__)
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
@@ -50,11 +50,11 @@ def create_app(
     app = FastAPI(
         title="softprompt", summary="OpenAI's API over one frozen base and its soft prompts.", description=_DESCRIPTION,
         version=version("softprompt"), license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        openapi_tags=_TAGS, responses=ANY_OTHER, generate_unique_id_function=lambda route: route.name,
+        openapi_tags=_TAGS, responses=DEFAULT_ERROR, generate_unique_id_function=lambda route: route.name,
         docs_url=None, redoc_url=None,  # they load scripts of others, who could then ask in this origin's name
         lifespan=lifespan,
     )  # fmt: skip
-    give_parts(app, parts)
+    set_dependencies(app, parts)
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(ApiError, _tell_api_error)
@@ -66,7 +66,9 @@ def create_app(
 
 
 def _answer(error: ApiError) -> JSONResponse:
-    error = replace(error, message=sayable(error.message), param=None if error.param is None else sayable(error.param))
+    error = replace(
+        error, message=encodable(error.message), param=None if error.param is None else encodable(error.param)
+    )
     headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -89,7 +91,7 @@ async def _tell_own_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _tell_malformed(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _answer(malformed(error.errors()))
+    return _answer(validation_error(error.errors()))
 
 
 async def _tell_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -21,8 +21,8 @@ from softprompt.errors import ConfigError, SoftpromptError
 from softprompt.server.clients.auth import client_of
 from softprompt.server.clients.keys import KeyCache
 from softprompt.server.connections import connection_class
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
-from softprompt.server.parts import part_of
 
 _TICK_S = 0.05
 _LOOK_S = 0.5  # between two looks for revoked keys; what the key ring knows is up to a second old besides
@@ -156,7 +156,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._drain_s = config.drain_s
         self._on_ready = on_ready
-        self._lifecycle = part_of(app, Lifecycle)
+        self._lifecycle = dependency_of(app, Lifecycle)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         with self.capture_signals():

@@ -22,9 +22,9 @@ from softprompt.config import ServerConfig
 from softprompt.errors import shortened
 from softprompt.server.clients.auth import asks_for_keys, client_of, is_loopback
 from softprompt.server.clients.rate_limits import RateHeaders
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
 from softprompt.server.lifecycle import Lifecycle, stopping
-from softprompt.server.parts import part_of
 from softprompt.server.telemetry.metrics import Metrics
 from softprompt.server.telemetry.request_log import RequestLog, Scope, header_of, request_id, route_of
 from softprompt.server.telemetry.tracing import Tracing
@@ -38,14 +38,14 @@ _MOST_TEXT = 16 * 2**10  # bytes of a body that go into the log, where texts do
 
 def observe(app: FastAPI) -> None:
     """Put this layer, and below it the limits of bodies, around an app that has the parts they need."""
-    config = part_of(app, ServerConfig)
+    config = dependency_of(app, ServerConfig)
     app.add_middleware(RateHeaders)
     if not asks_for_keys(config):
         app.add_middleware(OriginCheck)
     app.add_middleware(BodyLimits, config=config)
     app.add_middleware(
-        RequestMiddleware, config=config, lifecycle=part_of(app, Lifecycle), metrics=part_of(app, Metrics),
-        tracing=part_of(app, Tracing),
+        RequestMiddleware, config=config, lifecycle=dependency_of(app, Lifecycle), metrics=dependency_of(app, Metrics),
+        tracing=dependency_of(app, Tracing),
     )  # fmt: skip
 
 

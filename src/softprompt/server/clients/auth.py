@@ -13,8 +13,8 @@ from softprompt.config import ServerConfig
 from softprompt.errors import ConfigError
 from softprompt.server.clients.keys import Client, KeyCache, has_keys
 from softprompt.server.clients.rate_limits import RateLimiter, count_request
+from softprompt.server.dependencies import dependency_if_any
 from softprompt.server.errors import ApiError
-from softprompt.server.parts import part_if_any
 from softprompt.server.state.database import Database
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key, sp-...; where the server asks for one.")
@@ -23,10 +23,10 @@ _BEARER = HTTPBearer(auto_error=False, description="An API key, sp-...; where th
 async def current_client(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 ) -> Client:
-    ring = part_if_any(request.app, KeyCache)  # without one no keys are asked for
+    ring = dependency_if_any(request.app, KeyCache)  # without one no keys are asked for
     client = Client() if ring is None else await ring.client(credentials.credentials if credentials else None)
     request.state.client = client  # the log and the traces name it
-    limiter = part_if_any(request.app, RateLimiter)
+    limiter = dependency_if_any(request.app, RateLimiter)
     if limiter is not None:
         count_request(request.scope, limiter, client)
     return client

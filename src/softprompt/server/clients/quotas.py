@@ -16,8 +16,8 @@ from fastapi import Depends, Request
 
 from softprompt.config import ServerConfig
 from softprompt.server.clients.keys import Client, Limits
+from softprompt.server.dependencies import dependency_if_any
 from softprompt.server.errors import ApiError
-from softprompt.server.parts import part_if_any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ def _check(limits: Limits, used: Amounts, wanted: Amounts) -> None:
 
 
 def _quotas(request: Request) -> Quotas:
-    return part_if_any(request.app, Quotas) or Quotas(Limits(), lambda owner: Amounts())  # an app may have none
+    return dependency_if_any(request.app, Quotas) or Quotas(Limits(), lambda owner: Amounts())  # an app may have none
 
 
 QuotasDep = Annotated[Quotas, Depends(_quotas)]

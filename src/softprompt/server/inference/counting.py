@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import Request
 
 from softprompt.engine import Finished, Tokens
+from softprompt.server.dependencies import dependency_if_any
 from softprompt.server.inference.call import Call, Told
-from softprompt.server.parts import part_if_any
 from softprompt.server.telemetry.metrics import End, GenerationMetrics, Metrics
 
 _NOT_ANSWERED: dict[str | None, End] = {"failed": "error", "refused": "error", "left": "abort"}
@@ -16,7 +16,7 @@ class Counting:
     """Of one call. An app without metrics counts nothing."""
 
     def __init__(self, http: Request, call: Call) -> None:
-        metrics = part_if_any(http.app, Metrics)
+        metrics = dependency_if_any(http.app, Metrics)
         self._generation: GenerationMetrics | None = (
             None if metrics is None else metrics.generation_started(call.model.id)
         )

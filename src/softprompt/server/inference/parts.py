@@ -13,6 +13,7 @@ from softprompt.engine import AsyncEngine
 from softprompt.engine import Request as EngineRequest
 from softprompt.server.clients.auth import CurrentClient
 from softprompt.server.clients.keys import Client
+from softprompt.server.dependencies import dependency
 from softprompt.server.inference.call import Call, Endpoint
 from softprompt.server.inference.fields import GenerationBody
 from softprompt.server.inference.reading import Readers, Reading
@@ -20,7 +21,6 @@ from softprompt.server.inference.sampling import check_body
 from softprompt.server.inference.serving import Asked
 from softprompt.server.inference.shape import Shape, Writer
 from softprompt.server.inference.token_text import TokenTexts
-from softprompt.server.parts import part
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.telemetry.request_log import CurrentRequestLog, RequestLog
@@ -95,12 +95,12 @@ async def _parts(
     http: Request,
     client: CurrentClient,
     notes: CurrentRequestLog,
-    base: Annotated[Base, part(Base)],
-    config: Annotated[ServerConfig, part(ServerConfig)],
-    engine: Annotated[AsyncEngine, part(AsyncEngine)],
-    registry: Annotated[PromptRegistry, part(PromptRegistry)],
-    texts: Annotated[TokenTexts, part(TokenTexts)],
-    readers: Annotated[Readers, part(Readers)],
+    base: Annotated[Base, dependency(Base)],
+    config: Annotated[ServerConfig, dependency(ServerConfig)],
+    engine: Annotated[AsyncEngine, dependency(AsyncEngine)],
+    registry: Annotated[PromptRegistry, dependency(PromptRegistry)],
+    texts: Annotated[TokenTexts, dependency(TokenTexts)],
+    readers: Annotated[Readers, dependency(Readers)],
 ) -> Parts:
     return Parts(http, client, notes, base, config, engine, registry, texts, readers)
 

@@ -8,6 +8,8 @@ from fastapi import APIRouter, Path, Response
 
 from softprompt.base import Base
 from softprompt.server.clients.auth import CurrentClient
+from softprompt.server.dependencies import dependency
+from softprompt.server.error_schemas import Responses, error_responses
 from softprompt.server.inference.answers import ChatCompletion, Completion
 from softprompt.server.inference.chat import chat
 from softprompt.server.inference.chat_body import ChatBody
@@ -15,18 +17,16 @@ from softprompt.server.inference.completion_body import CompletionBody
 from softprompt.server.inference.completions import complete
 from softprompt.server.inference.listing import ModelList, ModelObject, describe
 from softprompt.server.inference.parts import TheParts
-from softprompt.server.parts import part
 from softprompt.server.prompts.registry import PromptRegistry
-from softprompt.server.refusals import Responses, refusals
 
-router = APIRouter(responses=refusals(401, 429))
+router = APIRouter(responses=error_responses(401, 429))
 
-TheBase = Annotated[Base, part(Base)]
-TheRegistry = Annotated[PromptRegistry, part(PromptRegistry)]
+TheBase = Annotated[Base, dependency(Base)]
+TheRegistry = Annotated[PromptRegistry, dependency(PromptRegistry)]
 
 _EVENTS = {"text/event-stream": {"schema": {"type": "string"},
                                  "example": 'data: {"id":"...","choices":[...]}\n\ndata: [DONE]\n\n'}}  # fmt: skip
-_REFUSALS = refusals(400, 403, 408, 413, 503, told={404: "No such model; the message has the nearest names.",
+_REFUSALS = error_responses(400, 403, 408, 413, 503, meanings={404: "No such model; the message has the nearest names.",
                                                     500: "The answer could not be generated."})  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def list_models(client: CurrentClient, base: TheBase, registry: TheRegistry) -> 
     return ModelList(data=[describe(model, base, registry.base.id) for model in models])
 
 
-@router.get("/v1/models/{model:path}", summary="Retrieve a model", tags=["models"], responses=refusals(400, 404))
+@router.get("/v1/models/{model:path}", summary="Retrieve a model", tags=["models"], responses=error_responses(400, 404))
 def retrieve_model(
     model: Annotated[str, Path(description="Its name, `/` and `:` included.", examples=["quotes"])],
     client: CurrentClient,

@@ -14,15 +14,15 @@ from pydantic import BaseModel, Field
 
 from softprompt.server.clients.auth import CurrentClient
 from softprompt.server.clients.quotas import Amounts, QuotasDep
+from softprompt.server.dependencies import dependency
+from softprompt.server.error_schemas import error_responses
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import PURPOSE, Files, StoredFile
 from softprompt.server.jobs.files_form import receive_form
-from softprompt.server.parts import part
-from softprompt.server.refusals import refusals
 
-router = APIRouter(prefix="/v1/files", tags=["files"], responses=refusals(400, 401, 429, 503))
+router = APIRouter(prefix="/v1/files", tags=["files"], responses=error_responses(400, 401, 429, 503))
 
-TheFiles = Annotated[Files, part(Files)]
+TheFiles = Annotated[Files, dependency(Files)]
 
 _PIECE_BYTES = 2**16
 _ID = "file-6b1f0c9a7d3e48f2a5b8c1d4e7f0a3b6"
@@ -92,7 +92,7 @@ _CONTENT = {"description": "The file.", "content": {"application/jsonl": {
 
 
 @router.post("", summary="Upload a file", openapi_extra={"requestBody": _FORM},
-             responses={200: _UPLOADED, **refusals(403, 408, 413, 507)})  # fmt: skip
+             responses={200: _UPLOADED, **error_responses(403, 408, 413, 507)})  # fmt: skip
 async def upload_file(request: Request, client: CurrentClient, files: TheFiles, quotas: QuotasDep) -> FileObject:
     """Takes a file of rows. They are checked line by line; a refusal names the first broken lines."""
     file_id, kind = files.new_id(), request.headers.get("content-type", "")
@@ -107,7 +107,7 @@ async def upload_file(request: Request, client: CurrentClient, files: TheFiles, 
     return _object(stored)
 
 
-@router.get("", summary="List files", responses=refusals(404))
+@router.get("", summary="List files", responses=error_responses(404))
 def list_files(
     client: CurrentClient,
     files: TheFiles,
@@ -123,13 +123,13 @@ def list_files(
     return FileList(data=data, first_id=first, last_id=last, has_more=has_more)
 
 
-@router.get("/{file_id}", summary="Retrieve a file", responses=refusals(404))
+@router.get("/{file_id}", summary="Retrieve a file", responses=error_responses(404))
 def retrieve_file(file_id: FileId, client: CurrentClient, files: TheFiles) -> FileObject:
     """What is known of a file."""
     return _object(files.get(file_id, client))
 
 
-@router.delete("/{file_id}", summary="Delete a file", responses=refusals(404, 409))
+@router.delete("/{file_id}", summary="Delete a file", responses=error_responses(404, 409))
 def delete_file(file_id: FileId, client: CurrentClient, files: TheFiles) -> FileDeleted:
     """Deletes a file, unless a job that waits, runs or is paused needs it."""
     files.delete(file_id, client)
@@ -137,7 +137,7 @@ def delete_file(file_id: FileId, client: CurrentClient, files: TheFiles) -> File
 
 
 @router.get("/{file_id}/content", summary="Retrieve a file's content", response_class=StreamingResponse,
-            responses={200: _CONTENT, **refusals(404)})  # fmt: skip
+            responses={200: _CONTENT, **error_responses(404)})  # fmt: skip
 def retrieve_file_content(file_id: FileId, client: CurrentClient, files: TheFiles) -> StreamingResponse:
     """The bytes that were uploaded."""
     stored = files.get(file_id, client)

@@ -9,6 +9,8 @@ from fastapi import APIRouter, Path, Query, Request
 
 from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE
 from softprompt.server.clients.auth import CurrentClient
+from softprompt.server.dependencies import dependency
+from softprompt.server.error_schemas import error_responses
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.jobs.schemas import (
     JOB_ID,
@@ -24,13 +26,11 @@ from softprompt.server.jobs.schemas import (
     Method,
     SupervisedMethod,
 )
-from softprompt.server.parts import part
-from softprompt.server.refusals import refusals
 from softprompt.server.state.schema import JobEventRow, JobRow
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], responses=refusals(400, 401, 429, 503))
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], responses=error_responses(400, 401, 429, 503))
 
-TheJobs = Annotated[Jobs, part(Jobs)]
+TheJobs = Annotated[Jobs, dependency(Jobs)]
 JobId = Annotated[str, Path(description="The job's id.", examples=[JOB_ID])]
 Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page.")]
 After = Annotated[str | None, Query(max_length=256, description="The last id of the page before.")]
@@ -40,13 +40,13 @@ _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 # Not `async`: the database is asked in a thread, and the event loop goes on.
 
 
-@router.post("", summary="Create a job", responses=refusals(403, 404, 408, 413))
+@router.post("", summary="Create a job", responses=error_responses(403, 404, 408, 413))
 def create_job(asked: CreateJob, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """Train a soft prompt on an uploaded file; it is served under `fine_tuned_model` as soon as the job succeeds."""
     return _job(jobs.create(asked, client))
 
 
-@router.get("", summary="List jobs", responses=refusals(404))
+@router.get("", summary="List jobs", responses=error_responses(404))
 def list_jobs(
     request: Request, jobs: TheJobs, client: CurrentClient, after: After = None, limit: Limit = 20
 ) -> JobList:
@@ -58,31 +58,31 @@ def list_jobs(
     return JobList(data=[_job(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{fine_tuning_job_id}", summary="Retrieve a job", responses=refusals(404))
+@router.get("/{fine_tuning_job_id}", summary="Retrieve a job", responses=error_responses(404))
 def retrieve_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """One job as it stands."""
     return _job(jobs.get(fine_tuning_job_id, client))
 
 
-@router.post("/{fine_tuning_job_id}/cancel", summary="Cancel a job", responses=refusals(404))
+@router.post("/{fine_tuning_job_id}/cancel", summary="Cancel a job", responses=error_responses(404))
 def cancel_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """End a job for good."""
     return _job(jobs.cancel(fine_tuning_job_id, client))
 
 
-@router.post("/{fine_tuning_job_id}/pause", summary="Pause a job", responses=refusals(404))
+@router.post("/{fine_tuning_job_id}/pause", summary="Pause a job", responses=error_responses(404))
 def pause_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """Let a job rest; its state is kept."""
     return _job(jobs.pause(fine_tuning_job_id, client))
 
 
-@router.post("/{fine_tuning_job_id}/resume", summary="Resume a job", responses=refusals(404))
+@router.post("/{fine_tuning_job_id}/resume", summary="Resume a job", responses=error_responses(404))
 def resume_job(fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient) -> FineTuningJob:
     """Go on with a paused job. It becomes the same prompt as without the pause, to the bit."""
     return _job(jobs.resume(fine_tuning_job_id, client))
 
 
-@router.get("/{fine_tuning_job_id}/events", summary="List a job's events", responses=refusals(404))
+@router.get("/{fine_tuning_job_id}/events", summary="List a job's events", responses=error_responses(404))
 def list_job_events(
     fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient, after: After = None, limit: Limit = 20
 ) -> EventList:
@@ -91,7 +91,7 @@ def list_job_events(
     return EventList(data=[_event(row) for row in rows], has_more=has_more)
 
 
-@router.get("/{fine_tuning_job_id}/checkpoints", summary="List a job's checkpoints", responses=refusals(404))
+@router.get("/{fine_tuning_job_id}/checkpoints", summary="List a job's checkpoints", responses=error_responses(404))
 def list_job_checkpoints(
     fine_tuning_job_id: JobId, jobs: TheJobs, client: CurrentClient, after: After = None, limit: Limit = 10
 ) -> CheckpointList:

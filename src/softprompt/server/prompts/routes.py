@@ -18,9 +18,9 @@ from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.auth import CurrentAdmin, CurrentClient
 from softprompt.server.clients.keys import Client
 from softprompt.server.clients.quotas import Amounts, Quotas, QuotasDep
+from softprompt.server.dependencies import dependency
+from softprompt.server.error_schemas import error_responses
 from softprompt.server.errors import ApiError
-from softprompt.server.malformed import sayable
-from softprompt.server.parts import part
 from softprompt.server.prompts.adapter_import import Hub, read_folder, read_upload, upload_limits
 from softprompt.server.prompts.library_watcher import LibraryWatcher
 from softprompt.server.prompts.model import LIBRARY, Alias, Model, Target
@@ -41,23 +41,23 @@ from softprompt.server.prompts.schemas import (
     prompt_out,
 )
 from softprompt.server.prompts.upload import checked, is_form, read_form, read_json
-from softprompt.server.refusals import refusals
+from softprompt.server.validation_errors import encodable
 from softprompt.storage.library import NAME
 
-router = APIRouter(tags=["prompts"], responses=refusals(400, 401, 429, 503))
+router = APIRouter(tags=["prompts"], responses=error_responses(400, 401, 429, 503))
 _aliases = APIRouter(tags=["aliases"])
 _Kept = TypeVar("_Kept")
-TheRegistry = Annotated[PromptRegistry, part(PromptRegistry)]
-TheLibrary = Annotated[LibraryWatcher, part(LibraryWatcher)]
-ThePins = Annotated[Pins, part(Pins)]
-TheHub = Annotated[Hub, part(Hub)]
-TheBase = Annotated[Base, part(Base)]
+TheRegistry = Annotated[PromptRegistry, dependency(PromptRegistry)]
+TheLibrary = Annotated[LibraryWatcher, dependency(LibraryWatcher)]
+ThePins = Annotated[Pins, dependency(Pins)]
+TheHub = Annotated[Hub, dependency(Hub)]
+TheBase = Annotated[Base, dependency(Base)]
 LibraryName = Annotated[
     str, InPath(pattern=f"^{NAME.pattern}$", description="Its folder's name.", examples=["coach-v3"])
 ]
 AliasName = Annotated[str, InPath(pattern=f"^{NAME.pattern}$", description="The other name.", examples=["coach"])]
 PromptName = Annotated[str, InPath(description="Its name, `:` included.", examples=["coach-v3"])]
-TheConfig = Annotated[ServerConfig, part(ServerConfig)]
+TheConfig = Annotated[ServerConfig, dependency(ServerConfig)]
 
 _PROMPT_IN = TypeAdapter(PromptIn)
 _FORM: dict[str, Any] = FromUpload.model_json_schema()
@@ -102,17 +102,17 @@ async def list_prompts(
 
 def _problem_out(name: str, problem: str) -> ProblemOut:
     """A folder's name may be bytes that are no text."""
-    return ProblemOut(name=sayable(name), problem=sayable(problem))
+    return ProblemOut(name=encodable(name), problem=encodable(problem))
 
 
-@router.get("/v1/prompts/{name:path}", summary="Retrieve a prompt", responses=refusals(404))
+@router.get("/v1/prompts/{name:path}", summary="Retrieve a prompt", responses=error_responses(404))
 async def retrieve_prompt(name: PromptName, client: CurrentClient, registry: TheRegistry) -> PromptOut:
     """One prompt with the whole record of its training."""
     model = _found(name, client, registry)
     return _shown(model, client, registry.alias_names(client), with_run=True)
 
 
-@router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=refusals(403, 408, 409, 413))
+@router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=error_responses(403, 408, 409, 413))
 async def add_prompt(
     request: Request, client: CurrentClient, registry: TheRegistry, pins: ThePins, hub: TheHub, base: TheBase,
     config: TheConfig, quotas: QuotasDep,
@@ -142,7 +142,9 @@ async def add_prompt(
     return _shown(model, client, registry.alias_names(client), with_run=True)
 
 
-@router.post("/v1/prompts/{name}/load", summary="Load a prompt of the library again", responses=refusals(403, 404))
+@router.post(
+    "/v1/prompts/{name}/load", summary="Load a prompt of the library again", responses=error_responses(403, 404)
+)
 async def load_prompt(
     name: LibraryName, client: CurrentAdmin, registry: TheRegistry, library: TheLibrary, pins: ThePins
 ) -> PromptOut:
@@ -153,7 +155,7 @@ async def load_prompt(
 
 
 @router.patch("/v1/prompts/{name:path}", summary="Rename, pin or share a prompt",
-              responses=refusals(403, 404, 408, 409, 413))  # fmt: skip
+              responses=error_responses(403, 404, 408, 409, 413))  # fmt: skip
 async def change_prompt(
     name: PromptName, change: Change, client: CurrentClient, registry: TheRegistry, pins: ThePins
 ) -> PromptOut:
@@ -171,7 +173,7 @@ async def change_prompt(
     return _shown(changed, client, registry.alias_names(client), with_run=True)
 
 
-@router.delete("/v1/prompts/{name:path}", summary="Delete a prompt", responses=refusals(403, 404))
+@router.delete("/v1/prompts/{name:path}", summary="Delete a prompt", responses=error_responses(403, 404))
 async def delete_prompt(name: PromptName, client: CurrentClient, registry: TheRegistry, pins: ThePins) -> Deleted:
     """Your prompt is deleted, with its file. One of the library is only unloaded (for admins): its folder stays, and it
     stays unloaded, also after a restart, until it is loaded again with `POST /v1/prompts/{name}/load`."""
@@ -180,7 +182,7 @@ async def delete_prompt(name: PromptName, client: CurrentClient, registry: TheRe
 
 
 @router.delete("/v1/models/{model:path}", summary="Delete a model", tags=["models"],
-               responses=refusals(403, 404))  # fmt: skip
+               responses=error_responses(403, 404))  # fmt: skip
 async def delete_model(model: PromptName, client: CurrentClient, registry: TheRegistry, pins: ThePins) -> Deleted:
     """The same as deleting a prompt, as OpenAI has it for fine-tuned models."""
     await _delete(model, client, registry, pins)
@@ -194,7 +196,7 @@ async def list_aliases(client: CurrentClient, registry: TheRegistry) -> AliasLis
     return AliasList(data=[alias_out(each, client.id) for each in found])
 
 
-@_aliases.put("/v1/aliases/{alias}", summary="Set an alias", responses=refusals(403, 404, 408, 409, 413))
+@_aliases.put("/v1/aliases/{alias}", summary="Set an alias", responses=error_responses(403, 404, 408, 409, 413))
 async def set_alias(
     alias: AliasName, wanted: AliasIn, client: CurrentClient, registry: TheRegistry, quotas: QuotasDep
 ) -> AliasOut:
@@ -211,7 +213,7 @@ async def set_alias(
     return alias_out(made, client.id)
 
 
-@_aliases.delete("/v1/aliases/{alias}", summary="Delete an alias", responses=refusals(404))
+@_aliases.delete("/v1/aliases/{alias}", summary="Delete an alias", responses=error_responses(404))
 async def delete_alias(alias: AliasName, client: CurrentClient, registry: TheRegistry) -> Deleted:
     """Your alias is none any more; what it pointed to stays."""
     await asyncio.to_thread(registry.remove_alias, alias, client.id)

@@ -19,19 +19,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from softprompt.engine import AsyncEngine
 from softprompt.errors import DatabaseError
 from softprompt.server.clients.auth import CurrentAdmin
+from softprompt.server.dependencies import dependency, dependency_if_any
+from softprompt.server.error_schemas import Responses, error_responses
 from softprompt.server.lifecycle import Lifecycle
-from softprompt.server.parts import part, part_if_any
-from softprompt.server.refusals import Responses, refusals
 from softprompt.server.state.database import Database
 from softprompt.server.telemetry.metrics import Collectors, Metrics
 
 router = APIRouter(tags=["running"])
 _log = logging.getLogger(__name__)
 
-TheEngine = Annotated[AsyncEngine, part(AsyncEngine)]
-LifecycleDep = Annotated[Lifecycle, part(Lifecycle)]
-MetricsDep = Annotated[Metrics, part(Metrics)]
-CollectorsDep = Annotated[Collectors, part(Collectors)]
+TheEngine = Annotated[AsyncEngine, dependency(AsyncEngine)]
+LifecycleDep = Annotated[Lifecycle, dependency(Lifecycle)]
+MetricsDep = Annotated[Metrics, dependency(Metrics)]
+CollectorsDep = Annotated[Collectors, dependency(Collectors)]
 
 
 class Status(BaseModel):
@@ -95,11 +95,11 @@ async def ready(request: Request, engine: TheEngine, lifecycle: LifecycleDep) ->
     another than when it started."""
     stopping = "the server is being stopped" if lifecycle.is_draining else None
     stopped = None if engine.is_working else "the engine has stopped"
-    return _status(stopping or stopped or _lost_database(part_if_any(request.app, Database)))
+    return _status(stopping or stopped or _lost_database(dependency_if_any(request.app, Database)))
 
 
 @router.get("/metrics", summary="Collectors for Prometheus", response_class=Response,
-            responses={200: _TEXT, **refusals(401, 403, 429)})  # fmt: skip
+            responses={200: _TEXT, **error_responses(401, 403, 429)})  # fmt: skip
 async def metrics(admin: CurrentAdmin, metrics: MetricsDep, figures: CollectorsDep) -> Response:
     """vLLM's names with `softprompt:` before them, and those of prompts, jobs and HTTP."""
     text = await asyncio.to_thread(_text, metrics.registry, await figures.look())

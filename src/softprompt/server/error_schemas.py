@@ -46,10 +46,10 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def refusals(*statuses: int, told: Mapping[int, str] | None = None) -> Responses:
-    """Answers of these statuses; `told` are others, with what they mean on this route."""
-    meanings = {**{status: _MEANINGS[status] for status in statuses}, **(told or {})}
-    return {status: {"model": ErrorBody, "description": meanings[status]} for status in sorted(meanings)}
+def error_responses(*statuses: int, meanings: Mapping[int, str] | None = None) -> Responses:
+    """Error responses of a route by status; `meanings` describes those whose meaning is the route's own."""
+    described = {**{status: _MEANINGS[status] for status in statuses}, **(meanings or {})}
+    return {status: {"model": ErrorBody, "description": described[status]} for status in sorted(described)}
 
 
-ANY_OTHER: Responses = {"default": {"model": ErrorBody, "description": "Any other error, in the same envelope."}}
+DEFAULT_ERROR: Responses = {"default": {"model": ErrorBody, "description": "Any other error, in the same envelope."}}

@@ -16,18 +16,18 @@ _SUBJECT = re.compile(r"^(Input|Value|String|List|Tuple|Dictionary|Object|Data|J
 _DEMANDS = ("must ", "should ")
 
 
-def malformed(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of the problems, as a client is told it."""
     first = problems[0]
     places = [str(part) for part in first["loc"]]
     where = ".".join(places[1:] if places[:1] and places[0] in _PLACES else places)
     if first["type"] == "json_invalid":
         return _not_json(first)
-    shown = sayable(truncated(where, _LONGEST_PLACE))
-    return ApiError(400, sayable(_sentence(first, shown)), "invalid_value", shown or None)
+    shown = encodable(truncated(where, _LONGEST_PLACE))
+    return ApiError(400, encodable(_sentence(first, shown)), "invalid_value", shown or None)
 
 
-def sayable(text: str) -> str:
+def encodable(text: str) -> str:
     """Text that UTF-8 can hold: half a surrogate pair is written as `\\ud800`."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -52,7 +52,7 @@ def _not_json(problem: Mapping[str, Any]) -> ApiError:
     context = problem.get("ctx") or {}
     why = truncated(str(context.get("error", problem["msg"])), _LONGEST_WHY)
     at = next((f" at character {part}" for part in problem["loc"] if isinstance(part, int)), "")
-    return ApiError(400, sayable(f"the body is not JSON: {why}{at}; send a JSON object"), "invalid_json")
+    return ApiError(400, encodable(f"the body is not JSON: {why}{at}; send a JSON object"), "invalid_json")
 
 
 def _shown(value: object) -> str:
