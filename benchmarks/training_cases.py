@@ -208,13 +208,13 @@ def _rates(dtype: torch.dtype, request: Request) -> dict[str, float]:
 
 def _products(weight: Tensor) -> tuple[list[Product], list[Product]]:
     """Every way that torch has on this machine to multiply by a matrix, and by its transpose: the best one counts."""
-    from softprompt.families.products import Matrix, arranged, can_arrange, float32_takes_onednn
+    from softprompt.families.products import PackedWeight, can_prepack, float32_takes_onednn, packed_weight
 
-    plain = Matrix(weight)
+    plain = PackedWeight(weight)
     forward: list[Product] = [lambda rows: nn.functional.linear(rows, weight), plain.times]
     gradient: list[Product] = [lambda rows: rows @ weight, plain.back]
-    if can_arrange(weight) or (weight.dtype is torch.float32 and float32_takes_onednn()):
-        kept = arranged(weight)
+    if can_prepack(weight) or (weight.dtype is torch.float32 and float32_takes_onednn()):
+        kept = packed_weight(weight)
         forward.append(kept.times)
         gradient.append(kept.back)
     return forward, gradient

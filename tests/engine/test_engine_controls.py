@@ -17,7 +17,7 @@ from softprompt.config import EngineConfig
 from softprompt.engine import Engine, engine
 from softprompt.engine.kv_cache import Shelf
 from softprompt.engine.model_runner import HeldRunner
-from softprompt.families import Store
+from softprompt.families import KVBuffer
 from softprompt.prompt import SoftPrompt
 
 
@@ -105,7 +105,7 @@ def ask_beside_an_overflow():
 def test_memory_that_is_not_cleared_is_found_out(monkeypatch):
     attend_in_torch(monkeypatch)
     assert ask_beside_an_overflow() == "Finished"
-    monkeypatch.setattr(Store, "clear", lambda store, row: None)
+    monkeypatch.setattr(KVBuffer, "clear", lambda store, row: None)
     assert ask_beside_an_overflow() == "Failed"
 
 

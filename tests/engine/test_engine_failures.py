@@ -23,7 +23,7 @@ from softprompt.config import EngineConfig
 from softprompt.engine import Engine, Failed, Finished, Request
 from softprompt.engine.model_runner import HeldRunner
 from softprompt.errors import BaseModelError
-from softprompt.families import Store
+from softprompt.families import KVBuffer
 from softprompt.prompt import SoftPrompt
 
 OVERFLOWING = ["bloom", "gptj", "gpt2", "gpt_neox", "opt", "phi", "falcon", "gpt_neo", "mpt"]  # by their layer norms
@@ -147,7 +147,7 @@ def test_an_error_of_ours_is_not_taken_for_a_lack_of_memory(tiny_llama, monkeypa
 
 @pytest.mark.parametrize("when", [1, 2, 3])
 def test_stores_that_cannot_grow_stop_nobody(tiny_llama, monkeypatch, when):
-    resize, calls = Store.resize, []
+    resize, calls = KVBuffer.resize, []
 
     def failing(store, num_rows):
         calls.append(num_rows)
@@ -155,7 +155,7 @@ def test_stores_that_cannot_grow_stop_nobody(tiny_llama, monkeypatch, when):
             raise MemoryError("no more")
         resize(store, num_rows)
 
-    monkeypatch.setattr(Store, "resize", failing)
+    monkeypatch.setattr(KVBuffer, "resize", failing)
     engine = Engine(tiny_llama)
     for seed in range(4):
         engine.add(asked(tiny_llama, random_ids(5, seed)))

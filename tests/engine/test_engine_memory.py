@@ -14,7 +14,7 @@ from torch import nn
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine import Engine, Request
 from softprompt.engine.kv_cache import KeyValueMemory, Shelf, capacities
-from softprompt.families import Store
+from softprompt.families import KVBuffer
 
 MODULES = [nn.Identity(), nn.Identity()]
 SHAPES = [(2, 3), (1, 5)]  # key heads and their width, of each module
@@ -146,8 +146,8 @@ def test_what_left_with_nan_does_not_reach_the_next():
 @pytest.mark.parametrize("is_ready", [True, False])
 def test_an_engine_that_is_ready_takes_no_memory_while_short_rows_grow(tiny_llama, monkeypatch, is_ready):
     resized = []
-    resize = Store.resize
-    monkeypatch.setattr(Store, "resize", lambda store, rows: resized.append(rows) or resize(store, rows))
+    resize = KVBuffer.resize
+    monkeypatch.setattr(KVBuffer, "resize", lambda store, rows: resized.append(rows) or resize(store, rows))
     engine = Engine(tiny_llama, EngineConfig(max_rows=5), arrange=is_ready)
     held = engine.runners.memory.num_bytes
     for seed in range(5):
@@ -160,7 +160,7 @@ def test_an_engine_that_is_ready_takes_no_memory_while_short_rows_grow(tiny_llam
 
 
 def test_memory_is_made_ready_where_that_is_a_small_part_of_the_budget():
-    sample = Store(1, 1)
+    sample = KVBuffer(1, 1)
     sample.of(MODULES[0], torch.ones(1, 2, 3), torch.ones(1, 2, 3))
     memory = KeyValueMemory(64 * 8 * 4 * BYTES, BYTES, 300)
     memory.prepare(sample, 4)
@@ -174,14 +174,14 @@ def test_memory_is_made_ready_where_that_is_a_small_part_of_the_budget():
 
 
 def test_what_the_machine_does_not_have_is_not_made_ready(monkeypatch):
-    sample = Store(1, 1)
+    sample = KVBuffer(1, 1)
     sample.of(MODULES[0], torch.ones(1, 2, 3), torch.ones(1, 2, 3))
 
     def refuse(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     memory = KeyValueMemory(64 * 8 * 4 * BYTES, BYTES, 300)
-    monkeypatch.setattr(Store, "_empty", refuse)
+    monkeypatch.setattr(KVBuffer, "_empty", refuse)
     memory.prepare(sample, 4)
     assert memory.num_bytes == 0
     monkeypatch.undo()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from softprompt.families import Piece, Store, held_rows, is_native
+from softprompt.families import KVBuffer, QueryChunk, cached_batch, has_native_attention
 from softprompt.families.held_attention import attend_held
 from softprompt.families.scores import Scores
 
 CPU = torch.device("cpu")
-needs_native = pytest.mark.skipif(not is_native(CPU, torch.float32), reason="there was no C compiler")
+needs_native = pytest.mark.skipif(not has_native_attention(CPU, torch.float32), reason="there was no C compiler")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-2}
 HEADS, CAPACITY = 6, 40
 LENGTHS = (1, 7, 12, 33)  # positions of the rows before the step
@@ -22,13 +22,15 @@ def values(*shape, seed, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def step(has_light, scores, num_key_heads, width, dtype, module=None, store=None):
+def step(has_native, scores, num_key_heads, width, dtype, module=None, store=None):
     """One forward of four rows, three of them with one new token, behind positions that are held already."""
-    module, store = module or nn.Identity(), store or Store(len(NEW) + 1, CAPACITY)
+    module, store = module or nn.Identity(), store or KVBuffer(len(NEW) + 1, CAPACITY)
     keys, held = values(2, len(NEW) + 1, num_key_heads, CAPACITY, width, seed=1, dtype=dtype)
     store.tensors[module] = (keys.clone(), held.clone())
-    pieces = [Piece(store, row, length, count) for row, (length, count) in enumerate(zip(LENGTHS, NEW, strict=True))]
-    rows = held_rows(pieces, CPU, has_light)
+    pieces = [
+        QueryChunk(store, row, length, count) for row, (length, count) in enumerate(zip(LENGTHS, NEW, strict=True))
+    ]
+    rows = cached_batch(pieces, CPU, has_native)
     parts = (values(heads, sum(NEW), width, seed=seed, dtype=dtype) for seed, heads in
              ((2, HEADS), (3, num_key_heads), (4, num_key_heads)))  # fmt: skip
     with torch.inference_mode():
@@ -58,12 +60,12 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("has_light", [False, pytest.param(True, marks=needs_native)], ids=["torch", "native"])
+@pytest.mark.parametrize("has_native", [False, pytest.param(True, marks=needs_native)], ids=["torch", "native"])
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize(("num_key_heads", "width"), [(6, 64), (2, 64), (6, 8), (3, 20), (1, 80), (6, 128), (2, 3)])
-def test_both_ways_are_the_softmax_written_out(has_light, kind, num_key_heads, width):
+def test_both_ways_are_the_softmax_written_out(has_native, kind, num_key_heads, width):
     scores = SCORES[kind]
-    found, held = step(has_light, scores, num_key_heads, width, torch.float32)
+    found, held = step(has_native, scores, num_key_heads, width, torch.float32)
     torch.testing.assert_close(found.double(), slow(scores, num_key_heads, width, held), rtol=1e-5, atol=5e-6)
     wrong = Scores(0.3, window=3) if kind == "window" else Scores(0.5)
     with pytest.raises(AssertionError):
@@ -82,8 +84,8 @@ def test_the_two_ways_agree_in_what_they_answer_and_bit_for_bit_in_what_they_hol
 
 @needs_native
 def test_a_row_of_nan_stays_by_itself():
-    module, store = nn.Identity(), Store(2, 16)
-    rows = held_rows([Piece(store, 0, 0, 1), Piece(store, 1, 0, 1)], CPU, True)
+    module, store = nn.Identity(), KVBuffer(2, 16)
+    rows = cached_batch([QueryChunk(store, 0, 0, 1), QueryChunk(store, 1, 0, 1)], CPU, True)
     key = values(1, 2, 8, seed=3)
     key[0, 1] = torch.nan
     with torch.inference_mode():
@@ -96,12 +98,12 @@ def test_a_row_of_nan_stays_by_itself():
 def test_a_softmax_of_far_numbers_neither_overflows_nor_loses_the_largest():
     bias = torch.full((1, 16), -200.0)
     bias[0, 3], bias[0, 5] = 300.0, 299.0
-    module, store = nn.Identity(), Store(1, 16)
+    module, store = nn.Identity(), KVBuffer(1, 16)
     store.tensors[module] = (
         torch.zeros(1, 1, 16, 8),
         torch.arange(16.0)[None, None, :, None].expand(1, 1, 16, 8).clone(),
     )
-    rows = held_rows([Piece(store, 0, 9, 1)], CPU, True)
+    rows = cached_batch([QueryChunk(store, 0, 9, 1)], CPU, True)
     nothing = torch.zeros(1, 1, 8)
     with torch.inference_mode():
         out = attend_held(rows, module, nothing, nothing, nothing, Scores(1.0, position_bias=bias))
@@ -110,9 +112,9 @@ def test_a_softmax_of_far_numbers_neither_overflows_nor_loses_the_largest():
 
 
 def test_other_dtypes_and_devices_take_torchs_products():
-    assert not is_native(CPU, torch.float64)
-    assert not is_native(CPU, torch.float16)
-    assert not is_native(torch.device("cuda"), torch.bfloat16)
+    assert not has_native_attention(CPU, torch.float64)
+    assert not has_native_attention(CPU, torch.float16)
+    assert not has_native_attention(torch.device("cuda"), torch.bfloat16)
 
 
 def test_without_the_library_torch_does_it(monkeypatch):
@@ -121,7 +123,7 @@ def test_without_the_library_torch_does_it(monkeypatch):
     monkeypatch.setattr(native, "_NAME", "softprompt.families._no_such_library")
     native._library.cache_clear()
     try:
-        assert not is_native(CPU, torch.float32)
+        assert not has_native_attention(CPU, torch.float32)
     finally:
         monkeypatch.undo()
         native._library.cache_clear()

@@ -5,7 +5,7 @@ import torch
 from support.slow_truth import TOLERANCE, plain_logits, relative_error
 from support.tiny_bases import FAMILIES, LIMIT, OTHERS, VOCAB, build_base, random_ids, random_prompt
 
-from softprompt.families import KNOWN_FAMILIES, forward_of
+from softprompt.families import TESTED_FAMILIES, forward_of
 from softprompt.splice import Row, concatenate
 
 # These compute attention or ALiBi in float32 whatever the dtype of their weights.
@@ -57,7 +57,7 @@ def test_logits_equal_plain_concatenation_in_both_alignments(family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_runs_apart_from_the_backbone(family):
     base = build_base(family)
-    assert base.model.config.model_type in KNOWN_FAMILIES
+    assert base.model.config.model_type in TESTED_FAMILIES
     assert forward_of(base).backbone is not base.model
 
 

@@ -12,13 +12,13 @@ from support.slow_truth import TOLERANCE, TrueDouble, plain_logits, plain_nats, 
 from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 from transformers import DynamicCache
 
-from softprompt.families import PackedRows, Segment, forward_of, grouping, interface
+from softprompt.families import PackedBatch, Segment, forward_of, grouping, interface
 from softprompt.families.activation import _WRITTEN_OUT
 from softprompt.families.grouping import grouping_of
 from softprompt.families.packed import PackedMask
 from softprompt.families.packing import Packing
-from softprompt.families.products import current
-from softprompt.splice import Row, can_share_prefix, run_prompts, target_states
+from softprompt.families.products import active_kernels
+from softprompt.splice import Row, run_prompts, target_states
 from softprompt.training.step import accumulate_gradient
 
 ALL = [*FAMILIES, *OTHERS]
@@ -198,7 +198,7 @@ def test_rotations_that_depend_on_the_rows_length_stay_exact(family, changes, le
     base = build_base(family, dtype=torch.float64, **changes)
     forward, own, prompts = forward_of(base), row(length, 0, seed=1), [random_prompt(base, 7)]
     with TrueDouble():
-        prefix = run_prompts(base, forward, prompts) if can_share_prefix(forward) else None
+        prefix = run_prompts(base, forward, prompts) if forward.can_share_prefix else None
         hidden, _ = target_states(base, forward, [own], prompts, prefix)
         truth = plain_logits(base, own.ids, prompts[0])[6:-1]
     assert relative_error(forward.logits(hidden), truth) < 1e-9
@@ -253,7 +253,7 @@ def packs(draw):
     for length, owner in rows:
         first = sum(segment.length for segment in segments)
         segments.append(Segment(first, length, None if owner is None else ranges[owner]))
-    return PackedRows(tuple(segments)), sum(prompts) if is_later else 0
+    return PackedBatch(tuple(segments)), sum(prompts) if is_later else 0
 
 
 @settings(deadline=None, max_examples=100)
@@ -412,10 +412,10 @@ def test_checkpointing_keeps_less(family, passes):
 def test_the_second_run_of_a_checkpointed_layer_takes_the_same_products():
     base, seen = build_base(), []
     forward, prompt = forward_of(base), random_prompt(base, 7).requires_grad_(True)
-    hook = base.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(current()))
+    hook = base.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(active_kernels()))
     hidden, _ = target_states(base, forward, [row(5, 0, seed=1)], [prompt], checkpoint=True)
     assert seen == [forward.head.products]
     hidden.sum().backward()
     hook.remove()
     assert seen == [forward.head.products] * 2
-    assert current() is None
+    assert active_kernels() is None

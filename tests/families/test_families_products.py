@@ -14,15 +14,15 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from softprompt.families import Head, Products, activation, products
-from softprompt.families.products import can_arrange, current, float32_takes_onednn
+from softprompt.families import FrozenLinearKernels, Head, activation, products
+from softprompt.families.products import active_kernels, can_prepack, float32_takes_onednn
 from softprompt.loss import weighted_nll
 
 INPUTS, OUTPUTS = 48, 80
 ROUNDING = 2**-7  # bfloat16's, twice over
 needs_onednn = pytest.mark.skipif(not float32_takes_onednn(), reason="float32 products take torch's own way here")
 needs_arranging = pytest.mark.skipif(
-    not can_arrange(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="this processor does not multiply bfloat16"
+    not can_prepack(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="this processor does not multiply bfloat16"
 )
 LAYERS = pytest.mark.parametrize("kind", ["linear", "linear_without_bias", "conv1d"])
 
@@ -69,7 +69,7 @@ def calls(monkeypatch):
 def test_float32_products_equal_torchs_own_inside_and_are_its_own_outside(kind, shape, calls):
     module, inputs = layer(kind), rows(*shape)
     truth = both_ways(module, inputs)
-    with Products().active():
+    with FrozenLinearKernels().active():
         found = both_ways(module, inputs)
     assert len(calls) == 2  # forward and backward
     for ours, theirs in zip(found, truth, strict=True):
@@ -86,7 +86,7 @@ def test_rows_may_lie_in_memory_as_they_like(kind, calls):
     module, inputs = layer(kind), rows(INPUTS, 9).t()
     assert not inputs.is_contiguous()
     truth = both_ways(module, inputs)
-    with Products().active():
+    with FrozenLinearKernels().active():
         found = both_ways(module, inputs)
         leaf = inputs.detach().requires_grad_(True)
         module(leaf).sum().backward()  # a gradient that repeats one number
@@ -110,7 +110,7 @@ def test_rows_may_lie_in_memory_as_they_like(kind, calls):
 def test_a_layer_that_is_trained_is_left_alone(kind, what, calls):
     module = layer(kind)
     getattr(module, what).requires_grad_(True)
-    with Products().active():
+    with FrozenLinearKernels().active():
         module(rows(7, INPUTS)).sum().backward()
     assert getattr(module, what).grad is not None
     assert not calls
@@ -121,7 +121,7 @@ def test_a_layer_that_is_trained_is_left_alone(kind, what, calls):
 def test_other_dtypes_keep_their_bits(kind, dtype, calls):
     module, inputs = layer(kind, dtype), rows(7, INPUTS, dtype=dtype)
     truth = both_ways(module, inputs)
-    with Products().active():
+    with FrozenLinearKernels().active():
         found = both_ways(module, inputs)
     assert not calls
     assert all(torch.equal(one, other) for one, other in zip(found, truth, strict=True))
@@ -129,7 +129,7 @@ def test_other_dtypes_keep_their_bits(kind, dtype, calls):
 
 @LAYERS
 def test_no_rows_have_no_products(kind, calls):
-    with Products().active():
+    with FrozenLinearKernels().active():
         assert layer(kind)(rows(0, INPUTS)).shape == (0, OUTPUTS)
     assert not calls
 
@@ -137,7 +137,7 @@ def test_no_rows_have_no_products(kind, calls):
 def test_a_small_weight_is_left_alone(monkeypatch, calls):
     module, inputs = layer("linear"), rows(7, INPUTS)
     monkeypatch.setattr(products, "_WORTH_ONEDNN", INPUTS * OUTPUTS + 1)
-    with Products().active():
+    with FrozenLinearKernels().active():
         assert torch.equal(module(inputs), linear(inputs, module.weight, module.bias))
     assert not calls
 
@@ -146,8 +146,8 @@ def test_a_small_weight_is_left_alone(monkeypatch, calls):
 def test_another_thread_is_not_inside(calls):
     module, inputs = layer("linear"), rows(7, INPUTS)
     truth = module(inputs)
-    with ThreadPoolExecutor(1) as threads, Products().active():
-        assert threads.submit(current).result() is None
+    with ThreadPoolExecutor(1) as threads, FrozenLinearKernels().active():
+        assert threads.submit(active_kernels).result() is None
         torch.testing.assert_close(threads.submit(module, inputs).result(), truth)  # other threads, other sums
         assert not calls
         module(inputs)
@@ -155,23 +155,23 @@ def test_another_thread_is_not_inside(calls):
 
 
 def test_the_inner_products_end_where_they_end_and_the_outer_go_on(calls):
-    outer, inner, module, inputs = Products(), Products(), layer("linear"), rows(7, INPUTS)
+    outer, inner, module, inputs = FrozenLinearKernels(), FrozenLinearKernels(), layer("linear"), rows(7, INPUTS)
     with outer.active():
         with inner.active():
-            assert current() is inner
+            assert active_kernels() is inner
             module(inputs)
-        assert current() is outer
+        assert active_kernels() is outer
         module(inputs)
-    assert current() is None
+    assert active_kernels() is None
     assert len(calls) == (2 if float32_takes_onednn() else 0)
 
 
 def test_an_error_inside_leaves_nothing_behind(calls):
     module, inputs = layer("linear"), rows(7, INPUTS)
-    with pytest.raises(RuntimeError), Products().active():
+    with pytest.raises(RuntimeError), FrozenLinearKernels().active():
         module(rows(7, INPUTS + 1))
     calls.clear()
-    assert current() is None
+    assert active_kernels() is None
     module(inputs)
     assert not calls
 
@@ -185,9 +185,9 @@ def arranged_layers(dtype=torch.bfloat16):
 @needs_arranging
 @pytest.mark.parametrize("num_rows", [1, 7, 300])
 def test_arranged_weights_give_what_plain_ones_give(num_rows, calls):
-    layers, inputs, arranged = arranged_layers(), rows(1, num_rows, INPUTS, dtype=torch.bfloat16), Products()
+    layers, inputs, arranged = arranged_layers(), rows(1, num_rows, INPUTS, dtype=torch.bfloat16), FrozenLinearKernels()
     before, truth = copy.deepcopy(layers.state_dict()), both_ways(layers, inputs)
-    arranged.arrange(layers, None)
+    arranged.prepack(layers, None)
     with arranged.active():
         found = both_ways(layers, inputs)
     assert len(calls) == 6
@@ -201,8 +201,8 @@ def test_arranged_weights_give_what_plain_ones_give(num_rows, calls):
 
 @needs_arranging
 def test_a_layer_that_was_not_arranged_runs_as_it_is(calls):
-    arranged, other = Products(), layer("conv1d", torch.bfloat16)
-    arranged.arrange(layer("linear", torch.bfloat16), None)
+    arranged, other = FrozenLinearKernels(), layer("conv1d", torch.bfloat16)
+    arranged.prepack(layer("linear", torch.bfloat16), None)
     with arranged.active():
         assert torch.equal(other(rows(7, INPUTS, dtype=torch.bfloat16)), other(rows(7, INPUTS, dtype=torch.bfloat16)))
     assert not calls
@@ -212,11 +212,14 @@ def test_a_layer_that_was_not_arranged_runs_as_it_is(calls):
 @pytest.mark.parametrize("part", [lambda weight: weight[:10], lambda weight: weight.t()], ids=["slice", "transposed"])
 def test_a_part_of_an_arranged_weight_is_not_taken_for_the_whole(part):
     """It starts at the same address."""
-    arranged, square = Products(), nn.Linear(INPUTS, INPUTS, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    arranged, square = (
+        FrozenLinearKernels(),
+        nn.Linear(INPUTS, INPUTS, bias=False, dtype=torch.bfloat16).requires_grad_(False),
+    )
     inputs, other = rows(7, INPUTS, dtype=torch.bfloat16), layer("linear_without_bias", torch.bfloat16)
     other.weight = nn.Parameter(part(square.weight), requires_grad=False)
     truth = other(inputs)
-    arranged.arrange(square, None)
+    arranged.prepack(square, None)
     with arranged.active():
         found = other(inputs)
     assert found.shape == truth.shape
@@ -225,17 +228,17 @@ def test_a_part_of_an_arranged_weight_is_not_taken_for_the_whole(part):
 
 @needs_arranging
 def test_arranging_takes_each_weight_twice_and_once_only():
-    arranged, layers = Products(), arranged_layers()
+    arranged, layers = FrozenLinearKernels(), arranged_layers()
     weights = [layers[index].weight for index in (0, 2, 3)]
-    needed = arranged.bytes_to_arrange(layers, weights[0])
+    needed = arranged.bytes_to_prepack(layers, weights[0])
     assert needed == 2 * (weights[0].nbytes + sum(weight.nbytes for weight in weights))
-    arranged.arrange(layers, weights[0])
-    assert arranged.bytes_to_arrange(layers, weights[0]) == 0
+    arranged.prepack(layers, weights[0])
+    assert arranged.bytes_to_prepack(layers, weights[0]) == 0
 
 
 @needs_arranging
 def test_a_layer_that_multiplies_in_a_way_of_its_own_is_not_arranged():
-    assert Products().bytes_to_arrange(FalconLinear(INPUTS, OUTPUTS, dtype=torch.bfloat16), None) == 0
+    assert FrozenLinearKernels().bytes_to_prepack(FalconLinear(INPUTS, OUTPUTS, dtype=torch.bfloat16), None) == 0
 
 
 @needs_arranging
@@ -243,8 +246,8 @@ def test_a_layer_that_multiplies_in_a_way_of_its_own_is_not_arranged():
 def test_an_arranged_head_gives_the_same_loss(monkeypatch, num_targets, calls):
     monkeypatch.setattr(products, "_ROW_BLOCK", 32)
     linear_head = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    arranged = Products()
-    arranged.arrange(nn.Identity(), linear_head.weight)
+    arranged = FrozenLinearKernels()
+    arranged.prepack(nn.Identity(), linear_head.weight)
     assert [len(block.weight) for block in arranged.row_blocks(linear_head.weight, 7)] == [32, 32, 16]
     ids = torch.arange(num_targets) * 3 % OUTPUTS
     leaf, plain = (rows(num_targets, INPUTS, dtype=torch.bfloat16).requires_grad_(True) for _ in range(2))
@@ -259,9 +262,9 @@ def test_an_arranged_head_gives_the_same_loss(monkeypatch, num_targets, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_arranging_other_dtypes_does_nothing(dtype):
-    arranged, layers = Products(), arranged_layers(dtype)
-    arranged.arrange(layers, layers[0].weight)
-    assert arranged.bytes_to_arrange(layers, layers[0].weight) == 0
+    arranged, layers = FrozenLinearKernels(), arranged_layers(dtype)
+    arranged.prepack(layers, layers[0].weight)
+    assert arranged.bytes_to_prepack(layers, layers[0].weight) == 0
     assert [len(block.weight) for block in arranged.row_blocks(layers[0].weight, 32)] == [32, 32, 16]
 
 
@@ -279,7 +282,7 @@ def gelus(kind, **where):
 @GELUS
 def test_the_fused_gelu_is_the_written_out_one_inside(kind):
     installed, own, inputs = gelus(kind)
-    with Products().active():
+    with FrozenLinearKernels().active():
         found = both_ways(installed, inputs)
     for ours, theirs in zip(found, both_ways(own, inputs.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
@@ -289,7 +292,7 @@ def test_the_fused_gelu_is_the_written_out_one_inside(kind):
 def test_the_fused_gelu_rounds_bfloat16_once(kind):
     installed, own, inputs = gelus(kind, dtype=torch.bfloat16)
     truth = own(inputs.double())
-    with Products().active():
+    with FrozenLinearKernels().active():
         error = (installed(inputs).double() - truth).abs()
     assert (error <= truth.abs() * 2**-8 + 1e-6).all()
 
@@ -299,7 +302,7 @@ def test_the_gelu_is_the_modules_own_outside_and_in_float64(kind):
     installed, own, inputs = gelus(kind)
     assert all(torch.equal(*pair) for pair in zip(both_ways(installed, inputs), both_ways(own, inputs), strict=True))
     wide = inputs.double()
-    with Products().active():
+    with FrozenLinearKernels().active():
         assert all(torch.equal(*pair) for pair in zip(both_ways(installed, wide), both_ways(own, wide), strict=True))
 
 

@@ -6,7 +6,7 @@ from support.tiny_bases import OTHERS, VOCAB, build_base, build_tokenizer
 
 from softprompt.base import freeze_base, load_base
 from softprompt.errors import BaseModelError
-from softprompt.families import KNOWN_FAMILIES, forward_of
+from softprompt.families import TESTED_FAMILIES, forward_of
 
 SMALL = {
     "vocab_size": VOCAB,
@@ -26,7 +26,7 @@ def saved(model, folder):
 @pytest.mark.parametrize("family", OTHERS)
 def test_an_unknown_but_causal_family_passes_the_check(family):
     base = build_base(family)
-    assert base.model.config.model_type not in KNOWN_FAMILIES
+    assert base.model.config.model_type not in TESTED_FAMILIES
     assert forward_of(base).backbone is not base.model
 
 
@@ -47,7 +47,7 @@ def test_a_family_whose_rows_change_each_other_runs_them_one_at_a_time(monkeypat
 
     monkeypatch.setattr(base.model.model, "forward", leaking)
     forward = forward_of(base)
-    assert forward.alone_beyond == 0
+    assert forward.max_batchable_length == 0
     assert "one at a time" in forward.packing.note
 
 

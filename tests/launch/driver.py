@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from softprompt.base import Base
 from softprompt.config import TrainConfig
 from softprompt.errors import DataError
-from softprompt.families.checkpoint import decoder_layers
+from softprompt.families import decoder_layers
 from softprompt.launch.accelerated import AcceleratedRanks, one_voice, ranks_of_environment, shard_base
 from softprompt.training import Alone, Candidate, Ranks, StepDone, TrainResult, train, train_together
 

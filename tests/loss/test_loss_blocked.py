@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softprompt.families import Head, Matrix
+from softprompt.families import Head, PackedWeight
 from softprompt.loss import blocked, nll, weighted_nll
 
 N, D, V = 23, 4, 61
@@ -113,7 +113,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_never_more_than_one_block_of_logits_exists(monkeypatch):
     cut(monkeypatch, 5)
-    times, shapes, earlier = Matrix.times, [], []
+    times, shapes, earlier = PackedWeight.times, [], []
 
     def watched(matrix, rows, bias=None):
         assert all(logits() is None for logits in earlier)
@@ -122,7 +122,7 @@ def test_never_more_than_one_block_of_logits_exists(monkeypatch):
         earlier.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(Matrix, "times", watched)
+    monkeypatch.setattr(PackedWeight, "times", watched)
     hidden, linear, ids, weights = inputs(torch.float32)
     with LargestTensor() as largest:
         weighted_nll(Head(linear), hidden, ids, weights, V)
@@ -136,7 +136,7 @@ def test_a_blocks_size_is_what_fits_within_its_limits():
 
 
 def test_a_head_that_is_more_than_one_matrix_goes_in_chunks_of_targets(monkeypatch):
-    monkeypatch.setattr(Matrix, "times", None)
+    monkeypatch.setattr(PackedWeight, "times", None)
     hidden, _, ids, weights = inputs(torch.float64)
     linear = torch.nn.Linear(D, V, dtype=torch.float64).requires_grad_(False)
     total, nats = weighted_nll(Head(linear), hidden, ids, weights, V)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.tiny_bases import VOCAB, build_base, random_prompt
 
 from softprompt.errors import DataError
-from softprompt.splice import Row, Stretch, concatenate, splice_stretches
+from softprompt.splice import Row, TokenSpan, concatenate, embed_spans
 
 BASE = build_base("llama")
 ALIGNMENTS = st.sampled_from(["left", "right"])
@@ -96,13 +96,13 @@ def test_the_prompt_is_cast_to_the_bases_dtype_and_its_gradient_stays_float32():
 
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.data())
-def test_stretches_of_a_row_are_the_row_whatever_the_cuts(batch, data):
+def test_spans_of_a_row_are_the_row_whatever_the_cuts(batch, data):
     rows, prompts = batch
     for row, own in zip(rows, pieces(rows, prompts), strict=True):
         cuts = sorted({0, len(own), *data.draw(st.lists(st.integers(0, len(own)), max_size=3))})
         prompt = None if row.prompt is None else prompts[row.prompt]
-        stretches = [Stretch(prompt, row.ids, a, b - a) for a, b in pairwise(cuts)]
-        embeds, positions = splice_stretches(BASE, stretches)
+        spans = [TokenSpan(prompt, row.ids, a, b - a) for a, b in pairwise(cuts)]
+        embeds, positions = embed_spans(BASE, spans)
         assert torch.equal(embeds, own)
         assert positions.tolist() == list(range(len(own)))
 

@@ -118,7 +118,7 @@ def asked(
 
 def attend_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines made from now on do without the compiled attention, as on a machine that has no compiler."""
-    monkeypatch.setattr(model_runner, "is_native", lambda device, dtype: False)
+    monkeypatch.setattr(model_runner, "has_native_attention", lambda device, dtype: False)
 
 
 def kv_bytes(base: Base, num_positions: int) -> int:

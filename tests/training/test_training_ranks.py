@@ -133,7 +133,7 @@ def test_ranks_in_step_run_as_many_forwards_and_backwards(tiny_llama64, texts, f
 
 
 def test_a_base_whose_rows_run_apart_cannot_be_run_in_step(tiny_llama64, texts, monkeypatch):
-    apart = replace(forward_of(tiny_llama64), alone_beyond=5)
+    apart = replace(forward_of(tiny_llama64), max_batchable_length=5)
     monkeypatch.setattr(import_module("softprompt.training.train"), "forward_of", lambda base: apart)
     with pytest.raises(ConfigError, match="ranks cannot run it in step"):
         train(tiny_llama64, texts, ranks=Rank(0, 2, in_step=True))

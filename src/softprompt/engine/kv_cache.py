@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from softprompt.families import Store
+from softprompt.families import KVBuffer
 
 _STEP = 64  # positions; a product over fewer is not faster
 _PREPARED = 2  # capacities
@@ -32,7 +32,7 @@ class Shelf:
     """One store and who lies where in it."""
 
     def __init__(self, capacity: int) -> None:
-        self.store = Store(0, capacity)
+        self.store = KVBuffer(0, capacity)
         self.places: list[Place] = []
 
     @property
@@ -74,7 +74,7 @@ class KeyValueMemory:
         places = (place for shelf in self.shelves.values() for place in shelf.places)
         return sum(place.shelf.store.capacity for place in places) * self.bytes_per_position
 
-    def prepare(self, sample: Store, num_rows: int) -> None:
+    def prepare(self, sample: KVBuffer, num_rows: int) -> None:
         """Take the memory of so many rows in the smallest stores now, where that is a small part of the budget.
 
         Memory that is taken in mid-answer holds a step up for as long as several take. `sample` knows the modules.
@@ -148,7 +148,7 @@ class KeyValueMemory:
         return _resized(shelf.store, shelf.store.num_rows + 1)
 
 
-def _prepare(shelf: Shelf, sample: Store, num_rows: int) -> None:
+def _prepare(shelf: Shelf, sample: KVBuffer, num_rows: int) -> None:
     """Nothing where the machine has less memory than the budget allows."""
     try:
         shelf.store = sample.like(num_rows, shelf.store.capacity)
@@ -157,7 +157,7 @@ def _prepare(shelf: Shelf, sample: Store, num_rows: int) -> None:
             raise
 
 
-def _resized(store: Store, num_rows: int) -> bool:
+def _resized(store: KVBuffer, num_rows: int) -> bool:
     """False where the machine has less memory than the budget allows."""
     try:
         store.resize(num_rows)

@@ -17,9 +17,17 @@ from softprompt.engine.kv_cache import KeyValueMemory
 from softprompt.engine.prefix_cache import Key, Prefix, PrefixCache, shared_beginnings
 from softprompt.engine.request import Request
 from softprompt.engine.sequence import Ran, Row, Runner
-from softprompt.families import Forward, ModelCache, Piece, Store, held_rows, in_order, is_native
+from softprompt.families import (
+    Forward,
+    KVBuffer,
+    ModelCache,
+    QueryChunk,
+    batch_order,
+    cached_batch,
+    has_native_attention,
+)
 from softprompt.prompt import SoftPrompt
-from softprompt.splice import Stretch, splice_stretches
+from softprompt.splice import TokenSpan, embed_spans
 
 _LOG = logging.getLogger(__name__)
 _KV_SHARE, _PREFIX_SHARE = 0.5, 0.125  # of the free memory
@@ -112,7 +120,7 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bo
         memory=memory,
         prefixes=prefixes,
         is_held=problem is None,
-        held_up_to=math.inf if forward.alone_beyond is None else forward.alone_beyond,
+        held_up_to=math.inf if forward.max_batchable_length is None else forward.max_batchable_length,
         max_rows=max_rows,
         max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
         num_reading_steps=_READING_STEPS.get(device, 1),
@@ -134,9 +142,9 @@ def _facts(base: Base, forward: Forward) -> Facts:
 
 def _arrange(base: Base, forward: Forward) -> None:
     """Keep the weights as this processor reads them fastest, where there is memory for it."""
-    needed = forward.bytes_to_arrange(both_ways=False)
+    needed = forward.bytes_to_prepack(both_ways=False)
     if needed and needed < free_bytes(base.device) * _KV_SHARE:
-        forward.arrange(both_ways=False)
+        forward.prepack(both_ways=False)
 
 
 _NUM_MEASURED = 4  # tokens whose cache is measured
@@ -158,7 +166,7 @@ def bytes_per_row(base: Base, forward: Forward, per_position: int) -> int:
 def _cache_after(base: Base, forward: Forward, num_tokens: int) -> ModelCache | None:
     cache = forward.new_cache()
     if cache is not None:
-        embeds_SH, positions_S = splice_stretches(base, [Stretch(None, (0,) * num_tokens, 0, num_tokens)])
+        embeds_SH, positions_S = embed_spans(base, [TokenSpan(None, (0,) * num_tokens, 0, num_tokens)])
         forward.hidden_states(embeds_SH[None], torch.ones_like(positions_S)[None], positions_S[None], cache)
     return cache
 
@@ -179,7 +187,7 @@ class HeldRunner:
         self.memory = memory
         self.prefixes = prefixes
         self._promised: dict[Key, Row] = {}
-        self._has_light = is_native(base.device, base.dtype)
+        self._has_light = has_native_attention(base.device, base.dtype)
 
     def can_ever_hold(self, length: int) -> bool:
         return self.memory.can_ever_hold(length)
@@ -224,10 +232,10 @@ class HeldRunner:
 
     def run(self, pieces: Sequence[tuple[Row, int]]) -> Ran:
         placed = [_piece(row, count) for row, count in pieces]
-        order = in_order(placed)
-        stretches = [_stretch(*pieces[number]) for number in order]
-        held = held_rows([placed[number] for number in order], self.base.device, self._has_light)
-        hidden = self.forward.packed_hidden_states(*splice_stretches(self.base, stretches), held)
+        order = batch_order(placed)
+        spans = [_span(*pieces[number]) for number in order]
+        held = cached_batch([placed[number] for number in order], self.base.device, self._has_light)
+        hidden = self.forward.packed_hidden_states(*embed_spans(self.base, spans), held)
         ends = _ends(placed, order)
         telling = [
             (row, hidden[int(ends[number]) + 1 - count :][row.telling(count)])
@@ -270,21 +278,21 @@ def _useful(row: Row) -> list[tuple[int, Key]]:
     return [pair for pair in row.keys if pair[0] <= row.most_taken + 1] if row.is_reporting else row.keys
 
 
-def _ends(placed: Sequence[Piece], order: Sequence[int]) -> Tensor:
+def _ends(placed: Sequence[QueryChunk], order: Sequence[int]) -> Tensor:
     """Where each piece ends in a forward that runs them in that order."""
     ends = torch.empty(len(placed), dtype=torch.long)
     ends[torch.tensor(order)] = torch.tensor([placed[number].num_tokens for number in order]).cumsum(0) - 1
     return ends
 
 
-def _stretch(row: Row, count: int) -> Stretch:
+def _span(row: Row, count: int) -> TokenSpan:
     prompt = row.request.prompt
-    return Stretch(None if prompt is None else prompt.tensor, row.ids, row.computed, count)
+    return TokenSpan(None if prompt is None else prompt.tensor, row.ids, row.computed, count)
 
 
-def _piece(row: Row, count: int) -> Piece:
+def _piece(row: Row, count: int) -> QueryChunk:
     assert row.place is not None
-    return Piece(row.place.shelf.store, row.place.row, row.computed, count)
+    return QueryChunk(row.place.shelf.store, row.place.row, row.computed, count)
 
 
 # --
@@ -305,8 +313,8 @@ class PlainRunner:
         self.bytes_per_position = bytes_per_position
         self.bytes_per_row = bytes_per_row
         self.num_bytes = 0
-        is_fixed = forward.alone_beyond is None  # else a whole text's positions are not those of its parts
-        self.reads_in_pieces = is_fixed and forward.reads_in_pieces
+        is_fixed = forward.max_batchable_length is None  # else a whole text's positions are not those of its parts
+        self.reads_in_pieces = is_fixed and forward.supports_chunked_prefill
 
     def can_ever_hold(self, length: int) -> bool:
         return self._bytes(length) <= self.budget_bytes
@@ -345,8 +353,8 @@ class PlainRunner:
         prompt = row.request.prompt
         first = row.computed if row.cache is not None else 0
         row.computed += count
-        stretch = Stretch(None if prompt is None else prompt.tensor, row.ids, first, row.computed - first)
-        embeds_SH, positions_S = splice_stretches(self.base, [stretch])
+        span = TokenSpan(None if prompt is None else prompt.tensor, row.ids, first, row.computed - first)
+        embeds_SH, positions_S = embed_spans(self.base, [span])
         mask = torch.ones(1, row.computed, dtype=torch.long, device=embeds_SH.device)
         return self.forward.hidden_states(embeds_SH[None], mask, positions_S[None], row.cache)[0, -count:]
 
@@ -382,10 +390,10 @@ def why_not_held(base: Base, forward: Forward) -> str | None:
 
 
 @torch.inference_mode()
-def sample_store(base: Base, forward: Forward) -> Store:
+def sample_store(base: Base, forward: Forward) -> KVBuffer:
     """A store that one token of the base has been written to, so that it knows the attention modules."""
-    store = Store(1, 1)
-    _hidden(base, forward, Stretch(None, (0,), 0, 1), store, 0)
+    store = KVBuffer(1, 1)
+    _hidden(base, forward, TokenSpan(None, (0,), 0, 1), store, 0)
     return store
 
 
@@ -397,27 +405,27 @@ def _some_prompt(base: Base, seed: int) -> Tensor:
 
 def _held_logits(base: Base, forward: Forward, prompt: Tensor, ids: tuple[int, ...]) -> Tensor:
     """Logits [V] behind the last id, of a row whose soft prompt comes from another."""
-    store = Store(2, _CAPACITY)
-    _run(base, forward, Stretch(prompt, ids[:1], 0, _NUM_VIRTUAL + 1), store, 1)
+    store = KVBuffer(2, _CAPACITY)
+    _run(base, forward, TokenSpan(prompt, ids[:1], 0, _NUM_VIRTUAL + 1), store, 1)
     store.write(0, store.read(1, _NUM_VIRTUAL), _NUM_VIRTUAL)
     half, last = len(ids) // 2, len(ids) - 1
-    _run(base, forward, Stretch(prompt, ids, _NUM_VIRTUAL, half), store, 0)
-    _run(base, forward, Stretch(prompt, ids, _NUM_VIRTUAL + half, last - half), store, 0)
-    return _run(base, forward, Stretch(prompt, ids, _NUM_VIRTUAL + last, 1), store, 0)
+    _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL, half), store, 0)
+    _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL + half, last - half), store, 0)
+    return _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL + last, 1), store, 0)
 
 
-def _run(base: Base, forward: Forward, stretch: Stretch, store: Store, row: int) -> Tensor:
-    return forward.logits(_hidden(base, forward, stretch, store, row)[-1:])[0]
+def _run(base: Base, forward: Forward, span: TokenSpan, store: KVBuffer, row: int) -> Tensor:
+    return forward.logits(_hidden(base, forward, span, store, row)[-1:])[0]
 
 
-def _hidden(base: Base, forward: Forward, stretch: Stretch, store: Store, row: int) -> Tensor:
-    pieces = [Piece(store, row, stretch.first, stretch.length)]
-    rows = held_rows(pieces, base.device, is_native(base.device, base.dtype))
-    return forward.packed_hidden_states(*splice_stretches(base, [stretch]), rows)
+def _hidden(base: Base, forward: Forward, span: TokenSpan, store: KVBuffer, row: int) -> Tensor:
+    pieces = [QueryChunk(store, row, span.first, span.length)]
+    rows = cached_batch(pieces, base.device, has_native_attention(base.device, base.dtype))
+    return forward.packed_hidden_states(*embed_spans(base, [span]), rows)
 
 
 def _plain_logits(base: Base, forward: Forward, prompt: Tensor, ids: tuple[int, ...]) -> Tensor:
-    embeds_SH, positions_S = splice_stretches(base, [Stretch(prompt, ids, 0, _NUM_VIRTUAL + len(ids))])
+    embeds_SH, positions_S = embed_spans(base, [TokenSpan(prompt, ids, 0, _NUM_VIRTUAL + len(ids))])
     mask = torch.ones_like(positions_S)[None]
     return forward.logits(forward.hidden_states(embeds_SH[None], mask, positions_S[None])[:, -1])[0]
 

@@ -1,6 +1,6 @@
 """The tanh approximation of GELU as one kernel, where a family writes it out in eight elementwise operations.
 
-Installed once per activation module; outside of `Products.active()`, and in float64, the module's own formula runs.
+Installed once per activation module; outside of `active()`, and in float64, the module's own formula runs.
 Inside, torch's kernel computes the same formula in float32 and rounds once, saving nothing but its input.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.families.products import current
+from softprompt.families.products import active_kernels
 
 _WRITTEN_OUT = {"BloomGelu", "NewGELUActivation", "FastGELUActivation"}
 
@@ -26,7 +26,7 @@ def install(model: PreTrainedModel) -> None:
 
 
 def _gelu(module: Any, inputs: Tensor) -> Tensor:
-    if current() is None or inputs.dtype is torch.float64:
+    if active_kernels() is None or inputs.dtype is torch.float64:
         written_out: Tensor = type(module).forward(module, inputs)
         return written_out
     return torch.nn.functional.gelu(inputs, approximate="tanh")

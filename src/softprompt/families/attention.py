@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from softprompt.compute_share import yield_point
 from softprompt.families.grouping import Group, Grouping, grouping_of
-from softprompt.families.packed import PackedRows
+from softprompt.families.packed import PackedBatch
 from softprompt.families.scores import Scores
 
 Biases = tuple[Tensor, Tensor | None]  # who sees whom [G, 1, n, m], and a position bias [G, h, 1, m]
 
 
 def attend_packed(
-    rows: PackedRows, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    rows: PackedBatch, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores
 ) -> Tensor:
     """Attention output [S, h, d] of packed queries [h, S, d], keys and values [k, S, d]."""
     if rows.kept is not None:
@@ -41,7 +41,7 @@ class _PackedAttention(torch.autograd.Function):
     """Queries [S, h, d], keys and values [E + S, k, d]."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scores: Scores) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedBatch, scores: Scores) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.rows, ctx.scores = rows, scores
         grouping = _grouping(rows, query, key)
@@ -113,11 +113,11 @@ def _shares(
     return torch.softmax(raw.add_(mask), dim=-1).flatten(0, 1), slopes
 
 
-def _grouping(rows: PackedRows, query: Tensor, key: Tensor) -> Grouping:
+def _grouping(rows: PackedBatch, query: Tensor, key: Tensor) -> Grouping:
     return rows.once("grouping", lambda: grouping_of(rows, key.shape[0] - query.shape[0], query.device))
 
 
-def _biases(rows: PackedRows, number: int, group: Group, scores: Scores, like: Tensor) -> Biases:
+def _biases(rows: PackedBatch, number: int, group: Group, scores: Scores, like: Tensor) -> Biases:
     """What is added to a group's scores, made once per pass."""
 
     def make() -> Biases:

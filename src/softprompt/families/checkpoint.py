@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from softprompt.families.own_attention import PackedCache
 from softprompt.families.packed import PackedMask
-from softprompt.families.products import Products, current
+from softprompt.families.products import FrozenLinearKernels, active_kernels
 
 
 def install(model: PreTrainedModel) -> None:
@@ -34,11 +34,11 @@ def remove(model: PreTrainedModel) -> None:
 
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.is_grad_enabled() and any(_wanted(value) for value in (*args, *kwargs.values())):
-        return checkpoint(_run_layer, current(), layer, *args, use_reentrant=False, **kwargs)
+        return checkpoint(_run_layer, active_kernels(), layer, *args, use_reentrant=False, **kwargs)
     return type(layer).forward(layer, *args, **kwargs)
 
 
-def _run_layer(products: Products | None, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run_layer(products: FrozenLinearKernels | None, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The second run comes from the backward pass, and has to take the same products."""
     with products.active() if products is not None else nullcontext():
         return type(layer).forward(layer, *args, **kwargs)

@@ -28,10 +28,10 @@ from softprompt.errors import BaseModelError
 from softprompt.families import activation, products
 from softprompt.families.forward import CacheKind, Forward, ModelCache
 from softprompt.families.head import Head, head_of
-from softprompt.families.known import INCONSISTENT_FAMILIES, KNOWN_FAMILIES
-from softprompt.families.packed import Carrier, PackedRows
+from softprompt.families.known import INCONSISTENT_FAMILIES, TESTED_FAMILIES
+from softprompt.families.packed import Carrier, PackedBatch
 from softprompt.families.packing import Packing, find_packing
-from softprompt.families.products import Products
+from softprompt.families.products import FrozenLinearKernels
 from softprompt.families.rotation import length_of_fixed_rotation
 
 _ORDER = (2, 0, 5, 0, 7, 3)  # of the ids of a probe, among those without a meaning of their own
@@ -67,10 +67,14 @@ def _found(base: Base) -> Forward:
         forward = _like_own_ids(base)
         if not _is_tested(base.model):
             forward = _checked(base, forward)
-        alone_beyond = length_of_fixed_rotation(base.model) if forward.alone_beyond is None else forward.alone_beyond
+        max_batchable_length = (
+            length_of_fixed_rotation(base.model)
+            if forward.max_batchable_length is None
+            else forward.max_batchable_length
+        )
         if forward.packing not in (_ALONE, _STATES, _NO_CACHE):
             forward = replace(forward, packing=_packing(base, forward))
-        return replace(forward, alone_beyond=alone_beyond)
+        return replace(forward, max_batchable_length=max_batchable_length)
     except BaseModelError:
         raise
     except Exception as error:  # whatever a model that nobody knew does with embeddings
@@ -85,7 +89,7 @@ def _refuse_by_name(base: Base) -> None:
 
 def _is_tested(model: PreTrainedModel) -> bool:
     """Whether the family is on the tested list, and its code transformers' own."""
-    return model.config.model_type in KNOWN_FAMILIES and type(model).__module__.startswith("transformers.models.")
+    return model.config.model_type in TESTED_FAMILIES and type(model).__module__.startswith("transformers.models.")
 
 
 def _like_own_ids(base: Base) -> Forward:
@@ -109,7 +113,7 @@ def _like_own_ids(base: Base) -> Forward:
 
 def _ways(base: Base) -> Iterator[Forward]:
     """Backbone and head apart or the whole model; positions given, from where the model counts, or left to it."""
-    own_products = Products()
+    own_products = FrozenLinearKernels()
     whole = Forward(base.model, Head(products=own_products), None, per_layer=base.per_layer)
     head = head_of(base, own_products)
     backbones = [whole] if head is None else [replace(whole, backbone=base.model.base_model, head=head), whole]
@@ -183,7 +187,7 @@ def _reaches_prompt(forward: Forward, row: Tensor, width: int) -> bool:
 
 def _in_company(base: Base, forward: Forward, probe: _Probe) -> tuple[Forward, list[Tensor]]:
     """Rows of several lengths in one batch, or each alone where that is not what they get alone."""
-    alone = replace(forward, alone_beyond=0, packing=_ALONE)
+    alone = replace(forward, max_batchable_length=0, packing=_ALONE)
     for way, run in ((forward, _logits), (alone, _each_alone)):
         with suppress(Exception):  # the other way may work; if it raises too, so does the last one below
             logits = run(forward, probe.rows)
@@ -200,7 +204,7 @@ def _each_alone(forward: Forward, rows: Sequence[Tensor]) -> list[Tensor]:
 def _with_cache(forward: Forward, probe: _Probe) -> Forward:
     """With the first cache that gives a row in pieces what it gets whole."""
     for kind, pieces in _CACHES:
-        way = replace(forward, cache=kind, reads_in_pieces=pieces == _PIECES)
+        way = replace(forward, cache=kind, supports_chunked_prefill=pieces == _PIECES)
         with suppress(Exception):  # this family has no such cache
             logits, cache = _logits_in_pieces(way, probe.spliced, pieces)
             if is_close(logits, probe.truth):
@@ -233,7 +237,7 @@ def _has_states(cache: ModelCache) -> bool:
 
 
 def _packing(base: Base, forward: Forward) -> Packing:
-    def run_packed(carrier: Carrier, embeds: Tensor, positions: Tensor, rows: PackedRows) -> Tensor:
+    def run_packed(carrier: Carrier, embeds: Tensor, positions: Tensor, rows: PackedBatch) -> Tensor:
         return forward.logits(forward._packed(carrier, embeds, positions, rows))
 
     def run_plain(embeds: Tensor) -> Tensor:

@@ -71,10 +71,15 @@ class Forward:
     head: Head
     first_position: int | None  # what the family counts from; None: it derives positions by itself (ALiBi, BART)
     packing: Packing = _UNKNOWN
-    alone_beyond: int | None = None  # a longer row changes, or is changed by, its company, and runs by itself
+    max_batchable_length: int | None = None  # a longer row changes, or is changed by, its company, and runs by itself
     cache: CacheKind = "all"
-    reads_in_pieces: bool = True  # False: a text behind a cache runs whole, and only single tokens follow it
+    supports_chunked_prefill: bool = True  # False: a text behind a cache runs whole, and only single tokens follow it
     per_layer: PerLayerEmbeddings | None = None  # lie behind the embeddings in what a forward is given
+
+    @property
+    def can_share_prefix(self) -> bool:
+        """Whether the base runs packed rows, and so a soft prompt once for many of them."""
+        return self.packing.carrier is not None
 
     def new_cache(self) -> ModelCache | None:
         """An empty cache for one row; None for a base that has none, which runs a row whole for every token."""
@@ -106,17 +111,17 @@ class Forward:
         """Logits [..., V] of hidden states [..., D]."""
         return self.head(hidden)
 
-    def bytes_to_arrange(self, both_ways: bool = True) -> int:
-        """Memory that `arrange` would take; 0 where it would not help, or has been done."""
-        return self.head.products.bytes_to_arrange(self.backbone, self.head.weight, both_ways)
+    def bytes_to_prepack(self, both_ways: bool = True) -> int:
+        """Memory that `prepack` would take; 0 where it would not help, or has been done."""
+        return self.head.products.bytes_to_prepack(self.backbone, self.head.weight, both_ways)
 
-    def arrange(self, both_ways: bool = True) -> None:
+    def prepack(self, both_ways: bool = True) -> None:
         """Keep the weights as this processor multiplies them fastest, besides the weights themselves.
 
         `both_ways`: for training, which also multiplies by their transposes.
         """
         products = self.head.products
-        (products.arrange if both_ways else products.arrange_forward)(self.backbone, self.head.weight)
+        (products.prepack if both_ways else products.prepack_forward)(self.backbone, self.head.weight)
 
     def _packed(self, carrier: Carrier, embeds_1SH: Tensor, positions_1S: Tensor, rows: CarriedRows) -> Tensor:
         brought: dict[str, Any] = {"past_key_values": PackedCache(rows)}

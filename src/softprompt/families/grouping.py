@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt.families.packed import PackedRows
+from softprompt.families.packed import PackedBatch
 
 _BLOCK = 256  # queries of a long row that are worked on at once
 _MOST_SCORES = {"cpu": 2**15, "cuda": 2**22}  # of one head in a group: what fits the caches of a CPU
@@ -57,7 +57,7 @@ class Grouping:
     places_S: Tensor  # of each packed token among the queries of all groups, one group behind the other
 
 
-def grouping_of(rows: PackedRows, num_before: int, device: torch.device) -> Grouping:
+def grouping_of(rows: PackedBatch, num_before: int, device: torch.device) -> Grouping:
     """Groups for rows behind E = `num_before` prefix tokens of an earlier pass."""
     runs = sorted(_runs(rows, num_before), key=lambda run: (run.num_keys, run.num_queries))
     batches = _batches(runs, _MOST_SCORES.get(device.type, _MOST_SCORES["cuda"]))
@@ -72,7 +72,7 @@ def grouping_of(rows: PackedRows, num_before: int, device: torch.device) -> Grou
     return Grouping(groups, places.to(device))
 
 
-def _runs(rows: PackedRows, num_before: int) -> Iterator[Run]:
+def _runs(rows: PackedBatch, num_before: int) -> Iterator[Run]:
     for segment in rows.segments:
         prefix = segment.prefix or (0, 0)
         for first in range(0, segment.length, _BLOCK):

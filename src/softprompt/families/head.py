@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.base import Base
-from softprompt.families.products import Products
+from softprompt.families.products import FrozenLinearKernels
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Head:
     linear: nn.Module | None = None
     scale: float = 1.0
     cap: float | None = None  # logits become cap * tanh(logits / cap)
-    products: Products = field(default_factory=Products)
+    products: FrozenLinearKernels = field(default_factory=FrozenLinearKernels)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
@@ -52,7 +52,7 @@ class Head:
         return linear.weight.detach() if type(linear) is nn.Linear and not has_more else None
 
 
-def head_of(base: Base, products: Products) -> Head | None:
+def head_of(base: Base, products: FrozenLinearKernels) -> Head | None:
     """The head of a model whose backbone can run without it; None where it cannot."""
     linear = base.model.get_output_embeddings()
     if linear is None or base.model.base_model is base.model:

@@ -1,6 +1,6 @@
 """Rows whose keys and values stay in memory from one forward to the next: what a generation step brings.
 
-A `Store` holds rows of one capacity, each position in a slot of its own, so that a step reads whole tensors and copies
+A `KVBuffer` holds rows of one capacity, each position in its own slot, so that a step reads whole tensors and copies
 nothing. The tokens of one forward may be one new token of each of many rows, and pieces of texts that are read in.
 
 R rows of a store, C its capacity in positions, k key heads, d width of a head; S tokens of a forward, G rows of a group
@@ -25,7 +25,7 @@ _MOST_LIGHT = 2**11  # queries times keys of a piece whose attention is little w
 _MOST_WASTE = 2  # queries with pads, as a multiple of those without, in a group of pieces
 
 
-class Store:
+class KVBuffer:
     """Keys and values [R, k, C, d] of each attention module; a module's are made when it first writes."""
 
     def __init__(self, num_rows: int, capacity: int) -> None:
@@ -40,9 +40,9 @@ class Store:
             found = self.tensors[module] = (self._empty(key), self._empty(value))
         return found
 
-    def like(self, num_rows: int, capacity: int) -> Store:
+    def like(self, num_rows: int, capacity: int) -> KVBuffer:
         """An empty one of other sizes for the same modules, its memory taken."""
-        made = Store(num_rows, capacity)
+        made = KVBuffer(num_rows, capacity)
         for module, (keys, values) in self.tensors.items():
             made.of(module, keys[0].transpose(0, 1), values[0].transpose(0, 1))
         return made
@@ -71,7 +71,7 @@ class Store:
             keys[row, :, :length] = key[:, :length]
             values[row, :, :length] = value[:, :length]
 
-    def copy_row(self, source: int, target: Store, row: int, length: int) -> None:
+    def copy_row(self, source: int, target: KVBuffer, row: int, length: int) -> None:
         """The first `length` positions of a row into a row of this or of another store."""
         target.write(
             row, {m: (k[source, :, :length], v[source, :, :length]) for m, (k, v) in self.tensors.items()}, length
@@ -92,10 +92,10 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Piece:
+class QueryChunk:
     """Consecutive tokens of one row in this forward."""
 
-    store: Store
+    store: KVBuffer
     row: int
     first_position: int
     num_tokens: int
@@ -117,7 +117,7 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class HeavyTokens:
+class PaddedTokens:
     """Tokens of one store whose attention is matrix products, in groups of like pieces."""
 
     tokens: Some  # of the forward
@@ -127,7 +127,7 @@ class HeavyTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class LightTokens:
+class NativeTokens:
     """Tokens of one store whose attention reads more than it computes, each by itself; int64 on the CPU."""
 
     tokens: Tensor
@@ -139,13 +139,13 @@ class LightTokens:
 class Part:
     """What a forward does in one store."""
 
-    store: Store
-    heavy: HeavyTokens | None
-    light: LightTokens | None
+    store: KVBuffer
+    heavy: PaddedTokens | None
+    light: NativeTokens | None
 
 
 @dataclass(frozen=True, eq=False)
-class HeldRows:
+class CachedBatch:
     """All of one forward; as an argument of it, it reaches every attention module."""
 
     parts: tuple[Part, ...]
@@ -172,49 +172,49 @@ class HeldRows:
         return found
 
 
-def in_order(pieces: Sequence[Piece]) -> list[int]:
+def batch_order(pieces: Sequence[QueryChunk]) -> list[int]:
     """The order of pieces in a forward that lets their tokens lie side by side: by store, single tokens first."""
     return sorted(range(len(pieces)), key=lambda number: _place(pieces[number]))
 
 
-def held_rows(pieces: Sequence[Piece], device: torch.device, has_light: bool = False) -> HeldRows:
+def cached_batch(pieces: Sequence[QueryChunk], device: torch.device, has_native: bool = False) -> CachedBatch:
     """The pieces of a forward, in the order of its tokens. A row may come once.
 
-    `has_light`: tokens whose attention is little work are told apart (`families.native`).
+    `has_native`: tokens whose attention is little work are told apart (`families.native`).
     """
     firsts = accumulate((piece.num_tokens for piece in pieces), initial=0)
     placed = sorted(zip(pieces, firsts, strict=False), key=lambda pair: _place(pair[0]))
-    parts = [_part(list(own), device, has_light) for _, own in groupby(placed, key=lambda pair: id(pair[0].store))]
-    return HeldRows(tuple(parts))
+    parts = [_part(list(own), device, has_native) for _, own in groupby(placed, key=lambda pair: id(pair[0].store))]
+    return CachedBatch(tuple(parts))
 
 
-Placed = tuple[Piece, int]  # with its first token in the forward
+Placed = tuple[QueryChunk, int]  # with its first token in the forward
 
 
-def _place(piece: Piece) -> tuple[int, int, int, int]:
+def _place(piece: QueryChunk) -> tuple[int, int, int, int]:
     return piece.store.capacity, id(piece.store), piece.num_tokens, piece.row
 
 
-def _part(placed: list[Placed], device: torch.device, has_light: bool) -> Part:
-    light = [pair for pair in placed if has_light and _is_light(pair[0])]
-    heavy = [pair for pair in placed if not has_light or not _is_light(pair[0])]
+def _part(placed: list[Placed], device: torch.device, has_native: bool) -> Part:
+    light = [pair for pair in placed if has_native and _is_light(pair[0])]
+    heavy = [pair for pair in placed if not has_native or not _is_light(pair[0])]
     return Part(
         store=placed[0][0].store,
         heavy=_heavy(heavy, device) if heavy else None,
-        light=LightTokens(*(_index(part, device) for part in _lists(light))) if light else None,
+        light=NativeTokens(*(_index(part, device) for part in _lists(light))) if light else None,
     )
 
 
-def _is_light(piece: Piece) -> bool:
+def _is_light(piece: QueryChunk) -> bool:
     return piece.num_tokens == 1 or piece.num_tokens * (piece.first_position + piece.num_tokens) <= _MOST_LIGHT
 
 
-def _heavy(placed: list[Placed], device: torch.device) -> HeavyTokens:
+def _heavy(placed: list[Placed], device: torch.device) -> PaddedTokens:
     single = [pair for pair in placed if pair[0].num_tokens == 1]
     groups = [_single_group(single, device)] if single else []
     groups += [_group(batch, device) for batch in _batches([pair for pair in placed if pair[0].num_tokens > 1])]
     tokens, rows, positions = _lists(placed)
-    return HeavyTokens(_some(tokens, device), _index(rows, device), _index(positions, device), tuple(groups))
+    return PaddedTokens(_some(tokens, device), _index(rows, device), _index(positions, device), tuple(groups))
 
 
 def _lists(placed: list[Placed]) -> tuple[list[int], list[int], list[int]]:

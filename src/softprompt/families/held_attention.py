@@ -12,13 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from softprompt.families.held import Group, HeldRows
+from softprompt.families.held import CachedBatch, Group
 from softprompt.families.native import attend_native
 from softprompt.families.packed import KeysValues
 from softprompt.families.scores import Scores
 
 
-def attend_held(rows: HeldRows, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+def attend_held(
+    rows: CachedBatch, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+) -> Tensor:
     """Attention output [S, h, d] of queries [h, S, d]; keys and values [k, S, d] are put into memory first."""
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     out = None if rows.is_one_group else query.new_empty(*query.shape[:2], value.shape[-1])
@@ -40,7 +42,7 @@ def attend_held(rows: HeldRows, module: nn.Module, query: Tensor, key: Tensor, v
 
 
 def _mixed(
-    rows: HeldRows, place: tuple[int, int], group: Group, query: Tensor, held: KeysValues, scores: Scores
+    rows: CachedBatch, place: tuple[int, int], group: Group, query: Tensor, held: KeysValues, scores: Scores
 ) -> Tensor:
     """[G * n, h, d] of one group."""
     keys, values = held
@@ -67,7 +69,9 @@ def _shares(queries: Tensor, keys: Tensor, bias: Tensor, scores: Scores) -> Tens
     return torch.softmax(torch.tanh(raw) * scores.softcap + bias, dim=-1)
 
 
-def _bias(rows: HeldRows, place: tuple[int, int], group: Group, capacity: int, scores: Scores, like: Tensor) -> Tensor:
+def _bias(
+    rows: CachedBatch, place: tuple[int, int], group: Group, capacity: int, scores: Scores, like: Tensor
+) -> Tensor:
     """What is added to a group's scores, [G, 1 or h, n, C], made once per forward."""
 
     def make() -> Tensor:

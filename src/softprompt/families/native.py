@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from softprompt.families.held import HeldRows, LightTokens
+from softprompt.families.held import CachedBatch, NativeTokens
 from softprompt.families.packed import KeysValues
 from softprompt.families.scores import Scores
 
@@ -37,14 +37,14 @@ class _Task(ctypes.Structure):
     ]
 
 
-def is_native(device: torch.device, dtype: torch.dtype) -> bool:
+def has_native_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether tokens of a base on this device and in this dtype can be attended to here."""
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _library() is not None
 
 
 def attend_native(
-    rows: HeldRows,
-    light: LightTokens,
+    rows: CachedBatch,
+    light: NativeTokens,
     tokens: tuple[Tensor, Tensor, Tensor],
     held: KeysValues,
     scores: Scores,
@@ -72,7 +72,7 @@ def attend_native(
         raise MemoryError("no memory for the scores of one head")
 
 
-def _task(light: LightTokens, query: Tensor, held: KeysValues) -> _Task:
+def _task(light: NativeTokens, query: Tensor, held: KeysValues) -> _Task:
     """What stays the same in every layer of one shape."""
     keys, values = held
     return _Task(

@@ -49,7 +49,7 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRows:
+class PackedBatch:
     """One packed sequence: its segments, and what a pass takes from an earlier one or keeps for a later one."""
 
     segments: tuple[Segment, ...]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.families import checkpoint, interface, own_attention
-from softprompt.families.packed import Carrier, PackedRows, Segment
+from softprompt.families.packed import Carrier, PackedBatch, Segment
 
-RunPacked = Callable[[Carrier, Tensor, Tensor, PackedRows], Tensor]  # embeds [1, S, H], positions [1, S] -> [S, V]
+RunPacked = Callable[[Carrier, Tensor, Tensor, PackedBatch], Tensor]  # embeds [1, S, H], positions [1, S] -> [S, V]
 RunPlain = Callable[[Tensor], Tensor]  # embeds [1, S, H] -> [S, V]
 IsClose = Callable[[Tensor, Tensor], bool]
 
@@ -67,14 +67,14 @@ def _plain_rows(base: Base, run_plain: RunPlain) -> Tensor:
     return torch.cat([run_plain(_embeds(base, _PREFIX_IDS + row))[len(_PREFIX_IDS) :] for row in _ROWS])
 
 
-def _probe(base: Base) -> tuple[Tensor, Tensor, PackedRows]:
+def _probe(base: Base) -> tuple[Tensor, Tensor, PackedBatch]:
     num_before = len(_PREFIX_IDS)
     segments, positions = [Segment(0, num_before)], list(range(num_before))
     for row in _ROWS:
         segments.append(Segment(len(positions), len(row), (0, num_before)))
         positions += range(num_before, num_before + len(row))
     ids = _PREFIX_IDS + tuple(i for row in _ROWS for i in row)
-    return _embeds(base, ids), torch.tensor([positions], device=base.device), PackedRows(tuple(segments))
+    return _embeds(base, ids), torch.tensor([positions], device=base.device), PackedBatch(tuple(segments))
 
 
 def _embeds(base: Base, ids: tuple[int, ...]) -> Tensor:

@@ -1,12 +1,12 @@
-"""Products with the frozen weights of a base, by the fastest exact way that torch has on this processor.
+"""FrozenLinearKernels with the frozen weights of a base, by the fastest exact way that torch has on this processor.
 
 Two things are lost on CPUs by plain calls (figures in `docs/performance.md`). torch sends float32 products on x86 to
 MKL, which on a Zen 5 reached half the rate of oneDNN, which torch carries too.
 And oneDNN arranges a bfloat16 weight anew for every product; a frozen weight can be kept in its arrangement, at the
-price of a copy for the forward and one for the backward direction (`Products.arrange`).
+price of a copy for the forward and one for the backward direction (`FrozenLinearKernels.prepack`).
 
-What runs depends on the processor and on `arrange` alone: float32 is never arranged, and bfloat16 gave the same bits
-arranged and not wherever it was looked at. Installed once per linear layer; outside of `Products.active()` the layer's
+What runs depends on the processor and on `prepack` alone: float32 is never arranged, and bfloat16 gave the same bits
+arranged and not wherever it was looked at. Installed once per linear layer; outside of `active()` the layer's
 own product runs.
 
 T tokens, I inputs, O outputs.
@@ -40,7 +40,7 @@ Storage = tuple[int, tuple[int, ...], tuple[int, ...]]  # where a weight lies: a
 
 
 @dataclass(frozen=True)
-class Matrix:
+class PackedWeight:
     """One frozen weight [O, I]; `forward` and `backward` hold it as oneDNN wants it, else it runs as it is."""
 
     weight: Tensor
@@ -76,57 +76,57 @@ def _parts(rows: Tensor) -> Iterator[Tensor]:
         yield part
 
 
-class Products:
+class FrozenLinearKernels:
     """How the products of one base run."""
 
     def __init__(self) -> None:
-        self._arranged: dict[Storage, Matrix] = {}
-        self._known: dict[Tensor, Matrix | None] = {}  # by the parameter itself: what `_arranged` holds of it
-        self._heads: dict[Storage, list[Matrix]] = {}
+        self._packed: dict[Storage, PackedWeight] = {}
+        self._known: dict[Tensor, PackedWeight | None] = {}  # by the parameter itself: what `_packed` holds of it
+        self._heads: dict[Storage, list[PackedWeight]] = {}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside it the linear layers that this thread calls take these products."""
-        before = current()
+        before = active_kernels()
         _THREAD.products = self
         try:
             yield
         finally:
             _THREAD.products = before
 
-    def arrange(self, layers: nn.Module, head: Tensor | None) -> None:
+    def prepack(self, layers: nn.Module, head: Tensor | None) -> None:
         """Keep the bfloat16 weights of the linear layers, and of the head [V, D], as oneDNN wants them.
 
         Takes twice the memory of the weights, besides them. Does nothing where it would not help.
         """
         with on_huge_pages():
-            self._arrange_layers(layers, both_ways=True)
-            if head is not None and can_arrange(head):
-                self._heads[_storage(head)] = [arranged(block) for block in head.split(_ROW_BLOCK)]
+            self._prepack_layers(layers, both_ways=True)
+            if head is not None and can_prepack(head):
+                self._heads[_storage(head)] = [packed_weight(block) for block in head.split(_ROW_BLOCK)]
 
-    def arrange_forward(self, layers: nn.Module, head: Tensor | None) -> None:
+    def prepack_forward(self, layers: nn.Module, head: Tensor | None) -> None:
         """The same for a base that only answers: once the memory of the weights, besides them."""
         with on_huge_pages():
-            self._arrange_layers(layers, both_ways=False)
-            if head is not None and can_arrange(head) and not self._is_kept(head):
-                self._arranged[_storage(head)] = arranged(head, both_ways=False)
+            self._prepack_layers(layers, both_ways=False)
+            if head is not None and can_prepack(head) and not self._is_kept(head):
+                self._packed[_storage(head)] = packed_weight(head, both_ways=False)
 
-    def _arrange_layers(self, layers: nn.Module, both_ways: bool) -> None:
+    def _prepack_layers(self, layers: nn.Module, both_ways: bool) -> None:
         self._known.clear()
         for module in _linear_layers(layers):
             yield_point()
             weight = module.weight.detach()
-            found = self._arranged.get(_storage(weight))
+            found = self._packed.get(_storage(weight))
             if found is None or (both_ways and found.backward is None):
                 matrix = weight if isinstance(module, nn.Linear) else weight.t()
-                self._arranged[_storage(weight)] = arranged(matrix, both_ways, found)
+                self._packed[_storage(weight)] = packed_weight(matrix, both_ways, found)
 
-    def bytes_to_arrange(self, layers: nn.Module, head: Tensor | None, both_ways: bool = True) -> int:
-        """What `arrange`, or `arrange_forward`, would take; 0 where it has been done."""
+    def bytes_to_prepack(self, layers: nn.Module, head: Tensor | None, both_ways: bool = True) -> int:
+        """What `prepack`, or `prepack_forward`, would take; 0 where it has been done."""
         weights = [module.weight.detach() for module in _linear_layers(layers)]
-        kept = [self._arranged.get(_storage(weight)) for weight in weights]
+        kept = [self._packed.get(_storage(weight)) for weight in weights]
         missing = [(found is None) + (both_ways and (found is None or found.backward is None)) for found in kept]
-        if head is not None and can_arrange(head):
+        if head is not None and can_prepack(head):
             is_kept = _storage(head) in self._heads if both_ways else self._is_kept(head)
             weights, missing = [*weights, head], [*missing, 0 if is_kept else 1 + both_ways]
         return sum(
@@ -134,35 +134,35 @@ class Products:
         )
 
     def _is_kept(self, head: Tensor) -> bool:
-        return _storage(head) in self._heads or _storage(head) in self._arranged
+        return _storage(head) in self._heads or _storage(head) in self._packed
 
-    def head_blocks(self, head: Tensor) -> list[Matrix] | None:
+    def head_blocks(self, head: Tensor) -> list[PackedWeight] | None:
         """The arranged blocks of rows of a head that is not arranged as a whole."""
-        return None if _storage(head) in self._arranged else self._heads.get(_storage(head))
+        return None if _storage(head) in self._packed else self._heads.get(_storage(head))
 
-    def matrix(self, weight: Tensor, is_transposed: bool = False) -> Matrix | None:
+    def matrix(self, weight: Tensor, is_transposed: bool = False) -> PackedWeight | None:
         """The matrix [O, I] of a frozen weight, which is stored as [I, O] where `is_transposed`; None where torch's own
         product is as good."""
         if weight not in self._known:
-            found = self._arranged.get(_storage(weight))
+            found = self._packed.get(_storage(weight))
             if found is None and _takes_onednn(weight):
-                found = Matrix(weight.t() if is_transposed else weight)
+                found = PackedWeight(weight.t() if is_transposed else weight)
             self._known[weight] = found
         return self._known[weight]
 
-    def row_blocks(self, head: Tensor, size: int) -> list[Matrix]:
+    def row_blocks(self, head: Tensor, size: int) -> list[PackedWeight]:
         """The head [V, D] in blocks of rows, about `size` each."""
         found = self._heads.get(_storage(head))
-        return found if found is not None else [Matrix(block) for block in head.split(size)]
+        return found if found is not None else [PackedWeight(block) for block in head.split(size)]
 
 
-def current() -> Products | None:
+def active_kernels() -> FrozenLinearKernels | None:
     """The products that this thread is inside of."""
-    found: Products | None = getattr(_THREAD, "products", None)
+    found: FrozenLinearKernels | None = getattr(_THREAD, "products", None)
     return found
 
 
-def can_arrange(weight: Tensor) -> bool:
+def can_prepack(weight: Tensor) -> bool:
     """A bfloat16 matrix on a CPU that multiplies bfloat16 by itself."""
     ops = torch.ops.mkldnn
     here = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and weight.dim() == 2
@@ -174,7 +174,7 @@ def _linear_layers(layers: nn.Module) -> list[nn.Linear | Conv1D]:
     return [
         module
         for module in layers.modules()
-        if isinstance(module, nn.Linear | Conv1D) and type(module) in (nn.Linear, Conv1D) and can_arrange(module.weight)
+        if isinstance(module, nn.Linear | Conv1D) and type(module) in (nn.Linear, Conv1D) and can_prepack(module.weight)
     ]
 
 
@@ -199,11 +199,11 @@ def _takes_onednn(weight: Tensor) -> bool:
     return is_plain and weight.numel() >= _WORTH_ONEDNN and float32_takes_onednn()
 
 
-def arranged(matrix: Tensor, both_ways: bool = True, found: Matrix | None = None) -> Matrix:
+def packed_weight(matrix: Tensor, both_ways: bool = True, found: PackedWeight | None = None) -> PackedWeight:
     """The matrix [O, I] with what oneDNN wants for the forward direction and for the backward one; `found` has some."""
     reorder = torch.ops.mkldnn._reorder_linear_weight
     forward = found.forward if found is not None else reorder(matrix.contiguous(), _ROW_BLOCK)
-    return Matrix(matrix, forward, reorder(matrix.t().contiguous(), _ROW_BLOCK) if both_ways else None)
+    return PackedWeight(matrix, forward, reorder(matrix.t().contiguous(), _ROW_BLOCK) if both_ways else None)
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,7 +213,7 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, matrix: PackedWeight, bias: Tensor | None) -> Tensor:
         ctx.matrix = matrix  # frozen: nothing changes it before the backward pass
         return matrix.times(rows, bias)
 
@@ -224,20 +224,20 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def install(model: nn.Module) -> None:
-    """Put our products before those of each linear layer; outside of `Products.active()` the layer's own run."""
+    """Put our products before those of each linear layer; outside of `active()` the layer's own run."""
     for module in model.modules():
         if type(module) in _FORWARDS and "forward" not in vars(module):
             module.forward = MethodType(_FORWARDS[type(module)], module)
 
 
 def _linear(module: nn.Linear, rows: Tensor) -> Tensor:
-    products = current()
+    products = active_kernels()
     found = None if products is None else _answer(products, rows, module.weight, module.bias, is_transposed=False)
     return nn.Linear.forward(module, rows) if found is None else found
 
 
 def _conv1d(module: Conv1D, rows: Tensor) -> Tensor:
-    products = current()
+    products = active_kernels()
     found = None if products is None else _answer(products, rows, module.weight, module.bias, is_transposed=True)
     whole: Tensor = Conv1D.forward(module, rows) if found is None else found
     return whole
@@ -247,7 +247,7 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, C
 
 
 def _answer(
-    products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool
+    products: FrozenLinearKernels, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool
 ) -> Tensor | None:
     """The product, where it is one of ours."""
     yield_point()

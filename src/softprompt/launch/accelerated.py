@@ -30,7 +30,7 @@ from softprompt.base import Base
 from softprompt.base.device import resolve_dtype
 from softprompt.config import BaseConfig
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError, RankError
-from softprompt.families.checkpoint import decoder_layers
+from softprompt.families import decoder_layers
 from softprompt.launch.processes import (
     PEERS_LEFT,
     RENDEZVOUS,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from softprompt.compute_share import yield_point
-from softprompt.families import Head, Matrix
+from softprompt.families import Head, PackedWeight
 
 _MOST_TARGETS = 4_096  # at once
 _BLOCK_NUMBERS = {"cpu": 1_500_000, "cuda": 64_000_000}  # logits at once: what fits the caches of a CPU
@@ -74,7 +74,7 @@ class _Running:
         grad = (self.mean / self.total[:, None] - own) * (weights * self.head.scale)[:, None]
         return grad.to(self.hidden.dtype)
 
-    def _add(self, block: Matrix, first: int) -> None:
+    def _add(self, block: PackedWeight, first: int) -> None:
         yield_point()
         logits = self.head.bend(block.times(self.hidden)).to(self.maximum.dtype)
         slopes = None if self.head.cap is None else 1 - (logits / self.head.cap).square()

@@ -15,7 +15,7 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.families import Forward
 from softprompt.loss.chunked import nll
-from softprompt.splice import Prefix, Row, can_share_prefix, run_prompts, target_states
+from softprompt.splice import Prefix, Row, run_prompts, target_states
 from softprompt.types import Example
 
 _SLOTS_PER_BATCH = 4_096  # pads included
@@ -52,7 +52,7 @@ def score_under(
 def target_nlls(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> list[dict[int, float]]:
     """For each row, the nats of each target by its index among the row's ids. Rows are batched by length."""
     result: list[dict[int, float]] = [{} for _ in rows]
-    prefix = run_prompts(base, forward, prompts) if prompts and can_share_prefix(forward) else None
+    prefix = run_prompts(base, forward, prompts) if prompts and forward.can_share_prefix else None
     lengths = [len(row.ids) + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
     for batch in _by_length(lengths):
         some = [rows[index] for index in batch]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.base import Base
-from softprompt.families import KeysValues, PackedRows, Segment
+from softprompt.families import KeysValues, PackedBatch, Segment
 from softprompt.splice.rows import Row
 from softprompt.splice.targets import Targets, find_targets
 
@@ -40,7 +40,7 @@ class Packed:
 
     embeds_SH: Tensor
     positions_S: Tensor
-    rows: PackedRows
+    rows: PackedBatch
     targets: Targets
 
 
@@ -61,7 +61,7 @@ def pack(
     return Packed(
         embeds_SH=torch.cat([*map(base.virtual_inputs, prompts), text]) if prefix is None else text,
         positions_S=_positions(segments, base.device),
-        rows=PackedRows(segments, prefixes=prefix.states if prefix is not None else None, checkpoint=checkpoint),
+        rows=PackedBatch(segments, prefixes=prefix.states if prefix is not None else None, checkpoint=checkpoint),
         targets=_targets(base, rows, own, ranges, len(ranges) if prefix is not None else 0),
     )
 
@@ -73,7 +73,7 @@ def pack_prompts(base: Base, prompts: Sequence[Tensor]) -> tuple[Packed, tuple[R
     packed = Packed(
         embeds_SH=torch.cat([base.virtual_inputs(prompt) for prompt in prompts]),
         positions_S=_positions(segments, base.device),
-        rows=PackedRows(segments, kept={}),
+        rows=PackedBatch(segments, kept={}),
         targets=find_targets((), lambda row, column: 0, base.device),
     )
     return packed, ranges

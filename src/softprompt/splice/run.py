@@ -19,11 +19,6 @@ from softprompt.splice.rows import Row
 from softprompt.splice.targets import Targets
 
 
-def can_share_prefix(forward: Forward) -> bool:
-    """Whether the base runs packed rows, and so a soft prompt once for many of them."""
-    return forward.packing.carrier is not None
-
-
 def run_prompts(base: Base, forward: Forward, prompts: Sequence[Tensor]) -> Prefix:
     """One pass of the soft prompts [P, H]: what any number of rows need of them. Gradients flow through it."""
     packed, ranges = pack_prompts(base, prompts)
@@ -42,10 +37,10 @@ def target_states(
     checkpoint: bool = False,
 ) -> tuple[Tensor, Targets]:
     """The hidden states [N, D] that predict the rows' targets, and the targets."""
-    is_long = forward.alone_beyond is not None and _longest(rows, prompts) > forward.alone_beyond
+    is_long = forward.max_batchable_length is not None and _longest(rows, prompts) > forward.max_batchable_length
     if is_long and len(rows) > 1:
         return _one_by_one(base, forward, rows, prompts)
-    if is_long or not can_share_prefix(forward):
+    if is_long or not forward.can_share_prefix:
         spliced = concatenate(base, rows, prompts, align="left")
         hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS).flatten(0, 1)
         return hidden[spliced.targets.slots], spliced.targets
@@ -63,7 +58,7 @@ def _longest(rows: Sequence[Row], prompts: Sequence[Tensor]) -> int:
 
 
 def _one_by_one(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> tuple[Tensor, Targets]:
-    """Where a long row would change its company (`Forward.alone_beyond`)."""
+    """Where a long row would change its company (`Forward.max_batchable_length`)."""
     parts = [target_states(base, forward, [row], prompts) for row in rows]
     numbered = [replace(targets, rows=targets.rows + number) for number, (_, targets) in enumerate(parts)]
     joined = {item.name: torch.cat([getattr(targets, item.name) for targets in numbered]) for item in fields(Targets)}

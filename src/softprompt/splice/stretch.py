@@ -17,7 +17,7 @@ from softprompt.base import Base
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TokenSpan:
     """Consecutive positions of one row."""
 
     prompt: Tensor | None  # the whole soft prompt [P, H]
@@ -38,7 +38,7 @@ class Stretch:
         return self.ids[max(self.first - num_virtual, 0) : max(self.first + self.length - num_virtual, 0)]
 
 
-def splice_stretches(base: Base, stretches: Sequence[Stretch]) -> tuple[Tensor, Tensor]:
+def embed_spans(base: Base, stretches: Sequence[TokenSpan]) -> tuple[Tensor, Tensor]:
     """Embeddings [S, H] and positions [S] of the stretches, one behind the other."""
     text = base.token_inputs(torch.tensor([i for stretch in stretches for i in stretch.own_ids], dtype=torch.long))
     positions = [i for stretch in stretches for i in range(stretch.first, stretch.first + stretch.length)]
@@ -46,7 +46,7 @@ def splice_stretches(base: Base, stretches: Sequence[Stretch]) -> tuple[Tensor, 
     return embeds, torch.tensor(positions, device=base.device)
 
 
-def _with_prompts(base: Base, stretches: Sequence[Stretch], texts: Tensor) -> Tensor:
+def _with_prompts(base: Base, stretches: Sequence[TokenSpan], texts: Tensor) -> Tensor:
     parts = []
     for stretch, text in zip(stretches, texts.split([len(one.own_ids) for one in stretches]), strict=True):
         if stretch.prompt is not None:

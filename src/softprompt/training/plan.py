@@ -15,7 +15,6 @@ from softprompt.compute_share import yield_point
 from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
 from softprompt.data.batches import plan_epoch
 from softprompt.families import Forward
-from softprompt.splice import can_share_prefix
 from softprompt.types import ExampleSet, brief_repr
 
 _VERSIONS_OF = ("softprompt", "torch", "transformers")
@@ -57,7 +56,7 @@ def make_plan(base: Base, forward: Forward, data: ExampleSet, config: TrainConfi
         epochs=epochs,
         num_steps=min(num_steps, config.max_steps or num_steps),
         micro_batch_rows=min(config.micro_batch_rows or longest_step, longest_step),
-        layout="packed" if can_share_prefix(forward) else "padded",
+        layout="packed" if forward.can_share_prefix else "padded",
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         num_threads=torch.get_num_threads(),

@@ -20,7 +20,7 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.families import Forward
 from softprompt.loss import weighted_nll
-from softprompt.splice import Prefix, Row, can_share_prefix, run_prompts, target_states
+from softprompt.splice import Prefix, Row, run_prompts, target_states
 
 
 def accumulate_gradient(
@@ -46,7 +46,7 @@ def accumulate_gradient(
     order = sorted(range(len(rows)) if mine is None else mine, key=lambda index: len(rows[index].ids))
     batches = [order[first : first + micro_batch_rows] for first in range(0, len(order), micro_batch_rows)]
     num_idle = max(least_batches - len(batches), 0)
-    shared = can_share_prefix(forward) and len(batches) + num_idle > 1
+    shared = forward.can_share_prefix and len(batches) + num_idle > 1
     prefix = run_prompts(base, forward, prompts) if shared else None
     leaves = _leaves(prefix) if prefix is not None else None
     for chosen in batches:

@@ -20,7 +20,6 @@ from softprompt.errors import ConfigError, DivergedError, LengthError, PromptErr
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt, StartTexts, drift, starting_tensor
 from softprompt.settings import check_kinds
-from softprompt.splice import can_share_prefix
 from softprompt.training.events import Event, RunState
 from softprompt.training.loop import TrainingLoop
 from softprompt.training.memory import fit_micro_batches
@@ -320,12 +319,12 @@ def _check_lengths(base: Base, data: ExampleSet, config: TrainConfig) -> None:
 
 
 def _check_checkpointing(forward: Forward, config: TrainConfig) -> None:
-    if config.checkpoint_layers and not can_share_prefix(forward):
+    if config.checkpoint_layers and not forward.can_share_prefix:
         raise ConfigError(f"checkpoint_layers works on packed rows only; {forward.packing.note}")
 
 
 def _check_in_step(base: Base, forward: Forward, ranks: Ranks) -> None:
-    if ranks.in_step and forward.alone_beyond is not None:
+    if ranks.in_step and forward.max_batchable_length is not None:
         raise ConfigError(
             f"rows of base {base.name!r} have to run one at a time, so ranks cannot run it in step; "
             "train it without FSDP, with device_map 'auto' say"
@@ -362,11 +361,11 @@ def _ranks_note(ranks: Ranks) -> tuple[str, ...]:
 def _prepack(forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> tuple[str, ...]:
     """Store the weights once more in the CPU's fastest layout, if the run is long enough and the memory ample."""
     planned = sum(_planned_tokens(trial) for trial in trials)
-    needed = 0 if ranks.in_step else forward.bytes_to_arrange()
+    needed = 0 if ranks.in_step else forward.bytes_to_prepack()
     free = free_bytes(torch.device("cpu")) // ranks.num_on_this_machine
     if not 0 < needed <= free * _PREPACK_MEMORY_SHARE or planned < _TOKENS_WORTH_PREPACKING * ranks.count:
         return ()
-    forward.arrange()
+    forward.prepack()
     return (f"weights kept twice more, as this CPU multiplies them fastest ({needed / 2**20:.0f} MiB)",)
 
 
