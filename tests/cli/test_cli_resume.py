@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from support.killable import Forks
 from support.material import save_base, sentence, write_csv
 
 from softprompt.errors import StorageError
-from softprompt.runs import RunFolder, run_folder
+from softprompt.runs import RunFolder
 from softprompt.runs.run_folder import STATE_NAME, STATE_TENSORS_NAME
 from softprompt.storage import load_prompt
 
@@ -89,9 +90,12 @@ def kill_at_a_random_moment(child, folder, before, moments, *, on_the_way):
     return progress(folder) > before
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("num_kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_is_the_same_to_the_bit(flags, straight, tmp_path, num_kills):
+@pytest.mark.parametrize(
+    "num_kills", [1, pytest.param(5, marks=pytest.mark.medium), pytest.param(20, marks=pytest.mark.slow)]
+)
+def test_a_run_killed_at_random_moments_and_resumed_is_the_unbroken_one_to_the_bit(
+    flags, straight, tmp_path, num_kills
+):
     """In rounds: each run is killed and resumed until it ends. The seed of the moments is in the message."""
     seed = random.SystemRandom().randrange(2**32)
     moments = random.Random(seed)
@@ -102,7 +106,7 @@ def test_killed_at_random_moments_it_is_the_same_to_the_bit(flags, straight, tmp
             for _ in range(num_kills):
                 before = progress(out)
                 child = forks.start([*flags, "--out", out, "--resume"], str(log))
-                got_further = kill_at_a_random_moment(child, out, before, moments, on_the_way=num_killed % 2 == 1)
+                got_further = kill_at_a_random_moment(child, out, before, moments, on_the_way=num_killed % 2 == 0)
                 if forks.wait() != -signal.SIGKILL:
                     break
                 num_killed += 1
@@ -116,7 +120,7 @@ def test_killed_at_random_moments_it_is_the_same_to_the_bit(flags, straight, tmp
 
 
 @pytest.mark.medium
-def test_interrupted_and_resumed_with_nothing_but_the_folder(flags, straight, tmp_path):
+def test_an_interrupted_run_is_resumed_from_its_folder_alone(flags, straight, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     with Forks() as forks:
         child = forks.start([*flags, "--out", out], str(log))
@@ -132,7 +136,7 @@ def test_interrupted_and_resumed_with_nothing_but_the_folder(flags, straight, tm
 
 
 @pytest.mark.medium
-def test_a_full_disk_says_so_and_the_last_good_checkpoint_goes_on(flags, straight, tmp_path):
+def test_a_run_on_a_full_disk_ends_in_one_line_and_resumes_from_its_last_checkpoint(flags, straight, tmp_path):
     disk, result = tmp_path / "disk", tmp_path / "result"
     disk.mkdir()
     command = " ".join(map(str, flags))
@@ -159,39 +163,44 @@ cp -r {disk}/run {result}
     assert_same_run(result, straight)
 
 
-@pytest.fixture
-def half_way(flags, tmp_path):
-    """A run as a kill leaves it in its middle: made of a shorter run's folder, which has no result."""
-    out = tmp_path / "half"
+@pytest.fixture(scope="module")
+def killed(flags, tmp_path_factory):
+    """A run as a kill leaves it in its middle: a finished run without its result and its later checkpoints."""
+    out = tmp_path_factory.mktemp("killed") / "half"
     succeed(*flags, "--out", out, "--keep-checkpoints", 100)
-    run_folder = RunFolder(out)
-    for step, path in run_folder.checkpoints():
+    folder = RunFolder(out)
+    for step, path in folder.checkpoints():
         if step > 20:
             shutil.rmtree(path)
-    plan = run_folder.read_plan()
+    plan = folder.read_plan()
     del plan["result"]
-    run_folder.write_plan(plan)
+    folder.write_plan(plan)
     for name in ("adapter_model.safetensors", "adapter_config.json", "softprompt.json"):
         (out / name).unlink()
     return out
 
 
+@pytest.fixture
+def half_way(killed, tmp_path):
+    return Path(shutil.copytree(killed, tmp_path / "half"))
+
+
 class TestSettings:
-    def test_the_whole_command_again_goes_on(self, flags, half_way, straight):
+    def test_the_whole_command_with_resume_continues_the_run(self, flags, half_way, straight):
         said = succeed(*flags, "--out", half_way, "--resume").err
         assert "resumed after step 20" in said
         assert adapter_bytes(half_way) == adapter_bytes(straight)
 
-    def test_what_would_make_it_another_run_is_refused(self, flags, half_way):
+    def test_a_resumed_run_with_another_seed_is_refused(self, flags, half_way):
         said = run(*flags, "--out", half_way, "--resume", "--seed", 1).complaint
         assert said.startswith("--seed is 1, but the run in")
         assert "was begun with 0" in said
 
-    def test_other_rows_are_refused(self, half_way, tmp_path):
+    def test_a_resumed_run_with_other_rows_is_refused(self, half_way, tmp_path):
         others = write_csv(tmp_path / "others.csv", [{"prompt": sentence(i + 1)} for i in range(40)])
         assert "of another run" in run("train", "--out", half_way, "--resume", "--data", others).complaint
 
-    def test_moved_rows_and_another_split_are_the_same_run(self, flags, half_way, straight, tmp_path):
+    def test_a_run_resumes_with_its_rows_moved_and_its_steps_split_otherwise(self, flags, half_way, straight, tmp_path):
         moved = shutil.copy(flags[flags.index("--data") + 1], tmp_path / "moved.csv")
         succeed("train", "--out", half_way, "--resume", "--data", moved, "--micro-batch-rows", 3)
         assert torch.allclose(load_prompt(half_way).tensor, load_prompt(straight).tensor, rtol=1e-2, atol=1e-3)
@@ -199,7 +208,7 @@ class TestSettings:
     def test_resume_and_overwrite_exclude_each_other(self, flags, half_way):
         assert "exclude each other" in run(*flags, "--out", half_way, "--resume", "--overwrite").complaint
 
-    def test_without_a_run_it_begins_one_and_needs_its_flags(self, flags, tmp_path):
+    def test_resume_without_a_run_begins_one_and_needs_its_flags(self, flags, tmp_path):
         assert "Missing option '--base'" in run("train", "--out", tmp_path / "new", "--resume").complaint
         succeed(*flags, "--epochs", 1, "--out", tmp_path / "new", "--resume")
         (tmp_path / "thesis").mkdir()
@@ -214,7 +223,7 @@ class TestSettings:
 
 
 class TestUnlikelyMoments:
-    def test_what_fails_before_the_first_step_can_be_begun_again(self, flags, tmp_path, monkeypatch):
+    def test_a_run_that_failed_before_its_first_step_can_be_resumed(self, flags, tmp_path, monkeypatch):
         out = tmp_path / "stuck"
         monkeypatch.setattr(RunFolder, "go_back_to", lambda *_: (_ for _ in ()).throw(StorageError("no space left")))
         assert "no space left" in run(*flags, "--epochs", 1, "--out", out).complaint
@@ -223,14 +232,21 @@ class TestUnlikelyMoments:
         assert (out / "adapter_config.json").exists()
 
     def test_a_kill_while_an_earlier_run_is_cleared_leaves_a_run(self, flags, straight, tmp_path, monkeypatch):
-        out = shutil.copytree(straight, tmp_path / "earlier")
-        gone = []
-        real = run_folder._remove
-        monkeypatch.setattr(run_folder, "_remove", lambda path: (gone.append(path.name), real(path))[1])
-        succeed(*flags, "--epochs", 1, "--out", out, "--overwrite")
-        assert gone.index("run.json") == max(gone.index(name) for name in ("run.json", "metrics.jsonl", "checkpoints"))
+        out = Path(shutil.copytree(straight, tmp_path / "earlier"))
+        remove = shutil.rmtree
 
-    def test_flags_that_may_be_repeated_are_the_same_again(self, flags, tmp_path):
+        def end_there(path, *arguments, **settings):
+            remove(path, *arguments, **settings)
+            raise StorageError("killed here")
+
+        monkeypatch.setattr(shutil, "rmtree", end_there)
+        assert "killed here" in run(*flags, "--epochs", 1, "--out", out, "--overwrite").complaint
+        monkeypatch.undo()
+        assert not (out / "checkpoints").exists()
+        assert RunFolder(out).has_begun()
+        succeed(*flags, "--epochs", 1, "--out", out, "--overwrite")
+
+    def test_repeated_flags_count_as_the_recorded_ones(self, flags, tmp_path):
         several = [
             *flags,
             "--epochs",
@@ -245,10 +261,10 @@ class TestUnlikelyMoments:
             tmp_path / "o",
         ]
         succeed(*several)
-        run_folder = RunFolder(tmp_path / "o")
-        plan = run_folder.read_plan()
+        folder = RunFolder(tmp_path / "o")
+        plan = folder.read_plan()
         del plan["result"]
-        run_folder.write_plan(plan)
+        folder.write_plan(plan)
         assert "resumed after step" in succeed(*several, "--resume").err
 
     @pytest.mark.parametrize("more", [(), ("--candidates", 3)])
@@ -267,8 +283,10 @@ class TestUnlikelyMoments:
 
 
 class TestBrokenCheckpoints:
-    @pytest.mark.parametrize("spoil", ["cut", "missing", "json"])
-    def test_the_one_before_is_taken(self, spoil, half_way, straight):
+    @pytest.mark.parametrize(
+        "spoil", ["cut", *(pytest.param(way, marks=pytest.mark.medium) for way in ("missing", "json"))]
+    )
+    def test_a_broken_checkpoint_is_skipped_for_the_one_before(self, spoil, half_way, straight):
         latest = RunFolder(half_way).checkpoints()[-1].path
         tensors = latest / STATE_TENSORS_NAME
         if spoil == "cut":
@@ -282,7 +300,7 @@ class TestBrokenCheckpoints:
         assert "resumed after step 15" in said
         assert adapter_bytes(half_way) == adapter_bytes(straight)
 
-    def test_none_is_left_and_it_begins_again(self, half_way, straight):
+    def test_a_run_without_checkpoints_begins_again(self, half_way, straight):
         shutil.rmtree(half_way / "checkpoints")
         assert "resumed after" not in succeed("train", "--out", half_way, "--resume", "--keep-checkpoints", 3).err
         assert_same_run(half_way, straight)

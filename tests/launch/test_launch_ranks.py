@@ -16,31 +16,48 @@ CASES = [
     "split llama", "split llama, single rows", "split llama, checkpointed",
     "split bloom", "split bloom, single rows", "split bloom, checkpointed",
 ]  # fmt: skip
-pytestmark = pytest.mark.medium
+THREE = pytest.param(3, marks=pytest.mark.medium)
+
+
+class Groups:
+    """Groups of processes by their number, each started when it is first asked for."""
+
+    def __init__(self, folder):
+        self._folder, self._found = folder, {}
+
+    def __getitem__(self, count):
+        if count not in self._found:
+            folder = self._folder / f"of{count}"
+            folder.mkdir()
+            process = ended(start(by_our_launcher(folder) if count == 2 else by_accelerate(folder, count)))
+            self._found[count] = (process, found(folder, count))
+        return self._found[count]
 
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
-    """Two processes by our own launcher, the second of which fails once all is done; three by `accelerate launch`."""
-    folders = {count: tmp_path_factory.mktemp(f"of{count}") for count in (2, 3)}
+    return Groups(tmp_path_factory.mktemp("groups"))
+
+
+@pytest.fixture(scope="module", params=[2, THREE])
+def ranks(request, groups):
+    """What each rank found."""
+    return groups[request.param][1]
+
+
+def by_our_launcher(folder):
+    """Two processes, the second of which fails once all is done."""
     program = (
         "import sys; from softprompt.launch.processes import run_group; "
         "sys.exit(run_group([sys.executable, *sys.argv[1:]], 2))"
     )
-    number = ["--multi_gpu", "--num_processes", "3", "--num_machines", "1", "--main_process_port", "0"]
+    return ["-c", program, HERE / "driver.py", folder, "rank-1-fails"]
+
+
+def by_accelerate(folder, count):
+    number = ["--multi_gpu", "--num_processes", f"{count}", "--num_machines", "1", "--main_process_port", "0"]
     plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    commands = {
-        2: ["-c", program, HERE / "driver.py", folders[2], "rank-1-fails"],
-        3: [HERE / "accelerate_on_loopback.py", *number, *plain, HERE / "driver.py", folders[3]],
-    }
-    started = {count: start(command) for count, command in commands.items()}
-    return {count: (ended(process), found(folders[count], count)) for count, process in started.items()}
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, groups):
-    """What each rank found, in turn."""
-    return groups[request.param][1]
+    return [HERE / "accelerate_on_loopback.py", *number, *plain, HERE / "driver.py", folder]
 
 
 def start(command):
@@ -98,14 +115,15 @@ def test_the_control_gradients_that_are_not_summed_give_other_prompts(ranks, tru
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_a_split_base_lies_in_parts_and_is_the_same_base(family, ranks, truth):
+def test_each_rank_holds_a_part_of_a_split_base_with_the_same_fingerprint(family, ranks, truth):
     held = [rank[f"share held {family}"] for rank in ranks]
     assert sum(held) == pytest.approx(1.0)
     assert max(held) < 0.6
     assert {rank[f"fingerprint {family}"] for rank in ranks} == {truth[f"fingerprint {family}"]}
 
 
-def test_only_the_first_rank_speaks(groups):
+@pytest.mark.medium
+def test_only_the_first_rank_prints(groups):
     process, _ = groups[3]
     assert process.returncode == 0, process.stderr
     assert process.stdout == "rank 0 speaks\n"
@@ -113,7 +131,7 @@ def test_only_the_first_rank_speaks(groups):
     assert "rank 1" not in process.stderr
 
 
-def test_where_one_rank_fails_its_words_are_shown_and_no_others(groups):
+def test_the_error_of_a_failed_rank_is_shown_once(groups):
     process, _ = groups[2]
     assert process.stdout == "rank 0 speaks\n"
     assert process.returncode == 1

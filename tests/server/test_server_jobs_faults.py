@@ -33,7 +33,8 @@ from softprompt.base import Base
 from softprompt.data.chat_template import ChatTemplate, Rendered
 from softprompt.data.messages import Message
 from softprompt.errors import DatabaseError, MemoryLimitError, StorageError
-from softprompt.runs import Recorder, TrainingSession
+from softprompt.runs.recorder import Recorder
+from softprompt.runs.session import TrainingSession
 from softprompt.server.clients.keys import Client
 from softprompt.server.dependencies import dependency_of
 from softprompt.server.jobs.files import Files

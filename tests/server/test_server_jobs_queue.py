@@ -30,7 +30,8 @@ from support.job_server import (
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig
-from softprompt.runs import RunFolder, TrainingSession
+from softprompt.runs import RunFolder
+from softprompt.runs.session import TrainingSession
 from softprompt.server.clients.keys import Client, Limits
 from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError

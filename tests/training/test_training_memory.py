@@ -143,6 +143,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address-space limits are Linux'")
 def test_under_an_address_space_limit_the_batch_is_split_rather_than_killed():
     command = [sys.executable, "-c", LIMITED, str(Path(__file__).parents[1])]

@@ -21,7 +21,8 @@ from softprompt.launch.processes import run_processes
 
 if TYPE_CHECKING:
     from softprompt.base import Base
-    from softprompt.runs import Recorder, RunFolder
+    from softprompt.runs import RunFolder
+    from softprompt.runs.recorder import Recorder
     from softprompt.training import Ranks
 
 # Settings that say where things are and how they are computed, not what is computed.
@@ -77,7 +78,8 @@ class RunPlace:
 
     def check(self, flags: Mapping[str, Any], tasks: Iterable[str] = ()) -> None:
         """Raises, before anything slow begins, where a run with these flags cannot be recorded here."""
-        from softprompt.runs import RunFolder, require_tensorboard
+        from softprompt.runs import RunFolder
+        from softprompt.runs.recorder import require_tensorboard
 
         if not self.is_resumed:
             RunFolder.check_free(self.out, overwrite=self.overwrite, tasks=tasks)
@@ -85,7 +87,7 @@ class RunPlace:
 
     def recorder(self, metadata: Mapping[str, Any], flags: Mapping[str, Any]) -> Recorder:
         """A recorder of a run with these flags. Nothing is written yet."""
-        from softprompt.runs import Recorder
+        from softprompt.runs.recorder import Recorder
 
         settings = {**flags, "folder": os.getcwd()}
         return Recorder(

@@ -25,7 +25,7 @@ from softprompt.config import BaseConfig
 from softprompt.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from softprompt.runs import TrainingTask
+    from softprompt.runs.session import TrainingTask
     from softprompt.training import Ranks
 
 Settings = dict[str, Any]
@@ -65,7 +65,7 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
 
 def _train(file: str, sweep: Sweep, place: RunPlace, flags: Settings, ranks: Ranks, as_json: bool) -> None:
     from softprompt.cli.training_run import run_session
-    from softprompt.runs import tasks_metadata
+    from softprompt.runs.session import tasks_metadata
 
     base_config = config_of(BaseConfig, flags)
     tasks = _tasks(sweep, offline=base_config.offline)
@@ -96,7 +96,7 @@ def _with_base(base: Mapping[str, Any], flags: Settings) -> Settings:
 
 def _tasks(sweep: Sweep, *, offline: bool) -> list[TrainingTask]:
     from softprompt.data import split_rows
-    from softprompt.runs import TrainingTask, rows_metadata
+    from softprompt.runs.session import TrainingTask, rows_metadata
 
     tasks = []
     for name, data in sweep.tasks.items():

@@ -89,7 +89,7 @@ def command(
 def _train(place: RunPlace, flags: Mapping[str, Any], ranks: Ranks, as_json: bool) -> None:
     from softprompt.cli.training_run import run_session
     from softprompt.data import split_rows
-    from softprompt.runs import TrainingTask, rows_metadata
+    from softprompt.runs.session import TrainingTask, rows_metadata
 
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
     config = config_of(TrainConfig, flags)

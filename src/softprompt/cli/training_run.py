@@ -14,7 +14,8 @@ from softprompt.base import Base
 from softprompt.base.load import trainable_line
 from softprompt.cli.console import print_json, print_table, say, words
 from softprompt.data import report_lines
-from softprompt.runs import Recorder, TrainingSession, TrainingTask, best_of
+from softprompt.runs.recorder import Recorder
+from softprompt.runs.session import TrainingSession, TrainingTask, best_of
 from softprompt.training import Checkpoint, Event, Prepared, Ranks, StepDone, TrainResult
 
 _LINE_EVERY_S = 5.0  # where stderr is no terminal

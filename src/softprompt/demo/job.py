@@ -18,7 +18,9 @@ from softprompt.demo.tasks import INPUTS, TASKS, WRITTEN_TEMPLATES, Task
 from softprompt.evaluation import Comparison, accuracy_by_likelihood, compare
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
-from softprompt.runs import Recorder, RunFolder, TrainingSession, TrainingTask, rows_metadata
+from softprompt.runs import RunFolder
+from softprompt.runs.recorder import Recorder
+from softprompt.runs.session import TrainingSession, TrainingTask, rows_metadata
 from softprompt.splice import Row, concatenate
 
 Say = Callable[[str], None]

@@ -1,26 +1,9 @@
-"""A training run on the disk: one session for `train`, `sweep`, `demo` and jobs, which records and resumes it."""
+"""Training runs: their folder, its recorder, its history, and the session that trains, records and resumes one.
 
-from softprompt.runs.recorder import Recorder, require_tensorboard
+The folder is read and written without the rest: `softprompt.runs.recorder` and `softprompt.runs.session` import the
+training, this package does not.
+"""
+
 from softprompt.runs.run_folder import Checkpoint, RunFolder, SavedState
-from softprompt.runs.session import (
-    SessionStopped,
-    TrainingSession,
-    TrainingTask,
-    best_of,
-    rows_metadata,
-    tasks_metadata,
-)
 
-__all__ = [
-    "Checkpoint",
-    "Recorder",
-    "RunFolder",
-    "SavedState",
-    "SessionStopped",
-    "TrainingSession",
-    "TrainingTask",
-    "best_of",
-    "require_tensorboard",
-    "rows_metadata",
-    "tasks_metadata",
-]
+__all__ = ["Checkpoint", "RunFolder", "SavedState"]

@@ -22,8 +22,10 @@ from softprompt.data import Rows, Split, split_rows
 from softprompt.errors import ConfigError, DatabaseError
 from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
-from softprompt.runs import Recorder, RunFolder, SessionStopped, TrainingSession, TrainingTask
+from softprompt.runs import RunFolder
+from softprompt.runs.recorder import Recorder
 from softprompt.runs.run_folder import CHECKPOINTS_NAME
+from softprompt.runs.session import SessionStopped, TrainingSession, TrainingTask
 from softprompt.server.clients.keys import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile
