@@ -319,7 +319,10 @@ class TestInputs:
 
     def test_longer_than_the_base(self, generate, library):
         said = generate(" ".join(["w5"] * 60), "--prompt", library / "coach")
-        assert "3 virtual tokens, 61 of the input and 50 new ones are 114, more than the 96 positions" in said
+        assert (
+            "maximum context length is 96 tokens. However, you requested 114 tokens (61 in the text, 3 in the soft"
+            in said
+        )
 
     def test_none_or_both(self, generate):
         assert "TEXTS, '--field' or '--message'" in generate()

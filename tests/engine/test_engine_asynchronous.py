@@ -89,6 +89,55 @@ def test_many_at_once_each_get_their_own():
     assert echo.is_closed and not echo.running
 
 
+async def listen_to_all(engine, requests):
+    return [pair async for pair in engine.generate_all(requests)]
+
+
+def test_requests_of_one_list_are_each_answered_under_their_index():
+    requests = [Request((5, 6)), Request((7,)), Request(()), Request((8, 9, 10))]
+
+    async def main():
+        async with AsyncEngine(Echo()) as engine:
+            pairs = await listen_to_all(engine, [each for each in requests if each.ids])
+            for index, request in enumerate(each for each in requests if each.ids):
+                events = [event for number, event in pairs if number == index]
+                assert echoed(events) == request.ids and isinstance(events[-1], Finished)
+            assert await listen_to_all(engine, []) == []
+
+    run(main)
+
+
+def test_a_list_with_one_refused_request_is_admitted_as_a_whole_or_not_at_all():
+    echo = Echo(max_running=2)
+
+    async def main():
+        async with AsyncEngine(echo) as engine:
+            with pytest.raises(DataError, match="an empty text"):
+                await listen_to_all(engine, [Request(ENDLESS), Request(())])
+            await until(lambda: len(echo.done) == 1)
+            with pytest.raises(QueueFullError):
+                await listen_to_all(engine, [Request(ENDLESS)] * 3)
+            await until(lambda: len(echo.done) == 3)
+        assert all(isinstance(end, Aborted) for end in echo.done.values())
+
+    run(main)
+
+
+def test_closing_the_answers_to_a_list_aborts_those_that_have_not_ended():
+    echo = Echo()
+
+    async def main():
+        async with AsyncEngine(echo) as engine:
+            async with aclosing(engine.generate_all([Request((1,)), Request(ENDLESS), Request(ENDLESS)])) as events:
+                async for index, event in events:
+                    if index == 0 and isinstance(event, Finished):
+                        break
+            await until(lambda: len(echo.done) == 3)
+        assert [type(echo.done[number]) for number in range(3)] == [Finished, Aborted, Aborted]
+
+    run(main)
+
+
 def test_only_the_worker_touches_the_engine():
     echo = Echo()
 

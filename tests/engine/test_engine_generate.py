@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.engine_runs import kv_bytes
 from support.slow_truth import plain_greedy
 from support.tiny_bases import EOS, LIMIT, build_base, build_model, build_tokenizer, random_ids, random_prompt
 
 from softprompt.base import freeze_base
-from softprompt.config import SamplingConfig
-from softprompt.engine import Engine, Finished, Request, generate
-from softprompt.errors import BaseModelError, DataError, LengthError, PromptError
+from softprompt.config import EngineConfig, SamplingConfig
+from softprompt.engine import AsyncEngine, Engine, Finished, Request, generate
+from softprompt.errors import BaseModelError, ConfigError, DataError, LengthError, MemoryLimitError, PromptError
 from softprompt.families import forward_of
 from softprompt.loss import target_nlls
 from softprompt.prompt import SoftPrompt
@@ -107,19 +108,45 @@ def test_what_does_not_fit_is_refused_with_its_numbers(tiny_llama):
     prompt = SoftPrompt(random_prompt(tiny_llama, 10))
     greedy(tiny_llama, Request(random_ids(LIMIT - 22), prompt))
     with pytest.raises(
-        LengthError, match=f"10 virtual tokens, {LIMIT - 21} of the input and 12 new ones are {LIMIT + 1}"
+        LengthError,
+        match=rf"maximum context length is {LIMIT} .* requested {LIMIT + 1} tokens "
+        rf"\({LIMIT - 21} in the text, 10 in the soft prompt, 12 in the completion\)",
     ):
         greedy(tiny_llama, Request(random_ids(LIMIT - 21), prompt))
 
 
-def test_a_prompt_of_another_width_is_refused(tiny_llama):
-    with pytest.raises(PromptError, match="has width 7; base 'tiny-llama' takes 16"):
-        greedy(tiny_llama, Request((5,), SoftPrompt(torch.ones(2, 7))))
+WIDE = SoftPrompt(torch.ones(2, 7))
+REFUSED = [  # request, error, its message and the field of OpenAI's API that it names
+    (Request((5,), WIDE), PromptError, "has width 7; base 'tiny-llama' takes 16", "model"),
+    (Request(()), DataError, "empty text", "prompt"),
+    (Request((5, 10**30)), DataError, "the text has token id 10{30}; those of base 'tiny-llama' are 0 to", "prompt"),
+    (Request((5,), num_choices=0), ConfigError, "num_choices is 0; it must be between 1 and 128", "n"),
+    (Request((5,), num_log_probs=10**6), ConfigError, "num_log_probs is 1000000", "logprobs"),
+    (Request((5,), num_text_log_probs=-1), ConfigError, "num_text_log_probs is -1", "logprobs"),
+    (Request((5,), sampling=SamplingConfig(logit_bias=((10**6, 1.0),))), DataError, "logit_bias has", "logit_bias"),
+    (Request((5,), sampling=SamplingConfig(stop_ids=(10**6,))), DataError, "stop_ids has", "stop_token_ids"),
+    (Request((5,), sampling=SamplingConfig(max_new_tokens=10**18)), LengthError, r"more than 10\^18 in", "max_tokens"),
+]
 
 
-def test_an_empty_text_on_the_bare_base_is_refused(tiny_llama):
-    with pytest.raises(DataError, match="empty text"):
-        greedy(tiny_llama, Request(()))
+@pytest.mark.parametrize(("request_", "kind", "message", "param"), REFUSED)
+def test_a_request_that_the_base_cannot_answer_is_refused_with_the_field_that_is_wrong(
+    tiny_llama, request_, kind, message, param
+):
+    engine = Engine(tiny_llama)
+    for judge in (engine.check, AsyncEngine(engine).check, engine.add):
+        with pytest.raises(kind, match=message) as caught:
+            judge(request_)
+        assert caught.value.param == param
+    assert not engine.has_work
+
+
+def test_a_request_longer_than_the_memory_is_refused_before_it_is_added(tiny_llama):
+    engine = Engine(tiny_llama, EngineConfig(kv_bytes=kv_bytes(tiny_llama, 64)))
+    engine.check(Request((5,), sampling=SamplingConfig(max_new_tokens=63)))
+    with pytest.raises(MemoryLimitError, match="65 positions are more than the engine's memory") as caught:
+        engine.check(Request((5,), sampling=SamplingConfig(max_new_tokens=64)))
+    assert caught.value.param == "max_tokens"
 
 
 def test_a_base_that_computes_nan_is_an_error_and_no_answer():

@@ -19,7 +19,7 @@ from support.engine_runs import (
 from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
-from softprompt.engine import Engine, Failed, Request, TextRead, Tokens, model_runner, prompt_logprobs
+from softprompt.engine import Engine, Failed, PromptLogprobs, Request, Tokens, model_runner, prompt_logprobs
 from softprompt.errors import ConfigError
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt
@@ -203,7 +203,7 @@ def test_several_choices_are_told_once_and_before_any_of_their_tokens(is_held, m
     while engine.has_work:
         events += engine.step()
         engine.check_integrity()
-    assert [type(event) for event in events].count(TextRead) == 1 and isinstance(events[0], TextRead)
+    assert [type(event) for event in events].count(PromptLogprobs) == 1 and isinstance(events[0], PromptLogprobs)
     assert_text_true(base, request, events[0].log_probs)
     plain = Engine(base)
     plain.add(replace(request, num_text_log_probs=None))

@@ -89,7 +89,7 @@ class TestRefusals:
             compare(tiny_llama, {"base": soft(tiny_llama)}, ["w5"])
 
     def test_too_long(self, tiny_llama):
-        with pytest.raises(LengthError, match="more than the 96 positions"):
+        with pytest.raises(LengthError, match="maximum context length is 96 tokens"):
             compare(tiny_llama, {"p": soft(tiny_llama)}, ["w5 " * 90])
         with pytest.raises(LengthError, match="no room"):
             compare(tiny_llama, {"p": soft(tiny_llama, length=95)}, held_out={"set": rows_from_texts(["w5 w6"])})

@@ -18,9 +18,9 @@ from softprompt.engine import (
     Engine,
     Event,
     Finished,
+    PromptLogprobs,
     Request,
     Terminal,
-    TextRead,
     TokenLogProb,
     Tokens,
     model_runner,
@@ -51,7 +51,7 @@ class Ledger:
                 self.tokens[event.request].append(event)
                 self.num_tokens += len(event.ids)
                 continue
-            if isinstance(event, TextRead):
+            if isinstance(event, PromptLogprobs):
                 assert event.request not in self.texts and not self.tokens[event.request], "told twice, or late"
                 self.texts[event.request] = event.log_probs
                 continue

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from softprompt.engine.async_engine import AsyncEngine
 from softprompt.engine.engine import Engine
 from softprompt.engine.generate import generate
@@ -13,9 +16,9 @@ from softprompt.engine.request import (
     Failed,
     Finished,
     FinishReason,
+    PromptLogprobs,
     Request,
     Terminal,
-    TextRead,
     TokenLogProb,
     Tokens,
 )
@@ -23,5 +26,14 @@ from softprompt.engine.stats import EngineStats
 
 __all__ = [
     "AbortReason", "Aborted", "Answer", "AsyncEngine", "Engine", "EngineStats", "Event", "Failed", "FinishReason",
-    "Finished", "Request", "Terminal", "TextRead", "TokenLogProb", "Tokens", "generate",
+    "Finished", "PromptLogprobs", "Request", "Terminal", "TokenLogProb", "Tokens", "generate",
 ]  # fmt: skip
+
+_RENAMED = {"TextRead": "PromptLogprobs"}
+
+
+def __getattr__(name: str) -> Any:  # Any: a module's attribute
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"softprompt.engine.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

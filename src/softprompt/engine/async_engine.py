@@ -10,9 +10,9 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -31,12 +31,15 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(eq=False)
-class _Reader:
-    """Who waits for the events of one request, and in which event loop."""
+class _Consumer:
+    """One call of `generate_all`: its event loop, and the requests whose events it still expects."""
 
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    request: int | None = None  # as soon as it is admitted
+    events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
+    index_of: dict[int, int] = field(default_factory=dict)  # by id; the worker's own
+
+
+_Delivery = tuple[_Consumer, tuple[int, Event]]
 
 
 class AsyncEngine:
@@ -54,7 +57,7 @@ class AsyncEngine:
         self._is_open = False
         self._gate = threading.Lock()  # for `_is_open`: behind the last command nobody may send another
         # what follows is the worker's own
-        self._readers: dict[int, _Reader] = {}
+        self._consumers: dict[int, _Consumer] = {}
         self._is_closing = False
         self._error: Exception | None = None
 
@@ -85,30 +88,46 @@ class AsyncEngine:
     ) -> None:
         await self.close()
 
+    def check(self, request: Request) -> None:
+        """See `Engine.check`; needs no running engine and never waits."""
+        self._engine.check(request)
+
     async def generate(
         self, request: Request, on_admitted: Callable[[], None] | None = None
     ) -> AsyncGenerator[Event, None]:
         """Its tokens as they come, then exactly one Finished, Aborted or Failed. `on_admitted` is called before them.
 
-        Whoever stops listening (break, `aclose`, a cancelled task) gives the request up. Raises what `Engine.add`
-        raises, and EngineError where the engine has stopped.
+        Closing the generator (break, `aclose`, a cancelled task) aborts the request. Raises what `Engine.add` raises,
+        and EngineError where the engine has stopped.
         """
-        if request.sampling is not None and request.sampling.is_guided:
-            await asyncio.to_thread(self._engine.prepare, request)  # the worker compiles nothing
-        reader, has_ended = _Reader(asyncio.get_running_loop()), False
-        admitted = self._ask(partial(self._admit, request, reader))
+        async with aclosing(self.generate_all([request], on_admitted)) as events:
+            async for _, event in events:
+                yield event
+
+    async def generate_all(
+        self, requests: Sequence[Request], on_admitted: Callable[[], None] | None = None
+    ) -> AsyncGenerator[tuple[int, Event], None]:
+        """(index, event) of all requests as they come, until each has ended. All are admitted at once, or none.
+
+        Closing the generator aborts those that have not ended. Raises as `generate` does.
+        """
+        for request in requests:
+            if request.sampling is not None and request.sampling.is_guided:
+                await asyncio.to_thread(self._engine.prepare, request)  # the worker compiles nothing
+        consumer, num_left = _Consumer(asyncio.get_running_loop()), len(requests)
+        admitted = self._ask(partial(self._admit, requests, consumer))
         try:
             await asyncio.wrap_future(admitted)
             if on_admitted is not None:
                 on_admitted()
-            while not has_ended:
-                event = await reader.events.get()
-                has_ended = isinstance(event, Terminal)
-                yield event
+            while num_left:
+                index, event = await consumer.events.get()
+                num_left -= isinstance(event, Terminal)
+                yield index, event
         finally:
-            if not has_ended:
+            if num_left:
                 with suppress(EngineError):  # closed in the meantime
-                    self._ask(partial(self._give_up, reader))
+                    self._ask(partial(self._abort_all, consumer))
 
     async def abort(self, request: int) -> None:
         """Give a request up: Aborted is its last event. One that has ended, or never was, is let be."""
@@ -175,37 +194,46 @@ class AsyncEngine:
             return self._failed(f"the engine has stopped: {type(error).__name__}: {error}")
 
     def _deliver(self, events: Iterable[Event]) -> None:
-        """Each event to its reader, with one call into each event loop."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, Event]]] = defaultdict(list)
+        """Each event to its consumer, with one call into each event loop."""
+        batches: dict[asyncio.AbstractEventLoop, list[_Delivery]] = defaultdict(list)
         for event in events:
-            reader = self._readers.get(event.request)
-            if reader is not None:  # else nobody listens any more
-                batches[reader.loop].append((reader, event))
+            consumer = self._consumers.get(event.request)
+            if consumer is None:  # it was closed
+                continue
+            batches[consumer.loop].append((consumer, (consumer.index_of[event.request], event)))
             if isinstance(event, Terminal):
-                self._readers.pop(event.request, None)
+                del self._consumers[event.request], consumer.index_of[event.request]
         for loop, batch in batches.items():
             try:
                 loop.call_soon_threadsafe(_hand_over, batch)
-            except RuntimeError:  # the loop is closed, and everybody in it gone
-                for reader, _ in batch:
-                    self._give_up(reader)
+            except RuntimeError:  # the loop is closed, and with it every consumer in it
+                for consumer, _ in batch:
+                    self._abort_all(consumer)
 
-    def _admit(self, request: Request, reader: _Reader) -> None:
+    def _admit(self, requests: Sequence[Request], consumer: _Consumer) -> None:
         if self._error is not None:
             why = f"{type(self._error).__name__}: {self._error}"
             raise EngineError(f"the engine has stopped ({why}); make a new one") from self._error
         if self._is_closing:
             raise EngineError("the engine is being closed and takes no more requests")
-        reader.request = self._engine.add(request)
-        self._readers[reader.request] = reader
+        try:
+            for index, request in enumerate(requests):
+                number = self._engine.add(request)
+                consumer.index_of[number] = index
+                self._consumers[number] = consumer
+        except BaseException:
+            self._abort_all(consumer)
+            raise
 
-    def _give_up(self, reader: _Reader) -> None:
-        if reader.request is not None and self._readers.pop(reader.request, None) is not None:
-            self._engine.abort(reader.request)
+    def _abort_all(self, consumer: _Consumer) -> None:
+        for request in consumer.index_of:
+            del self._consumers[request]
+            self._engine.abort(request)
+        consumer.index_of.clear()
 
     def _begin_to_close(self, drain: bool) -> None:
         self._is_closing = True
-        for request in () if drain else self._readers:
+        for request in () if drain else self._consumers:
             self._engine.abort(request)
 
     def _end(self) -> None:
@@ -223,7 +251,7 @@ class AsyncEngine:
             _log.exception("the engine could not be closed")
 
     def _failed(self, why: str) -> list[Event]:
-        return [Failed(request, why) for request in self._readers]
+        return [Failed(request, why) for request in self._consumers]
 
 
 def _call(command: Callable[[], _Result], answer: Future[_Result]) -> None:
@@ -235,6 +263,6 @@ def _call(command: Callable[[], _Result], answer: Future[_Result]) -> None:
         answer.set_exception(error)
 
 
-def _hand_over(batch: list[tuple[_Reader, Event]]) -> None:
-    for reader, event in batch:
-        reader.events.put_nowait(event)
+def _hand_over(batch: list[_Delivery]) -> None:
+    for consumer, item in batch:
+        consumer.events.put_nowait(item)

@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 
 from softprompt.base import Base
-from softprompt.config import EngineConfig, SamplingConfig
+from softprompt.config import EngineConfig
 from softprompt.engine.detokenizer import AnswerText
 from softprompt.engine.kv_cache import is_out_of_memory
 from softprompt.engine.model_runner import Runners, make_runners
 from softprompt.engine.prefix_cache import shared_beginnings
 from softprompt.engine.prompt_logprobs import new_report, report_texts
-from softprompt.engine.request import Aborted, AbortReason, Event, Failed, Finished, Request, TextRead, check_request
+from softprompt.engine.request import (
+    DEFAULT_SAMPLING,
+    Aborted,
+    AbortReason,
+    Event,
+    Failed,
+    Finished,
+    PromptLogprobs,
+    Request,
+    check_request,
+)
 from softprompt.engine.sampler import Chooser, Chosen
 from softprompt.engine.scheduler import Plan, Scheduler
 from softprompt.engine.sequence import Admitted, Row, take_token
@@ -72,13 +82,12 @@ class Engine:
         Raises LengthError, PromptError, DataError or ConfigError where it cannot be answered, MemoryLimitError where
         it is longer than the memory for keys and values, and QueueFullError where too many wait.
         """
-        sampling = request.sampling or SamplingConfig()
-        check_request(self.base, request, sampling)
+        self.check(request)
         if self.config.max_waiting is not None and len(self.scheduler.waiting) >= self.config.max_waiting:
             raise QueueFullError(f"{self.config.max_waiting} requests wait already; try again later")
         deadline = None if request.timeout_s is None else self._clock() + request.timeout_s
         admitted = Admitted(self._next_id, request, deadline)
-        admitted.rows = [self._new_row(admitted, sampling, choice) for choice in range(request.num_choices)]
+        admitted.rows = [self._new_row(admitted, choice) for choice in range(request.num_choices)]
         self._next_id += 1
         self._alive[admitted.id] = admitted
         if deadline is not None:
@@ -87,8 +96,18 @@ class Engine:
             self.scheduler.enter(row)
         return admitted.id
 
+    def check(self, request: Request) -> None:
+        """Raise what `add` would raise for this request, but for guides and a full queue. Any thread may call it."""
+        check_request(self.base, request)
+        if not self.runners.of(request).can_ever_hold(request.max_length):
+            raise MemoryLimitError(
+                f"{request.max_length} positions are more than the engine's memory for keys and values holds; raise "
+                "kv_bytes or ask for fewer new tokens",
+                param="max_tokens",
+            )
+
     def prepare(self, request: Request) -> None:
-        """Compile its guide, if it has one, ahead of `add`; the one method that any thread may call.
+        """Compile the request's guide, if it has one, ahead of `add`. Any thread may call it.
 
         Raises ConfigError where the guide cannot be followed, and MissingDependencyError without llguidance.
         """
@@ -146,16 +165,10 @@ class Engine:
         assert len(rows) == len(running) + len(waiting) and set(rows) == {*running, *waiting}
         self.runners.check_integrity(running)
 
-    def _new_row(self, owner: Admitted, sampling: SamplingConfig, choice: int) -> Row:
+    def _new_row(self, owner: Admitted, choice: int) -> Row:
         request = owner.request
-        runner = self.runners.of(request, sampling)
-        num_virtual = 0 if request.prompt is None else request.prompt.num_virtual_tokens
-        longest = num_virtual + len(request.ids) + sampling.max_new_tokens
-        if not runner.can_ever_hold(longest):
-            raise MemoryLimitError(
-                f"{longest} positions are more than the engine's memory for keys and values holds; raise kv_bytes or "
-                "lower max_new_tokens"
-            )
+        sampling = request.sampling or DEFAULT_SAMPLING
+        runner = self.runners.of(request)
         row = Row(
             owner=owner,
             choice=choice,
@@ -201,7 +214,7 @@ class Engine:
                 continue
             self.counts.num_new_tokens += 1
             if row.text_log_probs is not None:
-                events.append(TextRead(row.owner.id, tuple(row.text_log_probs)))
+                events.append(PromptLogprobs(row.owner.id, tuple(row.text_log_probs)))
                 row.text_log_probs = None
             events.append(take_token(self.base, row, choice))
             if row.answer is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base import Base, free_bytes
-from softprompt.config import EngineConfig, SamplingConfig
+from softprompt.config import EngineConfig
 from softprompt.engine.kv_cache import KeyValueMemory
 from softprompt.engine.prefix_cache import Key, Prefix, PrefixCache, shared_beginnings
 from softprompt.engine.request import Request
@@ -56,11 +56,9 @@ class Runners:
     num_reading_steps: int
     notes: tuple[str, ...]
 
-    def of(self, request: Request, sampling: SamplingConfig) -> Runner:
-        """The way of a request."""
-        num_virtual = 0 if request.prompt is None else request.prompt.num_virtual_tokens
-        longest = num_virtual + len(request.ids) + sampling.max_new_tokens
-        return self.held if self.is_held and longest <= self.held_up_to else self.plain
+    def of(self, request: Request) -> Runner:
+        """Which of the two runs a request."""
+        return self.held if self.is_held and request.max_length <= self.held_up_to else self.plain
 
     def run(self, plan: Sequence[tuple[Row, int]]) -> Ran:
         """What a step's rows give, in their order."""

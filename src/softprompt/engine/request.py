@@ -1,37 +1,52 @@
-"""What goes into an engine and what comes out of it: values only, the same for every engine."""
+"""What goes into an engine and what comes out of it, and which requests are refused. An engine is their only judge.
+
+An error's `param` is the field of OpenAI's API that it is about.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.errors import ConfigError, DataError, LengthError, PromptError
+from softprompt.errors import ConfigError, DataError, LengthError, PromptError, shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.types import brief_repr
 
 FinishReason = Literal["stop", "length"]
 AbortReason = Literal["asked", "deadline"]
+DEFAULT_SAMPLING = SamplingConfig()
 
 
 @dataclass(frozen=True)
 class Request:
-    """One generation asked for: the text's token ids (BOS included) and the soft prompt to put before them."""
+    """One generation: the token ids of a text (BOS included) and the soft prompt before them."""
 
     __repr__ = brief_repr
 
     ids: tuple[int, ...]
     prompt: SoftPrompt | None = None
     sampling: SamplingConfig | None = None  # None: what `generate` is given, or SamplingConfig's defaults
-    num_choices: int = 1  # answers wanted; number i draws with seed + i
-    num_log_probs: int | None = None  # alternatives reported beside each token's log-probability; None: no report
-    num_text_log_probs: int | None = None  # the same for the text's own tokens: one `TextRead` tells them
-    is_text_only: bool = False  # its text is read and nothing answered: for `num_text_log_probs`
-    client: str | None = None  # whose it is: clients take turns
+    num_choices: int = 1  # number i draws with seed + i
+    num_log_probs: int | None = None  # alternatives beside each token's log-probability; None: no log-probabilities
+    num_text_log_probs: int | None = None  # the same for the text's own tokens, in one `PromptLogprobs`
+    is_text_only: bool = False  # nothing is generated: for `num_text_log_probs`
+    client: str | None = None  # clients share the engine fairly
     cache_salt: str | None = None  # only requests with the same one reuse each other's cached texts and guides
     priority: int = 0  # lower is served first
-    timeout_s: float | None = None  # aborted when this many seconds have passed since it was added
+    timeout_s: float | None = None  # aborted this many seconds after it was added
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens before its text."""
+        return 0 if self.prompt is None else self.prompt.num_virtual_tokens
+
+    @property
+    def max_length(self) -> int:
+        """Positions that one of its answers may take: soft prompt, text and new tokens."""
+        return self.num_virtual + len(self.ids) + (self.sampling or DEFAULT_SAMPLING).max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class TokenLogProb:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came out. `log_probs` are nats under the raw distribution, before penalties and temperature."""
+    """One choice's answer. `log_probs` are nats under the raw distribution, before penalties and temperature."""
 
     __repr__ = brief_repr
 
@@ -67,7 +82,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Tokens:
-    """New tokens of one choice, with the text that can be printed now: no half character, no begun stop string."""
+    """New tokens of one choice, and the text that can be printed now: no half character, no partial stop string."""
 
     __repr__ = brief_repr
 
@@ -80,19 +95,19 @@ class Tokens:
 
     @property
     def num_generated(self) -> int:
-        """How many there are, a token that ends the choice included."""
+        """How many, including a token that ends the choice."""
         return len(self.ids) + (self.end is not None and isinstance(self.end.stopped_by, int))
 
     @property
     def generated_log_probs(self) -> tuple[TokenLogProb, ...]:
-        """The log-probabilities of all of them, that of the ending token last."""
+        """Of all of them, that of the ending token last."""
         ending = None if self.end is None else self.end.end_log_prob
         return self.log_probs if ending is None else (*self.log_probs, ending)
 
 
 @dataclass(frozen=True)
-class TextRead:
-    """The text has been read whose log-probabilities were asked for. It comes once, before the request's tokens."""
+class PromptLogprobs:
+    """The log-probabilities of the request's own text. Comes once, before the request's tokens."""
 
     __repr__ = brief_repr
 
@@ -102,7 +117,7 @@ class TextRead:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a request that was answered."""
+    """A request was answered."""
 
     __repr__ = brief_repr
 
@@ -115,7 +130,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Aborted:
-    """The end of a request that was given up."""
+    """A request was aborted."""
 
     request: int
     reason: AbortReason
@@ -123,53 +138,69 @@ class Aborted:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of a request that could not be answered."""
+    """A request could not be answered."""
 
     request: int
     why: str
-    is_request_fault: bool = False  # what was asked for cannot be done: a grammar that grew too large
+    is_request_fault: bool = False  # the request asks for the impossible: a grammar that grew too large
 
 
 Terminal = Finished | Aborted | Failed
-Event = Tokens | TextRead | Terminal
+Event = Tokens | PromptLogprobs | Terminal
 
 
-# --
+_MAX_CHOICES = 128  # of one request, as OpenAI's
+_LONGEST_NUMBER = 10**18  # a larger one is not printed
 
-_MOST_CHOICES = 128  # of one request, as OpenAI's
 
-
-def check_request(base: Base, request: Request, sampling: SamplingConfig) -> None:
-    """Raises PromptError, DataError, LengthError or ConfigError, with what was wrong."""
+def check_request(base: Base, request: Request) -> None:
+    """Raises PromptError, DataError, LengthError or ConfigError for a request that the base cannot answer."""
+    sampling = request.sampling or DEFAULT_SAMPLING
     prompt = request.prompt
     if prompt is not None and prompt.hidden_size != base.hidden_size:
         raise PromptError(
-            f"the soft prompt has width {prompt.hidden_size}; base {base.name!r} takes {base.hidden_size}"
+            f"the soft prompt has width {prompt.hidden_size}; base {base.name!r} takes {base.hidden_size}",
+            param="model",
         )
     if prompt is None and not request.ids:
-        raise DataError("an empty text has no token to continue from on the bare base; give at least one character")
-    if not 1 <= request.num_choices <= _MOST_CHOICES:
-        raise ConfigError(f"num_choices is {request.num_choices}; it must be between 1 and {_MOST_CHOICES}")
+        raise DataError(
+            "an empty text has no token to continue from on the bare base; give at least one character", param="prompt"
+        )
+    if not 1 <= request.num_choices <= _MAX_CHOICES:
+        raise ConfigError(f"num_choices is {request.num_choices}; it must be between 1 and {_MAX_CHOICES}", param="n")
     for name in ("num_log_probs", "num_text_log_probs"):
         num_log_probs: int | None = getattr(request, name)
         if num_log_probs is not None and not 0 <= num_log_probs <= base.vocab_size:
-            raise ConfigError(f"{name} is {num_log_probs}; it must be between 0 and {base.vocab_size}")
-    _check_ids(base, request.ids, "the text has token id")
-    _check_ids(base, [token for token, _ in sampling.logit_bias], "logit_bias has token id")
-    _check_length(base, request, 0 if prompt is None else prompt.num_virtual_tokens, sampling.max_new_tokens)
+            raise ConfigError(
+                f"{name} is {shortened(num_log_probs)}; it must be between 0 and {base.vocab_size}", param="logprobs"
+            )
+    _check_ids(base, request.ids, "the text has token id", "prompt")
+    _check_ids(base, [token for token, _ in sampling.logit_bias], "logit_bias has token id", "logit_bias")
+    _check_ids(base, sampling.stop_ids, "stop_ids has token id", "stop_token_ids")
+    _check_length(base, request, sampling.max_new_tokens)
 
 
-def _check_ids(base: Base, ids: tuple[int, ...] | list[int], what: str) -> None:
+def _check_ids(base: Base, ids: Sequence[int], what: str, param: str) -> None:
     wrong = next((token for token in ids if not 0 <= token < base.vocab_size), None)
     if wrong is not None:
-        raise DataError(f"{what} {wrong}; those of base {base.name!r} are 0 to {base.vocab_size - 1}")
-
-
-def _check_length(base: Base, request: Request, num_virtual: int, max_new_tokens: int) -> None:
-    wanted = num_virtual + len(request.ids) + max_new_tokens
-    if wanted > base.max_length:
-        raise LengthError(
-            f"{num_virtual} virtual tokens, {len(request.ids)} of the input and {max_new_tokens} new ones are "
-            f"{wanted}, more than the {base.max_length} positions of base {base.name!r}; shorten the input or "
-            "lower --max-new-tokens"
+        raise DataError(
+            f"{what} {shortened(wrong)}; those of base {base.name!r} are 0 to {base.vocab_size - 1}", param=param
         )
+
+
+def _check_length(base: Base, request: Request, max_new_tokens: int) -> None:
+    """The message opens with OpenAI's words, by which gateways know that a model with a longer context could answer."""
+    max_length = request.max_length
+    if max_length <= base.max_length:
+        return
+    soft = f", {request.num_virtual} in the soft prompt" if request.num_virtual else ""
+    raise LengthError(
+        f"This model's maximum context length is {base.max_length} tokens. However, you requested "
+        f"{_number(max_length)} tokens ({len(request.ids)} in the text{soft}, {_number(max_new_tokens)} in the "
+        "completion); shorten the text or ask for fewer new tokens",
+        param="max_tokens",
+    )
+
+
+def _number(value: int) -> str:
+    return str(value) if value < _LONGEST_NUMBER else "more than 10^18"

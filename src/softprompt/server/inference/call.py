@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from softprompt.engine import Finished, Request, TextRead, Tokens
+from softprompt.engine import Finished, PromptLogprobs, Request, Tokens
 from softprompt.server.clients.keys import Client
 from softprompt.server.prompts.model import Model
 
 Endpoint = Literal["completions", "chat"]
 Outcome = Literal["answered", "refused", "failed", "left"]  # left: the client hung up, or the server was stopped
-What = Tokens | TextRead | Finished
+What = Tokens | PromptLogprobs | Finished
 Told = tuple[int, What]  # which of the call's requests, and what came of it
 
 

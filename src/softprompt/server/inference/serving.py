@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from softprompt.engine import AsyncEngine, TextRead, TokenLogProb, Tokens
+from softprompt.engine import AsyncEngine, PromptLogprobs, TokenLogProb, Tokens
 from softprompt.errors import SoftpromptError
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.accounting import admit, ended
@@ -85,7 +85,7 @@ async def _whole(told: AsyncGenerator[Told, None], writer: Writer) -> Json:
             if isinstance(event, Tokens):
                 reports[writer.index(number, event.choice)] += event.generated_log_probs
                 continue
-            if isinstance(event, TextRead):
+            if isinstance(event, PromptLogprobs):
                 writer.read(number, event)
                 continue
             for choice, answer in enumerate(event.answers):
@@ -121,7 +121,7 @@ def _chunks(told: Told, writer: Writer) -> list[Json]:
     if isinstance(event, Tokens):
         index = writer.index(number, event.choice)
         return writer.tokens(index, event) + (writer.end(index, event.end) if event.end is not None else [])
-    if isinstance(event, TextRead):
+    if isinstance(event, PromptLogprobs):
         writer.read(number, event)
         return writer.openings(number)
     return []  # each choice has told its own end

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from softprompt.engine import Answer, TextRead, TokenLogProb, Tokens
+from softprompt.engine import Answer, PromptLogprobs, TokenLogProb, Tokens
 from softprompt.server.inference.call import Call
 from softprompt.server.inference.reports import Echo, Report, Reporter, joined
 
@@ -68,7 +68,7 @@ class Writer:
                 "logprobs": report if report is None or echo is None else joined(echo, report),
                 **self._end(answer)}  # fmt: skip
 
-    def read(self, number: int, event: TextRead) -> None:
+    def read(self, number: int, event: PromptLogprobs) -> None:
         """Note what is told of a request's text: it stands before each of its choices."""
         assert self.shape.echo is not None, "nobody asked for it"
         self._echoes[number] = self.shape.echo(number, event.log_probs)
