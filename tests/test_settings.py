@@ -126,14 +126,17 @@ def test_half_of_a_surrogate_pair_is_no_text():
 
 
 def test_settings_that_contradict_are_refused_when_they_are_made():
-    assert refusal(DataConfig, template="{a}") == "template '{a}' needs a completion too: the two make one example"
+    assert (
+        refusal(DataConfig, template="{a}")
+        == "template '{a}' needs a completion too: the two together make one example"
+    )
     assert refusal(DataConfig, text_column="a", messages_column="b") == (
         "text_column and messages_column exclude each other; give one"
     )
     assert refusal(DataConfig, label_column="a", messages_column="b") == (
         "label_column and messages_column exclude each other; give one"
     )
-    assert refusal(DataConfig, delimiter="::") == "delimiter is '::'; it must be one character, ';' or a tab say"
+    assert refusal(DataConfig, delimiter="::") == "delimiter is '::'; it must be one character, such as ';' or a tab"
     assert DataConfig(data="x", delimiter=r"\t").delimiter == r"\t"
 
 

@@ -1,5 +1,5 @@
-"""Settings, one frozen dataclass per part. A default lives here and nowhere else: the command line's flags are made
-from these fields, and `help` is the flag's text. `None` means "resolve it for me"; what it became stands in the run.
+"""Settings, one frozen dataclass for each part. A default is written here and nowhere else: the flags of the command
+line are made from these fields, with `help` as their text. `None` means "resolve it for me"; runs record the result.
 
 No torch here: `softprompt --help` reads this module.
 """
@@ -25,26 +25,28 @@ TextScore = Literal["exact_match", "f1", "rouge_l", "chrf"]
 
 DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
 EMBEDDED_BASE = "embedded"
-KEPT_CHECKPOINTS = 3  # of a run, the latest
-_SEEDS = 2**63  # what torch's generators take
-_LARGEST_RATE = 1e30  # what float32 multiplies without overflow
+KEPT_CHECKPOINTS = 3  # the latest ones of each run
+_SEEDS = 2**63  # torch's generators accept seeds below it
+_LARGEST_RATE = 1e30  # float32 still multiplies by it without overflow
 
 
 @settings_class
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """Which frozen base, and how it is held in memory."""
+    """The frozen base: where it is loaded from, and how it lies in memory."""
 
     base: str = required("Hub id or folder of a causal language model, or 'embedded'.")
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
-    dtype: Dtype = option("auto", "Weights' dtype; auto is bfloat16 where the machine is fast at it, else float32.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    dtype: Dtype = option(
+        "auto", "Dtype of the weights; auto is bfloat16 where the machine computes it fast, else float32."
+    )
+    device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:N or mps.")
     device_map: DeviceMap | None = option(
         None, "Spread a big base over all devices: auto, balanced, balanced_low_0 or sequential."
     )
-    trust_remote_code: bool = option(False, "Run the model code that the base's own repository carries.")
-    offline: bool = option(False, "Never ask the Hub; use local files only.")
-    max_length: int | None = option(None, "Positions to use (tokens); needed where a family has no limit of its own.")
+    trust_remote_code: bool = option(False, "Run the model code in the base's own repository.")
+    offline: bool = option(False, "Use local files only; never connect to the Hub.")
+    max_length: int | None = option(None, "Longest sequence (tokens); required where the model itself sets no limit.")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -54,24 +56,31 @@ class BaseConfig:
 @settings_class
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which rows to learn from, and how a row becomes text."""
+    """The rows to learn from, and how each becomes text."""
 
     data: str = required("CSV, TSV, JSON, JSON lines, Parquet or text file, a folder, or a Hub set.")
     split: str | None = option(None, "Split of a data set; default train.")
     subset: str | None = option(None, "Configuration name of a Hub data set.")
-    delimiter: str | None = option(None, "What separates a CSV file's cells; default: found in its first line.")
+    delimiter: str | None = option(
+        None, "Character between the cells of a CSV file; default: guessed from its first line."
+    )
     text_column: str | None = option(None, "Column with plain text (loss on all of it).")
     label_column: str | None = option(None, "Column with labels: learn to answer each text with its label.")
     template: str | None = option(None, 'Prompt with {column} fields, e.g. "Review: {text}\\nSentiment:".')
     completion: str | None = option(None, 'Completion with {column} fields, e.g. " {label}" (loss on it alone).')
     messages_column: str | None = option(None, "Column with chat messages (loss on the assistant's turns).")
     rows: int | None = option(None, "Use the first N rows (after --shuffle, if given).")
-    shuffle: bool = option(False, "Shuffle the rows, by --seed, before taking --rows.")
-    validation: str | None = option(None, "Share of the rows (0.1) or a file; chooses the best checkpoint.")
-    test: str | None = option(None, "Rows or share (200, 0.1) or a file that only compare reads; default up to 200.")
+    shuffle: bool = option(False, "Shuffle the rows, by --seed, before --rows selects the first ones.")
+    validation: str | None = option(
+        None, "Validation set: a share of the rows (0.1), their number or a file; it selects the best checkpoint."
+    )
+    test: str | None = option(
+        None,
+        "Test set, read by compare alone: a number of rows (200), a share (0.1) or a file; default: up to 200 rows.",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("validation", "test"):  # a share or a number of rows may be given as a number
+        for name in ("validation", "test"):  # Python and TOML may give a share or a number of rows as a number
             value = getattr(self, name)
             if type(value) is not bool and isinstance(value, Real):
                 object.__setattr__(self, name, str(value))
@@ -79,14 +88,14 @@ class DataConfig:
         require(self.rows is None or self.rows >= 1, "rows", self.rows, "at least 1")
         delimiter = None if self.delimiter is None else typed_text(self.delimiter)
         is_usable = delimiter is None or (len(delimiter) == 1 and delimiter not in '"\r\n')
-        require(is_usable, "delimiter", self.delimiter, "one character, ';' or a tab say")
+        require(is_usable, "delimiter", self.delimiter, "one character, such as ';' or a tab")
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
         if (self.template is None) != (self.completion is None):
             given, lacking = ("template", "completion") if self.completion is None else ("completion", "template")
             value = shortened(getattr(self, given))
-            raise ConfigError(f"{given} {value} needs a {lacking} too: the two make one example")
+            raise ConfigError(f"{given} {value} needs a {lacking} too: the two together make one example")
         for names in (("text_column", "template", "messages_column"), ("label_column", "template", "messages_column")):
             given_names = [name for name in names if getattr(self, name) is not None]
             if len(given_names) > 1:
@@ -96,37 +105,52 @@ class DataConfig:
 @settings_class
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one soft prompt is trained."""
+    """How a soft prompt is trained."""
 
-    virtual_tokens: int = option(20, "Length P of the soft prompt (vectors).")
+    virtual_tokens: int = option(20, "Length of the soft prompt (vectors).")
     reparameterisation: Reparameterisation = option(
         "residual-mlp",
-        "Train through a residual MLP or a low-rank change of the start, folded into the prompt, or none.",
+        "Train the vectors through a residual MLP, through a low-rank update, or directly (none); the saved prompt is "
+        "plain vectors in each case.",
     )
-    bottleneck: int = option(64, "Width of the residual MLP, or rank, of --reparameterisation.")
-    init: Start = option("data", "Start: data, text, vocab, labels, random or peft (PEFT's own N(0,1)).")
-    init_text: str | None = option(None, "The instruction for --init text.", typed=True)
+    bottleneck: int = option(64, "Width of the residual MLP, or rank of the low-rank update.")
+    init: Start = option(
+        "data", "Initial vectors: data, text, vocab, labels, random or peft (N(0,1), as PEFT draws them)."
+    )
+    init_text: str | None = option(
+        None, "Instruction whose embeddings are the initial vectors, for --init text.", typed=True
+    )
     epochs: int = option(6, "Passes over the training rows.")
-    max_steps: int | None = option(None, "Stop after this many optimiser steps.")
+    max_steps: int | None = option(None, "Optimiser steps at most.")
     batch_rows: int = option(8, "Rows per optimiser step.")
-    batch_tokens: int | None = option(None, "Tokens per optimiser step at most, instead of --batch-rows.")
-    micro_batch_rows: int | None = option(None, "Rows per forward pass; default: fitted to the memory.")
-    checkpoint_layers: bool = option(False, "Keep each layer's input only and run the layer twice: less memory.")
-    relative_learning_rate: float | None = option(None, "Learning rate times the embeddings' RMS; default 0.3.")
-    learning_rate: float | None = option(None, "Absolute learning rate, instead of the relative one.")
-    schedule: Schedule = option(
-        "stable-decay", "Learning rate: constant and in the last third linear to 0, linear or cosine to 0, or constant."
+    batch_tokens: int | None = option(None, "Tokens per optimiser step at most, in place of --batch-rows.")
+    micro_batch_rows: int | None = option(None, "Rows per forward pass; default: as many as fit into memory.")
+    checkpoint_layers: bool = option(
+        False, "Recompute each layer's activations in the backward pass: less memory, more time."
     )
-    warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
+    relative_learning_rate: float | None = option(None, "Learning rate, in units of the embeddings' RMS; default 0.3.")
+    learning_rate: float | None = option(None, "Absolute learning rate, in place of the relative one.")
+    schedule: Schedule = option(
+        "stable-decay",
+        "Learning rate over time: stable-decay is constant, then linear to 0 over the last third; linear and cosine "
+        "fall to 0 from the start.",
+    )
+    warmup_steps: int = option(0, "Optimiser steps over which the learning rate rises from 0.")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
-    max_grad_norm: float | None = option(None, "Clip the gradient's norm (per step, loss per target); default: off.")
-    eos: bool = option(True, "Teach the prompt to end: supervise EOS after each row.")
-    eos_weight: float = option(0.3, "Weight of that EOS in the loss; a text token weighs 1.")
-    validate_every: int | None = option(None, "Steps between validations; default: each epoch.")
-    best_by: Criterion = option("loss", "What chooses the best checkpoint: the validation loss or a task score on it.")
-    patience: int | None = option(None, "Stop after this many validations without a better one.")
-    save_every: int | None = option(None, "Steps between checkpoints to resume from, beside each epoch and validation.")
-    seed: int = option(0, "Seed of start, shuffle and order.")
+    max_grad_norm: float | None = option(
+        None, "Clip the norm of each step's gradient, of the loss per target token; default: off."
+    )
+    eos: bool = option(True, "Train on an end of text (EOS) after each row, so that answers end.")
+    eos_weight: float = option(0.3, "Weight of that EOS in the loss; a text token has weight 1.")
+    validate_every: int | None = option(None, "Optimiser steps between validations; default: one after each epoch.")
+    best_by: Criterion = option(
+        "loss", "Criterion for the best checkpoint: the validation loss, or a task score on the validation rows."
+    )
+    patience: int | None = option(None, "Stop after this many validations in a row without improvement.")
+    save_every: int | None = option(
+        None, "Optimiser steps between checkpoints to resume from; each epoch and validation makes one too."
+    )
+    seed: int = option(0, "Seed of the initial vectors, of --shuffle and of the order of the rows.")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -159,23 +183,27 @@ class TrainConfig:
 @settings_class
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How an answer's tokens are chosen."""
+    """How the tokens of an answer are sampled."""
 
     max_new_tokens: int = option(50, "Tokens to generate at most.")
-    min_new_tokens: int = option(0, "No end of text and no stop string before this many tokens.")
-    temperature: float = option(0.0, "0 is greedy; above it, sample with this temperature.")
-    top_p: float = option(1.0, "Sample from the most likely tokens that hold this share of probability.")
+    min_new_tokens: int = option(0, "Tokens to generate at least; no end of text and no stop string counts before.")
+    temperature: float = option(0.0, "Temperature of the sampling; 0 is greedy.")
+    top_p: float = option(1.0, "Sample from the most likely tokens whose probabilities add up to this share.")
     top_k: int = option(0, "Sample from the K most likely tokens; 0 is off.")
-    min_p: float = option(0.0, "Sample from tokens at least this times as likely as the likeliest.")
-    repetition_penalty: float = option(1.0, "Above 1, tokens of the text and the answer so far become less likely.")
-    presence_penalty: float = option(0.0, "Taken from the logit of each token that the answer already has.")
-    frequency_penalty: float = option(0.0, "Taken from it once for each time that the answer has it.")
-    stop: tuple[str, ...] = option((), "End before this string; may be repeated.", typed=True)
-    stop_ids: tuple[int, ...] = option((), "End at this token id too; may be repeated.")
-    ignore_eos: bool = option(False, "Go on behind the base's end of text.")
+    min_p: float = option(0.0, "Sample from the tokens at least this many times as likely as the likeliest.")
+    repetition_penalty: float = option(
+        1.0, "Above 1, tokens that the text or the answer already has become less likely."
+    )
+    presence_penalty: float = option(0.0, "Subtracted from the logit of each token that the answer already has.")
+    frequency_penalty: float = option(0.0, "Subtracted from that logit once for each occurrence in the answer.")
+    stop: tuple[str, ...] = option((), "End the answer before this string; may be repeated.", typed=True)
+    stop_ids: tuple[int, ...] = option((), "End the answer at this token id; may be repeated.")
+    ignore_eos: bool = option(False, "Continue past the base's end of text.")
     choice: tuple[str, ...] = option((), "The answer must be one of these; may be repeated.", typed=True)
     json_schema: str | None = option(None, "The answer must be JSON that satisfies this schema (JSON text).")
-    logit_bias: tuple[tuple[int, float], ...] = option((), "Token ids, and what is added to their logits.", flag=False)
+    logit_bias: tuple[tuple[int, float], ...] = option(
+        (), "Token ids, each with a number that is added to its logit.", flag=False
+    )
     seed: int = option(0, "Seed of the sampling.")
 
     def __post_init__(self) -> None:
@@ -204,21 +232,25 @@ class SamplingConfig:
 
     @property
     def is_guided(self) -> bool:
-        """Whether a grammar says which tokens may follow."""
+        """Whether a grammar restricts the next token."""
         return bool(self.choice) or self.json_schema is not None
 
 
 @settings_class
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """What a comparison measures beyond the loss."""
+    """What a comparison measures besides the loss."""
 
     score: tuple[TextScore, ...] = option(
         (), "Score greedy answers against the rows' completions; may be repeated. Needs softprompt[scores]."
     )
-    score_rows: int = option(200, "Rows of each set that --score reads at most, the first ones.")
-    score_tokens: int | None = option(None, "Tokens of such an answer at most; default: the longest completion's + 1.")
-    calibrate: bool = option(False, "Divide a label's likelihood by what it has without content (arXiv 2102.09690).")
+    score_rows: int = option(200, "Rows of each set to score at most, from its beginning.")
+    score_tokens: int | None = option(
+        None, "Tokens of a scored answer at most; default: one more than the longest completion."
+    )
+    calibrate: bool = option(
+        False, "Divide each label's likelihood by its likelihood for an input without content (arXiv 2102.09690)."
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -230,17 +262,20 @@ class ScoreConfig:
 @settings_class
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What a generation engine may use."""
+    """Memory and batch limits of a generation engine."""
 
-    max_rows: int | None = option(None, "Answers generated at once; default 32 on a CPU, 256 on a GPU.")
+    max_rows: int | None = option(None, "Answers generated at once, at most; default 32 on a CPU, 256 on a GPU.")
     max_step_tokens: int | None = option(
-        None, "Most tokens of texts that one step reads while answers run; default 64 on a CPU, 2,048 on a GPU."
+        None,
+        "Prefill tokens of one step while answers are being generated, at most; default 64 on a CPU, 2,048 on a GPU.",
     )
     max_waiting: int | None = option(
-        None, "Answers that may wait; requests for more are refused. Default: no limit, and 2,048 of a server."
+        None, "Answers that may wait; further requests are refused. Default: no limit; 2,048 in a server."
     )
-    kv_bytes: int | None = option(None, "Bytes for keys and values of running answers; default: half of what is free.")
-    prefix_bytes: int | None = option(None, "Bytes for keys and values of soft prompts; default: 1/8 of what is free.")
+    kv_bytes: int | None = option(None, "KV cache of running answers (bytes); default: half of the free memory.")
+    prefix_bytes: int | None = option(
+        None, "KV cache of soft prompts and other shared prefixes (bytes); default: an eighth of the free memory."
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -260,39 +295,49 @@ class EngineConfig:
 class ServerConfig:
     """How a base and its prompts are served over HTTP."""
 
-    host: str = option("127.0.0.1", "Address to listen on; any but loopback needs an API key (softprompt keys create).")
-    port: int = option(8000, "Port to listen on; 0 takes a free one.")
-    base_name: str | None = option(None, "The base's id in the API; default its Hub id or folder name.")
-    library: str | None = option(None, "Folder of adapters, each served by its name to everybody; watched for changes.")
-    state: str = option("softprompt-state", "Folder for the database, uploaded files, jobs and their prompts.")
-    database: str | None = option(None, "SQLAlchemy URL of the database; default SQLite in --state.")
-    require_keys: bool = option(False, "Ask for an API key on loopback too.")
-    share_prefix_cache: bool = option(
-        False, "Let API keys reuse each other's cached texts: faster, but answer times tell what others have sent."
+    host: str = option(
+        "127.0.0.1", "Address to listen on; any other than loopback requires an API key (softprompt keys create)."
     )
-    training_share: float = option(0.46, "Share of the time that a fine-tuning job gets while requests are answered.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    base_name: str | None = option(None, "Name of the base in the API; default: its Hub id or folder name.")
+    library: str | None = option(None, "Folder of adapters, served to all clients by their names; watched for changes.")
+    state: str = option("softprompt-state", "Folder for the database, uploaded files, jobs and trained prompts.")
+    database: str | None = option(None, "SQLAlchemy URL of the database; default: SQLite in --state.")
+    require_keys: bool = option(False, "Require an API key on loopback too.")
+    share_prefix_cache: bool = option(
+        False, "Share cached texts between API keys: faster, but response times reveal what others have sent."
+    )
+    training_share: float = option(
+        0.46, "Share of the compute time for fine-tuning jobs while requests are being answered."
+    )
     training_latency_ms: float | None = option(
         None,
-        "A job's turn before a running answer's next token, unless a single piece of it takes longer; default: by the "
-        "share alone.",
+        "Longest turn of a job between two tokens of a running answer (milliseconds), unless one piece of it takes "
+        "longer; default: as --training-share allows.",
     )
     max_jobs: int = option(100, "Fine-tuning jobs of one client that may wait or run.")
-    max_prompts: int = option(1_000, "Prompts that a key may keep, and as many aliases; a key may have its own limit.")
-    max_files: int = option(1_000, "Files that a key may keep; likewise. Neither limit is for admins' keys.")
-    max_stored_bytes: int = option(8 * 2**30, "Bytes of a key's files and prompts together; likewise.")
-    requests_per_minute: int | None = option(None, "Requests of one client per minute; a key may have its own limit.")
-    tokens_per_minute: int | None = option(None, "Tokens of one client per minute, read and written; likewise.")
-    max_concurrent: int | None = option(None, "Generations of one client that wait or run at once; likewise.")
-    request_timeout_s: float = option(600.0, "Seconds that one answer may take, waiting included.")
-    max_body_bytes: int = option(16 * 2**20, "Largest body of a request, uploads apart (bytes).")
+    max_prompts: int = option(1_000, "Prompts that a key may keep, and as many aliases; a key's own limit comes first.")
+    max_files: int = option(
+        1_000, "Files that a key may keep; a key's own limit comes first. Admins' keys have neither limit."
+    )
+    max_stored_bytes: int = option(
+        8 * 2**30, "Files and prompts of one key together (bytes); a key's own limit comes first."
+    )
+    requests_per_minute: int | None = option(
+        None, "Requests of one client per minute; a key's own limit comes first. Default: no limit."
+    )
+    tokens_per_minute: int | None = option(None, "Tokens of one client per minute, read and generated; likewise.")
+    max_concurrent: int | None = option(None, "Generations of one client that may wait or run at once; likewise.")
+    request_timeout_s: float = option(600.0, "Longest time for one answer, waiting included (seconds).")
+    max_body_bytes: int = option(16 * 2**20, "Largest request body, uploads excepted (bytes).")
     max_upload_bytes: int = option(512 * 2**20, "Largest uploaded file (bytes).")
     client_timeout_s: float = option(
-        60.0, "Seconds that a client may stall: send nothing more of a request, or read nothing of its answer."
+        60.0, "Longest time that a client may send nothing of its request or read nothing of its answer (seconds)."
     )
-    drain_s: float = option(30.0, "Seconds that running answers get to end when the server is stopped.")
-    log_format: Literal["text", "json"] = option("text", "Form of the log's lines on stderr.")
-    log_texts: bool = option(False, "Write clients' texts and answers into the log.")
-    traces: str | None = option(None, "OTLP endpoint for OpenTelemetry traces, http://host:4318/v1/traces say.")
+    drain_s: float = option(30.0, "Time for running answers to finish when the server is stopped (seconds).")
+    log_format: Literal["text", "json"] = option("text", "Format of log lines on stderr.")
+    log_texts: bool = option(False, "Log clients' texts and answers.")
+    traces: str | None = option(None, "OTLP endpoint for OpenTelemetry traces, e.g. http://host:4318/v1/traces.")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -307,7 +352,7 @@ class ServerConfig:
             require(value is None or value >= 1, name, value, "at least 1")
         require(0 <= self.drain_s < math.inf, "drain_s", self.drain_s, "0 or more, and finite")
         has_scheme = self.traces is None or self.traces.startswith(("http://", "https://"))
-        require(has_scheme, "traces", self.traces, "a URL, http://localhost:4318/v1/traces say")
+        require(has_scheme, "traces", self.traces, "a URL such as http://localhost:4318/v1/traces")
 
 
 def check_start_stays(given: Mapping[str, Any], num_virtual_tokens: int, start: str) -> None:

@@ -1,32 +1,32 @@
-"""Every error that a caller may meet, one family.
+"""Every error that a caller may see, as one family.
 
 SoftpromptError
-├── ConfigError        a setting that cannot be meant (ValueError)
-│   └── UnknownSettingError  a setting that there is none of (TypeError)
-├── BaseModelError     a base that cannot be loaded or is not a causal LM (ValueError)
-├── PromptError        a soft prompt's tensor is not usable (ValueError)
-│   └── WrongBaseError a prompt made for another base
-├── DataError          a training set, a row or an input (ValueError)
-│   ├── EncodingError  a text that the base's tokenizer cannot encode
-│   └── LengthError    longer than the base allows
-├── StorageError       adapters, libraries and run folders on disk (OSError)
-│   ├── AdapterError   an adapter folder that must not be loaded
-│   ├── ExistsError    a folder that would be overwritten
-│   └── DatabaseError  the server's database does not answer, or is not one of this release
-├── MemoryLimitError   not even one row fits (MemoryError)
-├── DivergedError      a training whose loss is no longer a number (ArithmeticError)
-├── QueueFullError     more requests wait than the engine may keep (RuntimeError)
-├── EngineError        a generation engine that has stopped (RuntimeError)
-├── TimeLimitError     a request's time was over before its answer (TimeoutError)
+├── ConfigError        a setting is out of its range, or contradicts another (ValueError)
+│   └── UnknownSettingError  no setting has this name (TypeError)
+├── BaseModelError     a base cannot be loaded, or is not a causal language model (ValueError)
+├── PromptError        a soft prompt's tensor is unusable (ValueError)
+│   └── WrongBaseError a soft prompt was trained on another base
+├── DataError          a data set, a row or an input is unusable (ValueError)
+│   ├── EncodingError  the base's tokenizer cannot encode a text
+│   └── LengthError    an input and its answer are longer than the base allows
+├── StorageError       an adapter, a library or a run folder on disk is unusable (OSError)
+│   ├── AdapterError   an adapter folder must not be loaded (ValueError)
+│   ├── ExistsError    a folder would be overwritten (FileExistsError)
+│   └── DatabaseError  the server's database does not answer, or is of another release
+├── MemoryLimitError   not even one row fits into memory (MemoryError)
+├── DivergedError      the training loss is no longer a number (ArithmeticError)
+├── QueueFullError     the engine's queue is full (RuntimeError)
+├── EngineError        the generation engine has stopped (RuntimeError)
+├── TimeLimitError     a request's time ended before its answer (TimeoutError)
 ├── RankError          another process of the same run has ended (RuntimeError)
-└── MissingDependencyError  an optional package is needed (ImportError)
+└── MissingDependencyError  an optional package is not installed (ImportError)
 
-A message says what was wrong, the value, and what to do. The command line prints it as one line and exits with code 2.
+A message has what is wrong, the value, and what to do. The command line prints it as one line and exits with code 2.
 """
 
 
 class SoftpromptError(Exception):
-    """Root of all errors raised on purpose by this package.
+    """Base class of all errors that this package raises on purpose.
 
     `param` is the setting, or the field of a request, that the error is about; None where it is about no single one.
     """
@@ -41,7 +41,7 @@ class ConfigError(SoftpromptError, ValueError):
 
 
 class UnknownSettingError(ConfigError, TypeError):
-    """A setting by a name that its class does not have, or by no name at all."""
+    """No setting has this name, or a setting was given without a name."""
 
 
 class BaseModelError(SoftpromptError, ValueError):
@@ -61,7 +61,7 @@ class DataError(SoftpromptError, ValueError):
 
 
 class EncodingError(DataError):
-    """A text that the base's tokenizer cannot encode, or encodes to ids that the base does not have."""
+    """The base's tokenizer cannot encode a text, or encodes it to ids that the base does not have."""
 
 
 class LengthError(DataError):
@@ -69,7 +69,7 @@ class LengthError(DataError):
 
 
 class StorageError(SoftpromptError, OSError):
-    """Something on disk is missing, broken or may not be touched."""
+    """Something on disk is missing or broken, or must not be changed."""
 
 
 class AdapterError(StorageError, ValueError):
@@ -77,11 +77,11 @@ class AdapterError(StorageError, ValueError):
 
 
 class ExistsError(StorageError, FileExistsError):
-    """A folder exists and neither resuming nor overwriting was asked for."""
+    """A folder exists, and neither resuming nor overwriting was requested."""
 
 
 class DatabaseError(StorageError):
-    """The server's database does not answer, or its tables are not those of this release."""
+    """The server's database does not answer, or its tables are those of another release."""
 
 
 class MemoryLimitError(SoftpromptError, MemoryError):
@@ -89,31 +89,31 @@ class MemoryLimitError(SoftpromptError, MemoryError):
 
 
 class DivergedError(SoftpromptError, ArithmeticError):
-    """A training whose loss is no longer a number."""
+    """The training loss is no longer a number."""
 
 
 class QueueFullError(SoftpromptError, RuntimeError):
-    """The engine's queue is full; a later try may be taken."""
+    """The engine's queue is full; the request may succeed later."""
 
 
 class EngineError(SoftpromptError, RuntimeError):
-    """The engine has stopped, and takes no requests."""
+    """The engine has stopped and accepts no requests."""
 
 
 class TimeLimitError(SoftpromptError, TimeoutError):
-    """A request was given less time than its answer took."""
+    """A request's time limit ended before its answer was complete."""
 
 
 class RankError(SoftpromptError, RuntimeError):
-    """Another of the processes that train one run has ended early; this one cannot go on alone."""
+    """Another process of the same training run has ended early; this one cannot continue alone."""
 
 
 class MissingDependencyError(SoftpromptError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 def shortened(value: object, limit: int = 60) -> str:
-    """A value as a message shows it: its repr, cut to a length that can be read."""
+    """A value as messages show it: its repr, cut to a readable length."""
     try:
         shown = repr(value)
     except ValueError:  # a whole number of very many digits
@@ -122,5 +122,5 @@ def shortened(value: object, limit: int = 60) -> str:
 
 
 def truncated(text: str, limit: int) -> str:
-    """Words of others in a message: what is longer than `limit` characters ends in "..."."""
+    """The text, cut to `limit` characters; a cut one ends in "..."."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

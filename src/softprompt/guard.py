@@ -17,27 +17,27 @@ _LONGEST_CAUSE = 400  # characters of a foreign message that are passed on
 _POINTER_LINE = b"version https://git-lfs.github.com/spec/v1"
 _MAX_POINTER_BYTES = 1024  # the specification's bound; a larger file is no pointer
 _PASSING = (SoftpromptError, KeyboardInterrupt, SystemExit, GeneratorExit)
-_SELF_EXPLAINING = (OSError, ValueError, RuntimeError, ImportError)  # the others' messages need their kind before them
+_SELF_EXPLAINING = (OSError, ValueError, RuntimeError, ImportError)  # messages of other types need the type before them
 
 
 @contextmanager
 def one_sentence(subject: str) -> Iterator[None]:
-    """Raises BaseModelError, opening with `subject`, for anything that is raised inside; Ctrl-C and exits pass.
+    """Turns anything that is raised inside into a BaseModelError that begins with `subject`; Ctrl-C and exits pass.
 
-    A panic of a Rust library is a BaseException and no Exception, so the closed lists of exceptions end here.
+    A panic in a Rust library is a BaseException and no Exception, so all BaseExceptions are caught.
     """
     try:
         yield
     except _PASSING:
         raise
     except BaseException as error:
-        if type(error).__name__ == "CancelledError":  # asyncio's, where a server loads in a task
+        if type(error).__name__ == "CancelledError":  # asyncio's, where a server loads a base in a task
             raise
         raise BaseModelError(f"{subject}: {cause_of(error)}") from error
 
 
 def cause_of(error: BaseException) -> str:
-    """A foreign error in one line: its message, with its kind where the message alone says little."""
+    """A foreign error in one line: its message, with its type where the message alone is unclear."""
     message = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, MemoryError):
@@ -52,7 +52,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def is_nested_deeper(value: Any, limit: int) -> bool:
-    """Whether what JSON gave has more levels of lists and objects than `limit`; without recursion."""
+    """Whether a value from JSON has more levels of lists and objects than `limit`; computed without recursion."""
     level = [value]
     for _ in range(limit):
         level = [item for each in level for item in _items(each)]
@@ -66,22 +66,22 @@ def _items(value: Any) -> Iterator[Any]:
 
 
 def is_lfs_pointer(data: bytes) -> bool:
-    """Whether these bytes, a whole file's or more than its first kilobyte, are a Git LFS pointer."""
+    """Whether these bytes, a whole file or more than its first kilobyte, are a Git LFS pointer."""
     return len(data) <= _MAX_POINTER_BYTES and data.removeprefix(b"\xef\xbb\xbf").startswith(_POINTER_LINE)
 
 
 def lfs_pointer_problem(path: str | os.PathLike[str]) -> str | None:
-    """The sentence that refuses a file which is a Git LFS pointer; None for any other file, or for none."""
+    """The message that refuses a Git LFS pointer; None for any other file and for a missing one."""
     try:
         if not os.path.isfile(path) or os.path.getsize(path) > _MAX_POINTER_BYTES:
             return None
         with open(path, "rb") as file:
             is_pointer = is_lfs_pointer(file.read(_MAX_POINTER_BYTES))
-    except (OSError, ValueError):  # whoever reads the file says why it cannot be read
+    except (OSError, ValueError):  # the caller's own read reports why it fails
         return None
     return lfs_pointer_sentence(path) if is_pointer else None
 
 
 def lfs_pointer_sentence(where: str | os.PathLike[str]) -> str:
-    """What to tell a user whose file `where` is a pointer."""
+    """The message about a file `where` that is a pointer."""
     return f"{os.fspath(where)} is a Git LFS pointer, not the file itself; fetch the file with git lfs pull"

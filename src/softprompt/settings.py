@@ -32,9 +32,9 @@ else:
 ConfigT = TypeVar("ConfigT")
 Table = dict[str, Any]  # a TOML section; Any: whatever TOML holds
 
-_LONGEST_NAME = 200  # characters of a name that may be one of ours, mistyped: finding the nearest takes time
+_LONGEST_NAME = 200  # characters; the nearest name is searched for shorter ones only, since the search takes time
 _TYPE_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
-_LARGEST_WHOLE = 2**63  # what torch, SQLite and JSON's readers take
+_LARGEST_WHOLE = 2**63  # torch, SQLite and JSON readers handle numbers below it
 _SWITCHES = {
     **dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True),
     **dict.fromkeys(("0", "false", "f", "no", "n", "off", ""), False),
@@ -44,7 +44,7 @@ _ESCAPES = {"n": "\n", "t": "\t"}
 _FLAG = re.compile(r"--([a-z][a-z-]*)")
 _MAKERS = {"Base": "load_base('embedded')", "SoftPrompt": "load_prompt('prompts/coach', base)"}
 _classes: list[type[Any]] = []  # every class of settings, for the setting that belongs to another one
-# What PEFT, transformers, TRL and vLLM call a setting, to be suggested; each to its first name that the class has.
+# Names in PEFT, transformers, TRL and vLLM, each with the settings to suggest: the first that the class has.
 _ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     "num_virtual_tokens": ("virtual_tokens",), "prompt_length": ("virtual_tokens",),
     "prompt_tuning_init": ("init",), "prompt_tuning_init_text": ("init_text",),
@@ -72,7 +72,7 @@ def option(
 ) -> Any:  # Any: dataclasses.field is typed as its own type
     r"""A setting with its meaning and unit.
 
-    Without `flag` the command line has none for it. `typed` text has its line breaks as `\n` on the command line.
+    Without `flag` it has no flag on the command line. With `typed`, `\n` on the command line stands for a line break.
     """
     return field(default=default, metadata={"help": help, "flag": flag, "typed": typed})
 
@@ -83,7 +83,7 @@ def required(help: str) -> Any:  # Any: as with `option`
 
 
 def settings_class(kind: type[ConfigT]) -> type[ConfigT]:
-    """Class decorator: unknown names come with the nearest one, and `help()` shows what each setting means."""
+    """Class decorator: an unknown name is refused with the nearest one, and `help()` shows each setting's meaning."""
     plain: Any = kind.__init__  # Any: a function once it is looked up on the class
 
     @functools.wraps(plain)
@@ -120,7 +120,7 @@ def check_names(
 
 
 def nearest(wanted: object, known: Iterable[object], likeness: float = 0.6) -> str | None:
-    """The one of the known names that was probably meant: at least so alike (difflib's ratio), or a longer one."""
+    """The known name that was probably meant: the most similar one (difflib's ratio), or one that contains it."""
     names = [str(name) for name in known]
     if not isinstance(wanted, str) or not wanted.strip() or len(wanted) > _LONGEST_NAME:
         return None
@@ -130,8 +130,8 @@ def nearest(wanted: object, known: Iterable[object], likeness: float = 0.6) -> s
     return next((name for name in names if name.lower() == found), None)
 
 
-def check_types(config: Any) -> None:  # Any: an instance of a class of settings, frozen, being made
-    """Every setting of its type: lists become tuples, numpy's numbers Python's. Raises ConfigError for another type."""
+def check_types(config: Any) -> None:  # Any: an instance of a settings class, in its __post_init__
+    """Converts each setting to its type: lists to tuples, numpy's numbers to Python's. Raises ConfigError."""
     kind: Any = type(config)  # Any: mypy takes no class for hashable
     for name, hint in _hints(kind).items():
         value = getattr(config, name)
@@ -141,7 +141,7 @@ def check_types(config: Any) -> None:  # Any: an instance of a class of settings
 
 
 def checked_value(hint: Any, value: object, where: str) -> Any:  # Any: a type hint in, a value of that type out
-    """The value as its type has it, a whole number as a float where that is wanted. Raises ConfigError for another."""
+    """The value in the setting's type, such as a float for a whole number. Raises ConfigError for any other value."""
     allowed = _allowed(hint)
     for kind in allowed:
         found = _as(kind, value, where)
@@ -203,7 +203,7 @@ def require_table(value: object, where: str) -> Table:
 
 
 def check_kinds(**given: tuple[object, type[Any]]) -> None:
-    """Raises ConfigError for an argument, by its name, that is neither None nor of its class, with what makes one."""
+    """Raises ConfigError for an argument that is neither None nor of its class, with an expression that makes one."""
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):
             example = _MAKERS.get(kind.__name__, f"{kind.__name__}(...)")
@@ -219,8 +219,8 @@ def require(holds: bool, name: str, value: object, range_text: str) -> None:
 def typed_text(text: str) -> str:
     r"""Text as it was typed on a command line: `\n` and `\t` become newline and tab, `\\n` stays a literal `\n`.
 
-    Applied once: by the flag's own type, or, for templates, where settings become an InputForm
-    (`softprompt.data.columns`), so that one typed in a TOML file or in Python reads alike.
+    Applied once: by the flag's own type or, for templates, where settings become an InputForm
+    (`softprompt.data.columns`), so that templates from TOML files and from Python are read alike.
     """
     return _TYPED_ESCAPE.sub(lambda match: "\\" + match[2] if match[1] else _ESCAPES[match[2]], text)
 
@@ -271,7 +271,7 @@ def _allowed(hint: Any) -> tuple[Any, ...]:
 
 
 def _as(kind: Any, value: Any, where: str) -> tuple[Any] | None:  # Any: whatever was given
-    """The value as this type has it, in a tuple of its own; None where it is of another."""
+    """The value in this type, wrapped in a tuple; None if it is of another type."""
     if kind is type(None):
         return (None,) if value is None else None
     if typing.get_origin(kind) is Literal:
@@ -320,7 +320,7 @@ def _as_tuple(inner: tuple[Any, ...], value: Any, where: str) -> tuple[Any] | No
 
 
 def _wanted(allowed: Sequence[Any], value: object) -> str:
-    """What it must be, and what was probably meant."""
+    """The part of a message that says which values are allowed, with the one that was probably meant."""
     choices = [choice for kind in allowed if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
     lists = [kind for kind in allowed if typing.get_origin(kind) is tuple]
     if lists:

@@ -1,4 +1,4 @@
-"""Values that more than one room passes around. No torch here: they are plain integers, strings and tuples."""
+"""Values that several packages exchange: plain integers, strings and tuples, without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _default(item: Field[Any]) -> object:
 
 
 def _is_same(found: object, default: object) -> bool:
-    """Told by type first: a tensor compares entry by entry."""
+    """Compares types first: a tensor compares entry by entry."""
     return type(found) is type(default) and bool(found == default)
 
 

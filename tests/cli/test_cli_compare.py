@@ -283,7 +283,7 @@ class TestTaskScores:
         ran = compare(*flags, prompts=("coach",))
         assert "Classes of many.jsonl by coach" in ran.out
         assert ("Confusion of many.jsonl by coach" in " ".join(ran.out.split())) == is_shown
-        assert ("too large to be shown here stand in --markdown and --json" in ran.out) != is_shown
+        assert ("too large to show here are in --markdown and --json" in ran.out) != is_shown
         report = (tmp_path / "report.md").read_text()
         assert "Confusion of many.jsonl by coach" in report
         assert f"| {num_labels} w{39 + num_labels} w7 |" in report  # too wide for names: the columns are numbered

@@ -18,7 +18,9 @@ from softprompt.settings import check_names, checked_value, read_text, require, 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ConfigT = TypeVar("ConfigT")
 Sections = Mapping[str, type[Any] | Sequence[str]]  # title -> a config, or names of parameters
-Lacking = Callable[[Collection[str]], Sequence[str]]  # names of the parameters given -> what is needed beside them
+Lacking = Callable[
+    [Collection[str]], Sequence[str]
+]  # names of the given parameters -> the required ones that are missing
 
 
 class TypedText(click.ParamType[str]):
@@ -31,7 +33,7 @@ class TypedText(click.ParamType[str]):
 
 
 class Setting(click.ParamType[Any]):  # Any: of the setting's own type
-    """A value of a setting's type, from a flag, an environment variable or a TOML file; `settings` reads and judges."""
+    """A value from a flag, an environment variable or a TOML file, read and checked by `softprompt.settings`."""
 
     def __init__(self, hint: Any, *, least: int | None = None) -> None:  # Any: a type hint
         self.hint, self.name, self.least = hint, _KINDS[hint], least
@@ -43,7 +45,7 @@ class Setting(click.ParamType[Any]):  # Any: of the setting's own type
 
 
 class Switch(click.types.BoolParamType):
-    """True or false, read and judged as any setting is."""
+    """True or false, read and checked like any setting."""
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bool:
         found: bool = _read(bool, value, param)
@@ -51,21 +53,21 @@ class Switch(click.types.BoolParamType):
 
 
 class OneOf(click.Choice[str]):
-    """One of a closed set, read and judged as any setting is."""
+    """One of a closed set, read and checked like any setting."""
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         found: str = _read(Literal[tuple(self.choices)], value, param)
         return found
 
 
-_KINDS = {int: "integer", float: "float", str: "text"}  # as click calls them in a command's help
+_KINDS = {int: "integer", float: "float", str: "text"}  # click's own names, for a command's help
 TYPED_TEXT = TypedText()
 
 
 def options_of(
     kind: type[Any], *, leave_out: Collection[str] = (), optional: bool = False
 ) -> Callable[[Function], Function]:
-    """One flag per field of `kind` that may have one. `optional`: required fields become optional."""
+    """Adds a flag for each field of `kind` that may have one. `optional`: required fields become optional."""
     hints = typing.get_type_hints(kind)
 
     def decorate(function: Function) -> Function:
@@ -78,20 +80,20 @@ def options_of(
 
 
 def config_of(kind: type[ConfigT], flags: Mapping[str, Any]) -> ConfigT:
-    """The config that the flags say. Flags of other configs are left alone. Raises ConfigError."""
+    """The config made from its own flags; flags of other configs are ignored. Raises ConfigError."""
     names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]  # every ConfigT is a dataclass
     return kind(**{name: value for name, value in flags.items() if name in names})
 
 
 def require_flags(flags: Mapping[str, Any], *names: str) -> None:
-    """What click does for a required flag, where it is required in some cases only. Raises click.UsageError."""
+    """Raises click.UsageError for a missing flag, as click does, where it is required in some cases only."""
     for name in names:
         if flags[name] is None:
             raise click.UsageError(f"Missing option '--{name}'.")
 
 
 def given_flags() -> set[str]:
-    """Names of the flags that the user typed, as opposed to defaults."""
+    """Names of the flags that the user typed, without defaults."""
     context = click.get_current_context()
     commandline = click.core.ParameterSource.COMMANDLINE
     return {name for name in context.params if context.get_parameter_source(name) == commandline}
@@ -135,9 +137,9 @@ def _name(parameter: click.Parameter | None) -> str:
 
 
 class Command(click.Command):
-    """A command whose flags are listed in `sections`, the rest behind them, with `examples` at the end.
+    """A command whose help lists flags in `sections`, then the remaining ones, then `examples`.
 
-    `lacking` names what is required in some cases only, as it is to be shown.
+    `lacking` names missing parameters that are required in some cases only.
     """
 
     def __init__(
@@ -189,7 +191,7 @@ class Command(click.Command):
         return rest
 
     def _missing(self, ctx: click.Context, args: list[str]) -> click.UsageError | None:
-        """About everything that is required and not given; None where nothing is."""
+        """One error about all missing parameters; None if there are none."""
         found, _, _ = self.make_parser(ctx).parse_args(args)
         known = {item: item.consume_value(ctx, found) for item in self.get_params(ctx)}
         lacking = [
@@ -206,7 +208,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A command with commands of ours under it."""
+    """A command with subcommands."""
 
     command_class = Command
 
@@ -225,7 +227,7 @@ def _write_section(
 
 
 def _missing_text(lacking: Sequence[tuple[str, str]]) -> str:
-    """`Missing argument 'NAME', option '--library'.` of what kind and name each is."""
+    """Such as `Missing argument 'NAME', option '--library'.`, from the kind and name of each."""
     kinds = {kind for kind, _ in lacking}
     if len(kinds) > 1:
         return f"Missing {', '.join(f'{kind} {name}' for kind, name in lacking)}."

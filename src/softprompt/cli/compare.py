@@ -48,7 +48,7 @@ def _lacking(given: Collection[str]) -> list[str]:
 @options_of(ScoreConfig, leave_out=("score_tokens",))
 @click.option("--prompt", "prompts", multiple=True, help="Adapter folder or name; may be repeated.")
 @click.option("--ensemble", "sets", multiple=True, metavar="SET",
-              help="Folder or name of prompts that vote, saved by --ensemble; may be repeated.")  # fmt: skip
+              help="Folder or name of a set of voting prompts, saved by --ensemble; may be repeated.")  # fmt: skip
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
 @click.option("--input", "texts", multiple=True, type=TYPED_TEXT, help="A text to answer; may be repeated.")
 @click.option("--field", "fields", multiple=True, metavar="NAME=TEXT", help="A field of the prompts' template.")
@@ -62,12 +62,12 @@ def command(
 ) -> None:  # fmt: skip
     """Answer the same inputs with the bare base and each prompt, and show held-out figures.
 
-    Each prompt gets an input as its training rows were: in its template, where that has one field, or as a chat
-    message. The bare base gets what the first prompt gets. With --raw all continue the text itself.
+    Each prompt gets an input in the form of its training rows: in its template, where that has one field, or as a chat
+    message. The bare base gets the same as the first prompt. With --raw all continue the text itself.
 
-    Held-out rows are those that each prompt's training set aside; --data names another set to read instead.
+    Held-out rows are those that each prompt's training set aside; --data names another set.
 
-    --score reads greedy answers, as long as the longest completion unless --max-new-tokens says less; each score is a
+    --score scores greedy answers, as long as the longest completion unless --max-new-tokens is less; each score is a
     mean over rows from 0 to 1. exact_match and f1 (of words) are SQuAD's, which leave out case, punctuation and
     articles; rouge_l is the F-measure of the longest common subsequence of words; chrf the F2 of character n-grams.
     """
@@ -139,17 +139,17 @@ def show_figures(found: Comparison) -> None:
     for table in [*(table for of in before for table in of(found)), *small, *score_tables(found)]:
         print_table(*table, figures=True)
     if len(small) < len(matrices):
-        click.echo("Confusion matrices too large to be shown here stand in --markdown and --json.")
+        click.echo("Confusion matrices that are too large to show here are in --markdown and --json.")
     click.echo(memory_line(found))
 
 
 def _beside(prompts: Collection[str], sets: Mapping[str, Path]) -> dict[str, Path]:
-    """The sets under names of their own: one whose best prompt is compared too, or has a prompt's name, says so."""
+    """The sets by name; one that has the name of a compared prompt is marked as a vote."""
     return {f"{name} (vote)" if name in prompts else name: folder for name, folder in sets.items()}
 
 
 def _scoring(flags: Mapping[str, Any]) -> ScoreConfig:
-    """--max-new-tokens, where it was typed, holds for scored answers too."""
+    """--max-new-tokens, where it was typed, limits scored answers too."""
     config = config_of(ScoreConfig, flags)
     return replace(config, score_tokens=flags["max_new_tokens"]) if "max_new_tokens" in given_flags() else config
 
@@ -169,7 +169,7 @@ def _held_out(prompts: Mapping[str, SoftPrompt], flags: Mapping[str, Any], seed:
 
 
 def _given_set(flags: Mapping[str, Any], forms: Sequence[InputForm], seed: int, offline: bool) -> dict[str, Rows]:
-    """The set of --data, in the prompts' own template unless another form is asked for, and with their labels."""
+    """The set of --data, with the prompts' labels, and in their own template unless another form is requested."""
     from softprompt.data import read_rows
     from softprompt.data.labels import with_labels
 

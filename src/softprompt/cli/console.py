@@ -1,4 +1,4 @@
-"""What a command shows: words on stderr, results on stdout, a progress line, warnings in one line each."""
+"""Output of commands: messages on stderr, results on stdout, one line for each warning."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from softprompt.types import finite
 if TYPE_CHECKING:
     from softprompt.base import Base
 
-_PIPED_WIDTH = 120  # columns, where stdout is no terminal that has a width of its own
-_NARROWEST = 80  # columns; figures are not broken to fit into less
+_PIPED_WIDTH = 120  # columns, where stdout is not a terminal
+_NARROWEST = 80  # columns; figures are not wrapped to fit into fewer
 _NARROWEST_CUT = 6  # columns of a cell that is cut
 _NARROWEST_NAME = 10  # columns of a name before figures
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -40,17 +40,17 @@ def say(line: str) -> None:
 
 
 def print_json(value: Any) -> None:  # Any: whatever JSON holds
-    """One JSON document for a machine, on stdout, in ASCII where that is not in UTF-8; NaN and infinity are null."""
+    """One JSON document on stdout, in ASCII unless stdout is UTF-8; NaN and infinity become null."""
     click.echo(json.dumps(finite(value), ensure_ascii=not stdout_is_unicode(), allow_nan=False, indent=2))
 
 
 def stdout_is_unicode() -> bool:
-    """Whether stdout takes every character: box-drawing ones, those of any answer."""
+    """Whether stdout can encode every character: box-drawing ones, those of any answer."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def print_words(sentence: str) -> None:
-    """A sentence of a result on stdout, broken between words; control characters are shown instead of obeyed."""
+    """A sentence of a result on stdout, wrapped between words; control characters are escaped."""
     _results().print(_text(sentence.replace("\n", "\\n")))
 
 
@@ -59,8 +59,8 @@ def print_table(
 ) -> None:
     """A table on stdout, cells wrapped to the terminal, none of them cut.
 
-    `lines` between the rows are for cells of many lines; `figures` to the right of the first column stay whole. Text is
-    shown as it is, never read as markup, and control characters are shown instead of obeyed.
+    `lines` separates rows whose cells have many lines; `figures` keeps all columns but the first unwrapped. Text is
+    never read as markup, and control characters are escaped.
     """
     table = Table(title=_text(title) if title else None, title_justify="left", show_lines=lines, box=box.ROUNDED)
     if figures:
@@ -76,23 +76,23 @@ def print_table(
 
 
 def print_list(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Sequence[str] = ()) -> None:
-    """A table of one line per row, no wider than the terminal: the longest cells are cut, those of `whole` last."""
+    """A table with one line per row, no wider than the terminal: the longest cells are cut, those of `whole` last."""
     console = _results()
     table = [[cell.replace("\n", "\\n") for cell in row] for row in (columns, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
-    room = console.width - 3 * len(columns) - 1  # borders and padding
-    widths = _shrunk(widths, room, [column not in whole for column in columns])
-    widths = _shrunk(widths, room, [True] * len(columns))
+    available = console.width - 3 * len(columns) - 1  # borders and padding
+    widths = _shrunk(widths, available, [column not in whole for column in columns])
+    widths = _shrunk(widths, available, [True] * len(columns))
     heads, *cut = [[_cut(cell, width) for cell, width in zip(row, widths, strict=True)] for row in table]
     console.print(_text(_cut(title, console.width)))
     print_table("", heads, cut)
 
 
-def _shrunk(widths: Sequence[int], room: int, may_shrink: Sequence[bool]) -> list[int]:
-    """The widths with the widest made narrower until all fit; the first column, the name, counts half."""
+def _shrunk(widths: Sequence[int], width: int, may_shrink: Sequence[bool]) -> list[int]:
+    """The widths, with the widest reduced until all fit; the first column, the name, counts half."""
     found = list(widths)
-    while sum(found) > room:
-        shrinkable = [index for index, width in enumerate(found) if may_shrink[index] and width > _NARROWEST_CUT]
+    while sum(found) > width:
+        shrinkable = [index for index, each in enumerate(found) if may_shrink[index] and each > _NARROWEST_CUT]
         if not shrinkable:
             break
         found[max(shrinkable, key=lambda index: found[index] / (1 if index else 2))] -= 1
@@ -107,12 +107,12 @@ def _cut(text: str, width: int) -> str:
 
 
 def results_width() -> int:
-    """Columns that stdout has for a result."""
+    """Width of stdout in columns."""
     return _results().width
 
 
 def load(config: BaseConfig) -> Base:
-    """Load a base and say what was loaded, with `auto` resolved."""
+    """Load a base and print what was loaded, with `auto` resolved."""
     from transformers.utils import logging
 
     from softprompt.base import load_base
@@ -131,7 +131,7 @@ def load(config: BaseConfig) -> Base:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Our own warnings become one line each; those of other libraries are theirs to fix and stay silent."""
+    """Print each of our own warnings in one line; those of other libraries are ignored."""
     from softprompt.storage import UnknownBaseWarning
 
     with warnings.catch_warnings(record=True) as caught:

@@ -41,9 +41,9 @@ def _lacking(given: Collection[str]) -> list[str]:
 @click.option("--prompt", help="Adapter: a folder with a separator in it, or a name in --library. Default: bare base.")
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
 @click.option("--field", "fields", multiple=True, metavar="NAME=TEXT",
-              help="A field of the prompt's own template, where it has several; may be repeated.")  # fmt: skip
+              help="A field of the prompt's template, where it has several; may be repeated.")  # fmt: skip
 @click.option("--message", "messages", multiple=True, type=TYPED_TEXT, metavar="MESSAGE",
-              help="TEXT of the user, or ROLE=TEXT; repeated, they are one conversation.")  # fmt: skip
+              help="A message of the user, or ROLE=TEXT; several make one conversation.")  # fmt: skip
 @click.option("--raw", is_flag=True, help="Continue TEXTS as they are: no template, no chat, no labels.")
 @click.option("--force", is_flag=True, help="Use a prompt that was trained on another base of the same width.")
 @click.option("--json", "as_json", is_flag=True, help="Print answers with token ids and log-probabilities.")
@@ -53,9 +53,9 @@ def command(
 ) -> None:  # fmt: skip
     """Answer TEXTS, with a soft prompt or bare.
 
-    Each text is put as the prompt's training rows were: into its template, where that has one field, or as a chat
-    message. A prompt that was trained with labels answers with the likeliest of them, unless --choice or --json-schema
-    asks for something else. --raw turns both off. The bare base continues the text.
+    Each text is written in the form of the prompt's training rows: in its template, where that has one field, or as a
+    chat message. A prompt that was trained with labels answers with the likeliest of them, unless --choice or
+    --json-schema is given. --raw turns both off. The bare base continues the text.
     """
     sampling, inputs = config_of(SamplingConfig, flags), _inputs(texts, fields, messages, raw)
     base_config = config_of(BaseConfig, flags)
@@ -77,7 +77,7 @@ def command(
 
 
 def _inputs(texts: Sequence[str], fields: Sequence[str], messages: Sequence[str], raw: bool) -> list[Input]:
-    """Raises ConfigError where inputs of more than one kind are given, or --raw beside one that has no raw form."""
+    """Raises ConfigError for inputs of more than one kind, and for --raw beside --field or --message."""
     from softprompt.cli.inputs import parse_fields, parse_messages
 
     given = [name for name, items in (("texts", texts), ("--field", fields), ("--message", messages)) if items]
@@ -111,7 +111,7 @@ def _generated(
 def _label_answers(
     base: Base, soft: SoftPrompt | None, inputs: Sequence[Input], sampling: SamplingConfig, raw: bool
 ) -> list[Mapping[str, Any]]:
-    """The likeliest labels, as `compare` counts them."""
+    """The likeliest labels, computed as in `compare`."""
     from softprompt.data import template_text
     from softprompt.evaluation import label_answers
 

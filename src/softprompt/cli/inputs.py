@@ -37,7 +37,7 @@ def parse_fields(fields: Sequence[str]) -> dict[str, str]:
 
 
 def parse_messages(messages: Sequence[str]) -> list[dict[str, str]]:
-    """A conversation of `role=text` pairs; a text that opens with no role is the user's."""
+    """A conversation from `role=text` items; an item without a role is a message of the user."""
     from softprompt.data.messages import ROLES
 
     parsed = []
@@ -49,24 +49,24 @@ def parse_messages(messages: Sequence[str]) -> list[dict[str, str]]:
 
 
 def named_prompts(prompts: Sequence[str], library: str | None) -> dict[str, Path]:
-    """Each prompt's folder under a name to show: the folder's own, or the whole path where two are called alike."""
+    """Each prompt's folder by its name: the folder's own, or the whole path where two have the same name."""
     from softprompt.evaluation import BARE
     from softprompt.storage import resolve_prompt
 
     folders = [resolve_prompt(prompt, library) for prompt in prompts]
-    places = [folder.resolve() for folder in folders]
-    for index, place in enumerate(places):
-        if place in places[:index]:
+    paths = [folder.resolve() for folder in folders]
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
             raise ConfigError(f"prompt {prompts[index]!r} is given twice; give each once")
-    names = [place.name for place in places]
+    names = [path.name for path in paths]
     return {
-        name if names.count(name) == 1 and name != BARE else str(place): folder
-        for name, place, folder in zip(names, places, folders, strict=True)
+        name if names.count(name) == 1 and name != BARE else str(path): folder
+        for name, path, folder in zip(names, paths, folders, strict=True)
     }
 
 
 def stop_notes(base: Base, stop: Sequence[str]) -> list[str]:
-    """A note for each stop string that no answer of this base can have."""
+    """A note for each stop string that no answer of this base can contain."""
     reasons = ((text, _why_never(base, text)) for text in stop)
     return [f"--stop {text!r} can never match: {reason}" for text, reason in reasons if reason is not None]
 
@@ -85,7 +85,7 @@ def _why_never(base: Base, text: str) -> str | None:
 
 
 class _Recorded(NamedTuple):
-    """What a record says of its held-out rows."""
+    """The held-out rows of a training, by its record."""
 
     config: DataConfig
     seed: int
@@ -93,9 +93,9 @@ class _Recorded(NamedTuple):
 
 
 def recorded_sets(prompts: Mapping[str, SoftPrompt], *, offline: bool = False) -> dict[str, Rows]:
-    """Held-out sets by name, each once; what cannot be found or has changed is said and left out.
+    """Held-out sets by name, each once; a set that is missing or has changed is reported and left out.
 
-    A set goes by the name of its file or data set, with the prompt's name where two differ.
+    A set has the name of its file or data set, with the prompt's name added where two sets of that name differ.
     """
     found: dict[str, tuple[object, Rows]] = {}
     for name, prompt in prompts.items():
@@ -123,11 +123,11 @@ def _recorded(run: Mapping[str, Any]) -> _Recorded:  # Any: a record is JSON, an
         moved = {key: _from_folder(settings.get(key), folder) for key in ("data", "test", "validation")}
         return _Recorded(DataConfig(**{**settings, **moved}), seed, run["test"]["hash"])
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise DataError("its record does not say from where they came; give --data") from error
+        raise DataError("its record does not name their source; give --data") from error
 
 
 def _from_folder(path: str | None, folder: Path) -> str | None:
-    """A relative path of the training, seen from where the training ran, if it is still there."""
+    """A relative path of the training, resolved in the folder where the training ran, if it still exists."""
     if path is None or not (folder / path).exists():
         return path
     return str(folder / path)

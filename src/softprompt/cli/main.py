@@ -1,4 +1,4 @@
-"""The command line. Commands are found by name and imported when they run: `softprompt --help` loads no torch."""
+"""The command line. A command's module is imported when the command runs, so `softprompt --help` loads no torch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ _COMMANDS = {
         "softprompt.cli.compare",
         "Answer the same inputs with the bare base and each prompt; held-out figures.",
     ),
-    "sweep": ("softprompt.cli.sweep", "Train many prompts together, of one task or several, as a file says."),
-    "generate": ("softprompt.cli.generate", "Answer texts, with a soft prompt or bare."),
-    "serve": ("softprompt.cli.serve", "Serve a base and its prompts over OpenAI's API, and train new ones meanwhile."),
+    "sweep": ("softprompt.cli.sweep", "Train many prompts together, for one task or several, from a sweep file."),
+    "generate": ("softprompt.cli.generate", "Answer texts with a soft prompt, or with the bare base."),
+    "serve": (
+        "softprompt.cli.serve",
+        "Serve a base and its prompts over OpenAI's API, and train new ones at the same time.",
+    ),
     "prompts": ("softprompt.cli.prompts", "List, show, check, import, export, remove, push or pull prompts."),
     "runs": ("softprompt.cli.runs", "List training runs, or show one with its curves."),
     "keys": ("softprompt.cli.keys", "Create, list or revoke API keys of the server."),
     "demo": (
         "softprompt.cli.demo",
-        "The main job on the embedded base: train three prompts, compare before and after.",
+        "Train three prompts on the embedded base, and compare before and after.",
     ),
 }
 
@@ -67,7 +70,7 @@ def commands() -> None:
 
 
 def main() -> None:
-    """Run a command. What a user did wrong is one line and exit code 2; Ctrl-C is 130."""
+    """Run a command. A user's mistake is reported in one line, with exit code 2; Ctrl-C exits with 130."""
     _quieten()
     _escape_what_streams_cannot_encode()
     with warnings.catch_warnings():
@@ -80,7 +83,7 @@ def main() -> None:
 
 
 def _leave_at_once(code: int) -> None:
-    """Without tearing the interpreter down, in which threads of the processes' collectives have been seen to abort."""
+    """Exit without the interpreter's shutdown, in which threads of torch's collectives have aborted."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -90,40 +93,40 @@ def _leave_at_once(code: int) -> None:
 def _run() -> int:
     try:
         _refuse_broken_text(sys.argv[1:])
-        code = commands(standalone_mode=False)  # what a command's Exit says; None where it just ended
+        code = commands(standalone_mode=False)  # the code of a command's Exit; None where it just ended
         sys.stdout.flush()  # here, where a closed pipe can still be caught
     except click.exceptions.NoArgsIsHelpError as asked:
         asked.show()
         return 2
     except click.ClickException as error:
-        return _refused(error.format_message())
+        return _refuse(error.format_message())
     except SoftpromptError as error:
-        return _refused(str(error))
+        return _refuse(str(error))
     except BrokenPipeError:
-        return _reader_left()
+        return _end_quietly()
     except OSError as error:
-        return _refused(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return _refuse(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     except (KeyboardInterrupt, click.Abort) as stop:
         if isinstance(stop.__cause__, EOFError):  # which click takes for Ctrl-D
-            return _refused(f"a file or the input ended too early ({stop.__cause__ or 'EOFError'})")
-        _say("interrupted")
+            return _refuse(f"a file or the input ended too early ({stop.__cause__ or 'EOFError'})")
+        _print("interrupted")
         return 130
     return code if isinstance(code, int) else 0
 
 
-def _refused(message: str) -> int:
-    """Of several processes that a launcher has started, which all refuse alike, the first one speaks."""
+def _refuse(message: str) -> int:
+    """Where a launcher has started several processes, which all fail alike, only the first one prints."""
     if may_report_errors():
-        _say(message)
+        _print(message)
     return 2
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     click.echo(f"softprompt: {' '.join(message.splitlines())}", err=True)
 
 
 def _refuse_broken_text(arguments: list[str]) -> None:
-    """Bytes of a command line that are no text arrive as lone surrogates, which no tokenizer takes."""
+    """Bytes of a command line that are not UTF-8 arrive as lone surrogates, which no tokenizer accepts."""
     for argument in arguments:
         try:
             argument.encode()
@@ -131,22 +134,22 @@ def _refuse_broken_text(arguments: list[str]) -> None:
             raise click.UsageError(f"{os.fsencode(argument)!r} is not UTF-8") from None
 
 
-def _reader_left() -> int:
-    """The other end of our pipe, `head` say, has read enough: nothing to complain of, nothing left to write."""
+def _end_quietly() -> int:
+    """The reader of our pipe, such as `head`, has closed it: no error, and nothing left to write."""
     with suppress(OSError, ValueError):  # a stdout that is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
 def _escape_what_streams_cannot_encode() -> None:
-    r"""Write `\u65e5` where stdout or stderr has no such character, as in cp1252: a report never ends in mid-table."""
+    r"""Write `\u65e5` where stdout or stderr cannot encode a character, as in cp1252, so that no report is cut off."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _quieten() -> None:
-    """Other libraries' chatter stays off the terminal, unless the user set it so."""
+    """Keep other libraries' messages off the terminal, unless the user has set them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
