@@ -64,7 +64,7 @@ class Inspection:
 
 
 def inspect(prompt: SoftPrompt, base: Base | None) -> Inspection:
-    """All but the held-out losses."""
+    """Everything but the held-out losses."""
     norms = tuple(prompt.tensor.norm(dim=1).tolist())
     usual = base.embedding_rms * math.sqrt(base.hidden_size) if base is not None else None
     return Inspection(
@@ -78,15 +78,15 @@ def inspect(prompt: SoftPrompt, base: Base | None) -> Inspection:
 
 def with_leave_out(found: Inspection, base: Base, held_out: HeldOut) -> Inspection:
     """The same with the held-out loss without each virtual token. Raises DataError, LengthError."""
-    room = base.max_length - found.prompt.num_virtual_tokens
-    examples = build_examples(base, held_out.rows, eos=True, max_length=room).examples
+    max_length = base.max_length - found.prompt.num_virtual_tokens
+    examples = build_examples(base, held_out.rows, eos=True, max_length=max_length).examples
     say(f"scoring {1 + len(found.norms)} prompts on {len(examples):,} rows of {held_out.title}")
     worth = leave_one_out(base, forward_of(base), examples, found.prompt)
     return replace(found, held_out=held_out.title, leave_out=worth)
 
 
 def check_flags(flags: Mapping[str, Any], *, leave_out: bool) -> None:
-    """Raises ConfigError for flags about held-out rows that nothing would read."""
+    """Raises ConfigError for flags about held-out rows that would have no effect."""
     if leave_out and flags["base"] is None:
         raise ConfigError("--leave-out computes losses and needs the base; give --base")
     about_rows = {item.name for item in dataclass_fields(DataConfig)} & given_flags()
@@ -124,7 +124,7 @@ def show_inspection(name: str, found: Inspection, *, as_json: bool) -> None:
     if as_json:
         print_json(found.to_json())
         return
-    print_list(name, ["fact", "value"], _facts(found.prompt), whole=("fact",))
+    print_list(name, ["fact", "value"], _record_rows(found.prompt), whole=("fact",))
     columns = _token_columns(found)
     rows = [[str(token), *cells] for token, cells in enumerate(zip(*columns.values(), strict=True))]
     print_list("Virtual tokens", ["", *columns], rows, whole=("", *list(columns)[:-1]))
@@ -137,9 +137,9 @@ def shape_text(num_virtual_tokens: int | None, hidden_size: int | None) -> str:
     return "" if num_virtual_tokens is None else f"{num_virtual_tokens} x {hidden_size}"
 
 
-def _facts(prompt: SoftPrompt) -> list[list[str]]:
+def _record_rows(prompt: SoftPrompt) -> list[list[str]]:
     record, run = prompt.record, prompt.record.run
-    facts = {
+    rows = {
         "shape": shape_text(prompt.num_virtual_tokens, prompt.hidden_size),
         "hash": prompt.content_hash,
         "base": record.base_name or "unknown",
@@ -151,7 +151,7 @@ def _facts(prompt: SoftPrompt) -> list[list[str]]:
         "steps": str(run.get("kept_step", "")),
         "training loss": _curve(run.get("losses")),
     }
-    return [[name, value] for name, value in facts.items() if value]
+    return [[name, value] for name, value in rows.items() if value]
 
 
 def _curve(losses: Any) -> str:  # Any: a record is JSON, and may be a stranger's
@@ -160,7 +160,7 @@ def _curve(losses: Any) -> str:  # Any: a record is JSON, and may be a stranger'
 
 
 def _token_columns(found: Inspection) -> dict[str, list[str]]:
-    """Column title -> one cell per virtual token; columns about which nothing is known are left out."""
+    """Column title -> one cell per virtual token; empty columns are left out."""
     nearest = ["  ".join(f"{text!r} {cosine:.2f}" for text, cosine in item.tokens) for item in found.nearest]
     columns = {
         "norm": [f"{norm:.3f}" for norm in found.norms],
@@ -195,7 +195,7 @@ def _interval(interval: Interval | None) -> str:
 
 
 def prompts_of(library: Library, names: Sequence[str], base: Base | None, *, force: bool) -> dict[str, SoftPrompt]:
-    """The prompts named, or all of a library; without names, those that cannot be loaded are said and left out.
+    """The prompts named, or all of a library; without names, those that cannot be loaded are named and left out.
 
     Raises StorageError and what `load_prompt` raises for prompts named, ConfigError for fewer than two.
     """
@@ -211,11 +211,11 @@ def prompts_of(library: Library, names: Sequence[str], base: Base | None, *, for
     return prompts
 
 
-def say_other_bases(prompts: Mapping[str, SoftPrompt]) -> None:
+def note_other_bases(prompts: Mapping[str, SoftPrompt]) -> None:
     """A note where the prompts come from different bases."""
     known = {prompt.record.base_fingerprint for prompt in prompts.values()} - {None}
     if len(known) > 1:
-        say(f"note: these prompts were trained on {len(known)} different bases; across bases a similarity says little")
+        say(f"note: these prompts were trained on {len(known)} different bases; across bases a similarity means little")
 
 
 def similarity_json(

@@ -92,14 +92,14 @@ def show_similarities(names: tuple[str, ...], library: str, force: bool, as_json
     Each virtual token is matched with the most similar one of the other prompt; 1 is the same set of vectors. With
     --base the mean embedding of its vocabulary is subtracted first.
     """
-    from softprompt.cli.prompt_report import prompts_of, say_other_bases, show_similarity, similarity_json
+    from softprompt.cli.prompt_report import note_other_bases, prompts_of, show_similarity, similarity_json
     from softprompt.prompt import mean_embedding, similar_pairs
     from softprompt.storage import Library
 
     base = load(config_of(BaseConfig, flags)) if flags["base"] is not None else None
     with warnings_as_lines():
         prompts = prompts_of(Library(library), names, base, force=force)
-    say_other_bases(prompts)
+    note_other_bases(prompts)
     pairs = similar_pairs(prompts, mean_embedding(base) if base is not None else None)
     print_json(similarity_json(prompts, pairs, base)) if as_json else show_similarity(prompts, pairs, base)
 
@@ -141,10 +141,10 @@ def import_prompt(
 
     base = load(config_of(BaseConfig, flags)) if flags["base"] is not None else None
     with warnings_as_lines():
-        place = Library(library).import_folder(
+        path = Library(library).import_folder(
             folder, name, overwrite=overwrite, base=base, force=force, task_type=task_type, base_name=base_name
         )
-    say(f"imported to {place}")
+    say(f"imported to {path}")
 
 
 @command.command("export")
@@ -197,7 +197,7 @@ def pull(repo_id: str, name: str, library: str, revision: str | None, offline: b
     from softprompt.storage import Library, pull_prompt
 
     with warnings_as_lines():
-        place = pull_prompt(
+        path = pull_prompt(
             repo_id, Library(library).place(name), revision=revision, offline=offline, overwrite=overwrite
         )
-    say(f"pulled to {place}")
+    say(f"pulled to {path}")

@@ -20,7 +20,7 @@ from softprompt.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class StartTexts:
-    """What a start may draw on, as token ids."""
+    """The texts that a start may draw on, as token ids."""
 
     data: Sequence[Sequence[int]] = ()  # the training rows, special tokens left out
     instruction: Sequence[int] = ()  # --init-text
@@ -30,7 +30,7 @@ class StartTexts:
 def starting_tensor(
     base: Base, kind: Start, num_virtual_tokens: int, seed: int, texts: StartTexts
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """The start [P, H] and what the user should be told about it.
+    """The start [P, H] and notes about it for the user.
 
     Raises ConfigError where the start has nothing to draw on.
     """

@@ -55,7 +55,7 @@ class UnknownBaseWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRecord:
-    """What `softprompt.json` says."""
+    """The content of `softprompt.json`."""
 
     record: PromptRecord
     content_hash: str  # of the tensor that it was written with
@@ -89,7 +89,7 @@ class AdapterFiles:
                 return cls(where=where, weights_name=name, weights=weights, config=config, record=record)
         if config is None:
             raise AdapterError(f"{where} has no {CONFIG_NAME} and no {SAFETENSORS_NAME}{_nested_hint(folder)}")
-        _config_from_bytes(config, None, f"{where}/{CONFIG_NAME}")  # for an adapter of another kind, say that first
+        _config_from_bytes(config, None, f"{where}/{CONFIG_NAME}")  # another kind is named first
         raise AdapterError(
             f"{where} has a {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {PICKLE_NAME}; copy them too"
         )

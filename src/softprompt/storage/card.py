@@ -1,7 +1,7 @@
 """The model card: what an adapter is, how to use it and how good it is, for people and for the Hub.
 
-It states the prompt's form with its template and labels, and numbers and settings from a fixed list. No row of the
-training data gets in, and no path but that of a local base, which is left out of what is pushed to the Hub.
+It states the prompt's form with its template and labels, and numbers and settings from a fixed list. It contains no row
+of the training data, and no path but that of a local base, which is left out of what is pushed to the Hub.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from softprompt.config import EMBEDDED_BASE
 from softprompt.prompt import SoftPrompt
 from softprompt.types import InputForm
 
-_FACTS = (
+_SETTINGS = (
     "virtual_tokens", "init", "epochs", "max_steps", "steps", "kept_step", "interrupted", "seconds", "batch_rows",
     "batch_tokens", "learning_rate", "relative_learning_rate", "schedule", "warmup_steps", "weight_decay",
     "max_grad_norm", "eos", "seed", "rows", "data_hash", "dtype", "softprompt", "torch", "transformers",
@@ -60,7 +60,7 @@ def _description(prompt: SoftPrompt) -> str:
 
 
 def _form(prompt: SoftPrompt) -> str:
-    """What stands before an answer, and which answers there are."""
+    """The template before an answer, and the labels that answers are chosen from."""
     form = prompt.record.form
     lines = []
     if form.template is not None:
@@ -71,7 +71,7 @@ def _form(prompt: SoftPrompt) -> str:
 
 
 def _figures(prompt: SoftPrompt) -> str:
-    """On rows that it was not trained on, where they were read when the training ended."""
+    """Figures on held-out rows, where training measured them."""
     run = prompt.record.run
     lines = [*_accuracy_lines(run.get("held_out")), *_loss_lines(run.get("validation_losses"), run.get("kept_step"))]
     return "\n".join(["## On rows that it was not trained on", "", *lines, ""]) if lines else ""
@@ -165,33 +165,33 @@ def _fields(form: InputForm) -> list[str]:
 
 
 def _training(prompt: SoftPrompt) -> str:
-    facts: dict[str, str] = {}
-    for name, text in _plain_facts({key: value for key, value in prompt.record.run.items() if key != "held_out"}):
-        facts.setdefault(name, text)
-    if not facts:
+    settings: dict[str, str] = {}
+    for name, text in _plain_settings({key: value for key, value in prompt.record.run.items() if key != "held_out"}):
+        settings.setdefault(name, text)
+    if not settings:
         return "## Training\n\nNothing is recorded.\n"
-    lines = [f"- {name.replace('_', ' ')}: {facts[name]}" for name in _FACTS if name in facts]
+    lines = [f"- {name.replace('_', ' ')}: {settings[name]}" for name in _SETTINGS if name in settings]
     return "\n".join(["## Training", "", *lines, ""])
 
 
-def _plain_facts(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Listed settings anywhere in the run, each a number, a yes or no, or one plain word."""
+def _plain_settings(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Listed settings anywhere in the run: numbers, booleans and single plain words."""
     for name, value in run.items():
         if isinstance(value, Mapping):
-            yield from _plain_facts(value)
-        elif name in _FACTS and isinstance(value, bool | int | float):
+            yield from _plain_settings(value)
+        elif name in _SETTINGS and isinstance(value, bool | int | float):
             yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
-        elif name in _FACTS and isinstance(value, str) and PLAIN_WORD.fullmatch(value):
+        elif name in _SETTINGS and isinstance(value, str) and PLAIN_WORD.fullmatch(value):
             yield name, value
 
 
 def _base(prompt: SoftPrompt) -> str | None:
-    """How its base is loaded: the Hub id or folder that was given, else the name alone."""
+    """The Hub id or folder that the base was loaded from, else its name."""
     return prompt.record.base_source or prompt.record.base_name
 
 
 def _fenced(text: str) -> str:
-    """Text as a block of code that it cannot end."""
+    """Text in a block of code whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

@@ -1,4 +1,4 @@
-"""The names of an adapter's files, and reading them without trusting them.
+"""The names of an adapter's files, and reading files and JSON from outside.
 
 A file is read only if it is a regular file inside its folder and no larger than its limit.
 """
@@ -22,7 +22,7 @@ PICKLE_NAME = "adapter_model.bin"  # what PEFT wrote before 0.7; read, never wri
 RECORD_NAME = "softprompt.json"
 CARD_NAME = "README.md"
 
-# In the order they are put in place: a folder becomes an adapter for readers when its config arrives.
+# In the order in which they are renamed: a folder becomes an adapter for readers when its config is there.
 ADAPTER_FILES = (SAFETENSORS_NAME, RECORD_NAME, CARD_NAME, CONFIG_NAME)
 
 MAX_WEIGHTS_BYTES = 256 * 2**20
@@ -75,7 +75,7 @@ def _refuse_half_characters(value: dict[str, Any], where: str) -> None:
 
 
 def dump_object(value: Mapping[str, Any], *, indent: int | None = 2) -> bytes:
-    """Strict JSON in UTF-8: NaN and infinity, which JSON has no word for, become null."""
+    """Strict JSON in UTF-8: NaN and infinity, which JSON lacks, become null."""
     return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False).encode()
 
 

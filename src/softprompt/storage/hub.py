@@ -55,8 +55,8 @@ def push_prompt(
 ) -> str:
     """Upload an adapter's four files to a model repository, made where it is missing; gives back the commit's URL.
 
-    The folder is loaded first, so nothing broken is published. Of the record's run only numbers and plain words go
-    out: no path, no sentence. `token` defaults to the one huggingface_hub keeps; `private` counts only when the
+    The folder is loaded first, so nothing broken is published. Of the record's run only numbers and plain words are
+    sent: no path, no sentence. `token` defaults to the one huggingface_hub keeps; `private` counts only when the
     repository is made; `revision` is a branch, made where it is missing.
     Tested against an HTTP double only, never against the real Hub.
 
@@ -64,8 +64,7 @@ def push_prompt(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    place = Path(folder)
-    files = _publishable(place)
+    files = _publishable(Path(folder))
     with _hub_errors(repo_id):
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: an organisation's default holds
@@ -93,8 +92,8 @@ def pull_prompt(
     """Download an adapter to `folder` as it is on the Hub, checked as `load_prompt` checks; gives back the folder.
 
     Only an adapter's own files are fetched, safetensors where both kinds are there, and none over its size limit.
-    `offline` takes what an earlier pull left in the cache. `anonymous` sends no token, not even the one that this
-    machine keeps, and neither reads nor fills the cache, where private repositories may lie.
+    `offline` uses what an earlier pull left in the cache. `anonymous` sends no token, not even the one that this
+    machine keeps, and neither reads nor fills the cache, which may contain private repositories.
     For a library, give `library.place(name)` as the folder.
     Tested against an HTTP double only, never against the real Hub.
 
@@ -103,15 +102,15 @@ def pull_prompt(
     """
     if anonymous and (offline or token is not None):
         raise ConfigError(f"anonymous excludes {'offline' if offline else 'a token'}; give one of them")
-    place = Path(folder)
-    check_free(place, overwrite=overwrite)
+    target = Path(folder)
+    check_free(target, overwrite=overwrite)
     with ExitStack() as stack:
         cache = stack.enter_context(TemporaryDirectory(prefix="softprompt-hub-")) if anonymous else None
         with _hub_errors(repo_id):
             snapshot = _cached(repo_id, revision) if offline else _download(repo_id, revision, token, cache)
         files = _read(snapshot, repo_id, base, force)
-    write_folder(place, files, replace=overwrite)
-    return place
+    write_folder(target, files, replace=overwrite)
+    return target
 
 
 def _read(snapshot: Path, repo_id: str, base: Base | None, force: bool) -> dict[str, bytes]:
@@ -130,7 +129,7 @@ def _read(snapshot: Path, repo_id: str, base: Base | None, force: bool) -> dict[
 
 
 def _publishable(folder: Path) -> dict[str, bytes]:
-    """Without the path of a local base, which would say how this machine is laid out and lead nowhere elsewhere."""
+    """The files to push, without the path of a local base, which is private and useless elsewhere."""
     adapter = AdapterFiles.read(folder)
     prompt = adapter.parse(task_type=TASK_TYPE)
     if adapter.weights_name != SAFETENSORS_NAME or adapter.config is None:
@@ -153,7 +152,7 @@ def _publishable(folder: Path) -> dict[str, bytes]:
 
 
 def publishable_record(data: bytes, where: str) -> bytes:
-    """The same record for strangers: of its run only numbers and plain words, no path and no text of the data.
+    """The record as it may be published: of its run only numbers and plain words, no path and no text of the data.
 
     Raises: AdapterError.
     """
@@ -176,7 +175,7 @@ def _is_plain(value: Any) -> bool:
 def _download(repo_id: str, revision: str | None, token: str | None, own_cache: str | None) -> Path:
     """Ask for names and sizes first, then fetch exactly that commit's wanted files.
 
-    With a cache of its own no token goes out: the one of this machine would do so by itself.
+    With a cache of its own (`own_cache`) no token is sent; huggingface_hub would send this machine's by default.
     """
     from huggingface_hub import snapshot_download
 
@@ -214,7 +213,7 @@ def _wanted(names: set[str]) -> list[str]:
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Whatever huggingface_hub raises, as one sentence. Its HTTP library changes between releases, hence no names."""
+    """Raise huggingface_hub's errors as one sentence. Its HTTP library varies by release, so no class is named."""
     try:
         yield
     except StorageError:
@@ -224,7 +223,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> BaseException:
-    """What lies under huggingface_hub's wrappers (an upload's RuntimeError, a listing's DryRunError)."""
+    """The error inside huggingface_hub's wrappers (an upload's RuntimeError, a listing's DryRunError)."""
     wrapped = isinstance(error, RuntimeError) or type(error).__name__ == "DryRunError"
     return _reason(error.__cause__) if wrapped and error.__cause__ is not None else error
 

@@ -53,7 +53,7 @@ class LibraryEntry:
     hidden_size: int | None = None
     base_name: str | None = None
     content_hash: str | None = None
-    created: str | None = None  # when the folder was written, ISO 8601 in UTC; PEFT's own folders do not say
+    created: str | None = None  # when the folder was written, ISO 8601 in UTC; None for PEFT's own folders
     num_bytes: int = 0  # of its files on disk, a run's checkpoints included
 
 
@@ -71,7 +71,7 @@ class Library:
         self.folder = Path(folder)
 
     def place(self, name: str) -> Path:
-        """Where `name` lies or would lie.
+        """The path of `name`, whether it exists or not.
 
         Raises: StorageError for a name that is not allowed, or a link that leaves the library.
         """
@@ -87,7 +87,7 @@ class Library:
         return path
 
     def path(self, name: str) -> Path:
-        """The folder of an entry that is there.
+        """The folder of an existing entry.
 
         Raises: StorageError with the nearest names.
         """
@@ -111,14 +111,14 @@ class Library:
         return tuple(sorted(name for name in found if not name.startswith(".")))
 
     def list(self) -> tuple[LibraryEntry, ...]:
-        """Every entry with its facts, or with its problem.
+        """Every entry with its description, or with its problem.
 
         Raises: StorageError where the library is not there.
         """
         return tuple(self._describe(name) for name in self.names())
 
     def check(self, base: Base | None = None) -> tuple[Check, ...]:
-        """Load every entry, against `base` if given, and say what is wrong with each.
+        """Load every entry, against `base` if given, and report the problem of each that fails.
 
         Raises: StorageError where the library is not there.
         """
@@ -142,7 +142,7 @@ class Library:
         task_type: str | None = None,
         base_name: str | None = None,
     ) -> Path:
-        """Keep a copy of an adapter from elsewhere, PEFT's and `.bin` ones included, written anew in our form.
+        """Keep a copy of an adapter from elsewhere, PEFT's and `.bin` ones included, rewritten in our form.
 
         `base` is only checked against; an adapter that names no fingerprint is not given one.
 
@@ -214,7 +214,7 @@ def _problem_of(error: Exception) -> str:
 
 
 def check_name(name: str) -> str:
-    """A name that is allowed in a library, given back.
+    """The name itself, if a library allows it.
 
     Raises: StorageError.
     """
@@ -239,9 +239,9 @@ def resolve_prompt(text: str, library: Library | str | os.PathLike[str] | None =
     here = f"; if you mean the folder here, write ./{text}" if Path(text).is_dir() else ""
     if library is None:
         raise StorageError(f"{text!r} is a name, and no library is given; give --library or a path{here}")
-    shelf = library if isinstance(library, Library) else Library(library)
+    named = library if isinstance(library, Library) else Library(library)
     try:
-        return shelf.path(text)
+        return named.path(text)
     except StorageError as error:
         raise StorageError(f"{error}{here}") from None
 
@@ -260,7 +260,7 @@ def save_set(folder: Path, members: Sequence[str]) -> None:
 
 
 def is_set(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder says that it is a set."""
+    """Whether the folder is marked as a set."""
     return (Path(folder) / SET_NAME).is_file()
 
 
@@ -269,17 +269,17 @@ def load_set(folder: str | os.PathLike[str], base: Base | None = None, *, force:
 
     Raises: AdapterError for a folder that is no set or names what is not below it; WrongBaseError.
     """
-    place = Path(folder)
-    data = read_file(place, SET_NAME, MAX_TEXT_BYTES)
-    known = {} if data is None else parse_object(data, str(place / SET_NAME))
-    members = known.get("members")
-    if known.get(_SET_MARK) != _SET_VERSION or not isinstance(members, list) or not 0 < len(members) <= _MAX_MEMBERS:
-        raise AdapterError(f"{place} is no set of prompts of this release: it has no {SET_NAME} with members")
-    return {str(member): load_prompt(_member(place, member), base, force=force) for member in members}
+    root = Path(folder)
+    data = read_file(root, SET_NAME, MAX_TEXT_BYTES)
+    value = {} if data is None else parse_object(data, str(root / SET_NAME))
+    members = value.get("members")
+    if value.get(_SET_MARK) != _SET_VERSION or not isinstance(members, list) or not 0 < len(members) <= _MAX_MEMBERS:
+        raise AdapterError(f"{root} is no set of prompts of this release: it has no {SET_NAME} with members")
+    return {str(member): load_prompt(_member(root, member), base, force=force) for member in members}
 
 
-def _member(place: Path, name: object) -> Path:
-    path = place / str(name)
-    if not isinstance(name, str) or not path.resolve().is_relative_to(place.resolve()):
-        raise AdapterError(f"{place / SET_NAME} names {name!r}, which is not below it; a set's prompts lie inside it")
+def _member(root: Path, name: object) -> Path:
+    path = root / str(name)
+    if not isinstance(name, str) or not path.resolve().is_relative_to(root.resolve()):
+        raise AdapterError(f"{root / SET_NAME} names {name!r}, which is not below it; a set's prompts lie inside it")
     return path

@@ -38,17 +38,17 @@ _MAY_BE_REPLACED = {*ADAPTER_FILES, PICKLE_NAME, ".gitattributes"}  # the Hub ad
 def save_prompt(
     prompt: SoftPrompt, folder: str | os.PathLike[str], *, overwrite: bool = False, base: Base | None = None
 ) -> Path:
-    """Write an adapter folder that PEFT and `load_prompt` read, whole or not at all; gives back its path.
+    """Write an adapter folder that PEFT and `load_prompt` read, whole or not at all, and return its path.
 
     `base` adds its name, fingerprint and layer counts where the prompt's record has none.
     Overwriting replaces an adapter folder only, and only if nothing else lies in it.
 
     Raises: ExistsError, StorageError; WrongBaseError where the record names another base than `base`.
     """
-    place = Path(folder)
-    check_free(place, overwrite=overwrite)
-    write_folder(place, adapter_to_bytes(prompt, base), replace=overwrite)
-    return place
+    path = Path(folder)
+    check_free(path, overwrite=overwrite)
+    write_folder(path, adapter_to_bytes(prompt, base), replace=overwrite)
+    return path
 
 
 def save_prompt_into(prompt: SoftPrompt, folder: Path, *, base: Base | None = None) -> Path:
@@ -60,43 +60,43 @@ def save_prompt_into(prompt: SoftPrompt, folder: Path, *, base: Base | None = No
     return folder
 
 
-def check_free(place: Path, *, overwrite: bool) -> None:
-    """A new adapter may go to `place`: nothing is there, or an empty folder, or an adapter that may be replaced.
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Check that an adapter may be written to `path`: it is missing, an empty folder or an adapter to replace.
 
     Raises: ExistsError.
     """
-    if not os.path.lexists(place):
+    if not os.path.lexists(path):
         return
-    if not place.is_dir():
-        raise ExistsError(f"{place} is a file; an adapter is a folder: choose another name")
-    names = sorted(entry.name for entry in place.iterdir())
+    if not path.is_dir():
+        raise ExistsError(f"{path} is a file; an adapter is a folder: choose another name")
+    names = sorted(entry.name for entry in path.iterdir())
     if names and not overwrite:
-        raise ExistsError(f"{place} exists and is not empty; overwrite it on purpose, or choose another folder")
+        raise ExistsError(f"{path} exists and is not empty; overwrite it on purpose, or choose another folder")
     others = [name for name in names if name not in _MAY_BE_REPLACED]
     if others or (names and CONFIG_NAME not in names and RECORD_NAME not in names):
         raise ExistsError(
-            f"{place} holds {', '.join(others[:5] or names[:5])} and so is not just an adapter; "
+            f"{path} holds {', '.join(others[:5] or names[:5])} and so is not just an adapter; "
             "it is not overwritten: choose another folder"
         )
 
 
 def adapter_to_bytes(prompt: SoftPrompt, base: Base | None = None) -> dict[str, bytes]:
-    """The files of an adapter folder by name, in the order in which they are put in place.
+    """The files of an adapter folder by name, in the order in which they are renamed.
 
     Raises: WrongBaseError.
     """
-    known = prompt if base is None else _with_base(prompt, base)
+    named = prompt if base is None else _with_base(prompt, base)
     contents = {
-        SAFETENSORS_NAME: _tensor_to_bytes(known.tensor),
-        RECORD_NAME: record_to_bytes(known),
-        CARD_NAME: model_card(known).encode(),
-        CONFIG_NAME: dump_object(_config_for(known, base)),
+        SAFETENSORS_NAME: _tensor_to_bytes(named.tensor),
+        RECORD_NAME: record_to_bytes(named),
+        CARD_NAME: model_card(named).encode(),
+        CONFIG_NAME: dump_object(_config_for(named, base)),
     }
     return {name: contents[name] for name in ADAPTER_FILES}
 
 
 def record_to_bytes(prompt: SoftPrompt) -> bytes:
-    """The file's content; raises StorageError where the record is larger than it may be to be read again."""
+    """The content of softprompt.json. Raises StorageError where it is larger than the limit for reading it again."""
     head = {
         "format_version": FORMAT_VERSION,
         "content_hash": prompt.content_hash,

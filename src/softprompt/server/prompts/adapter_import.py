@@ -1,6 +1,6 @@
-"""Soft prompts from outside: a folder, the Hub, an upload's bytes. Everything is data, and checked before it is used.
+"""Soft prompts from outside: a folder, the Hub, an uploaded form. Everything is data, checked before it is used.
 
-Blocks on the disk and the network.
+The functions block on the disk and the network.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _WIDEST_VALUE = 8  # bytes of one number: nobody needs more than float64
 
 
 def read_folder(folder: Path, base: Base) -> SoftPrompt:
-    """The soft prompt of an adapter folder, which fits the base.
+    """The soft prompt of an adapter folder, checked against the base.
 
     Raises: AdapterError, WrongBaseError.
     """
@@ -70,10 +70,10 @@ def read_upload(files: Mapping[str, bytes], base: Base) -> SoftPrompt:
 def pull(
     repository: str, revision: str | None, base: Base, *, offline: bool = False, anonymous: bool = False
 ) -> SoftPrompt:
-    """The soft prompt of a repository on the Hub; `offline` takes what an earlier pull has left on this machine.
+    """The soft prompt of a repository on the Hub; `offline` reads what an earlier pull has left on this machine.
 
-    `anonymous`: without the operator's token and cache. Raises: AdapterError, WrongBaseError; ApiError for what the
-    Hub refuses, and 403 where an anonymous pull would need the cache.
+    `anonymous`: without the operator's token and cache. Raises: AdapterError, WrongBaseError; ApiError 400 where the
+    Hub refuses, 403 where an anonymous pull would need the cache.
     """
     if anonymous and offline:
         raise ApiError(403, "this server asks nothing of the Hub (--offline), and only an admin's key may have what it "
@@ -82,8 +82,8 @@ def pull(
         raise ConfigError(f"{shortened(repository)} is not a repository's name; write it as owner/name")
     with tempfile.TemporaryDirectory(prefix="softprompt-hub-") as scratch:
         try:
-            place = Path(scratch) / "adapter"
-            folder = pull_prompt(repository, place, revision=revision, offline=offline, anonymous=anonymous)
+            target = Path(scratch) / "adapter"
+            folder = pull_prompt(repository, target, revision=revision, offline=offline, anonymous=anonymous)
         except AdapterError:
             raise
         except StorageError as error:
@@ -96,7 +96,7 @@ def pull(
 
 
 def upload_limits(base: Base) -> dict[str, int]:
-    """The files that an upload may have, and the bytes that each may have on this base."""
+    """The files that an upload may consist of, with the largest size of each on this base (bytes)."""
     longest = base.max_length * base.hidden_size * _WIDEST_VALUE + MAX_TEXT_BYTES
     return {
         SAFETENSORS_NAME: min(MAX_WEIGHTS_BYTES, longest),
@@ -106,16 +106,16 @@ def upload_limits(base: Base) -> dict[str, int]:
 
 
 class Hub:
-    """The Hugging Face Hub, asked for few prompts at a time."""
+    """Pulls prompts from the Hugging Face Hub, few at a time."""
 
     def __init__(self, base: Base, *, offline: bool = False) -> None:
-        """`offline`: take only what an earlier pull has left on this machine."""
+        """`offline`: read only what an earlier pull has left on this machine."""
         self._base = base
         self._offline = offline
-        self._limit = CapacityLimiter(_PULLS)  # threads of its own: a slow Hub must not hold up everybody's disk
+        self._limit = CapacityLimiter(_PULLS)  # threads of its own: a slow Hub must not block the disk's
 
     async def pull(self, repository: str, revision: str | None, *, is_admin: bool) -> SoftPrompt:
-        """See `pull`. Only an admin has what the operator's token reads, or has read."""
+        """See `pull`. Only admins get what the operator's token may read, or has read before."""
         work = partial(pull, repository, revision, self._base, offline=self._offline, anonymous=not is_admin)
         return await to_thread.run_sync(work, limiter=self._limit)
 
@@ -141,7 +141,7 @@ def _checked(files: AdapterFiles, base: Base) -> SoftPrompt:
 
 
 def _check_record(record: PromptRecord, where: str) -> None:
-    """What others wrote into a record can be used, and written down again."""
+    """Check that a stranger's record can be used, and written again."""
     form = record.form
     texts = (form.template, form.completion, *form.labels)
     if form.kind not in get_args(FormKind) or not all(isinstance(text, str | None) for text in texts):
@@ -157,7 +157,7 @@ def _check_record(record: PromptRecord, where: str) -> None:
 
 
 def _refuse_pickles(weights: bytes) -> None:
-    """What torch.save writes is a zip with a pickle in it; older ones are the pickle itself."""
+    """torch.save writes a zip with a pickle in it; older files are the pickle itself."""
     for beginning, kind in ((b"PK", "a zip archive"), (b"\x80", "a pickle"), (b"\x1f\x8b", "a gzip archive")):
         size = int.from_bytes(weights[:8], "little")  # of the header, were it safetensors
         if weights.startswith(beginning) and size > len(weights):

@@ -22,7 +22,7 @@ _FINGERPRINT_DIGITS = 16
 class Model:
     """What a name means: the bare base, or one soft prompt on it."""
 
-    id: str  # its own name, also where it was asked for by an alias
+    id: str  # its own name, also where a request used an alias
     prompt: SoftPrompt | None = None  # None: the bare base
     owner: str = OPERATOR
     source: str = LIBRARY  # base, library, upload, folder, hub, job or checkpoint
@@ -30,10 +30,10 @@ class Model:
     is_shared: bool = True
     is_pinned: bool = False
     created: float = field(default_factory=time.time)
-    alias: str | None = None  # the other name by which it was asked for
+    alias: str | None = None  # the alias that the request used
 
     def fingerprint(self, base: Base) -> str:
-        """The same for the same answers to the same request: of the base and the soft prompt, whatever their names."""
+        """A hash of base and soft prompt, whatever their names: equal where equal requests get equal answers."""
         parts = (base.fingerprint, "" if self.prompt is None else self.prompt.content_hash)
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 
@@ -42,7 +42,7 @@ class Model:
 class Target:
     """One prompt behind an alias."""
 
-    model: str  # a name as the alias's owner sees it
+    model: str  # a name as the alias's owner uses it
     share: float = 1.0  # of the requests, beside the other targets' shares
 
 

@@ -93,7 +93,7 @@ async def list_prompts(
     aliases = registry.alias_names(client)
     problems = sorted({**library.problems, **registry.problems}.items()) if client.is_admin else None
     return PromptList(
-        data=[_shown(each, client, aliases) for each in found[:limit]],
+        data=[_prompt_out(each, client, aliases) for each in found[:limit]],
         has_more=len(found) > limit,
         aliases=[alias_out(each, client.id) for each in registry.aliases(client)],
         problems=None if problems is None else [_problem_out(name, problem) for name, problem in problems],
@@ -101,7 +101,7 @@ async def list_prompts(
 
 
 def _problem_out(name: str, problem: str) -> ProblemOut:
-    """A folder's name may be bytes that are no text."""
+    """With a name that can be sent: a folder's may be bytes that are not text."""
     return ProblemOut(name=encodable(name), problem=encodable(problem))
 
 
@@ -109,7 +109,7 @@ def _problem_out(name: str, problem: str) -> ProblemOut:
 async def retrieve_prompt(name: PromptName, client: CurrentClient, registry: TheRegistry) -> PromptOut:
     """One prompt with the whole record of its training."""
     model = _found(name, client, registry)
-    return _shown(model, client, registry.alias_names(client), with_run=True)
+    return _prompt_out(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=error_responses(403, 408, 409, 413))
@@ -119,27 +119,27 @@ async def add_prompt(
 ) -> PromptOut:  # fmt: skip
     """Serve an adapter from now on: uploaded files (never a pickle), a repository on the Hub, or, for admins, a folder.
 
-    It must have been made for this base. A name that you use already is refused (409) unless `overwrite` is set; what
-    runs on the prompt before ends on it.
+    It must have been made for this base. A name that you use already is refused (409) unless `overwrite` is set;
+    running requests finish with the prompt they began with.
     """
-    wanted: PromptIn | FromUpload
+    body: PromptIn | FromUpload
     if is_form(request):
         limits = {name: min(most, config.max_upload_bytes) for name, most in upload_limits(base).items()}
         form = await read_form(request, limits)
-        wanted = checked(FromUpload, form.fields)
-        await _check_wanted(wanted, "upload", client, registry, quotas)
+        body = checked(FromUpload, form.fields)
+        await _check_allowed(body, "upload", client, registry, quotas)
         prompt, source = await asyncio.to_thread(read_upload, form.files, base), "upload"
     else:
-        wanted = await read_json(request, _PROMPT_IN, config.max_body_bytes)
-        source = "hub" if wanted.folder is None else "folder"
-        await _check_wanted(wanted, source, client, registry, quotas)
-        prompt = await _fetched(wanted, hub, base, client)
-    keep = partial(registry.keep, prompt, name=wanted.name, owner=client.id, source=source,
-                   is_shared=wanted.shared, overwrite=wanted.overwrite)  # fmt: skip
-    more = registry.growth(wanted.name, client.id, prompt)
+        body = await read_json(request, _PROMPT_IN, config.max_body_bytes)
+        source = "hub" if body.folder is None else "folder"
+        await _check_allowed(body, source, client, registry, quotas)
+        prompt = await _fetched(body, hub, base, client)
+    keep = partial(registry.keep, prompt, name=body.name, owner=client.id, source=source,
+                   is_shared=body.shared, overwrite=body.overwrite)  # fmt: skip
+    more = registry.growth(body.name, client.id, prompt)
     model = await asyncio.to_thread(_within_quotas, quotas, client, more, keep)
     await pins.follow()
-    return _shown(model, client, registry.alias_names(client), with_run=True)
+    return _prompt_out(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.post(
@@ -148,10 +148,10 @@ async def add_prompt(
 async def load_prompt(
     name: LibraryName, client: CurrentAdmin, registry: TheRegistry, library: TheLibrary, pins: ThePins
 ) -> PromptOut:
-    """Serve a prompt of the library that was deleted, or look at its folder now. For admins."""
+    """Serve a prompt of the library that was deleted, or read its folder now. For admins."""
     model = await asyncio.to_thread(library.load, name)
     await pins.follow()
-    return _shown(model, client, registry.alias_names(client), with_run=True)
+    return _prompt_out(model, client, registry.alias_names(client), with_run=True)
 
 
 @router.patch("/v1/prompts/{name:path}", summary="Rename, pin or share a prompt",
@@ -159,18 +159,18 @@ async def load_prompt(
 async def change_prompt(
     name: PromptName, change: Change, client: CurrentClient, registry: TheRegistry, pins: ThePins
 ) -> PromptOut:
-    """What is left out stays. A pinned prompt's keys and values stay in memory: no request waits for them again."""
+    """Fields left out stay. A pinned prompt's keys and values stay in memory, computed once for all requests."""
     model = _changeable(name, client, registry)
     if change.shared is not None and not client.is_admin:
         raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
     if change.pinned and not model.is_pinned and model.prompt is not None:
         await pins.add(model.prompt)
-    wanted = partial(registry.change, name=change.name, is_pinned=change.pinned, is_shared=change.shared)
+    apply = partial(registry.change, name=change.name, is_pinned=change.pinned, is_shared=change.shared)
     try:
-        changed = await asyncio.to_thread(wanted, model)
+        changed = await asyncio.to_thread(apply, model)
     finally:
         await pins.follow()
-    return _shown(changed, client, registry.alias_names(client), with_run=True)
+    return _prompt_out(changed, client, registry.alias_names(client), with_run=True)
 
 
 @router.delete("/v1/prompts/{name:path}", summary="Delete a prompt", responses=error_responses(403, 404))
@@ -198,16 +198,18 @@ async def list_aliases(client: CurrentClient, registry: TheRegistry) -> AliasLis
 
 @_aliases.put("/v1/aliases/{alias}", summary="Set an alias", responses=error_responses(403, 404, 408, 409, 413))
 async def set_alias(
-    alias: AliasName, wanted: AliasIn, client: CurrentClient, registry: TheRegistry, quotas: QuotasDep
+    alias: AliasName, body: AliasIn, client: CurrentClient, registry: TheRegistry, quotas: QuotasDep
 ) -> AliasOut:
-    """Make a name mean a prompt, or several by share, from the next request on; running requests end as they began.
+    """Make a name mean a prompt, or several by share, from the next request on.
+
+    Running requests finish with the prompt they began with.
 
     With shares each request draws its prompt; one that carries `user` draws the same one each time. Targets are names
     as you see them, also where another uses a shared alias of yours.
     """
-    if wanted.shared and not client.is_admin:
+    if body.shared and not client.is_admin:
         raise ApiError(403, "only an admin's key may share an alias with everybody", param="shared")
-    made = Alias(name=alias, targets=_targets(wanted), owner=client.id, is_shared=wanted.shared)
+    made = Alias(name=alias, targets=_targets(body), owner=client.id, is_shared=body.shared)
     more = Amounts(aliases=int(registry.own_alias(alias, client.id) is None))
     await asyncio.to_thread(_within_quotas, quotas, client, more, partial(registry.put_alias, made))
     return alias_out(made, client.id)
@@ -215,7 +217,7 @@ async def set_alias(
 
 @_aliases.delete("/v1/aliases/{alias}", summary="Delete an alias", responses=error_responses(404))
 async def delete_alias(alias: AliasName, client: CurrentClient, registry: TheRegistry) -> Deleted:
-    """Your alias is none any more; what it pointed to stays."""
+    """Your alias is deleted; the prompts that it pointed to stay."""
     await asyncio.to_thread(registry.remove_alias, alias, client.id)
     return Deleted(id=alias, object="alias")
 
@@ -223,11 +225,11 @@ async def delete_alias(alias: AliasName, client: CurrentClient, registry: TheReg
 router.include_router(_aliases)
 
 
-async def _fetched(wanted: PromptIn, hub: Hub, base: Base, client: Client) -> SoftPrompt:
-    if wanted.folder is not None:
-        return await asyncio.to_thread(read_folder, Path(wanted.folder), base)
-    assert wanted.hub is not None
-    return await hub.pull(wanted.hub, wanted.revision, is_admin=client.is_admin)
+async def _fetched(body: PromptIn, hub: Hub, base: Base, client: Client) -> SoftPrompt:
+    if body.folder is not None:
+        return await asyncio.to_thread(read_folder, Path(body.folder), base)
+    assert body.hub is not None
+    return await hub.pull(body.hub, body.revision, is_admin=client.is_admin)
 
 
 def _within_quotas(quotas: Quotas, client: Client, more: Amounts, keep: Callable[[], _Kept]) -> _Kept:
@@ -235,17 +237,17 @@ def _within_quotas(quotas: Quotas, client: Client, more: Amounts, keep: Callable
         return keep()
 
 
-async def _check_wanted(
-    wanted: PromptIn | FromUpload, source: str, client: Client, registry: PromptRegistry, quotas: Quotas
+async def _check_allowed(
+    body: PromptIn | FromUpload, source: str, client: Client, registry: PromptRegistry, quotas: Quotas
 ) -> None:
-    """Before anything is fetched: may this client have this under that name?"""
+    """Before anything is fetched, check that this client may have this prompt under that name."""
     if source == "folder" and not client.is_admin:
         raise ApiError(403, "only an admin's key may name a folder of the server; upload the files", param="folder")
-    if wanted.shared and not client.is_admin:
+    if body.shared and not client.is_admin:
         raise ApiError(403, "only an admin's key may share a prompt with everybody", param="shared")
-    model = Model(id=wanted.name, owner=client.id, source=source, is_shared=wanted.shared)
-    registry.check_free(model, overwrite=wanted.overwrite)
-    await asyncio.to_thread(quotas.check, client, registry.growth(wanted.name, client.id))
+    model = Model(id=body.name, owner=client.id, source=source, is_shared=body.shared)
+    registry.check_free(model, overwrite=body.overwrite)
+    await asyncio.to_thread(quotas.check, client, registry.growth(body.name, client.id))
 
 
 def _found(name: PromptName, client: Client, registry: PromptRegistry) -> Model:
@@ -268,13 +270,13 @@ async def _delete(name: PromptName, client: Client, registry: PromptRegistry, pi
     await pins.follow()
 
 
-def _shown(
+def _prompt_out(
     model: Model, client: Client, aliases: dict[tuple[str, str], list[str]], *, with_run: bool = False
 ) -> PromptOut:
     return prompt_out(model, client.id, aliases.get((model.owner, model.id), []), with_run=with_run)
 
 
-def _targets(wanted: AliasIn) -> tuple[Target, ...]:
-    if wanted.model is not None:
-        return (Target(wanted.model),)
-    return tuple(Target(each.model, each.share) for each in wanted.targets or ())
+def _targets(body: AliasIn) -> tuple[Target, ...]:
+    if body.model is not None:
+        return (Target(body.model),)
+    return tuple(Target(each.model, each.share) for each in body.targets or ())

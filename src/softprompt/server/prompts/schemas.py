@@ -1,4 +1,4 @@
-"""What the routes of prompts and aliases take and give, as JSON."""
+"""The JSON bodies of the routes for prompts and aliases."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Name = Annotated[
 ]
 
 
-class Taken(BaseModel):
-    """A body. What it does not know is refused."""
+class Body(BaseModel):
+    """A request's body; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +36,7 @@ class FormOut(BaseModel):
 
 
 class RecordOut(BaseModel):
-    """Where a prompt comes from. What PEFT wrote says none of it."""
+    """Where a prompt comes from. PEFT's own adapters state none of it."""
 
     base_name: str | None = Field(description="The base that it was trained on.", examples=["bigscience/bloomz-560m"])
     base_fingerprint: str | None = Field(description="What that base computes. Null: only the width was compared.")
@@ -48,7 +48,7 @@ class RecordOut(BaseModel):
 class PromptOut(BaseModel):
     """One soft prompt that is served."""
 
-    id: str = Field(description="Its name: what a request's `model` says.", examples=["coach-v3"])
+    id: str = Field(description="Its name, for a request's `model`.", examples=["coach-v3"])
     object: Literal["prompt"] = "prompt"
     created: int = Field(description="Seconds since 1970.", examples=[1_760_000_000])
     source: str = Field(description="library, upload, folder, hub, job or checkpoint.", examples=["upload"])
@@ -108,7 +108,7 @@ class Deleted(BaseModel):
     deleted: Literal[True] = True
 
 
-class PromptIn(Taken):
+class PromptIn(Body):
     """An adapter to serve: a folder on the server's machine (for admins), or a repository on the Hugging Face Hub."""
 
     model_config = ConfigDict(
@@ -139,7 +139,7 @@ class PromptIn(Taken):
         return self
 
 
-class FromUpload(Taken):
+class FromUpload(Body):
     """A form's fields beside its files."""
 
     name: Name
@@ -147,7 +147,7 @@ class FromUpload(Taken):
     shared: bool = False
 
 
-class Change(Taken):
+class Change(Body):
     """What to change of a prompt; what is left out stays."""
 
     name: Name | None = Field(None, description="A new name.")
@@ -155,12 +155,12 @@ class Change(Taken):
     shared: bool | None = Field(None, description="Let everybody use it; for admins.")
 
 
-class TargetIn(Taken):
+class TargetIn(Body):
     model: Annotated[str, Field(min_length=1, max_length=256, examples=["coach-v3"])]
     share: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False, examples=[0.9])] = 1.0
 
 
-class AliasIn(Taken):
+class AliasIn(Body):
     """One model, or several that share the requests."""
 
     model_config = ConfigDict(
@@ -173,7 +173,7 @@ class AliasIn(Taken):
         },
     )
 
-    model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(None, description="The one it means.")
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(None, description="Its prompt.")
     targets: Annotated[list[TargetIn], Field(min_length=1, max_length=100)] | None = Field(
         None, description="Several, each with its share of the requests; shares count beside one another."
     )
@@ -190,7 +190,7 @@ class AliasIn(Taken):
 
 
 def prompt_out(model: Model, owner: str, aliases: list[str], *, with_run: bool) -> PromptOut:
-    """A prompt as its asker sees it."""
+    """A prompt as this owner may see it."""
     prompt = model.prompt
     assert prompt is not None
     record = prompt.record
@@ -218,7 +218,7 @@ def prompt_out(model: Model, owner: str, aliases: list[str], *, with_run: bool) 
 
 
 def alias_out(alias: Alias, owner: str) -> AliasOut:
-    """An alias as its asker sees it."""
+    """An alias as this owner may see it."""
     whole = sum(each.share for each in alias.targets)
     targets = [TargetOut(model=each.model, share=each.share / whole) for each in alias.targets]
     return AliasOut(
