@@ -60,7 +60,7 @@ SOMETIMES_NEEDED = {  # a run that is resumed knows them, and so may a sweep's f
 }
 
 
-def test_the_names():
+def test_the_public_names_are_these():
     assert sorted(softprompt.__all__) == [
         "Answer", "AsyncEngine", "Base", "BaseConfig", "Candidate", "Comparison", "DataConfig", "Engine",
         "EngineConfig", "Library", "Request", "SamplingConfig", "SoftPrompt", "SoftpromptError", "TrainConfig",
@@ -70,19 +70,19 @@ def test_the_names():
 
 
 @pytest.mark.parametrize("name", softprompt.__all__)
-def test_each_is_there_and_documented(name):
+def test_each_public_name_exists_and_is_documented(name):
     value = getattr(softprompt, name)
     assert value.__doc__, name
     assert not value.__doc__.startswith(f"{name}("), "a dataclass's own signature is no documentation"
     assert value.__module__.startswith(f"softprompt.{softprompt._HOME[name]}")
 
 
-def test_a_wrong_name_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         softprompt.trian  # noqa: B018
 
 
-def test_the_readme_in_python(tiny_llama, tmp_path):
+def test_the_python_example_of_the_readme_works(tiny_llama, tmp_path):
     from softprompt import DataConfig, TrainConfig, compare, load_prompt, read_rows, save_prompt, train
 
     data = tmp_path / "texts.csv"

@@ -134,12 +134,12 @@ class TestTrainTakesRowsInAnyShape:
             (["a", "b \ud83d"], "row 2 of the data holds half of a surrogate pair, which is no text"),
         ],
     )  # fmt: skip
-    def test_what_is_no_set_of_rows_is_refused_in_a_sentence(self, tiny_llama, data, said):
+    def test_data_that_is_no_set_of_rows_is_refused_in_a_sentence(self, tiny_llama, data, said):
         with pytest.raises(softprompt.SoftpromptError) as caught:
             train(tiny_llama, data, QUICK)
         assert str(caught.value).startswith(said)
 
-    def test_a_dictionary_of_splits_says_how_to_name_one(self, tiny_llama):
+    def test_a_dictionary_of_splits_is_refused_with_the_way_to_select_one(self, tiny_llama):
         import datasets
 
         splits = datasets.DatasetDict(train=datasets.Dataset.from_list(self.rows()))
@@ -164,7 +164,7 @@ class TestTextInTextOut:
         assert by_text == by_field
         assert by_text.log_probs != raw.log_probs, "without the template the base reads something else"
 
-    def test_settings_given_third_are_settings_still(self, tiny_llama):
+    def test_settings_as_the_third_argument_are_accepted(self, tiny_llama):
         few = SamplingConfig(max_new_tokens=2)
         assert generate(tiny_llama, ["w5"], few) == generate(tiny_llama, ["w5"], sampling=few)
         with pytest.raises(softprompt.SoftpromptError, match="sampling is given twice"):
@@ -179,7 +179,7 @@ class TestTextInTextOut:
             (["w5", "\ud83d"], "item 2 of {name} holds half of a surrogate pair, which is no text"),
         ],
     )
-    def test_one_input_in_the_place_of_a_list_is_refused(self, tiny_llama, inputs, said):
+    def test_one_input_instead_of_a_list_is_refused(self, tiny_llama, inputs, said):
         for name, call in (("requests", lambda: generate(tiny_llama, inputs)),
                            ("inputs", lambda: compare(tiny_llama, {}, inputs))):  # fmt: skip
             with pytest.raises(softprompt.SoftpromptError) as caught:
@@ -203,7 +203,9 @@ class TestAnArgumentOfAnotherKind:
             (lambda base, prompt: compare(base, {}, held_out={"a": ["w5"]}), "held_out['a'] is ['w5']; it must be"),
         ],
     )  # fmt: skip
-    def test_is_refused_with_what_makes_one(self, tiny_llama, trained, call, said):
+    def test_an_argument_of_another_class_is_refused_with_an_expression_that_makes_one(
+        self, tiny_llama, trained, call, said
+    ):
         with pytest.raises(softprompt.SoftpromptError) as caught:
             call(tiny_llama, trained.prompt)
         assert str(caught.value).startswith(said)

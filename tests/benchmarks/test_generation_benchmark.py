@@ -15,7 +15,7 @@ CASES = "batch,single,float32,poisson,same,length,many,curves"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_quick_run_has_every_case(tmp_path: Path) -> None:
+def test_a_quick_run_of_the_generation_benchmark_has_every_case(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--cases", CASES, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=880, check=False)
     assert done.returncode == 0, done.stderr

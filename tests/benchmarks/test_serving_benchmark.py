@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_quick_run_has_every_case(tmp_path: Path) -> None:
+def test_a_quick_run_of_the_serving_benchmark_has_every_case(tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(SCRIPT),

@@ -69,7 +69,7 @@ def test_piped_answers_are_whole(compare, monkeypatch):
     assert max(len(line) for line in shown.splitlines()) <= 120
 
 
-def test_json(compare):
+def test_json_has_every_answer_and_figure(compare):
     found = compare(*INPUTS, "--json").json
     assert found["base_name"] == "tiny-llama"
     assert found["prompts"] == {"coach": 3, "critic": 3}
@@ -81,14 +81,14 @@ def test_json(compare):
     assert found["prompt_bytes"] == 2 * 3 * 16 * 4
 
 
-def test_answers_are_those_of_generate(compare, base_folder, library):
+def test_compare_and_generate_give_the_same_answers(compare, base_folder, library):
     answers = compare(*INPUTS, "--json").json["answered"][0]["answers"]
     fixed = ("generate", "--base", base_folder, "--dtype", "float32", "w5 w6 w7", "--max-new-tokens", 6)
     assert succeed(*fixed).out == answers["base"] + "\n"
     assert succeed(*fixed, "--prompt", library / "coach").out == answers["coach"] + "\n"
 
 
-def test_markdown_says_the_same(compare, tmp_path):
+def test_the_markdown_report_has_the_figures_of_the_tables(compare, tmp_path):
     ran = compare(*INPUTS, "--markdown", tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# tiny-llama: before and after\n")
@@ -120,7 +120,7 @@ class TestHeldOutRows:
             succeed("train", "--base", base_folder, *QUICK, *flags, cwd=folder)
         return folder
 
-    def test_are_found_from_another_folder_and_shared_ones_are_read_once(self, compare, project, tmp_path):
+    def test_held_out_rows_are_found_from_another_folder_and_shared_ones_read_once(self, compare, project, tmp_path):
         prompts = (project / "prompts" / "one", project / "prompts" / "two")
         found = compare("--json", prompts=prompts, cwd=tmp_path).json
         assert [(loss["held_out"], loss["prompt"]) for loss in found["losses"]] == [
@@ -128,29 +128,29 @@ class TestHeldOutRows:
         ]  # fmt: skip
         assert found["losses"][0]["num_rows"] == 10
 
-    def test_a_file_of_that_name_elsewhere_is_not_taken_for_it(self, compare, project, tmp_path):
+    def test_a_file_of_the_same_name_elsewhere_is_not_used(self, compare, project, tmp_path):
         write_csv(tmp_path / "texts.csv", [{"prompt": sentence(i)} for i in range(90, 99)])
         ran = compare("--json", prompts=(project / "prompts" / "one",), cwd=tmp_path)
         assert ran.json["losses"][0]["num_rows"] == 10
 
-    def test_a_project_that_moved(self, compare, project, tmp_path):
+    def test_held_out_rows_of_a_moved_project_are_found(self, compare, project, tmp_path):
         moved = shutil.move(project, tmp_path / "moved")
         assert compare("--json", prompts=(Path(moved) / "prompts" / "one",), cwd=Path(moved)).json["losses"]
 
-    def test_a_changed_file_is_a_note(self, compare, project):
+    def test_a_changed_held_out_file_becomes_a_note(self, compare, project):
         write_csv(project / "texts.csv", [{"prompt": sentence(i + 1)} for i in range(30)])
         ran = compare(*INPUTS, "--json", prompts=(project / "prompts" / "one",))
         assert ran.json["losses"] == []
         assert f"note: the held-out rows of one cannot be read: {project}/texts.csv has changed since" in ran.err
 
-    def test_a_lost_file_is_a_note(self, compare, project):
+    def test_a_lost_held_out_file_becomes_a_note(self, compare, project):
         (project / "texts.csv").unlink()
         ran = compare(*INPUTS, "--json", prompts=(project / "prompts" / "one",))
         assert ran.json["losses"] == []
         assert "note: the held-out rows of one cannot be read: there is no data at 'texts.csv'" in ran.err
 
     @pytest.mark.parametrize("run_record", [{}, {"test": 3}, {"test": {"hash": "x"}, "data": [], "plan": 1}])
-    def test_a_record_that_does_not_say(self, compare, library, tmp_path, run_record):
+    def test_a_record_without_the_source_of_its_rows_becomes_a_note(self, compare, library, tmp_path, run_record):
         from dataclasses import replace
 
         prompt = load_prompt(library / "coach")
@@ -159,13 +159,13 @@ class TestHeldOutRows:
         assert ran.json["losses"] == []
         assert "give --data" in ran.err
 
-    def test_another_set(self, compare, tmp_path):
+    def test_data_names_another_held_out_set(self, compare, tmp_path):
         data = write_csv(tmp_path / "more.csv", [{"said": sentence(i)} for i in range(50, 58)])
         found = compare("--data", data, "--text-column", "said", "--rows", 5, "--json").json
         assert {(loss["held_out"], loss["num_rows"]) for loss in found["losses"]} == {("more.csv", 5)}
         assert found["accuracies"] == []
 
-    def test_another_labelled_set_in_the_prompts_own_template(self, compare, tmp_path):
+    def test_another_labelled_set_is_read_in_the_prompts_template(self, compare, tmp_path):
         """Rows of one label only say nothing of the labels there are; the prompt's record does."""
         data = write_jsonl(tmp_path / "more.jsonl", [review(2 * i) for i in range(30, 35)])
         for flags in ((), TEMPLATE):
@@ -173,14 +173,14 @@ class TestHeldOutRows:
             assert [(item["prompt"], item["num_rows"]) for item in found["accuracies"]] == [(None, 5), ("critic", 5)]
 
 
-def test_fields_go_through_the_template(compare):
+def test_fields_fill_the_template_of_the_prompt(compare):
     found = compare("--field", "text=w7 w40", "--max-new-tokens", 4, "--json", prompts=("critic",)).json
     raw = compare("--input", "w5 w7 w40 w6", "--raw", "--max-new-tokens", 4, "--json", prompts=("critic",)).json
     assert found["answered"][0]["input"] == "text=w7 w40"
     assert found["answered"][0]["answers"] == raw["answered"][0]["answers"]
 
 
-def test_names_that_would_be_confused(compare, library, tmp_path):
+def test_prompts_with_the_same_name_are_shown_by_their_paths(compare, library, tmp_path):
     for parent in ("a", "b"):
         shutil.copytree(library / "coach", tmp_path / parent / "coach")
     shutil.copytree(library / "coach", tmp_path / "base")
@@ -217,7 +217,7 @@ def test_fifty_prompts_take_no_more_memory_than_two_beyond_their_own_size(base_f
 
 
 class TestTaskScores:
-    def test_tables_json_and_markdown_say_the_same(self, compare, tmp_path):
+    def test_tables_json_and_markdown_have_the_same_scores(self, compare, tmp_path):
         flags = ("--score", "rouge_l", "--score", "chrf", "--markdown", tmp_path / "report.md")
         found = compare(*flags, "--json", prompts=("critic",)).json
         shown = compare(*flags, prompts=("critic",))
@@ -233,7 +233,7 @@ class TestTaskScores:
         assert line.split("|")[2] in shown.out.partition("chrf of greedy")[2]
         assert "note:" not in shown.err
 
-    def test_fewer_rows_are_said(self, compare):
+    def test_a_set_that_is_scored_in_part_is_noted(self, compare):
         ran = compare("--score", "chrf", "--score-rows", 5, prompts=("critic",))
         assert "note: the first 5 of 16 rows of reviews.jsonl are scored (--score-rows)\n" in ran.err
         assert "chrf of greedy answers on reviews.jsonl: 5 of 16 rows" in ran.out
@@ -248,7 +248,7 @@ class TestTaskScores:
         ]
         assert values[0] != values[1] != values[2]
 
-    def test_classes_and_confusion(self, compare, tmp_path):
+    def test_classes_and_confusion_are_shown_for_labelled_rows(self, compare, tmp_path):
         flags = ("--markdown", tmp_path / "report.md")
         found = compare(*flags, "--json", prompts=("critic",)).json["accuracies"][1]
         out = compare(*flags, prompts=("critic",)).out
@@ -264,7 +264,7 @@ class TestTaskScores:
             assert [label, *map(str, row)] in [line.split() for line in out.splitlines()]
         assert "calibrated" not in out + report
 
-    def test_calibrated_figures_say_so(self, compare, tmp_path):
+    def test_calibrated_figures_are_marked(self, compare, tmp_path):
         flags = ("--calibrate", "--markdown", tmp_path / "report.md")
         found = compare(*flags, "--json", prompts=("critic",)).json
         assert [item["calibrated"] for item in found["accuracies"]] == [True, True]
@@ -288,7 +288,7 @@ class TestTaskScores:
         assert "Confusion of many.jsonl by coach" in report
         assert f"| {num_labels} w{39 + num_labels} w7 |" in report  # too wide for names: the columns are numbered
 
-    def test_chats(self, compare, chats):
+    def test_chats_are_compared_as_chats(self, compare, chats):
         flags = ("--data", chats, "--messages-column", "messages", "--score", "f1", "--json")
         assert [item["num_rows"] for item in compare(*flags).json["scores"]] == [20, 20, 20]
 
@@ -303,15 +303,15 @@ class TestRefusals:
             (("--score", "bleu"), "score is 'bleu'; it must be one of 'exact_match', 'f1', 'rouge_l', 'chrf'"),
         ],
     )
-    def test_a_score_that_cannot_be_had(self, base_folder, library, flags, complaint):
+    def test_a_score_that_the_rows_do_not_allow_is_refused(self, base_folder, library, flags, complaint):
         assert complaint in run("compare", "--base", base_folder, "--prompt", library / "coach", *flags).complaint
 
-    def test_a_prompt_twice(self, base_folder, library):
+    def test_a_prompt_given_twice_is_refused(self, base_folder, library):
         again = library / ".." / library.name / "coach"
         flags = ("--prompt", library / "coach", "--prompt", again, *INPUTS)
         assert f"prompt '{again}' is given twice" in run("compare", "--base", base_folder, *flags).complaint
 
-    def test_nothing_to_compare(self, base_folder, library, tmp_path):
+    def test_a_comparison_without_inputs_or_rows_is_refused(self, base_folder, library, tmp_path):
         from dataclasses import replace
 
         prompt = load_prompt(library / "coach")
@@ -320,15 +320,15 @@ class TestRefusals:
         assert ran.complaint == "nothing to compare: give --input, --field or --data"
 
     @pytest.mark.parametrize("field", ["text", "=w5", ""])
-    def test_a_field_without_a_name(self, base_folder, library, field):
+    def test_a_field_without_a_name_is_refused(self, base_folder, library, field):
         ran = run("compare", "--base", base_folder, "--prompt", library / "critic", "--field", field)
         assert "is not of the form name=text" in ran.complaint
 
-    def test_a_label_that_the_prompt_does_not_know(self, base_folder, library, tmp_path):
+    def test_a_label_unknown_to_the_prompt_is_refused(self, base_folder, library, tmp_path):
         data = write_jsonl(tmp_path / "odd.jsonl", [review(0), {**review(1), "label": "w77"}])
         ran = run("compare", "--base", base_folder, "--prompt", library / "critic", "--data", data)
         assert f"row 2 of {data}: ' w77' is none of the labels ' w90', ' w91'" in ran.complaint
 
-    def test_a_report_that_cannot_be_written(self, base_folder, library, tmp_path):
+    def test_a_report_that_cannot_be_written_is_refused(self, base_folder, library, tmp_path):
         flags = ("--prompt", library / "coach", *INPUTS, "--markdown", tmp_path / "no" / "report.md")
         assert "cannot write" in run("compare", "--base", base_folder, *flags).complaint

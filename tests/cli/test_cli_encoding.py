@@ -31,12 +31,12 @@ def run_folder(place, base_folder, texts):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 class TestWhatAnEncodingLacks:
-    def test_is_escaped_in_an_answer(self, encoding):
+    def test_a_character_is_escaped_in_an_answer(self, encoding):
         ran = run_encoded(encoding, "generate", "--base", "embedded", "Once", "--choice", "日本")
         assert ran.code == 0, ran.err
         assert ran.out.rstrip("\n") in (JAPANESE, "日本")
 
-    def test_is_escaped_in_a_table_whose_box_is_drawn_in_ascii(self, base_folder, library, encoding):
+    def test_a_character_is_escaped_in_a_table_whose_box_is_drawn_in_ascii(self, base_folder, library, encoding):
         flags = ("--prompt", library / "coach", "--input", "日本 w5", "--max-new-tokens", 2)
         ran = run_encoded(encoding, "compare", "--base", base_folder, *flags)
         assert ran.code == 0, ran.err
@@ -44,13 +44,13 @@ class TestWhatAnEncodingLacks:
         assert "peak resident size" in ran.out
         assert not re.search(r"\\u25|\\u2b", ran.out), ran.out
 
-    def test_is_escaped_in_json_that_reads_as_what_was_meant(self, base_folder, library, encoding):
+    def test_a_character_in_json_is_escaped_and_parses_to_itself(self, base_folder, library, encoding):
         flags = ("--prompt", library / "coach", "--input", "日本 \U0001f600 é", "--max-new-tokens", 2, "--json")
         ran = run_encoded(encoding, "compare", "--base", base_folder, *flags)
         assert ran.json["answered"][0]["input"] == "日本 \U0001f600 é"
         assert ran.out.isascii()
 
-    def test_is_escaped_in_a_run_whose_charts_are_numbers(self, run_folder, encoding):
+    def test_a_character_is_escaped_in_a_run_whose_charts_become_numbers(self, run_folder, encoding):
         ran = run_encoded(encoding, "runs", "show", run_folder)
         assert ran.code == 0, ran.err
         assert JAPANESE in ran.out
@@ -58,13 +58,13 @@ class TestWhatAnEncodingLacks:
         assert re.search(r"^\|6 +\|\d\.\d{3}\|$", ran.out, re.MULTILINE)
         assert not re.search(r"\\u2[0-9a-f]{3}", ran.out), ran.out
 
-    def test_is_escaped_in_a_refusal(self, encoding):
+    def test_a_character_is_escaped_in_a_refusal(self, encoding):
         ran = run_encoded(encoding, "runs", "show", "./日本/none")
         assert JAPANESE in ran.complaint or "日本" in ran.complaint
 
 
 @pytest.mark.medium
-def test_a_process_in_cp1252_ends_its_report(run_folder):
+def test_a_process_in_cp1252_prints_its_report_to_the_end(run_folder):
     ran = run_apart(
         "runs", "show", run_folder, "--json", env={**ENVIRONMENT, "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
     )

@@ -20,7 +20,7 @@ def command_named(name: str) -> Command:
 
 @pytest.mark.parametrize("name", WITH_SECTIONS)
 class TestHelp:
-    def test_lists_every_option_once_under_a_heading_and_ends_with_examples(self, name):
+    def test_every_option_is_listed_once_under_a_heading_and_examples_come_last(self, name):
         shown = succeed(name, "--help").out
         command = command_named(name)
         listed = shown[shown.index(f"\n{next(iter(command.sections))}:\n") :]
@@ -31,14 +31,14 @@ class TestHelp:
         assert "\nOther options:\n" in shown
         assert shown.index("\nExamples:\n") > shown.index("--help")
 
-    def test_has_no_section_with_a_name_that_is_no_flag(self, name):
+    def test_every_name_in_a_section_is_a_flag(self, name):
         command = command_named(name)
         known = {parameter.name for parameter in command.params}
         # Settings of a config that this command, or any, has no flag for.
         strangers = {item for names in command.sections.values() for item in names} - known
         assert strangers <= {"validation", "test", "score_tokens", "logit_bias"}
 
-    def test_has_examples_whose_flags_exist(self, name):
+    def test_the_flags_of_the_examples_exist(self, name):
         for example in command_named(name).examples:
             for line in example.replace("\\\n", " ").split(" && "):
                 words = line.split()
@@ -63,5 +63,5 @@ class TestMissingOptions:
             (("prompts", "pull"), "Missing argument 'REPO_ID', argument 'NAME', option '--library'."),
         ],
     )
-    def test_are_named_at_once(self, arguments, complaint):
+    def test_all_missing_options_are_named_in_one_line(self, arguments, complaint):
         assert run(*arguments).complaint == complaint

@@ -31,7 +31,7 @@ def filled(text):
 
 
 class TestAPromptWithLabels:
-    def test_answers_among_them_the_likeliest_after_its_template(self, ask, base_folder, prompts):
+    def test_the_likeliest_label_after_the_template_is_the_answer(self, ask, base_folder, prompts):
         base = load_base(BaseConfig(base=str(base_folder), dtype="float32"))
         critic = load_prompt(prompts / "critic", base)
         labels = critic.record.form.labels
@@ -46,23 +46,23 @@ class TestAPromptWithLabels:
             assert sum(answer["log_probs"]) == pytest.approx(answer["labels"][best], abs=1e-5)
             assert base.decode(tuple(answer["ids"])).strip() == answer["text"]
 
-    def test_gives_the_same_answer_to_the_field_and_to_a_message(self, ask):
+    def test_a_field_and_a_message_get_the_same_answer(self, ask):
         answer = ask("critic", TEXTS[0])
         assert ask("critic", "--field", f"text={TEXTS[0]}") == answer
         assert ask("critic", "--message", "system=w9", "--message", TEXTS[0]) == answer
         assert ask("critic", TEXTS[1]) != answer
 
-    def test_is_a_raw_continuation_with_raw(self, ask):
+    def test_raw_continues_the_text_itself(self, ask):
         (answer,) = ask("critic", "--raw", TEXTS[0])
         assert "labels" not in answer
         assert ask("critic", "--raw", filled(TEXTS[0])) != [answer]
 
-    def test_says_which_flag_has_no_effect(self, base_folder, prompts):
+    def test_a_sampling_flag_without_effect_is_named(self, base_folder, prompts):
         flags = ("--prompt", prompts / "critic", "--temperature", 1, "w7")
         ran = succeed("generate", "--base", base_folder, *flags)
         assert "note: --temperature has no effect on an answer among labels; --raw generates freely" in ran.err
 
-    def test_that_is_too_long_is_refused_and_not_cut(self, base_folder, prompts):
+    def test_an_input_that_is_too_long_is_refused_and_not_cut(self, base_folder, prompts):
         ran = run("generate", "--base", base_folder, "--prompt", prompts / "critic", "w7 " * 100)
         assert "103 tokens" in ran.complaint or "shorten the input" in ran.complaint
 
@@ -79,34 +79,34 @@ class TestARecordWithoutLabels:
         (folder / "softprompt.json").write_text(json.dumps(record))
         return folder
 
-    def test_answers_freely_after_its_template(self, ask, older):
+    def test_a_prompt_without_recorded_labels_answers_freely_after_its_template(self, ask, older):
         assert ask("older", TEXTS[0]) == ask("critic", "--raw", filled(TEXTS[0]))
 
 
 class TestAChatPrompt:
-    def test_takes_a_text_for_the_last_words_of_the_user(self, ask):
+    def test_a_text_becomes_a_message_of_the_user(self, ask):
         answer = ask("helper", TEXTS[0])
         assert ask("helper", "--message", TEXTS[0]) == answer
         assert ask("helper", "--message", f"user={TEXTS[0]}") == answer
         assert ask("helper", "--raw", TEXTS[0]) != answer
 
-    def test_takes_several_messages_for_one_conversation(self, ask):
+    def test_several_messages_make_one_conversation(self, ask):
         turns = ("--message", "w7", "--message", "assistant=w8 w9", "--message", TEXTS[0])
         assert len(ask("helper", *turns)) == 1
         assert ask("helper", *turns) != ask("helper", TEXTS[0])
 
-    def test_takes_what_opens_with_no_role_for_text(self, ask):
+    def test_a_message_without_a_known_role_is_text_of_the_user(self, ask):
         assert ask("helper", "--message", "w7=w8") == ask("helper", "--message", "user=w7=w8")
 
 
 class TestATemplateOfSeveralFields:
-    def test_refuses_one_text_and_names_the_fields_and_the_flag(self, base_folder, prompts):
+    def test_one_text_for_several_fields_is_refused_with_the_fields_and_the_flag(self, base_folder, prompts):
         ran = run("generate", "--base", base_folder, "--prompt", prompts / "pairs", "w7")
         assert "has 'a', 'b'" in ran.err
         assert "--field NAME=TEXT" in ran.err
         assert ran.code == 2
 
-    def test_takes_them_by_name(self, ask):
+    def test_fields_fill_the_template_by_name(self, ask):
         assert ask("pairs", "--field", "a=w7", "--field", "b=w8") == ask("pairs", "--raw", "w7 w5 w8")
 
 
@@ -119,10 +119,10 @@ class TestKindsOfInput:
             (("--raw", "--field", "text=w8"), "--raw continues texts as they are, and --field fills a form"),
         ],
     )
-    def test_exclude_each_other(self, base_folder, arguments, complaint):
+    def test_two_kinds_of_input_exclude_each_other(self, base_folder, arguments, complaint):
         assert complaint in run("generate", "--base", base_folder, *arguments).complaint
 
-    def test_on_the_bare_base_are_a_raw_text_or_a_chat(self, ask):
+    def test_the_bare_base_continues_texts_and_answers_chats(self, ask):
         assert ask(None, TEXTS[0]) == ask(None, "--raw", TEXTS[0])
         assert ask(None, "--message", TEXTS[0]) != ask(None, TEXTS[0])
 
@@ -137,7 +137,7 @@ class TestCompare:
 
         return answers
 
-    def test_gives_each_prompt_the_input_in_its_own_form(self, compared, ask):
+    def test_each_prompt_gets_the_input_in_its_own_form(self, compared, ask):
         found = compared(["coach", "critic", "helper"], "--input", TEXTS[0])
         assert found == {
             "base": ask(None, TEXTS[0])[0]["text"],
@@ -149,10 +149,10 @@ class TestCompare:
     @pytest.mark.parametrize(
         ("first", "asked"), [("critic", ("--raw", filled(TEXTS[0]))), ("helper", ("--message", TEXTS[0]))]
     )
-    def test_gives_the_bare_base_what_the_first_prompt_gets(self, compared, ask, first, asked):
+    def test_the_bare_base_gets_the_input_of_the_first_prompt(self, compared, ask, first, asked):
         assert compared([first, "coach"], "--input", TEXTS[0])["base"] == ask(None, *asked)[0]["text"]
 
-    def test_gives_everybody_the_text_itself_with_raw(self, compared, ask):
+    def test_raw_gives_the_base_and_every_prompt_the_text_itself(self, compared, ask):
         found = compared(["critic", "helper"], "--input", TEXTS[0], "--raw")
         assert found["base"] == ask(None, TEXTS[0])[0]["text"]
         assert found["critic"] == ask("critic", "--raw", TEXTS[0])[0]["text"]

@@ -36,7 +36,7 @@ def rows_of(shown):
 
 
 @pytest.mark.parametrize("arguments", [("prompts", "list", "--library"), ("runs", "list")])
-def test_a_list_has_a_line_for_each_and_cuts_what_is_long(shelf, arguments):
+def test_a_list_has_one_line_per_row_and_long_cells_are_cut(shelf, arguments):
     shown = succeed(*arguments, shelf).out
     assert max(map(cell_len, shown.splitlines())) <= 80
     rows = rows_of(shown)
@@ -47,7 +47,7 @@ def test_a_list_has_a_line_for_each_and_cuts_what_is_long(shelf, arguments):
     assert LONG in [entry.get("name", entry.get("run")) for entry in machine]
 
 
-def test_a_list_is_whole_where_there_is_room(shelf, monkeypatch):
+def test_a_list_in_a_wide_terminal_is_not_cut(shelf, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     shown = succeed("prompts", "list", "--library", shelf).out
     assert LONG in shown
@@ -86,7 +86,7 @@ def step_done(step):
     )  # fmt: skip
 
 
-def test_a_pipe_sees_a_line_every_few_seconds(capsys):
+def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys):
     clock = Clock()
     with TrainingProgress(clock) as progress:
         progress.begin(1_000)
@@ -98,7 +98,7 @@ def test_a_pipe_sees_a_line_every_few_seconds(capsys):
     assert lines[0] == "step 10 of 1,000, loss 2.500, 120 tokens/s, 8:15 left"
 
 
-def test_a_short_training_says_nothing_meanwhile(capsys):
+def test_a_short_training_prints_no_progress(capsys):
     clock = Clock()
     with TrainingProgress(clock) as progress:
         progress.begin(8)

@@ -41,7 +41,7 @@ print(*{{name.partition(".")[0] for name in sys.modules}}, file=sys.stderr)
 
 
 @pytest.mark.medium
-def test_results_go_to_stdout_and_words_to_stderr_and_no_library_speaks(base_folder, library):
+def test_results_go_to_stdout_and_messages_to_stderr_and_libraries_print_nothing(base_folder, library):
     flags = ("--prompt", library / "coach", "--input", "w5 w6", "--max-new-tokens", 4)
     ran = run_apart("compare", "--base", base_folder, "--dtype", "float32", *flags, "--json")
     assert ran.code == 0, ran.err
@@ -92,7 +92,7 @@ def interrupt_after_steps(process, folder, num_steps):
 
 
 @pytest.mark.medium
-def test_ctrl_c_keeps_the_best_prompt_and_says_where(endless, tmp_path):
+def test_ctrl_c_saves_the_best_prompt_and_prints_its_folder(endless, tmp_path):
     out = tmp_path / "run"
     with start(*endless, "--validation", "6", "--out", out, "--json") as process:
         result, said = interrupt_after_steps(process, out, num_steps=6)
@@ -113,7 +113,7 @@ def test_ctrl_c_keeps_the_best_prompt_and_says_where(endless, tmp_path):
     assert not list(out.glob("**/.*"))
 
 
-def test_ctrl_c_without_validation_keeps_the_last_step(endless, tmp_path):
+def test_ctrl_c_without_validation_saves_the_prompt_of_the_last_step(endless, tmp_path):
     out = tmp_path / "run"
     ended = threading.Event()
 
@@ -136,7 +136,7 @@ def test_ctrl_c_without_validation_keeps_the_last_step(endless, tmp_path):
 
 
 @pytest.mark.medium
-def test_a_terminal_sees_a_moving_line_and_nothing_of_the_libraries(base_folder, texts, tmp_path):
+def test_a_terminal_gets_a_progress_line_and_no_output_of_libraries(base_folder, texts, tmp_path):
     leader, follower = pty.openpty()
     flags = ("--data", texts, "--text-column", "prompt", "--epochs", 3, "--validation", "6", "--out", tmp_path / "run")
     process = start(

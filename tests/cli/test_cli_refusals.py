@@ -29,7 +29,7 @@ def train(base_folder, texts, untouched):
     return call
 
 
-def test_a_file_that_ends_too_early_is_no_interruption(tmp_path, monkeypatch):
+def test_a_file_that_ends_too_early_is_not_reported_as_an_interruption(tmp_path, monkeypatch):
     """click takes an EOFError for Ctrl-D, and 130 was the exit code."""
 
     def end(self):
@@ -40,7 +40,7 @@ def test_a_file_that_ends_too_early_is_no_interruption(tmp_path, monkeypatch):
     assert ran.complaint == "a file or the input ended too early (Ran out of input)"
 
 
-def test_an_interruption_is_130(tmp_path, monkeypatch):
+def test_an_interruption_exits_with_130(tmp_path, monkeypatch):
     def stop(self):
         raise KeyboardInterrupt
 
@@ -50,38 +50,38 @@ def test_an_interruption_is_130(tmp_path, monkeypatch):
 
 
 class TestBase:
-    def test_no_such_folder(self, train, tmp_path):
+    def test_a_missing_base_folder_is_named(self, train, tmp_path):
         assert f"there is no such folder (looked at {tmp_path / 'nowhere'})" in train(base=tmp_path / "nowhere")
 
-    def test_no_model_in_it(self, train, tmp_path):
+    def test_a_base_folder_without_a_model_is_refused(self, train, tmp_path):
         (tmp_path / "empty").mkdir()
         assert "cannot be loaded" in train(base=tmp_path / "empty")
 
-    def test_a_broken_config(self, train, tmp_path):
+    def test_a_base_with_a_broken_config_is_refused(self, train, tmp_path):
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "config.json").write_text("{")
         assert "cannot be loaded" in train(base=tmp_path / "broken")
 
-    def test_broken_weights(self, train, tmp_path):
+    def test_a_base_with_broken_weights_is_refused(self, train, tmp_path):
         folder = save_base(tmp_path / "base")
         (folder / "model.safetensors").write_bytes(b"not weights")
         assert "cannot be loaded" in train(base=folder)
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
         assert "cannot be loaded" in train(base=folder)
 
-    def test_no_tokenizer(self, train, tmp_path):
+    def test_a_base_without_a_tokenizer_is_refused(self, train, tmp_path):
         folder = save_base(tmp_path / "base")
         for file in folder.glob("*token*"):
             file.unlink()
         assert "cannot be loaded" in train(base=folder)
 
-    def test_an_encoder_decoder(self, train, tmp_path):
+    def test_an_encoder_decoder_is_refused_as_a_base(self, train, tmp_path):
         config = hf.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, vocab_size=97)
         hf.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
         build_tokenizer().save_pretrained(tmp_path / "t5")
         assert "is an encoder-decoder model (t5)" in train(base=tmp_path / "t5")
 
-    def test_bert(self, train, tmp_path):
+    def test_an_encoder_is_refused_as_a_base(self, train, tmp_path):
         config = hf.BertConfig(
             hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=97
         )
@@ -89,14 +89,14 @@ class TestBase:
         build_tokenizer().save_pretrained(tmp_path / "bert")
         assert "is a BERT-like model (BertForMaskedLM)" in train(base=tmp_path / "bert")
 
-    def test_a_hub_id_that_is_not_in_the_cache(self, train):
+    def test_a_hub_id_outside_the_cache_is_refused_offline(self, train):
         assert "nobody/nothing" in train(base="nobody/nothing")
 
     @pytest.mark.parametrize(("flag", "value"), [("device", "abacus"), ("device", "cuda:99"), ("device", "meta")])
-    def test_device(self, train, flag, value):
+    def test_a_device_that_is_not_there_is_refused(self, train, flag, value):
         assert value.partition(":")[0] in train(**{flag: value})
 
-    def test_dtype(self, train):
+    def test_a_dtype_that_the_device_cannot_compute_and_an_unknown_one_are_refused(self, train):
         assert "float16 on a CPU" in train(dtype="float16", device="cpu")
         assert (
             "dtype is 'float64'; did you mean 'float16'? it must be one of 'auto', 'float32', 'bfloat16', 'float16'"
@@ -104,18 +104,18 @@ class TestBase:
         )
 
     @pytest.mark.parametrize("length", [1, 97, 0, -1])
-    def test_max_length(self, train, length):
+    def test_a_max_length_out_of_range_is_refused(self, train, length):
         assert f"max_length is {length}" in train(max_length=length)
 
 
 class TestData:
-    def test_wrong_column_and_the_nearest(self, train, texts):
+    def test_an_unknown_column_is_refused_with_the_nearest_one(self, train, texts):
         assert f"{texts} has no column 'promt'; did you mean 'prompt'?" in train(text_column="promt")
 
-    def test_no_such_file(self, train, tmp_path):
+    def test_a_missing_data_file_is_named(self, train, tmp_path):
         assert "there is no data at" in train(data=tmp_path / "none.csv")
 
-    def test_a_hub_set_that_cannot_be_had(self, train):
+    def test_a_hub_data_set_that_cannot_be_loaded_is_named(self, train):
         assert "nobody/nothing" in train(data="nobody/nothing")
 
     @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ class TestData:
             ("text.docx", b"x", "ending '.docx' is not known"),
         ],
     )
-    def test_files(self, train, tmp_path, name, content, said):
+    def test_an_unreadable_data_file_is_refused_with_the_reason(self, train, tmp_path, name, content, said):
         (tmp_path / name).write_bytes(content)
         assert said in train(data=tmp_path / name)
 
@@ -147,27 +147,27 @@ class TestData:
             (None, " {label}", "needs a template too"),
         ],
     )
-    def test_templates(self, train, reviews, template, completion, said):
+    def test_a_template_that_does_not_fit_the_rows_is_refused(self, train, reviews, template, completion, said):
         assert said in train(data=reviews, text_column=None, template=template, completion=completion)
 
-    def test_labels_where_there_are_none(self, train):
+    def test_init_labels_needs_labelled_rows(self, train):
         assert "init 'labels' needs a set with labels" in train(init="labels")
 
-    def test_two_forms_at_once(self, train, reviews):
+    def test_two_forms_of_rows_exclude_each_other(self, train, reviews):
         assert "exclude each other" in train(data=reviews, text_column="text", messages_column="text")
 
     @pytest.mark.parametrize("messages", ["w5", [], [{"role": "user"}], [{"role": "assistant", "content": 3}], 7])
-    def test_messages_that_are_no_chat(self, train, tmp_path, messages):
+    def test_messages_that_are_not_a_chat_are_refused_with_their_file(self, train, tmp_path, messages):
         data = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages}])
         assert str(data) in train(data=data, text_column=None, messages_column="messages")
 
     @pytest.mark.parametrize("rows", [0, -3])
-    def test_rows(self, train, rows):
+    def test_fewer_rows_than_one_are_refused(self, train, rows):
         assert f"rows is {rows}; it must be at least 1" in train(rows=rows)
 
     @pytest.mark.parametrize("part", ["0", "1.5", "-1", "40", "none.csv"])
     @pytest.mark.parametrize("which", ["validation", "test"])
-    def test_held_out_parts(self, train, which, part):
+    def test_an_impossible_validation_or_test_part_is_refused(self, train, which, part):
         assert train(**{which: part})
 
 
@@ -182,14 +182,14 @@ class TestSettings:
             ("eos_weight", -1.0), ("validate_every", 0), ("patience", 0), ("seed", -1), ("seed", 2**63),
         ],
     )  # fmt: skip
-    def test_out_of_range(self, train, name, value):
+    def test_a_setting_out_of_range_is_refused_by_its_name(self, train, name, value):
         assert train(**{name: value}).startswith(f"{name} is {value}; it must be")
 
-    def test_both_learning_rates(self, train):
+    def test_two_learning_rates_exclude_each_other(self, train):
         said = train(learning_rate=0.003, relative_learning_rate=0.3)
         assert said == "learning_rate=0.003 and relative_learning_rate=0.3 exclude each other; give one"
 
-    def test_a_start_that_contradicts(self, train, library):
+    def test_contradictory_settings_of_the_start_are_refused(self, train, library):
         assert "needs init_text" in train(init="text")
         assert "init_text is given, but init is 'data'" in train(init_text="w5")
         assert "is trained further, from what it is; leave init and init_text out" in train(
@@ -199,7 +199,7 @@ class TestSettings:
         assert f"virtual_tokens is 9, but {library / 'coach'} has 3" in said
 
     @pytest.mark.parametrize("count", [95, 96, 5000])
-    def test_more_virtual_tokens_than_positions(self, train, count):
+    def test_more_virtual_tokens_than_positions_are_refused(self, train, count):
         assert "no room for text" in train(virtual_tokens=count)
 
     def test_a_word_for_a_number_is_refused(self, train):
@@ -208,7 +208,7 @@ class TestSettings:
 
 class TestOut:
     @pytest.mark.parametrize("holds", ["a run", "a thesis"])
-    def test_existing(self, base_folder, texts, library, tmp_path, holds):
+    def test_an_existing_folder_is_not_overwritten_without_the_flag(self, base_folder, texts, library, tmp_path, holds):
         """Said before the base is loaded, which may take minutes."""
         (tmp_path / "thesis").mkdir()
         (tmp_path / "thesis" / "thesis.txt").write_text("mine")
@@ -221,12 +221,12 @@ class TestOut:
             assert "neither a run nor an adapter" in run(*fixed, "--overwrite").complaint
             assert (out / "thesis.txt").read_text() == "mine"
 
-    def test_under_a_file(self, train, tmp_path):
+    def test_an_output_folder_below_a_file_is_refused(self, train, tmp_path):
         (tmp_path / "file").write_text("mine")
         assert "is a file" in train(out=tmp_path / "file")
         assert f"{tmp_path / 'file'} is not a folder" in train(out=tmp_path / "file" / "a" / "run")
 
-    def test_no_space(self, base_folder, texts, tmp_path):
+    def test_a_full_disk_is_reported_and_leaves_no_adapter(self, base_folder, texts, tmp_path):
         disk = tmp_path / "disk"
         disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(disk)]
@@ -261,14 +261,14 @@ class TestPrompts:
         (folder / "softprompt.json").unlink()
         return folder
 
-    def test_of_another_base_names_both(self, library, other_base_folder):
+    def test_a_prompt_of_another_base_is_refused_with_both_bases_and_runs_with_force(self, library, other_base_folder):
         fixed = ("generate", "--base", other_base_folder, "w5", "--prompt", library / "coach", "--max-new-tokens", 3)
         said = run(*fixed).complaint
         assert "was trained on 'tiny-llama' (fingerprint " in said
         assert "not on 'other-llama' (fingerprint " in said
         succeed(*fixed, "--force")
 
-    def test_of_another_width(self, generate, spoiled, tmp_path):
+    def test_a_prompt_of_another_width_is_refused_with_both_shapes(self, generate, spoiled, tmp_path):
         save_file({"prompt_embeddings": torch.zeros(3, 8)}, spoiled / "adapter_model.safetensors")
         config = json.loads((spoiled / "adapter_config.json").read_text())
         (spoiled / "adapter_config.json").write_text(json.dumps({**config, "token_dim": 8}))
@@ -276,16 +276,16 @@ class TestPrompts:
         assert "[3, 8]" in said
         assert "[97, 16]" in said
 
-    def test_nan(self, generate, spoiled):
+    def test_a_prompt_with_nan_is_refused(self, generate, spoiled):
         save_file({"prompt_embeddings": torch.full((3, 16), float("nan"))}, spoiled / "adapter_model.safetensors")
         assert "48 of 48 are NaN or infinite" in generate("--prompt", spoiled)
 
-    def test_lora(self, generate, spoiled):
+    def test_a_lora_adapter_is_refused(self, generate, spoiled):
         config = json.loads((spoiled / "adapter_config.json").read_text())
         (spoiled / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
         assert "LORA" in generate("--prompt", spoiled)
 
-    def test_a_pickle_that_would_run_code(self, generate, spoiled, tmp_path):
+    def test_a_pickled_adapter_is_refused_and_never_run(self, generate, spoiled, tmp_path):
         class Bomb:
             def __reduce__(self):
                 return Path.touch, (tmp_path / "ran",)
@@ -295,12 +295,12 @@ class TestPrompts:
         assert "adapter_model.bin" in generate("--prompt", spoiled)
         assert not (tmp_path / "ran").exists()
 
-    def test_changed_weights(self, generate, library, tmp_path):
+    def test_a_prompt_whose_weights_were_changed_is_refused(self, generate, library, tmp_path):
         folder = shutil.copytree(library / "coach", tmp_path / "changed")
         save_file({"prompt_embeddings": torch.ones(3, 16)}, folder / "adapter_model.safetensors")
         assert "they were changed later" in generate("--prompt", folder)
 
-    def test_not_there(self, generate, library, tmp_path):
+    def test_a_prompt_that_cannot_be_found_is_refused_with_the_nearest_name(self, generate, library, tmp_path):
         assert "no folder" in generate("--prompt", tmp_path / "none")
         assert "did you mean 'coach'?" in generate("--prompt", "coahc", "--library", library)
         assert "is a name, and no library is given" in generate("--prompt", "coach")
@@ -317,18 +317,18 @@ class TestInputs:
 
         return call
 
-    def test_longer_than_the_base(self, generate, library):
+    def test_an_input_longer_than_the_positions_is_refused_with_the_sum(self, generate, library):
         said = generate(" ".join(["w5"] * 60), "--prompt", library / "coach")
         assert (
             "maximum context length is 96 tokens. However, you requested 114 tokens (61 in the text, 3 in the soft"
             in said
         )
 
-    def test_none_or_both(self, generate):
+    def test_no_input_and_two_kinds_of_input_are_refused(self, generate):
         assert "TEXTS, '--field' or '--message'" in generate()
         assert "texts and --field exclude each other" in generate("w5", "--field", "text=w5")
 
-    def test_fields_that_do_not_fit(self, generate, library):
+    def test_fields_that_do_not_fit_the_prompt_are_refused(self, generate, library):
         critic = ("--prompt", library / "critic")
         assert "'texts'" in generate(*critic, "--field", "texts=w5")
         assert "given twice" in generate(*critic, "--field", "text=w5", "--field", "text=w6")
@@ -343,13 +343,13 @@ class TestInputs:
             ("repetition-penalty", 0), ("repetition-penalty", "inf"), ("stop", ""), ("seed", -1), ("seed", 2**64),
         ],
     )  # fmt: skip
-    def test_sampling_out_of_range(self, generate, name, value):
+    def test_a_sampling_setting_out_of_range_is_refused_by_its_name(self, generate, name, value):
         assert generate("w5", f"--{name}", value).startswith(name.replace("-", "_"))
 
-    def test_bytes_that_are_no_text(self, generate):
+    def test_bytes_that_are_not_utf8_are_refused(self, generate):
         assert "b'\\xff' is not UTF-8" in generate("\udcff")
 
-    def test_nothing_to_continue_from(self, tmp_path):
+    def test_an_empty_text_on_a_base_without_bos_is_refused(self, tmp_path):
         base = save_base(tmp_path / "gpt2", "gpt2")
         assert "an empty text has no token" in run("generate", "--base", base, "").complaint
 
@@ -366,17 +366,17 @@ class TestUsage:
             (("prompts", "show"), "Missing argument 'PROMPT'"),
         ],
     )
-    def test_is_one_line_with_the_nearest_name(self, arguments, said):
+    def test_a_usage_error_is_one_line_with_the_nearest_name(self, arguments, said):
         assert said in run(*arguments).complaint
 
     @pytest.mark.parametrize("arguments", [(), ("prompts",)])
-    def test_nothing_asked_shows_the_help(self, arguments):
+    def test_a_command_without_arguments_shows_its_help(self, arguments):
         ran = run(*arguments)
         assert ran.code == 2
         assert "Commands:" in ran.err + ran.out
 
 
-def test_rows_of_a_validation_file_in_another_form(base_folder, texts, tmp_path, untouched):
+def test_a_validation_file_without_the_training_column_is_refused(base_folder, texts, tmp_path, untouched):
     valid = write_csv(tmp_path / "valid.csv", [{"said": sentence(1)}])
     flags = ("--data", texts, "--text-column", "prompt", "--validation", valid, "--out", untouched)
     assert f"{valid} has no column 'prompt'" in run("train", "--base", base_folder, *flags).complaint
@@ -389,7 +389,7 @@ class TestChat:
         data = write_jsonl(tmp_path / "chats.jsonl", list(rows))
         return train(base=base, data=data, text_column=None)
 
-    def test_templates_without_a_default(self, train, tmp_path):
+    def test_chat_templates_without_a_default_are_refused_by_their_names(self, train, tmp_path):
         folder, row = save_base(tmp_path / "base"), chat(0)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder)
         tokenizer.chat_template = {"rag": "x", "tool_use": "y"}
@@ -398,14 +398,14 @@ class TestChat:
             train, folder, tmp_path, row
         )
 
-    def test_a_template_that_does_not_end(self, train, tmp_path):
+    def test_an_endless_chat_template_is_refused(self, train, tmp_path):
         folder, row = save_base(tmp_path / "base"), chat(0)
         (folder / "chat_template.jinja").write_text(
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         )
         assert "row 1 of" in (told := self.train(train, folder, tmp_path, row)) and "does not end" in told
 
-    def test_nothing_to_learn(self, train, base_folder, tmp_path):
+    def test_a_chat_without_a_weighted_assistant_turn_is_refused(self, train, base_folder, tmp_path):
         turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4", "weight": 0}]
         assert "there is nothing to learn from" in self.train(train, base_folder, tmp_path, {"messages": turns})
         assert "no assistant turn to learn from" in self.train(train, base_folder, tmp_path, {"messages": turns[:1]})
@@ -418,6 +418,6 @@ class TestChat:
      (json.dumps({"type": "object", "properties": {f"k{n}": {} for n in range(1100)}}), "max is 2000; make it")],
     ids=["a reference to itself", "infinity", "too many keys"],
 )  # fmt: skip
-def test_a_schema_that_cannot_be_followed(schema, why):
+def test_a_json_schema_that_cannot_be_compiled_is_refused(schema, why):
     flags = ("--base", "embedded", "--dtype", "float32", "--max-new-tokens", 5, "--json-schema", schema)
     assert why in run("generate", "Be kind", *flags).complaint

@@ -29,12 +29,12 @@ def parsed(name, *arguments):
     ],
     ids=lambda part: part if isinstance(part, str) else None,
 )
-def test_a_typed_line_break_is_one_and_a_doubled_backslash_is_a_backslash(name, arguments, parameter):
+def test_a_typed_line_break_becomes_one_and_a_doubled_backslash_a_backslash(name, arguments, parameter):
     found = parsed(name, *arguments)[parameter]
     assert found in (MEANT, (MEANT,))
 
 
-def test_a_field_has_typed_line_breaks_too():
+def test_a_typed_line_break_in_a_field_becomes_one():
     assert parse_fields([f"text={TYPED}"]) == {"text": MEANT}
 
 
@@ -44,7 +44,7 @@ def test_json_keeps_its_own_escapes():
 
 
 @pytest.mark.parametrize("name", ["generate", "compare", "train"])
-def test_the_help_says_how_a_backslash_is_typed(name):
+def test_the_help_explains_how_a_backslash_is_typed(name):
     shown = " ".join(succeed(name, "--help").out.split())
     assert r"\n is a line break" in shown
     assert r"\\n a backslash and an n" in shown
@@ -63,5 +63,5 @@ class TestStopsThatNeverMatch:
         (note,) = stop_notes(tiny_llama, ["Zebra", "w5"])
         assert note == "--stop 'Zebra' can never match: no token of the base writes 'Z'"
 
-    def test_what_can_match_has_no_note(self, tiny_llama):
+    def test_a_stop_string_that_can_match_gets_no_note(self, tiny_llama):
         assert stop_notes(tiny_llama, ["w5", "w5 w6", "5"]) == []

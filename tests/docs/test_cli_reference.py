@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "cli_reference.py"
 
 
-def test_the_page_is_up_to_date() -> None:
+def test_the_command_line_page_is_as_generated() -> None:
     """In a process of its own: click keeps a command's help option from whoever asked for it first."""
     code = f"import runpy, sys; sys.stdout.write(runpy.run_path({str(TOOL)!r})['reference']())"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", timeout=60)

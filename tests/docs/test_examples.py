@@ -27,8 +27,7 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.medium
-def test_flat_loop_reaches_the_same_losses() -> None:
+def test_the_flat_loop_reaches_the_losses_of_train() -> None:
     base = load_base("embedded", dtype="float32")
     plain = {"virtual_tokens": 4, "epochs": 2, "schedule": "linear", "reparameterisation": "none"}
     config = TrainConfig(**plain)
@@ -45,7 +44,7 @@ def test_flat_loop_reaches_the_same_losses() -> None:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("preset", [pytest.param([], marks=pytest.mark.slow), ["--preset", "notebook"]])
-def test_notebook_runs_on_local_files(tmp_path: Path, preset: list[str]) -> None:
+def test_the_notebook_runs_on_local_files(tmp_path: Path, preset: list[str]) -> None:
     command = [sys.executable, str(EXAMPLES / "notebook.py"), "--base", str(base_folder()), *preset]
     files = ["--prompts", str(data_file("coach-prompts.csv")), "--quotes", str(data_file("quotes.jsonl"))]
     done = subprocess.run(

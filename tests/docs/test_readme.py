@@ -57,7 +57,7 @@ def run_here(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.medium
-def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_readme_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for block in blocks("console") for line in block.splitlines()]
     assert len(shown) == 13
     for line in shown:
@@ -67,13 +67,13 @@ def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.medium
-def test_snippet_runs(folder: Path) -> None:
+def test_the_python_snippet_of_the_readme_runs(folder: Path) -> None:
     snippet, _ = blocks("python")
     assert "quotes" in run([sys.executable, "-c", snippet], folder)
 
 
 @pytest.mark.medium
-def test_what_is_served_answers_and_learns(folder: Path) -> None:
+def test_the_server_of_the_readme_answers_and_trains(folder: Path) -> None:
     (command,), (_, snippet) = blocks("shell"), blocks("python")
     with serving(command.split(), folder) as url:
         shown = run([sys.executable, "-c", snippet.replace("http://127.0.0.1:8000", url)], folder)
@@ -104,7 +104,7 @@ def test_set_up_commands_are_targets_of_the_makefile() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_links_lead_somewhere() -> None:
+def test_every_link_of_the_docs_has_a_target() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="ut
 
 
 @pytest.mark.medium
-def test_the_page(tmp_path, monkeypatch, capsys):
+def test_the_files_and_commands_of_the_sweeps_page_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     _lay_out_data(tmp_path / "demo-out" / "data", TASKS)
     for text in re.findall(r"^```toml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE):
