@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.cli.main import main
-from softprompt.demo.job import _lay_out_data
+from softprompt.demo.job import lay_out_data
 from softprompt.demo.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
-    _lay_out_data(place / "demo-out" / "data", TASKS)
+    lay_out_data(place / "demo-out" / "data", TASKS)
     return place
 
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from softprompt.cli.main import main
-from softprompt.demo.job import _lay_out_data
+from softprompt.demo.job import lay_out_data
 from softprompt.demo.tasks import TASKS
 from softprompt.storage import load_prompt, load_set
 
@@ -20,7 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="ut
 @pytest.mark.medium
 def test_the_files_and_commands_of_the_sweeps_page_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    _lay_out_data(tmp_path / "demo-out" / "data", TASKS)
+    lay_out_data(tmp_path / "demo-out" / "data", TASKS)
     for text in re.findall(r"^```toml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE):
         name = text.partition("\n")[0].removeprefix("# ")
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -67,7 +67,7 @@ def run_demo(base: Base, folder: Path, say: Say, *, overwrite: bool = False, tas
     began = time.perf_counter()
     for task in tasks:
         RunFolder.check_free(folder / task.name, overwrite=overwrite)
-    data = _lay_out_data(folder / "data", tasks)
+    data = lay_out_data(folder / "data", tasks)
     trained = [_train(base, task, folder / task.name, say, overwrite) for task in tasks]
     findings = tuple(_find(base, item) for item in trained)
     say(f"measured on held-out rows, {time.perf_counter() - began:.0f} s so far")
@@ -89,7 +89,7 @@ def _first_text(rows: Rows) -> str:
     return write_row(rows, 0).prompt
 
 
-def _lay_out_data(folder: Path, tasks: tuple[Task, ...]) -> Path:
+def lay_out_data(folder: Path, tasks: tuple[Task, ...]) -> Path:
     """Copies of the tasks' files, for the user to look at and to train on."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in {path for task in tasks for path in (task.data.data, task.data.test) if path is not None}:
