@@ -28,8 +28,6 @@ from support.job_server import (
 
 from softprompt.base import Base
 
-pytestmark = pytest.mark.medium
-
 BUSY = {**SETTINGS, "epochs": 4}
 
 
@@ -73,7 +71,7 @@ async def at_once() -> bool:
     return True
 
 
-def test_eight_streams_and_a_job_beside_them(
+def test_eight_streams_and_a_job_at_once_give_what_each_gives_alone(
     server: tuple[OpenAI, FastAPI], models: list[str], tiny_llama: Base, tmp_path: Path
 ) -> None:
     client, app = server
@@ -95,7 +93,8 @@ def test_eight_streams_and_a_job_beside_them(
     assert not same_bits(mine, trained_alone(tiny_llama, tmp_path, plain_rows(), changed))
 
 
-def test_a_job_is_cancelled_while_streams_hold_it(server: tuple[OpenAI, FastAPI], models: list[str]) -> None:
+@pytest.mark.medium
+def test_a_job_that_waits_for_streams_can_be_cancelled(server: tuple[OpenAI, FastAPI], models: list[str]) -> None:
     client, _ = server
     url, file = str(client.base_url), upload(client, plain_rows())
     job = create_job(client, file, LONG)

@@ -41,8 +41,6 @@ from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.records import JobRecords
 from softprompt.storage import load_prompt
 
-pytestmark = pytest.mark.medium
-
 
 @pytest.fixture(scope="module")
 def server(tiny_llama: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OpenAI, FastAPI]]:
@@ -55,7 +53,8 @@ def file(server: tuple[OpenAI, FastAPI]) -> str:
     return upload(server[0], plain_rows())
 
 
-def test_a_killed_server_goes_on_with_its_job(tiny_llama: Base, tmp_path: Path) -> None:
+@pytest.mark.medium
+def test_a_job_of_a_killed_server_is_resumed_at_its_next_start(tiny_llama: Base, tmp_path: Path) -> None:
     state, settings = tmp_path / "state", {**SETTINGS, "epochs": 100}  # 300 steps, a checkpoint each third
     with job_process(state) as (url, process):
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -105,7 +104,7 @@ def test_a_full_disk_pauses_a_job(
     ],
     ids=["limit", "allocator", "bug"],
 )
-def test_a_failure_is_told_in_words(
+def test_a_failed_job_gives_its_reason_without_paths(
     server: tuple[OpenAI, FastAPI], file: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     error: Exception, code: str, words: str,
 ) -> None:  # fmt: skip
@@ -152,7 +151,7 @@ def test_a_long_conversation_does_not_keep_a_job_from_being_cancelled(
     ("{{ 1/0 }}", "row 1 of .*: the tokenizer's chat template fails: ZeroDivisionError"),
     ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
 ])  # fmt: skip
-def test_a_chat_template_that_cannot_be_used_fails_the_job_in_words(
+def test_a_job_with_a_broken_chat_template_fails_with_the_reason(
     server: tuple[OpenAI, FastAPI], tiny_llama: Base, monkeypatch: pytest.MonkeyPatch, template: Any, words: str
 ) -> None:
     client, _ = server
@@ -162,7 +161,7 @@ def test_a_chat_template_that_cannot_be_used_fails_the_job_in_words(
     assert found.error.code == "invalid_file" and re.search(words, found.error.message)
 
 
-def test_rows_that_were_changed_behind_our_back_fail_with_their_number(server: tuple[OpenAI, FastAPI]) -> None:
+def test_a_job_on_a_file_changed_on_the_disk_fails_with_the_row(server: tuple[OpenAI, FastAPI]) -> None:
     client, app = server
     file = upload(client, plain_rows(), "mine.jsonl")
     place = dependency_of(app, Files).get(file, Client()).path
@@ -181,6 +180,7 @@ def test_rows_that_were_changed_behind_our_back_fail_with_their_number(server: t
     assert found.error is not None and str(place.parent) not in found.error.message
 
 
+@pytest.mark.medium
 def test_the_queue_outlives_a_database_that_does_not_answer(
     server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -41,8 +41,6 @@ from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.prompts.registry import PromptRegistry
 
-pytestmark = pytest.mark.medium
-
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -96,7 +94,7 @@ def test_a_new_model_is_served_by_its_name(
     assert record.run["source"] == f"{job.training_file} (rows.jsonl)"
 
 
-def test_its_story_is_told_in_events_and_in_a_results_file(server: tuple[OpenAI, FastAPI]) -> None:
+def test_a_job_reports_in_events_and_in_a_results_file(server: tuple[OpenAI, FastAPI]) -> None:
     client, _ = server
     job = create_job(client, upload(client, plain_rows()))
     done = wait_for_success(client, job.id)
@@ -114,7 +112,9 @@ def test_its_story_is_told_in_events_and_in_a_results_file(server: tuple[OpenAI,
     assert client.files.retrieve(done.result_files[0]).purpose == "fine-tune-results"
 
 
-def test_checkpoints_are_models_and_the_last_three_stay(server: tuple[OpenAI, FastAPI], tiny_llama: Base) -> None:
+def test_the_last_three_checkpoints_of_a_job_are_served_as_models(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base
+) -> None:
     client, app = server
     job = create_job(client, upload(client, plain_rows()), {**SETTINGS, "validate_every": 1})
     name = wait_for_success(client, job.id).fine_tuned_model
@@ -162,7 +162,9 @@ def test_a_validation_file_chooses_the_step(server: tuple[OpenAI, FastAPI], tiny
     assert client.fine_tuning.jobs.checkpoints.list(job.id).data[0].metrics.valid_loss == losses[10]
 
 
-def test_an_earlier_prompt_is_trained_further(server: tuple[OpenAI, FastAPI], tiny_llama: Base, tmp_path: Path) -> None:
+def test_a_job_trains_an_earlier_prompt_further(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, tmp_path: Path
+) -> None:
     client, app = server
     first = str(wait_for_success(client, create_job(client, upload(client, plain_rows())).id).fine_tuned_model)
     start = served_prompt(app, first)
@@ -190,7 +192,9 @@ def test_a_task_score_may_choose_the_step(server: tuple[OpenAI, FastAPI]) -> Non
     assert any("score" in data for data in told)  # type: ignore[operator]
 
 
-def test_openais_own_names_mean_ours(server: tuple[OpenAI, FastAPI], tiny_llama: Base, tmp_path: Path) -> None:
+def test_openais_hyperparameters_are_translated_to_ours(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, tmp_path: Path
+) -> None:
     client, app = server
     job = client.fine_tuning.jobs.create(
         model=tiny_llama.name, training_file=upload(client, plain_rows()), seed=5,
@@ -243,7 +247,7 @@ def file(server: tuple[OpenAI, FastAPI]) -> str:
 
 
 @pytest.mark.parametrize(("asked", "words"), REFUSED, ids=[words for _, words in REFUSED])
-def test_what_cannot_be_trained_is_refused_at_once(
+def test_a_job_with_bad_settings_is_refused_at_once(
     server: tuple[OpenAI, FastAPI], file: str, asked: dict[str, Any], words: str
 ) -> None:
     client, _ = server
@@ -261,7 +265,9 @@ def test_what_cannot_be_trained_is_refused_at_once(
      {"hyperparameters": {"learning_rate": math.nan}}, {"hyperparameters": {"learning_rate_multiplier": math.inf}},
      {"training_file": "\x00"}, {"model": "\x00"}, {"method": {"type": "\ud800"}}],
 )  # fmt: skip
-def test_hostile_json_is_refused(server: tuple[OpenAI, FastAPI], file: str, changes: dict[str, Any]) -> None:
+def test_a_job_request_of_hostile_json_is_refused(
+    server: tuple[OpenAI, FastAPI], file: str, changes: dict[str, Any]
+) -> None:
     client, _ = server
     body = json.dumps({"model": "base", "training_file": file, **changes})
     answer = httpx2.post(f"{client.base_url}fine_tuning/jobs", content=body)
@@ -269,7 +275,7 @@ def test_hostile_json_is_refused(server: tuple[OpenAI, FastAPI], file: str, chan
     assert answer.json()["error"]["message"]
 
 
-def test_what_is_not_there_is_not_found(server: tuple[OpenAI, FastAPI], file: str) -> None:
+def test_unknown_files_models_and_jobs_are_not_found(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, _ = server
     with pytest.raises(openai.NotFoundError, match="there is no file 'file-none'"):
         create_job(client, "file-none")
@@ -288,7 +294,7 @@ def test_what_is_not_there_is_not_found(server: tuple[OpenAI, FastAPI], file: st
             client.fine_tuning.jobs.list(after=after)
 
 
-def test_files_of_two_forms_do_not_go_together(server: tuple[OpenAI, FastAPI], file: str) -> None:
+def test_training_and_validation_files_of_two_forms_are_refused(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, _ = server
     with pytest.raises(openai.BadRequestError, match="give both in one form"):
         create_job(client, file, validation_file=upload(client, chat_rows()))
@@ -309,7 +315,7 @@ def test_a_job_that_diverges_fails_and_the_next_one_trains(server: tuple[OpenAI,
     wait_for_success(client, create_job(client, file).id)
 
 
-def test_a_job_is_its_owners_alone(server: tuple[OpenAI, FastAPI], file: str) -> None:
+def test_a_job_is_visible_to_its_owner_only(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, app = server
     done = wait_for_success(client, create_job(client, file).id)
     jobs, other = dependency_of(app, Jobs), Client(id="other", is_admin=False)

@@ -43,8 +43,6 @@ from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobRow
 from softprompt.training import Event, SliceDone, StepDone, Trial
 
-pytestmark = pytest.mark.medium
-
 MIDDLE = {**SETTINGS, "epochs": 12}  # 36 steps, stopped on the way and let end
 
 
@@ -81,7 +79,11 @@ def test_a_running_job_is_cancelled_and_the_next_one_runs(server: tuple[OpenAI, 
             call(short.id)
 
 
-@pytest.mark.parametrize("more", [{}, {"validate_every": 5, "save_every": 2}], ids=["epochs", "often"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, pytest.param({"validate_every": 5, "save_every": 2}, marks=pytest.mark.medium)],
+    ids=["epochs", "often"],
+)
 def test_a_paused_job_lets_others_run_and_becomes_the_same_prompt(
     server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, more: Record,
     monkeypatch: pytest.MonkeyPatch,
@@ -109,7 +111,7 @@ def test_a_paused_job_lets_others_run_and_becomes_the_same_prompt(
     assert mine.record.run["validation_losses"] == alone.record.run["validation_losses"]
 
 
-def test_a_pause_within_a_validation_waits_for_its_end(
+def test_a_job_paused_within_a_validation_finishes_it_first(
     server: tuple[OpenAI, FastAPI], tiny_llama: Base, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between a step and its validation there is no state to go on from: the validation would be left out."""
@@ -135,7 +137,7 @@ def test_a_pause_within_a_validation_waits_for_its_end(
     assert same_bits(mine, alone)
 
 
-def test_a_waiting_job_is_paused_and_cancelled_too(server: tuple[OpenAI, FastAPI], file: str) -> None:
+def test_a_queued_job_can_be_paused_and_cancelled(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, _ = server
     long, first, second = create_job(client, file, LONG), create_job(client, file), create_job(client, file)
     assert client.fine_tuning.jobs.pause(first.id).status == "paused"
@@ -144,7 +146,7 @@ def test_a_waiting_job_is_paused_and_cancelled_too(server: tuple[OpenAI, FastAPI
     client.fine_tuning.jobs.cancel(long.id)
 
 
-def test_a_client_has_so_many_jobs_and_no_more(server: tuple[OpenAI, FastAPI], file: str) -> None:
+def test_a_client_with_too_many_jobs_is_refused(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, app = server
     jobs = [create_job(client, file, LONG) for _ in range(4)]
     with pytest.raises(openai.RateLimitError, match="4 of your fine-tuning jobs") as refused:
@@ -204,7 +206,7 @@ def test_clients_take_turns_and_an_interrupted_job_goes_first(tmp_path: Path) ->
     database.close()
 
 
-def test_a_job_that_ends_the_server_again_and_again_is_set_aside(tmp_path: Path) -> None:
+def test_a_job_that_crashes_the_server_ten_times_is_paused(tmp_path: Path) -> None:
     database = Database.in_folder(tmp_path)
     records = JobRecords(database)
     row = JobRow(id="a", owner="", status="queued", model="base", training_file="f", settings={}, outcome={}, created=0)
@@ -218,7 +220,7 @@ def test_a_job_that_ends_the_server_again_and_again_is_set_aside(tmp_path: Path)
     database.close()
 
 
-def test_a_stopped_server_goes_on_with_its_job(
+def test_a_job_of_a_stopped_server_is_resumed_at_its_next_start(
     tiny_llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, held = tmp_path / "state", hold_training(monkeypatch, 4)
@@ -243,7 +245,8 @@ def test_a_stopped_server_goes_on_with_its_job(
         assert client.completions.create(model=str(name), prompt="w3", max_tokens=2).model == name
 
 
-def test_a_job_of_another_base_fails_in_words(tiny_llama: Base, tiny_gpt2: Base, tmp_path: Path) -> None:
+@pytest.mark.medium
+def test_a_job_made_for_another_base_fails_and_names_it(tiny_llama: Base, tiny_gpt2: Base, tmp_path: Path) -> None:
     with job_server(tiny_llama, tmp_path) as (client, _):
         job = create_job(client, upload(client, plain_rows()), LONG)
         wait_until(lambda: steps_done(client, job.id) >= 1)
@@ -287,6 +290,7 @@ def test_a_stop_signal_is_obeyed_within_a_slice_where_training_yields_to_the_eng
     assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)
 
 
+@pytest.mark.medium
 def test_a_paused_job_that_is_cancelled_leaves_no_state(server: tuple[OpenAI, FastAPI], file: str) -> None:
     client, app = server
     job = create_job(client, file, LONG)
