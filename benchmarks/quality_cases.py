@@ -12,7 +12,7 @@ from typing import Any
 
 from softprompt import Base, DataConfig, load_base, read_rows
 from softprompt.data import Rows
-from softprompt.data.labels import with_labels
+from softprompt.data.rows import with_labels
 from softprompt.demo.tasks import REVIEW_COMPLETION, REVIEW_TEMPLATE
 from softprompt.embedded import data_file
 

@@ -191,7 +191,7 @@ def test_sizes_in_a_config_are_judged_before_memory_is_asked_for(
 
 
 def test_layers_beyond_number_are_refused_within_bounded_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softprompt.base.size._LONGEST_BUILD_S", 0.5)
+    monkeypatch.setattr("softprompt.base.folder._LONGEST_BUILD_S", 0.5)
     change(folder / "config.json", num_hidden_layers=60_000)
     begun = time.monotonic()
     assert "(60,000 layers) could not even be laid out" in refusal(folder)

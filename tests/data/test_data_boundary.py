@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from softprompt.base import Base
 from softprompt.data import completion_ids, label_ids
-from softprompt.data.boundary import adds_space, continuation_ids
+from softprompt.data.tokens import adds_space, continuation_ids
 
 TEXT = st.text(alphabet="aegt .,\n-é1", max_size=12)
 reuse = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -11,7 +11,7 @@ from test_data_chat import CHATML, MARKED, with_template
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.compute_share import ComputeShare
-from softprompt.data import build_examples, chat, chat_prompt_ids, rows_from_records
+from softprompt.data import build_examples, chat, chat_prompt_ids, rows_from_records, tokens
 from softprompt.data.chat import chat_ids
 from softprompt.data.chat_template import ChatTemplate
 from softprompt.errors import DataError
@@ -244,5 +244,5 @@ def test_control_tokens_are_found_in_a_long_text_where_they_stand(byte_base):
     chance = random.Random(3)
     for filling in ("", "x" * 997, "<|a|" * 20_000):
         text = "".join(chance.choice([*controls, filling, "y<|", "é"]) for _ in range(300))
-        found = chat._controls(base.tokenizer, CHATML).found_in(text)
+        found = tokens.control_tokens(base.tokenizer, CHATML).found_in(text)
         assert [match.span() for match in found] == [match.span() for match in longest_first.finditer(text)]

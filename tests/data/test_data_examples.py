@@ -4,7 +4,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from softprompt.data import build_examples, completion_ids, report_lines, rows_from_records, rows_from_texts, rows_hash
-from softprompt.data.labels import labels_of
+from softprompt.data.rows import labels_of
 from softprompt.errors import DataError, LengthError
 
 REVIEWS = [{"text": "a good film", "label": "positive"}, {"text": "a bad film", "label": "negative"}] * 2

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.data.template import fill_template, parse_template, template_fields
+from softprompt.data.rows import fill_template, parse_template, template_fields
 from softprompt.errors import ConfigError, DataError
 from softprompt.settings import typed_text
 

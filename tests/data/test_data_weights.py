@@ -8,7 +8,7 @@ from test_data_chat import CHATML, MARKED, targets, with_template
 from softprompt.config import DataConfig
 from softprompt.data import build_examples, read_rows, rows_from_records, rows_hash, write_rows
 from softprompt.errors import DataError
-from softprompt.evaluation.questions import ask
+from softprompt.evaluation.scores import ask
 from softprompt.server.jobs.files_rows import check_rows
 
 

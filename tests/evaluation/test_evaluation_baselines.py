@@ -6,7 +6,7 @@ import pytest
 from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.data import rows_from_records
-from softprompt.data.labels import with_labels
+from softprompt.data.rows import with_labels
 from softprompt.evaluation import (
     Baselines,
     Verdict,

@@ -8,7 +8,7 @@ from sklearn import metrics
 from support.tiny_bases import random_ids
 from torchmetrics.functional import classification as torchmetrics
 
-from softprompt.evaluation.classes import class_scores, confusion_matrix, macro_f1, share_right
+from softprompt.evaluation.classification import class_scores, confusion_matrix, macro_f1, share_right
 
 LABELS = ("no", "yes", "maybe", "never")
 

@@ -13,7 +13,7 @@ from support.slow_truth import plain_greedy, plain_nats
 from support.tiny_bases import LIMIT, random_ids, random_prompt
 
 from softprompt.data import rows_from_records
-from softprompt.data.labels import with_labels
+from softprompt.data.rows import with_labels
 from softprompt.errors import DataError
 from softprompt.evaluation import accuracy, accuracy_by_likelihood, likeliest_labels
 from softprompt.evaluation.classification import _named_label

@@ -11,7 +11,7 @@ from support.tiny_bases import build_base, random_prompt
 
 from softprompt.config import SamplingConfig
 from softprompt.data import input_ids, rows_from_records, rows_from_texts
-from softprompt.data.labels import with_labels
+from softprompt.data.rows import with_labels
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError, DataError, LengthError
 from softprompt.evaluation import Answered, Comparison, compare, to_markdown

@@ -14,7 +14,7 @@ from support.tiny_bases import build_base, random_ids, random_prompt
 from softprompt import TrainConfig, train
 from softprompt.config import Criterion
 from softprompt.data import rows_from_records, rows_from_texts
-from softprompt.data.labels import with_labels
+from softprompt.data.rows import with_labels
 from softprompt.errors import ConfigError, DataError, MissingDependencyError
 from softprompt.evaluation import CRITERIA, ScoreConfig, TextScore, accuracy, compare, criterion, likeliest_labels
 from softprompt.families import forward_of

@@ -11,7 +11,7 @@ from support.slow_truth import plain_nats
 from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.data import rows_from_records, rows_from_texts
-from softprompt.data.labels import with_labels
+from softprompt.data.rows import with_labels
 from softprompt.errors import ConfigError, LengthError
 from softprompt.evaluation import accuracy, accuracy_tables, compare, ensemble_tables, to_markdown, vote, vote_accuracy
 from softprompt.evaluation.heldout import Interval

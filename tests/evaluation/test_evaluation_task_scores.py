@@ -13,9 +13,7 @@ from softprompt.base import freeze_base
 from softprompt.data import chat_prompt_ids, rows_from_records, rows_from_texts
 from softprompt.errors import ConfigError, LengthError, MissingDependencyError
 from softprompt.evaluation import ScoreConfig, compare
-from softprompt.evaluation.questions import ask, greedy_answers
-from softprompt.evaluation.task_scores import check_scores
-from softprompt.evaluation.text_scores import text_scores
+from softprompt.evaluation.scores import ask, check_scores, greedy_answers, text_scores
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
 

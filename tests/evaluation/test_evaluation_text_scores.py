@@ -10,7 +10,7 @@ from torchmetrics.functional import text as torchmetrics
 
 from softprompt.errors import MissingDependencyError
 from softprompt.evaluation import TextScore
-from softprompt.evaluation.text_scores import text_scores
+from softprompt.evaluation.scores import text_scores
 
 NAMES = get_args(TextScore)
 ANSWERS = ["the cat sat on a mat", "Positive!", "nothing of the kind", "", "four score and seven years"]

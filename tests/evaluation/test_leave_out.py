@@ -67,7 +67,7 @@ def test_each_loss_is_that_of_plain_concatenation_with_the_row_deleted(family, l
 def test_how_many_prompts_a_pass_takes_changes_nothing(tiny_llama64, monkeypatch, num_prompts):
     prompt = soft(tiny_llama64, 4)
     truth = measured(tiny_llama64, prompt)
-    monkeypatch.setattr("softprompt.evaluation.leave_out._PROMPTS_PER_PASS", num_prompts)
+    monkeypatch.setattr("softprompt.evaluation.heldout._PROMPTS_PER_PASS", num_prompts)
     found = measured(tiny_llama64, prompt)
     assert found.loss == pytest.approx(truth.loss, rel=1e-12)
     assert [item.loss for item in found.left_out] == pytest.approx([item.loss for item in truth.left_out], rel=1e-12)
@@ -80,7 +80,7 @@ def test_no_pass_takes_more_prompts_than_it_may(tiny_llama, monkeypatch):
         taken.append(len(prompts))
         return [score_examples(base, forward, [e], None if i is None else prompts[i])[0] for e, i in examples]
 
-    monkeypatch.setattr("softprompt.evaluation.leave_out.score_under", counted)
+    monkeypatch.setattr("softprompt.evaluation.heldout.score_under", counted)
     found = measured(tiny_llama, soft(tiny_llama, 20))
     assert len(found.left_out) == 20
     assert taken == [8, 8, 5]

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from softprompt.base import Base
-from softprompt.data.boundary import continuation_ids
-from softprompt.data.chat import DEFAULT_CHAT_TEMPLATE
+from softprompt.data import DEFAULT_CHAT_TEMPLATE
 from softprompt.data.messages import Message, is_learned
+from softprompt.data.tokens import continuation_ids
 from softprompt.errors import DataError
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")

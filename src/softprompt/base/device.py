@@ -1,10 +1,12 @@
-"""Which device and dtype `auto` means on this machine."""
+"""The device and dtype that `auto` means on this machine, and the memory that is free for this process."""
 
 from __future__ import annotations
 
 import platform
+import resource
 from pathlib import Path
 
+import psutil
 import torch
 
 from softprompt.config import Dtype
@@ -61,3 +63,33 @@ def _cpu_flags() -> set[str]:
         if line.startswith("flags"):
             return set(line.split(":", 1)[1].split())
     return set()
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still take: the least of the machine's, the control group's and its own limit."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reusable
+    available = int(psutil.virtual_memory().available)
+    return min(_free_address_space(), _free_in_cgroup(), available)
+
+
+def _free_address_space() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return 2**62 if limit == resource.RLIM_INFINITY else max(limit - int(psutil.Process().memory_info().vms), 0)
+
+
+def _free_in_cgroup() -> int:
+    for limit_file, usage_file in _CGROUPS:
+        try:
+            limit, usage = Path(limit_file).read_text().strip(), int(Path(usage_file).read_text())
+        except (OSError, ValueError):
+            continue
+        return 2**62 if limit == "max" else max(int(limit) - usage, 0)
+    return 2**62

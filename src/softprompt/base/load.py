@@ -26,10 +26,17 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from softprompt.base.device import resolve_device, resolve_dtype
-from softprompt.base.folder import CONFIG_NAME, broken_weights, check_files, read_settings, weights_bytes
+from softprompt.base.folder import (
+    CONFIG_NAME,
+    broken_weights,
+    check_files,
+    check_numbers,
+    check_size,
+    read_settings,
+    weights_bytes,
+)
 from softprompt.base.generation import rules_of
 from softprompt.base.model import Base
-from softprompt.base.size import check_numbers, check_size
 from softprompt.base.tokens import bos_ids_of, check_tokenizer, eos_id_of, stop_ids_of
 from softprompt.config import EMBEDDED_BASE, BaseConfig
 from softprompt.embedded import base_folder

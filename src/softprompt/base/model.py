@@ -1,21 +1,28 @@
-"""The frozen base as a value: model, tokenizer and the facts that every other room asks for.
+"""The frozen base as a value: model, tokenizer and what every other room asks about them.
 
-It knows nothing of soft prompts. Nobody changes it: no active prompt, no hook, no state on the module.
+It knows nothing of soft prompts. Nothing changes it: no active prompt, no hook, no state on the module.
+
+Per-layer embeddings are what Gemma-3n and Gemma-4 look up of a token id for each layer, besides its input embedding.
+They lie behind the input embedding, in one vector wider than H, so that whatever lays out rows handles one tensor. A
+virtual token has no id; it gets the per-layer embeddings that the model itself gives to the vectors of an image or a
+sound: those of id 0 in Gemma-3n, those of the pad in Gemma-4.
+
+H width of the input embeddings, L layers, E width of a per-layer embedding.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.base.embedding import embedding_rms
 from softprompt.base.fingerprint import fingerprint
 from softprompt.base.generation import GenerationRules
-from softprompt.base.per_layer import PerLayerEmbeddings, per_layer_embeddings
 from softprompt.base.tokens import encode_text
 from softprompt.errors import EncodingError
 
@@ -133,3 +140,60 @@ class Base:
         """Text that `ids` add behind `before`: some tokenizers drop a space at the very start of a text."""
         head, whole = self.decode(tuple(before)), self.decode((*before, *ids))
         return whole[len(head) :] if whole.startswith(head) else self.decode(tuple(ids))
+
+
+_ROWS_PER_CHUNK = 16_384
+
+
+def embedding_rms(embedding: nn.Embedding, device: torch.device) -> float:
+    """Root mean square over all entries of the table [V, H], in float64, after the module's own scaling.
+
+    `device` is where it takes its ids. Gemma-3's embedding module multiplies what it looks up; the table's raw weights
+    would be off by that factor.
+    """
+    total = 0.0
+    with torch.no_grad():
+        for first in range(0, embedding.num_embeddings, _ROWS_PER_CHUNK):
+            last = min(first + _ROWS_PER_CHUNK, embedding.num_embeddings)
+            ids = torch.arange(first, last, device=device)
+            total += float(embedding(ids).double().square().sum())
+    return math.sqrt(total / (embedding.num_embeddings * embedding.embedding_dim))
+
+
+_KINDS = ("gemma3n_text", "gemma4_text")
+
+
+@dataclass(frozen=True)
+class PerLayerEmbeddings:
+    """The second lookup of one model."""
+
+    text_model: Any  # Any: transformers' text model, which has `get_per_layer_inputs`
+    virtual_id: int  # whose embeddings a virtual token gets
+    hidden_size: int  # H
+
+    def behind(self, embeds: Tensor, ids: Tensor) -> Tensor:
+        """[..., H + L * E] of input embeddings [..., H] and their token ids [...]."""
+        with torch.no_grad():
+            own: Tensor = self.text_model.get_per_layer_inputs(ids.to(embeds.device))
+        return torch.cat([embeds, own.flatten(-2).to(embeds)], dim=-1)
+
+    def behind_virtual(self, vectors: Tensor) -> Tensor:
+        """[..., H + L * E] of vectors without token ids [..., H]; gradients flow into them."""
+        ids = torch.full(vectors.shape[:-1], self.virtual_id, device=vectors.device)
+        return self.behind(vectors, ids)
+
+    def arguments(self, inputs: Tensor) -> dict[str, Tensor]:
+        """What the model's forward takes: input embeddings [..., H] and per-layer inputs [..., L, E]."""
+        embeds, own = inputs.split([self.hidden_size, inputs.shape[-1] - self.hidden_size], dim=-1)
+        num_layers = self.text_model.config.num_hidden_layers
+        return {"inputs_embeds": embeds, "per_layer_inputs": own.unflatten(-1, (num_layers, -1))}
+
+
+def per_layer_embeddings(model: PreTrainedModel) -> PerLayerEmbeddings | None:
+    """Those of a model; None where it has none."""
+    text = model.config.get_text_config(decoder=True)
+    if text.model_type not in _KINDS or not text.hidden_size_per_layer_input:
+        return None
+    text_model = next(module for module in model.modules() if hasattr(module, "get_per_layer_inputs"))
+    virtual_id = 0 if text.model_type == "gemma3n_text" else text.pad_token_id or 0
+    return PerLayerEmbeddings(text_model, virtual_id, text.hidden_size)

@@ -171,7 +171,7 @@ def _held_out(prompts: Mapping[str, SoftPrompt], flags: Mapping[str, Any], seed:
 def _given_set(flags: Mapping[str, Any], forms: Sequence[InputForm], seed: int, offline: bool) -> dict[str, Rows]:
     """The set of --data, with the prompts' labels, and in their own template unless another form is requested."""
     from softprompt.data import read_rows
-    from softprompt.data.labels import with_labels
+    from softprompt.data.rows import with_labels
 
     form = next((form for form in forms if form.kind == "template"), forms[0] if forms else None)
     rows = with_labels(read_rows(config_of(DataConfig, flags), seed=seed, offline=offline, form=form))

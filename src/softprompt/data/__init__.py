@@ -5,16 +5,14 @@ the soft prompt's length off `max_length`, and `plan_epoch` deals in integers. T
 its file; control tokens written inside it are text.
 """
 
-from softprompt.data.batches import plan_epoch
-from softprompt.data.boundary import completion_ids, label_ids
-from softprompt.data.chat import DEFAULT_CHAT_TEMPLATE, chat_prompt_ids
-from softprompt.data.examples import build_examples
+from softprompt.data.chat import chat_prompt_ids
+from softprompt.data.chat_template import DEFAULT_CHAT_TEMPLATE
+from softprompt.data.examples import build_examples, plan_epoch, report_lines
 from softprompt.data.form import Input, form_ids, input_ids, prompt_text, template_text
 from softprompt.data.read import as_rows, read_rows, rows_from_records, rows_from_texts
-from softprompt.data.report import report_lines
-from softprompt.data.rows import Rows, Written, rows_hash, write_row, write_rows
+from softprompt.data.rows import Rows, Written, fill_template, rows_hash, template_fields, write_row, write_rows
 from softprompt.data.split import Split, held_out_record, split_rows
-from softprompt.data.template import fill_template, template_fields
+from softprompt.data.tokens import completion_ids, label_ids
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",

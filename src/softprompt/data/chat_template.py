@@ -11,10 +11,9 @@ the first messages alone, without rendering them again; see `Trace`.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache, wraps
+from functools import lru_cache
 from types import CodeType
 from typing import Any, NamedTuple, cast
 
@@ -24,24 +23,30 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from softprompt.compute_share import yield_point
 from softprompt.data.messages import Message
-from softprompt.data.template_trace import ReadLog, Trace, Watched, plain_loops
+from softprompt.data.template_budget import (
+    JINJAS_OWN,
+    LONG_NUMBER,
+    Budget,
+    BudgetError,
+    PaidFunctions,
+    Span,
+    check_growth,
+    check_product,
+)
+from softprompt.data.template_trace import Trace, Watched, plain_loops
 from softprompt.errors import DataError
 
-_STEPS, _STEPS_PER_MESSAGE = 300_000, 300
-_CHARACTERS, _CHARACTERS_PER_MESSAGE, _GROWTH = 2**20, 1_000, 16  # a template may write a message's words several times
-_STEP_CHARACTERS, _STEP_ITEMS = 64, 16  # that are copied or searched in about the time of a step
-_BREATH_STEPS = 5_000
-_MOST_BITS = 10_000  # of a whole number
+# The assistant's turn ends with EOS in the history too, as it does when it is generated.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{% if messages %}{{ '\\n' }}{% endif %}Assistant:{% endif %}"
+)
 _LONGEST_REASON = 300
-
-
-class Span(NamedTuple):
-    """A stretch of a rendered conversation."""
-
-    start: int  # characters
-    end: int
 
 
 class Rendered(NamedTuple):
@@ -66,7 +71,7 @@ class ChatTemplate:
         """The messages as text. A trace costs a little, and tells nothing where it is not asked for.
 
         Raises DataError, opening with `where`, where the template refuses, fails or does not end."""
-        work = _Work(messages)
+        work = Budget(messages)
         try:
             return self._rendered(work, messages, generation_prompt, is_traced)
         except Exception as error:
@@ -74,7 +79,9 @@ class ChatTemplate:
                 raise
             raise DataError(f"{where}: the tokenizer's chat template {_reason(error)}") from error
 
-    def _rendered(self, work: _Work, messages: Sequence[Message], generation_prompt: bool, is_traced: bool) -> Rendered:
+    def _rendered(
+        self, work: Budget, messages: Sequence[Message], generation_prompt: bool, is_traced: bool
+    ) -> Rendered:
         compiled = _compile(self.source)
         environment = _Environment(work)
         template = environment.template_class.from_code(environment, compiled.code, environment.make_globals(None))
@@ -83,7 +90,7 @@ class ChatTemplate:
         try:
             text = self._text(template, work, given, generation_prompt)
         except Exception as error:  # perhaps because what the messages are used for cannot be watched
-            if given is plain or isinstance(error, _TooMuchError) or error is work.interruption:
+            if given is plain or isinstance(error, BudgetError) or error is work.interruption:
                 raise
             work.restart()
             text = self._text(template, work, plain, generation_prompt)
@@ -91,7 +98,7 @@ class ChatTemplate:
         trace = Trace(text, work.log, compiled.plain_loops, len(messages))
         return Rendered(text, work.marks, trace, work.num_steps)
 
-    def _text(self, template: jinja2.Template, work: _Work, messages: object, generation_prompt: bool) -> str:
+    def _text(self, template: jinja2.Template, work: Budget, messages: object, generation_prompt: bool) -> str:
         parts = template.generate(
             messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt,
             **self._special_tokens,
@@ -106,7 +113,7 @@ class ChatTemplate:
 def _reason(error: Exception) -> str:
     said = str(error)
     shown = said if len(said) <= _LONGEST_REASON else f"{said[: _LONGEST_REASON - 3]}..."
-    if isinstance(error, _TooMuchError):
+    if isinstance(error, BudgetError):
         return f"does not end: {shown}"
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"cannot be read: {shown}"
@@ -117,193 +124,19 @@ def _reason(error: Exception) -> str:
     return f"fails: {type(error).__name__}: {shown}"
 
 
-# Bounds ---------------------------------------------------------------------------------------------------------------
-
-
-class _TooMuchError(Exception):
-    """A rendering is longer than any conversation needs."""
-
-
-class _Work:
-    """What one rendering has done so far, and may do."""
-
-    def __init__(self, messages: Sequence[Message] = ()) -> None:
-        size = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
-        self._most_steps = _STEPS + _STEPS_PER_MESSAGE * len(messages) + size // 2
-        self.most_characters = _CHARACTERS + _CHARACTERS_PER_MESSAGE * len(messages) + _GROWTH * size
-        self.num_steps, self._next_breath = 0, _BREATH_STEPS
-        self.interruption: Exception | None = None  # raised by whoever stops this thread's work
-        self.log = ReadLog(len(messages))
-        self.restart()
-
-    def restart(self) -> None:
-        self.log.restart()
-        self.marks: list[Span] = []
-
-    def wrote(self, part: str) -> None:
-        self.log.position += len(part)
-        self.copied(len(part))
-        self.check_length(self.log.position)
-
-    def copied(self, num_characters: int) -> None:
-        self.step(1 + num_characters // _STEP_CHARACTERS)
-
-    def step(self, count: int = 1) -> None:
-        self.num_steps += count
-        if self.num_steps > self._most_steps:
-            raise _TooMuchError(f"it has taken {self._most_steps:,} steps, more than these messages need")
-        if self.num_steps >= self._next_breath:
-            self._next_breath = self.num_steps + _BREATH_STEPS
-            try:
-                yield_point()
-            except Exception as error:
-                self.interruption = error
-                raise
-
-    def check_length(self, num_characters: int) -> None:
-        if num_characters > self.most_characters:
-            raise _TooMuchError(f"it makes more than {self.most_characters:,} characters of these messages")
-
-    def weigh(self, value: object) -> int:
-        """Characters that a value takes as text, at least; each of them is paid for."""
-        total, rest = 0, [value]
-        while rest:
-            each = rest.pop()
-            self.step()
-            if isinstance(each, str):
-                total += len(each)
-                self.copied(len(each))
-            elif isinstance(each, Mapping):
-                rest += each.keys()
-                rest += each.values()
-            elif isinstance(each, (list, tuple, set, frozenset, range)):
-                self.step(len(each))
-                rest += each
-            total += 1
-        self.check_length(total)
-        return total
-
-    def unrolled(self, value: object) -> object:
-        """A list of what an iterator gives, whose size can be known."""
-        return self._listed(value) if isinstance(value, Iterator) else value
-
-    def _listed(self, items: Iterator[object]) -> list[object]:
-        found = []
-        for item in items:
-            self.step()
-            found.append(item)
-        return found
-
-    def skim(self, value: object) -> None:
-        """Pays for walking over a value, not into it."""
-        if isinstance(value, str):
-            self.copied(len(value))
-        elif isinstance(value, (list, tuple, set, frozenset, dict, range)):
-            self.step(1 + len(value) // _STEP_ITEMS)
-
-
-# What looks at values without turning them into text, and what gives a text that is no longer than its own.
-_LOOKING = frozenset({
-    "length", "count", "first", "last", "list", "map", "select", "reject", "selectattr", "rejectattr", "default", "d",
-    "items", "attr", "random", "reverse", "defined", "undefined", "none", "boolean", "false", "true", "mapping",
-    "number", "integer", "float", "sequence", "iterable", "callable", "sameas", "odd", "even", "divisibleby", "filter",
-    "test", "get", "keys", "values",
-})  # fmt: skip
-_SHORTENING = frozenset({
-    "string", "lower", "upper", "trim", "strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "startswith",
-    "endswith", "find", "rfind", "index", "rindex", "title", "capitalize", "isdigit", "isalpha", "isalnum", "isspace",
-    "isupper", "islower", "partition", "rpartition", "removeprefix", "removesuffix", "swapcase", "casefold",
-})  # fmt: skip
-_WIDE = frozenset({"center", "ljust", "rjust", "zfill", "indent", "batch", "slice", "tojson", "expandtabs", "wordwrap"})
-_FORMATTING = frozenset({"format", "format_map"})
-_JINJAS_OWN = ("_loop_vars", "_block_vars")  # what it passes to every call
-_LONG_NUMBER = re.compile(r"\d{6}")
-
-
-def _check_growth(work: _Work, name: str, values: Sequence[Any]) -> None:  # Any: a template's own
-    """Pays for a filter, a test or a method, by what it is called on and with."""
-    if name in _LOOKING or (name in _SHORTENING and all(isinstance(value, str) for value in values)):
-        for value in values:
-            work.skim(value)
-        return
-    sizes = [work.weigh(value) for value in values]
-    numbers = [abs(value) for value in values if type(value) is int]
-    if name in _WIDE and numbers:
-        lines = values[0].count("\n") + values[0].count("\t") if isinstance(values[0], str) else sizes[0]
-        work.check_length((1 + lines) * max(numbers))
-    if name == "replace" and len(values) > 2:
-        work.check_length((1 + str(values[0]).count(str(values[1]))) * sizes[2])
-    if name == "join" and len(values) > 1:
-        text, parts = (0, 1) if isinstance(values[0], str) and not isinstance(values[1], str) else (1, 0)
-        work.check_length(sizes[parts] + _length(values[parts]) * sizes[text])
-    if name == "sum" and len(values) > 1:
-        work.check_length(sizes[0] * _length(values[0]))
-    if name in _FORMATTING:
-        _check_format(work, str(values[0]), sizes[1:], numbers)
-
-
-def _length(value: Any) -> int:  # Any: a template's own
-    return len(value) if hasattr(value, "__len__") else 1
-
-
-def _check_format(work: _Work, pattern: str, sizes: Sequence[int], numbers: Sequence[int]) -> None:
-    """Fields that are very wide, or many of something long."""
-    if _LONG_NUMBER.search(pattern) or max(numbers, default=0) >= 10**5:
-        raise _TooMuchError("it formats text to a width of more than 100,000 characters")
-    work.check_length(len(pattern) + (pattern.count("%") + pattern.count("{")) * (sum(sizes) + 10**5 // 64))
-
-
-class _Paid(dict[str, Callable[..., Any]]):  # Any: Jinja's own filters and tests
-    """Filters or tests that pay for what they do."""
-
-    def __init__(self, known: Mapping[str, Callable[..., Any]], work: _Work) -> None:  # Any: as above
-        super().__init__(known)
-        self._work = work
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:  # Any: as above
-        return self._paid(name, super().__getitem__(name))
-
-    def get(self, name: str, default: Any = None) -> Any:  # Any: as above
-        known = super().get(name)
-        return default if known is None else self._paid(name, known)
-
-    def _paid(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:  # Any: as above
-        first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or the environment comes first
-
-        @wraps(function)
-        def paid(*args: Any, **named: Any) -> Any:  # Any: as above
-            if name in ("join", "sum"):
-                args = tuple(self._work.unrolled(value) for value in args)
-            _check_growth(self._work, name, (*args[first:], *named.values()))
-            return self._counted(function(*args, **named))
-
-        return paid
-
-    def _counted(self, result: Any) -> Any:  # Any: as above
-        if not isinstance(result, Iterator):
-            self._work.skim(result)
-            return result
-        return self._steps(result)
-
-    def _steps(self, items: Iterator[Any]) -> Iterator[Any]:  # Any: as above
-        for item in items:
-            self._work.step()
-            yield item
-
-
 class _Environment(ImmutableSandboxedEnvironment):
     """transformers' environment for chat templates, made for one rendering, with what that may cost."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: Budget) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols])
         self.work = work
         self.finalize = self._written
         self.concat = self._concatenated  # type: ignore[assignment]  # Jinja's way to join what a block wrote
         self.filters["tojson"] = _to_json
         known: Any = self.filters, self.tests  # Any: Jinja has them as dicts of "function"
-        filters, tests = (_Paid(each, work) for each in known)
+        filters, tests = (PaidFunctions(each, work) for each in known)
         self.filters, self.tests = cast(Any, filters), cast(Any, tests)
         del self.globals["lipsum"]
         self.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dictionaries(), namespace=_Namespace)
@@ -314,9 +147,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         target = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # str.format comes wrapped
         if getattr(__obj, "__name__", "") == "join":
             args = tuple(__self.work.unrolled(value) for value in args)
-        values = (*args, *(value for name, value in named.items() if name not in _JINJAS_OWN))
+        values = (*args, *(value for name, value in named.items() if name not in JINJAS_OWN))
         if isinstance(target, (str, list, tuple, dict)):
-            _check_growth(__self.work, __obj.__name__, (target, *values))
+            check_growth(__self.work, __obj.__name__, (target, *values))
         else:
             for value in values:
                 __self.work.skim(value)
@@ -327,12 +160,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # Any: a template's own
         if operator == "%" and isinstance(left, str):
-            _check_growth(self.work, "format", (left, *(right if isinstance(right, tuple) else (right,))))
+            check_growth(self.work, "format", (left, *(right if isinstance(right, tuple) else (right,))))
         elif operator == "+":
             if hasattr(left, "__len__") and hasattr(right, "__len__"):
                 self.work.check_length(len(left) + len(right))
         elif operator in ("*", "**"):
-            _check_product(self.work, operator, left, right)
+            check_product(self.work, operator, left, right)
         result = super().call_binop(context, operator, left, right)
         self.work.skim(result)
         return result
@@ -380,16 +213,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         return value
 
 
-def _check_product(work: _Work, operator: str, left: Any, right: Any) -> None:  # Any: a template's own
-    if type(left) in (int, bool) and type(right) in (int, bool):
-        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
-        if bits > _MOST_BITS:
-            raise _TooMuchError("it computes a whole number of thousands of digits")
-    for one, other in ((left, right), (right, left)):
-        if hasattr(one, "__len__") and isinstance(other, int):
-            work.check_length(len(one) * max(other, 0))
-
-
 class _Generation(Extension):
     """`{% generation %}`: what the assistant says, noted while it is written."""
 
@@ -402,7 +225,7 @@ class _Generation(Extension):
 
     def generated(self, caller: Callable[[], str]) -> str:
         text = caller()
-        work: _Work = cast(_Environment, self.environment).work
+        work: Budget = cast(_Environment, self.environment).work
         position = work.log.position
         work.marks.append(Span(position, position + len(text)))
         return text
@@ -423,8 +246,8 @@ def _raise(message: object) -> None:
 
 
 def _now(pattern: str) -> str:
-    if _LONG_NUMBER.search(pattern):
-        raise _TooMuchError("it formats a date to a width of more than 100,000 characters")
+    if LONG_NUMBER.search(pattern):
+        raise BudgetError("it formats a date to a width of more than 100,000 characters")
     return datetime.now().strftime(pattern)
 
 
@@ -494,7 +317,7 @@ class _Compiled(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _compile(source: str) -> _Compiled:
-    environment = _Environment(_Work())
+    environment = _Environment(Budget())
     tree = environment.parse(source)
     plain = plain_loops(tree)
     bounded = _Bounded(environment, plain).visit(tree)

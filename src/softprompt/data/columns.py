@@ -10,10 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from softprompt.config import DataConfig
-from softprompt.data.labels import labels_of
 from softprompt.data.messages import check_row_keys, choosing_columns
-from softprompt.data.rows import Rows, is_missing, is_whole_number
-from softprompt.data.template import known_columns, require_fields, template_fields
+from softprompt.data.rows import (
+    Rows,
+    is_missing,
+    is_whole_number,
+    known_columns,
+    labels_of,
+    require_fields,
+    template_fields,
+)
 from softprompt.errors import ConfigError, DataError
 from softprompt.settings import typed_text
 from softprompt.types import InputForm, is_number

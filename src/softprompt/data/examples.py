@@ -1,20 +1,22 @@
-"""Rows to examples: token ids with their targets, cut to the length there is.
+"""Rows to examples to batches: token ids with their targets, cut to the maximum length; what the user is shown of them;
+and which rows make up which step.
 
-What a target is stands in `softprompt.types.Example`, where a completion begins in `softprompt.data.boundary`.
+`softprompt.types.Example` defines what a target is, `softprompt.data.tokens` where a completion begins. `plan_epoch` is
+a pure function of integers: it knows no tokens, tensors or ranks.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from softprompt.base import Base
 from softprompt.compute_share import yield_point
-from softprompt.data.boundary import completion_ids, first_ids
 from softprompt.data.chat import chat_ids
-from softprompt.data.labels import labelled_form
-from softprompt.data.report import show_example
-from softprompt.data.rows import Rows, Written, write_rows, written_hash
+from softprompt.data.rows import Rows, Written, labelled_form, write_rows, written_hash
+from softprompt.data.tokens import completion_ids, first_ids
 from softprompt.errors import DataError, EncodingError, LengthError
 from softprompt.types import DataReport, Example, ExampleSet, FormKind
 
@@ -171,3 +173,99 @@ def _report(base: Base, rows: Rows, results: Sequence[_Ids], examples: Sequence[
         example=show_example(base, examples[0]),
         notes=tuple(f"{rows.source}: {note}" for note in rows.notes),
     )
+
+
+SOFT_PROMPT = "[soft prompt]"  # stands for the virtual tokens, whose number the data does not know
+_OPEN, _CLOSE = "⟦", "⟧"  # around what training counts
+_SHOWN_ROWS = 5
+_SHOWN_CHARACTERS = 600
+_CONTEXT_IDS = 32  # that a stretch is decoded behind
+
+
+def report_lines(report: DataReport) -> list[str]:
+    """Rows used, skipped and cut (counted from 1), tokens, and one example as the model sees it."""
+    lines = [
+        f"{report.source}: {report.num_used:,} of {_count(report.num_read, 'row')} used, "
+        f"{report.num_tokens:,} tokens ({report.min_tokens:,} to {report.max_tokens:,} a row), "
+        f"{report.num_targets:,} of them counted",
+    ]
+    if report.empty_rows:
+        lines.append(f"skipped, nothing to learn: {_row_list(report.empty_rows)}")
+    if report.truncated_rows:
+        lines.append(f"cut at the length limit, without EOS: {_row_list(report.truncated_rows)}")
+    lines.append(f"as the model sees it ({_OPEN}counted{_CLOSE}): {_shortened(report.example)}")
+    return lines
+
+
+def show_example(base: Base, example: Example) -> str:
+    """An example's text behind a placeholder for the soft prompt, special tokens shown, targets in ⟦ ⟧."""
+    shown = SOFT_PROMPT
+    done = 0
+    for counted, group in itertools.groupby(example.target_mask):
+        end = done + len(list(group))
+        text = _text_between(base, example.ids, done, end)
+        shown += f"{_OPEN}{text}{_CLOSE}" if counted else text
+        done = end
+    return shown
+
+
+def _text_between(base: Base, ids: Sequence[int], start: int, end: int) -> str:
+    """Decoded behind some of what stands before it: many tokenizers drop the space of whatever they are given first."""
+    first = max(0, start - _CONTEXT_IDS)
+    before, both = _decode(base, ids[first:start]), _decode(base, ids[first:end])
+    return both[len(before) :] if both.startswith(before) else _decode(base, ids[start:end])
+
+
+def _decode(base: Base, ids: Sequence[int]) -> str:
+    text = base.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _row_list(indices: Sequence[int]) -> str:
+    shown = ", ".join(f"{index + 1:,}" for index in indices[:_SHOWN_ROWS])
+    more = f" and {len(indices) - _SHOWN_ROWS:,} more" if len(indices) > _SHOWN_ROWS else ""
+    return f"{_count(len(indices), 'row')} (row {shown}{more})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]} … {text[-half:]}"
+
+
+def plan_epoch(
+    lengths: Sequence[int],  # tokens of each row
+    *,
+    batch_rows: int,
+    batch_tokens: int | None = None,  # tokens per batch at most, pads not counted; takes the place of batch_rows
+    seed: int,
+    epoch: int,
+) -> list[list[int]]:
+    """Batches of row positions: a permutation by seed and epoch, cut by rows or by tokens. Every row exactly once.
+
+    A row longer than `batch_tokens` is a batch of its own.
+    """
+    order = list(range(len(lengths)))
+    # Seeded by text, which `random` hashes the same on every machine, so that (0, 1) and (1, 0) differ.
+    random.Random(f"epoch:{seed}:{epoch}").shuffle(order)
+    if batch_tokens is None:
+        return [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+    return _cut_by_tokens(order, lengths, batch_tokens)
+
+
+def _cut_by_tokens(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    room = 0
+    for position in order:
+        if not batches or lengths[position] > room:
+            batches.append([])
+            room = batch_tokens
+        batches[-1].append(position)
+        room -= lengths[position]
+    return batches

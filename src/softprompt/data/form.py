@@ -1,20 +1,21 @@
-"""An input for generation, written as the prompt's training rows were.
+"""Inputs for generation, written as the prompt's training rows were.
 
-An input is one text, the fields of a template by name, or chat messages. One text is raw for the bare base and for a
-prompt trained on plain text; it fills a template that has one field; to a prompt trained on chat it is the user's.
+An input is one text, the fields of a template by name, or chat messages. For the bare base and a prompt trained on
+plain text, one text is used as it is; for a prompt with a template it fills the only field; for a prompt trained on
+chat it is the user's message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from softprompt.base import Base
-from softprompt.data.boundary import first_ids
 from softprompt.data.chat import chat_prompt_ids
 from softprompt.data.messages import Message, read_messages
-from softprompt.data.template import fill_template, require_fields, template_fields
-from softprompt.errors import DataError
+from softprompt.data.rows import fill_template, require_fields, template_fields
+from softprompt.data.tokens import first_ids
+from softprompt.errors import DataError, shortened
 from softprompt.types import InputForm
 
 Input = str | Mapping[str, str] | Sequence[Mapping[str, Any]]  # Any: a message, checked where it is read
@@ -117,3 +118,32 @@ def _only_field(form: InputForm, text: str) -> dict[str, str]:
 
 def _listed(names: Mapping[str, str] | Sequence[str]) -> str:
     return ", ".join(map(repr, names)) or "no fields"
+
+
+def input_list(inputs: Iterable[Any], name: str, *, also: tuple[type, ...] = ()) -> list[Any]:  # Any: checked here
+    """The inputs, each of them of a kind that can be answered, or one of `also`.
+
+    Raises DataError for one input in the place of a list, of which each letter or field would be answered, and for an
+    input that is nothing of the kind.
+    """
+    if isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable):
+        raise DataError(f"{name} is {shortened(inputs)}; it must be a list, [{shortened(inputs, 30)}] say")
+    return [_checked(item, f"item {number:,} of {name}", also) for number, item in enumerate(inputs, start=1)]
+
+
+def _checked(item: Any, where: str, also: tuple[type, ...]) -> Any:  # Any: as above
+    is_chat = isinstance(item, (list, tuple)) and all(isinstance(message, Mapping) for message in item)
+    if not (isinstance(item, (str, Mapping, *also)) or is_chat):
+        kind = type(item).__name__
+        raise DataError(f"{where} is a {kind}, {shortened(item)}; give a text, fields by name or a list of messages")
+    for text in (item,) if isinstance(item, str) else item.values() if isinstance(item, Mapping) else ():
+        _refuse_half_pairs(text, where)
+    return item
+
+
+def _refuse_half_pairs(text: object, where: str) -> None:
+    try:
+        if isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} holds half of a surrogate pair, which is no text") from None

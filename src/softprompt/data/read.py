@@ -1,23 +1,29 @@
 """Rows from a file, a folder, the Hub or Python objects.
 
-Text formats (CSV, TSV, JSON, JSON lines, plain text) are read here, not through the `datasets` library: its readers
-guess types, so that a column of "NA", "007" or "2020-01-01 00:00:00" is no longer the text in the file, and they cannot
-name the line that is broken. Parquet, folders saved by `datasets` and Hub sets carry their own types and go through it.
+Text formats (CSV, TSV, JSON, JSON lines, plain text) are read in `textfiles`, not by the `datasets` library: its
+readers guess types, so that a column of "NA", "007" or "2020-01-01 00:00:00" is no longer the text in the file, and
+they cannot name the line that is broken. Parquet, folders saved by `datasets` and Hub data sets carry their own types
+and are read by it: local files leave no cache behind; a Hub data set stays in the library's cache, for offline use.
+DataFrames and data sets in memory are recognised by their methods, so neither pandas nor polars is imported.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from softprompt.config import DataConfig
 from softprompt.data.columns import Table, rows_of
-from softprompt.data.records import TEXT, records_of
 from softprompt.data.rows import Rows
-from softprompt.data.sources import read_table
-from softprompt.data.textfiles import Record
-from softprompt.errors import DataError
+from softprompt.data.textfiles import FileRows, Record, read_delimited, read_json, read_lines
+from softprompt.errors import ConfigError, DataError, shortened
+from softprompt.guard import lfs_pointer_problem
+from softprompt.settings import typed_text
 from softprompt.types import InputForm
 
 
@@ -77,7 +83,7 @@ def rows_from_records(
         completion=completion,
         messages_column=messages_column,
     )
-    return _rows(records_of(records), config)
+    return _rows_of_records(records_of(records), config)
 
 
 def as_rows(data: Rows | Iterable[Any], form: InputForm | None = None) -> Rows:  # Any: as above
@@ -85,9 +91,204 @@ def as_rows(data: Rows | Iterable[Any], form: InputForm | None = None) -> Rows: 
 
     Raises DataError for what is no set of rows: one text, a dictionary, numbers.
     """
-    return data if isinstance(data, Rows) else _rows(records_of(data), DataConfig(data="the data"), form)
+    return data if isinstance(data, Rows) else _rows_of_records(records_of(data), DataConfig(data="the data"), form)
 
 
-def _rows(records: Sequence[Record], config: DataConfig, form: InputForm | None = None) -> Rows:
+def _rows_of_records(records: Sequence[Record], config: DataConfig, form: InputForm | None = None) -> Rows:
     columns = dict.fromkeys(name for record in records for name in record)
     return rows_of(Table(config.data, tuple(columns), records), config, form)
+
+
+_DEFAULT_SPLIT = "train"
+
+
+def read_parquet(path: Path) -> list[Record]:
+    """Records of a Parquet file. Raises DataError where it is none."""
+    with _datasets_library(str(path)) as datasets, tempfile.TemporaryDirectory() as cache:
+        return _stored_records(datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True))
+
+
+def read_saved_folder(folder: Path, split: str | None) -> list[Record]:
+    """Records of a folder that `save_to_disk` wrote; of its split, if it holds several.
+
+    Raises DataError where the folder is broken or has no such split.
+    """
+    with _datasets_library(str(folder)) as datasets:
+        saved = datasets.load_from_disk(str(folder), keep_in_memory=True)
+        if isinstance(saved, datasets.DatasetDict):
+            wanted = split or _DEFAULT_SPLIT
+            if wanted not in saved:
+                raise DataError(f"{folder} has no split {wanted!r}; it has {', '.join(map(repr, saved))}")
+            saved = saved[wanted]
+        return _stored_records(saved)
+
+
+def read_hub_set(name: str, subset: str | None, split: str | None, *, offline: bool) -> list[Record]:
+    """Records of one split of a Hub data set. Raises DataError where it cannot be had."""
+    with _datasets_library(f"Hub data set {name!r}") as datasets, _no_network(datasets) if offline else nullcontext():
+        return _stored_records(datasets.load_dataset(name, subset, split=split or _DEFAULT_SPLIT))
+
+
+def _stored_records(dataset: Any) -> list[Record]:  # Any: a datasets.Dataset, which has no types
+    """Cells as stored: nothing decoded, so that an image column next to the text needs no image library."""
+    stored: list[Record] = dataset.with_format("arrow")[:].to_pylist()
+    return stored
+
+
+@contextmanager
+def _no_network(datasets: Any) -> Iterator[None]:
+    """Only these two switches keep both libraries off the network; `local_files_only` still asks the Hub first."""
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _datasets_library(what: str) -> Iterator[Any]:  # Any: the datasets module, which has no types
+    """The library, silent, with its errors as one sentence."""
+    import datasets
+
+    shows_bars = not datasets.utils.are_progress_bars_disabled()
+    verbosity = datasets.utils.logging.get_verbosity()
+    datasets.utils.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    try:
+        yield datasets
+    except DataError:
+        raise
+    except Exception as error:  # the library lets through pyarrow's, fsspec's and the Hub client's errors alike
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{what} cannot be read: {reason[:300] or type(error).__name__}") from error
+    finally:
+        datasets.utils.logging.set_verbosity(verbosity)
+        if shows_bars:
+            datasets.utils.enable_progress_bars()
+
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_READERS: dict[str, Callable[[Path], list[Record]]] = {
+    ".json": read_json,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".parquet": read_parquet,
+    ".txt": read_lines,
+    ".text": read_lines,
+}
+_ENDINGS = (*_DELIMITERS, *_READERS)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
+
+
+def read_table(config: DataConfig, *, offline: bool = False) -> Table:
+    """Columns and records of a file, a folder or a Hub data set.
+
+    Raises DataError where there is nothing at that place, or it cannot be read.
+    """
+    path = Path(config.data).expanduser()
+    if path.is_dir():
+        return _read_folder(path, config)
+    if path.is_file():
+        return _joined(config.data, [_read_file(path, config)])
+    if _HUB_ID.fullmatch(config.data) and path.suffix.lower() not in _ENDINGS:
+        records = read_hub_set(config.data, config.subset, config.split, offline=offline)
+        return _joined(config.data, [FileRows(records)])
+    raise DataError(f"there is no data at {config.data!r} (looked at {path.absolute()}; a Hub data set is org/name)")
+
+
+def _joined(source: str, files: Sequence[FileRows]) -> Table:
+    records = [record for file in files for record in file.records]
+    columns = tuple(dict.fromkeys(name for record in records for name in record))
+    return Table(source, columns, records, tuple(note for file in files for note in file.notes))
+
+
+def _read_file(path: Path, config: DataConfig) -> FileRows:
+    ending = path.suffix.lower()
+    if ending not in _ENDINGS:
+        raise DataError(f"{path}: ending {path.suffix!r} is not known; data can be {', '.join(_ENDINGS)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is an empty file; there is nothing to learn from")
+    problem = lfs_pointer_problem(path)
+    if problem is not None:
+        raise DataError(problem)
+    if ending in _DELIMITERS:
+        given = None if config.delimiter is None else typed_text(config.delimiter)
+        return read_delimited(path, usual=_DELIMITERS[ending], delimiter=given)
+    if config.delimiter is not None:
+        raise ConfigError(f"delimiter is {config.delimiter!r}, but {path} is no CSV or TSV file; leave it out")
+    return FileRows(_READERS[ending](path))
+
+
+def _read_folder(folder: Path, config: DataConfig) -> Table:
+    if any((folder / name).is_file() for name in _SAVED_BY_DATASETS):
+        return _joined(config.data, [FileRows(read_saved_folder(folder, config.split))])
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _ENDINGS)
+    if not files:
+        raise DataError(f"folder {folder} holds no data; known endings are {', '.join(_ENDINGS)}")
+    chosen = _files_of_split(folder, files, config.split)
+    endings = sorted({path.suffix.lower() for path in chosen})
+    if len(endings) > 1:
+        raise DataError(f"folder {folder} holds files of several kinds ({', '.join(endings)}); name one file")
+    return _joined(config.data, [_read_file(path, config) for path in chosen])
+
+
+def _files_of_split(folder: Path, files: Sequence[Path], split: str | None) -> list[Path]:
+    """Files whose name has the split as a word ("train-00000.parquet"); without a split asked for or named, all."""
+    wanted = split or "train"
+    chosen = [path for path in files if wanted in re.split(r"[^A-Za-z]+", path.stem)]
+    if not chosen and split is not None:
+        raise DataError(f"folder {folder} has no file for split {split!r}; it has {', '.join(p.name for p in files)}")
+    return chosen or list(files)
+
+
+TEXT = "text"  # the column of texts that have none
+
+
+def records_of(data: Iterable[Any]) -> list[Record]:  # Any: checked here
+    """One record per row; a text in a row's place is a record {"text": text}.
+
+    Raises DataError, with what to give instead, for what is no set of rows.
+    """
+    _refuse_no_rows(data)
+    return [_record(item, number) for number, item in enumerate(_items(data), start=1)]
+
+
+def _refuse_no_rows(data: object) -> None:
+    if isinstance(data, (str, bytes)):
+        raise DataError(
+            f"the data is one text, {shortened(data)}; give a list of texts, or read a file with "
+            "read_rows(DataConfig(data=...))"
+        )
+    if isinstance(data, Mapping):
+        kind, first = type(data).__name__, shortened(next(iter(data), "train"))
+        hint = f"one of its splits, [{first}] say" if kind.endswith("DatasetDict") else "a list of them, one per row"
+        raise DataError(f"the data is a {kind} with {first}; give {hint}")
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise DataError(f"the data is a {type(data).__name__}; give texts, dictionaries, a DataFrame or a data set")
+
+
+def _items(data: Any) -> Any:  # Any: a library's object, and what it gives
+    """The rows of a table, where iterating over it would give its columns; else its items."""
+    if hasattr(data, "to_pylist"):  # pyarrow
+        return data.to_pylist()
+    if hasattr(data, "iter_rows") and hasattr(data, "columns"):  # polars
+        return data.iter_rows(named=True)
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas
+        plain = data.astype(object)
+        return plain.where(plain.notna(), None).to_dict("records")
+    return data
+
+
+def _record(item: object, number: int) -> Record:
+    if isinstance(item, str):
+        return {TEXT: item}
+    if isinstance(item, Mapping):
+        return {str(name): cell for name, cell in item.items()}
+    raise DataError(
+        f"item {number:,} of the data is a {type(item).__name__}, {shortened(item)}; give texts, or dictionaries with "
+        "named columns"
+    )

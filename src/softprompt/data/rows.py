@@ -1,20 +1,88 @@
-"""Rows as they were read, before any tokenizer: the fields a form needs, where each row comes from, and its text."""
+"""Rows before any tokenizer: the columns that a form needs, where each row comes from, its text, its label.
+
+A template is text with `{column}` fields. A field is a column's whole name: there are no attributes, indices,
+conversions or format specifications (`{a.b}` is the column called "a.b"), and nothing is looked up in a value. `{{` and
+`}}` are literal braces.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, NamedTuple
 
 from softprompt.compute_share import yield_point
 from softprompt.data.messages import Message, is_learned, read_messages
-from softprompt.data.template import fill_template, template_fields
-from softprompt.errors import DataError, shortened
+from softprompt.errors import ConfigError, DataError, shortened
 from softprompt.types import InputForm, brief_repr
+
+_PIECES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+")
+
+
+class Piece(NamedTuple):
+    """Literal text, or a field to be filled."""
+
+    text: str  # the text itself, or the column's name
+    is_field: bool
+
+
+@lru_cache(maxsize=64)
+def parse_template(template: str) -> tuple[Piece, ...]:
+    """The template's pieces in order. Raises ConfigError where a brace stands alone."""
+    pieces = []
+    for match in _PIECES.finditer(template):
+        token, field = match.group(), match.group(1)
+        if token in ("{", "}"):
+            raise ConfigError(
+                f"template {template!r} has a single {token!r} at character {match.start() + 1}; "
+                f"write {{column}} for a field and {token * 2!r} for the character itself"
+            )
+        pieces.append(Piece(field, True) if field is not None else Piece(_literal(token), False))
+    return tuple(pieces)
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """The columns that a template needs, each once, in order of appearance."""
+    return tuple(dict.fromkeys(piece.text for piece in parse_template(template) if piece.is_field))
+
+
+def fill_template(template: str, fields: Mapping[str, str]) -> str:
+    """The template with every field replaced by its text.
+
+    Raises ConfigError for a broken template, DataError for a field that is not given.
+    """
+    require_fields(template, fields)
+    return "".join(fields[piece.text] if piece.is_field else piece.text for piece in parse_template(template))
+
+
+def require_fields(template: str, columns: Iterable[str], where: str = "") -> None:
+    """Raises DataError for a field of the template that is no column."""
+    names = list(columns)
+    for field in template_fields(template):
+        if field not in names:
+            raise DataError(f"{where}template {template!r} asks for {field!r}; {known_columns(field, names)}")
+
+
+def known_columns(wanted: str, columns: Iterable[str]) -> str:
+    """What there is instead of the wanted column, the nearest name first: the end of an error message."""
+    names = list(columns)
+    near = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], n=1)
+    listed = f"the columns are {', '.join(map(repr, names))}" if names else "there are no columns"
+    if not near:
+        return listed
+    nearest = next(name for name in names if name.lower() == near[0])
+    return f"did you mean {nearest!r}? {listed}"
+
+
+def _literal(token: str) -> str:
+    return token[0] if token in ("{{", "}}") else token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +233,28 @@ def _digits(cell: Any, rows: Rows, position: int, name: str) -> str:  # Any: a w
         raise DataError(
             f"{rows.where(position)}: column {name!r} holds a number of very many digits; write it as text"
         ) from None
+
+
+MAX_LABELS = 50  # distinct completions; more than that is free text
+MIN_ROWS_PER_LABEL = 2  # on average
+
+
+def labels_of(completions: Sequence[str]) -> tuple[str, ...]:
+    """The distinct completions, sorted, where they look like a closed set of labels; else nothing."""
+    distinct = sorted(set(completions))
+    is_closed_set = 2 <= len(distinct) <= MAX_LABELS and len(completions) >= MIN_ROWS_PER_LABEL * len(distinct)
+    return tuple(distinct) if is_closed_set else ()
+
+
+def labelled_form(form: InputForm, written: Sequence[Written]) -> InputForm:
+    """The form with the labels that these rows show; labels already there are kept."""
+    if form.kind != "template" or form.labels:
+        return form
+    return replace(form, labels=labels_of([row.text for row in written if not row.is_empty]))
+
+
+def with_labels(rows: Rows) -> Rows:
+    """The rows with their labels in the form."""
+    if rows.form.kind != "template" or rows.form.labels:
+        return rows
+    return replace(rows, form=labelled_form(rows.form, write_rows(rows)))

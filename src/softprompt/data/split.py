@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from softprompt.config import DataConfig
-from softprompt.data.labels import with_labels
 from softprompt.data.read import read_all_rows, row_order
-from softprompt.data.rows import Rows, rows_hash, write_row
+from softprompt.data.rows import Rows, rows_hash, with_labels, write_row
 from softprompt.errors import ConfigError, DataError
 from softprompt.types import InputForm, brief_repr
 

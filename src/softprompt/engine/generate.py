@@ -8,7 +8,7 @@ from dataclasses import replace
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
 from softprompt.data import Input, form_ids
-from softprompt.data.inputs import input_list
+from softprompt.data.form import input_list
 from softprompt.engine.engine import Engine
 from softprompt.engine.request import Aborted, Answer, Failed, Finished, Request, Terminal
 from softprompt.errors import BaseModelError, ConfigError, TimeLimitError

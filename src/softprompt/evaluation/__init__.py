@@ -3,9 +3,9 @@
 from softprompt.config import ScoreConfig, TextScore
 from softprompt.data import Input
 from softprompt.evaluation.baselines import Baselines, Verdict, verdict_of
-from softprompt.evaluation.classes import ClassScore
 from softprompt.evaluation.classification import (
     Accuracy,
+    ClassScore,
     accuracies,
     accuracy,
     accuracy_by_likelihood,
@@ -13,12 +13,17 @@ from softprompt.evaluation.classification import (
     likeliest_labels,
 )
 from softprompt.evaluation.compare import BARE, Answered, Comparison, compare
-from softprompt.evaluation.criterion import CRITERIA, criterion
 from softprompt.evaluation.ensemble import Ensembles, vote, vote_accuracies, vote_accuracy
-from softprompt.evaluation.heldout import HeldOutLoss, Interval, held_out_losses, mean_loss
-from softprompt.evaluation.leave_out import LeaveOneOut, LeftOut, leave_one_out
-from softprompt.evaluation.markdown import to_markdown
-from softprompt.evaluation.tables import (
+from softprompt.evaluation.heldout import (
+    HeldOutLoss,
+    Interval,
+    LeaveOneOut,
+    LeftOut,
+    held_out_losses,
+    leave_one_out,
+    mean_loss,
+)
+from softprompt.evaluation.report import (
     Table,
     accuracy_tables,
     answer_tables,
@@ -29,9 +34,10 @@ from softprompt.evaluation.tables import (
     loss_tables,
     memory_line,
     score_tables,
+    to_markdown,
     verdict_lines,
 )
-from softprompt.evaluation.task_scores import TaskScore
+from softprompt.evaluation.scores import CRITERIA, TaskScore, criterion
 
 __all__ = [
     "BARE",

@@ -12,8 +12,14 @@ from dataclasses import dataclass, replace
 
 from softprompt.base import Base
 from softprompt.data import Rows, template_fields
-from softprompt.evaluation.classes import share_right
-from softprompt.evaluation.classification import Accuracy, label_confusion, labelled_rows, measured, predicted_labels
+from softprompt.evaluation.classification import (
+    Accuracy,
+    label_confusion,
+    labelled_rows,
+    measured,
+    predicted_labels,
+    share_right,
+)
 from softprompt.evaluation.heldout import Interval
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt

@@ -1,18 +1,19 @@
 """Accuracy on labelled rows: by the likelihood of each label, and by what is generated.
 
-A label's likelihood is the sum over its tokens, EOS excluded, in the context that training gave it. A context that is
+The log-likelihood of a label is the sum over its tokens, EOS excluded, in the context that training gave it. A context
 longer than the base allows loses its start, as in training.
 
 Calibrated, it is divided by the label's likelihood where the template's fields say nothing ("N/A" and ""): contextual
 calibration, Zhao et al. 2021, "Calibrate Before Use", arXiv 2102.09690, where probabilities among the labels are
 averaged over those inputs. Each contender is calibrated by its own likelihoods.
 
-M prompts, N texts, K labels.
+M prompts, N texts, K labels. A precision, recall or F1 whose denominator is 0 rows is 0.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,17 +27,7 @@ from softprompt.config import SamplingConfig
 from softprompt.data import Rows, fill_template, label_ids, template_fields, write_rows
 from softprompt.engine import Request, generate
 from softprompt.errors import DataError, LengthError
-from softprompt.evaluation.classes import (
-    ClassScore,
-    Confusion,
-    class_scores,
-    confusion_matrix,
-    macro_f1,
-    share_right,
-)
-from softprompt.evaluation.contenders import contenders
-from softprompt.evaluation.fit import room_for_text, without_start
-from softprompt.evaluation.heldout import CONFIDENCE, Interval
+from softprompt.evaluation.heldout import CONFIDENCE, Interval, contenders, room_for_text, without_start
 from softprompt.families import Forward, forward_of
 from softprompt.loss import target_nlls
 from softprompt.prompt import SoftPrompt
@@ -328,3 +319,55 @@ def _named_label(text: str, labels: Sequence[str]) -> int | None:
     said = text.strip()
     fits = [label for label in labels if said.startswith(label.strip())]
     return labels.index(max(fits, key=len)) if fits else None
+
+
+Confusion = tuple[tuple[int, ...], ...]  # [K][K] rows of data: by the true label, then by the predicted one
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How one label was recognised; shares from 0 to 1."""
+
+    label: str
+    precision: float  # of the rows taken for this label, those that have it
+    recall: float  # of the rows that have it, those taken for it
+    f1: float
+    support: int  # rows that have it
+
+
+def confusion_matrix(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> Confusion:
+    """Counts of rows by true label, then by predicted label; labels are numbers below `num_labels`."""
+    counts = Counter(zip(truth, predicted, strict=True))
+    labels = range(num_labels)
+    return tuple(tuple(counts[true, guess] for guess in labels) for true in labels)
+
+
+def class_scores(labels: Sequence[str], confusion: Confusion) -> tuple[ClassScore, ...]:
+    """One score per label, in order."""
+    taken = [sum(column) for column in zip(*confusion, strict=True)]
+    return tuple(
+        _class_score(label, confusion[number][number], taken[number], sum(confusion[number]))
+        for number, label in enumerate(labels)
+    )
+
+
+def share_right(confusion: Confusion) -> float:
+    """Accuracy: the share of all rows on the diagonal."""
+    return sum(row[number] for number, row in enumerate(confusion)) / sum(map(sum, confusion))
+
+
+def macro_f1(classes: Sequence[ClassScore], confusion: Confusion) -> float:
+    """Mean F1 over the labels that occur, as a true or a predicted one."""
+    taken = [sum(column) for column in zip(*confusion, strict=True)]
+    found = [item.f1 for item, times in zip(classes, taken, strict=True) if item.support or times]
+    return sum(found) / len(found)
+
+
+def _class_score(label: str, right: int, taken: int, support: int) -> ClassScore:
+    return ClassScore(
+        label=label,
+        precision=right / taken if taken else 0.0,
+        recall=right / support if support else 0.0,
+        f1=2 * right / (taken + support) if taken + support else 0.0,
+        support=support,
+    )

@@ -10,15 +10,14 @@ from typing import Any
 from softprompt.base import Base
 from softprompt.config import SamplingConfig, ScoreConfig
 from softprompt.data import Input, Rows, build_examples, form_ids
-from softprompt.data.inputs import input_list
+from softprompt.data.form import input_list
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError, shortened
 from softprompt.evaluation.baselines import Baselines, Verdict, baselines, verdicts
 from softprompt.evaluation.classification import Accuracy, accuracies
-from softprompt.evaluation.contenders import contenders
 from softprompt.evaluation.ensemble import Ensembles, check_ensembles, vote_accuracies
-from softprompt.evaluation.heldout import HeldOutLoss, held_out_losses
-from softprompt.evaluation.task_scores import TaskScore, check_scores, task_scores
+from softprompt.evaluation.heldout import HeldOutLoss, contenders, held_out_losses
+from softprompt.evaluation.scores import TaskScore, check_scores, task_scores
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
 from softprompt.settings import check_kinds

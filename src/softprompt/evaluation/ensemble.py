@@ -12,12 +12,13 @@ import numpy as np
 from softprompt.base import Base
 from softprompt.data import Rows
 from softprompt.errors import ConfigError
-from softprompt.evaluation.classes import confusion_matrix, share_right
 from softprompt.evaluation.classification import (
     Accuracy,
+    confusion_matrix,
     label_scores,
     labelled_rows,
     measured,
+    share_right,
     usable_content_free,
 )
 from softprompt.families import Forward

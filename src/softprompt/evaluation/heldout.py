@@ -1,6 +1,9 @@
-"""The held-out loss of prompts against the bare base, on the same tokens, with a paired bootstrap interval.
+"""Loss on held-out rows: each prompt against the bare base on the same tokens, and a prompt without each virtual token.
 
-A loss is summed negative log-likelihood over the text tokens divided once by their number: never a mean of means.
+A loss is summed negative log-likelihood over the text tokens, divided once by their number: never a mean of means.
+Intervals are paired bootstraps over rows.
+
+P prompt length, H embedding width.
 """
 
 from __future__ import annotations
@@ -10,13 +13,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import stats
+from torch import Tensor
 
 from softprompt.base import Base
+from softprompt.errors import DataError, LengthError
 from softprompt.families import Forward
-from softprompt.loss import RowScore, score_examples
+from softprompt.loss import RowScore, score_examples, score_under
 from softprompt.prompt import SoftPrompt
-from softprompt.types import ExampleSet
+from softprompt.types import Example, ExampleSet
+
+Contender = tuple[str | None, SoftPrompt | None]  # name and prompt; both None for the bare base
+
+
+def contenders(prompts: Mapping[str, SoftPrompt]) -> list[Contender]:
+    return [(None, None), *prompts.items()]
+
+
+def room_for_text(base: Base, prompt: SoftPrompt | None, max_length: int | None = None) -> int:
+    """Tokens of text that fit beside the prompt, special ones included; `max_length` at most."""
+    own = base.max_length - (prompt.num_virtual_tokens if prompt is not None else 0)
+    return own if max_length is None else min(own, max_length)
+
+
+def without_start(base: Base, ids: tuple[int, ...], room: int) -> tuple[int, ...]:
+    """At most `room` of the ids (BOS included): BOS and the end, as training keeps them.
+
+    Raises LengthError where not even one token fits.
+    """
+    special = base.bos_ids if ids[: len(base.bos_ids)] == base.bos_ids else ()
+    kept = room - len(special)
+    if kept < 1:
+        raise LengthError(f"{room} tokens leave no room for a text before its answer; use fewer virtual tokens")
+    return special + ids[len(special) :][-kept:]
+
 
 NUM_RESAMPLES = 2_000
 CONFIDENCE = 0.95
@@ -58,10 +89,10 @@ def held_out_losses(
     results = []
     for set_name, examples in sets.items():
         bare = score_examples(base, forward, examples.examples, None)
-        results.append(_measured(set_name, None, examples, bare, None, seed))
+        results.append(_held_out_loss(set_name, None, examples, bare, None, seed))
         for name, prompt in prompts.items():
             scores = score_examples(base, forward, examples.examples, prompt.tensor)
-            results.append(_measured(set_name, name, examples, scores, bare, seed))
+            results.append(_held_out_loss(set_name, name, examples, scores, bare, seed))
     return results
 
 
@@ -71,7 +102,7 @@ def mean_loss(scores: Sequence[RowScore]) -> float:
     return sum(score.text_nats for score in scores) / num_text if num_text else math.nan
 
 
-def _measured(
+def _held_out_loss(
     set_name: str,
     prompt: str | None,
     examples: ExampleSet,
@@ -119,3 +150,85 @@ def bootstrap_interval(gaps: Sequence[float], counts: Sequence[int], seed: int) 
         confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return Interval(float(found.low), float(found.high))
+
+
+_PROMPTS_PER_PASS = 8  # few, so that memory does not grow with P
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A prompt without one of its virtual tokens."""
+
+    token: int  # zero-based position of the virtual token in the whole prompt
+    loss: float  # nats per text token, of the other P - 1 (of the bare base where P is 1)
+    difference: float  # loss minus the whole prompt's; above 0: the token helps
+    interval: Interval | None  # of the difference, over rows, at 95 %; None for a single row
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """A whole prompt, and what becomes of it without each virtual token."""
+
+    loss: float  # the whole prompt's, nats per text token
+    num_rows: int  # with at least one text token
+    num_tokens: int
+    left_out: tuple[LeftOut, ...]  # one per virtual token, in order
+
+
+def leave_one_out(
+    base: Base, forward: Forward, examples: Sequence[Example], prompt: SoftPrompt, seed: int = 0
+) -> LeaveOneOut:
+    """The loss of a prompt, and of it without each of its P virtual tokens, over the examples' text tokens.
+
+    A row stands behind the P - 1 others directly: positions close up. `seed` is the bootstrap's.
+    Raises DataError where no example has a text token that every contender predicts.
+    """
+    counted = [example for example in examples if any(example.text_mask)]
+    if not counted:
+        raise DataError(
+            f"none of the {len(examples):,} held-out rows has a text token with another before it; give longer rows"
+        )
+    variants = [prompt.tensor, *_without_each(prompt.tensor)]
+    whole, *without = _score_variants(base, forward, counted, variants)
+    return LeaveOneOut(
+        loss=mean_loss(whole),
+        num_rows=len(whole),
+        num_tokens=sum(score.num_text for score in whole),
+        left_out=tuple(_left_out(token, scores, whole, seed) for token, scores in enumerate(without)),
+    )
+
+
+def _without_each(prompt_PH: Tensor) -> list[Tensor | None]:
+    """The prompt without each of its tokens, [P - 1, H]; None where nothing is left."""
+    length = prompt_PH.shape[0]
+    if length == 1:
+        return [None]
+    return [torch.cat([prompt_PH[:token], prompt_PH[token + 1 :]]) for token in range(length)]
+
+
+def _score_variants(
+    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[Tensor | None]
+) -> list[list[RowScore]]:
+    passes = [variants[first : first + _PROMPTS_PER_PASS] for first in range(0, len(variants), _PROMPTS_PER_PASS)]
+    return [scores for some in passes for scores in _score_pass(base, forward, examples, some)]
+
+
+def _score_pass(
+    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[Tensor | None]
+) -> list[list[RowScore]]:
+    """The scores of every example under each variant, all of them rows of one splice."""
+    prompts = [variant for variant in variants if variant is not None]
+    numbers = iter(range(len(prompts)))
+    owners = [None if variant is None else next(numbers) for variant in variants]
+    pairs = [(example, owner) for owner in owners for example in examples]
+    scores = iter(score_under(base, forward, pairs, prompts))
+    return [[next(scores) for _ in examples] for _ in variants]
+
+
+def _left_out(token: int, without: Sequence[RowScore], whole: Sequence[RowScore], seed: int) -> LeftOut:
+    return LeftOut(
+        token=token,
+        loss=mean_loss(without),
+        difference=mean_loss(without) - mean_loss(whole),
+        interval=paired_interval(without, whole, seed),
+    )

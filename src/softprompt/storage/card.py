@@ -22,7 +22,7 @@ _SETTINGS = (
 )  # fmt: skip
 PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")  # a setting or a version; no path, no sentence
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # as `softprompt.data.template` reads a template
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # as `softprompt.data.rows` reads a template
 
 
 def model_card(prompt: SoftPrompt) -> str:

@@ -13,7 +13,7 @@ import torch
 from softprompt.base import Base
 from softprompt.compute_share import yield_point
 from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
-from softprompt.data.batches import plan_epoch
+from softprompt.data.examples import plan_epoch
 from softprompt.families import Forward
 from softprompt.types import ExampleSet, brief_repr
 

@@ -1,8 +1,9 @@
-"""A comparison as tables of text, narrow enough for a terminal: what the command line and Markdown both show."""
+"""A comparison as tables of text, narrow enough for a terminal, and as a Markdown document."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,11 +12,10 @@ from typing import NamedTuple
 from rich.cells import cell_len
 
 from softprompt.evaluation.baselines import Baselines
-from softprompt.evaluation.classes import Confusion
-from softprompt.evaluation.classification import Accuracy
+from softprompt.evaluation.classification import Accuracy, Confusion
 from softprompt.evaluation.compare import BARE, Comparison
 from softprompt.evaluation.heldout import HeldOutLoss, Interval
-from softprompt.evaluation.task_scores import TaskScore
+from softprompt.evaluation.scores import TaskScore
 
 _NOTHING = "-"
 MAX_SHOWN_CLASSES = 12  # of a confusion matrix on a terminal
@@ -223,3 +223,28 @@ def _score_row(item: TaskScore) -> list[str]:
 
 def _figure(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else _NOTHING
+
+
+# What Markdown and its dialects may read as more than text, addresses that they make links of included.
+_MARKS = re.compile(r"[\\`*_{}\[\]<>#|!&~$@^]|:(?=//)|(?<=www)\.")
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Answers side by side, then the held-out figures; whatever an input, an answer or a name holds is text."""
+    figures = (ensemble_tables, loss_tables, class_tables, confusion_tables, score_tables)
+    first = [*answer_tables(comparison), *accuracy_tables(comparison)]
+    rest = [table for of in figures for table in of(comparison)]
+    title = f"# {_text(comparison.base_name)}: before and after"
+    verdicts = map(_text, verdict_lines(comparison))
+    return "\n\n".join([title, *map(_section, first), *verdicts, *map(_section, rest), memory_line(comparison)]) + "\n"
+
+
+def _section(table: Table) -> str:
+    lines = [[_text(cell) for cell in line] for line in (table.columns, *table.rows)]
+    lines.insert(1, ["---"] * len(table.columns))
+    return "\n".join([f"## {_text(table.title)}", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _text(cell: str) -> str:
+    """Model output is data: on one line, nothing of it markup."""
+    return _MARKS.sub(r"\\\g<0>", " ".join(cell.split()))

@@ -1,0 +1,340 @@
+"""Text to token ids where something stands before it: a completion behind its prompt, the pieces of a rendered chat.
+
+The ids of a prompt are exactly those that inference sees, so they never depend on what follows. The ids of a completion
+are what the joined text adds; where joining changes the prompt's own ids ("Sentiment: " + "good" may fuse the space
+into the word), the completion is tokenised alone. In a chat, control tokens ("<|im_end|>") are control tokens only
+where the template writes them: in a message they are text.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.base import Base
+from softprompt.compute_share import yield_point
+from softprompt.data.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
+from softprompt.data.messages import BREATH_MESSAGES, Message
+from softprompt.errors import DataError, EncodingError
+
+_USUAL_CHARACTERS = 8  # of a token, at most, in most texts
+_UNSURE_IDS = 64  # at the end of a beginning; the rest of the text may change them
+_PROBE = "x"
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_BREAK = "\ufdd0"  # a Unicode noncharacter: keeps a control token in a message from being read as one
+_SEARCHED = 2**16  # characters of a piece
+# Texts that do not fuse with what follows them; more than one, because any of them may fuse with something.
+_ANCHORS = ("\n", ".", "a", "1", ")")
+
+
+def completion_ids(base: Base, prompt: str, completion: str) -> tuple[int, ...]:
+    """Ids of `completion` after `prompt`, nothing added behind."""
+    prompt_ids = base.encode(prompt)
+    joined_ids = base.encode(prompt + completion)
+    if joined_ids[: len(prompt_ids)] == prompt_ids:
+        return joined_ids[len(prompt_ids) :]
+    return continuation_ids(base, completion)
+
+
+def label_ids(base: Base, prompt: str, label: str) -> tuple[int, ...]:
+    """Ids whose summed log-likelihood after `prompt` is the label's: as trained, EOS excluded."""
+    return completion_ids(base, prompt, label)
+
+
+def continuation_ids(base: Base, text: str) -> tuple[int, ...]:
+    """Ids of a text in the middle of another: without the space that some tokenizers put before a text's start."""
+    if not adds_space(base):
+        return base.encode(text)
+    for anchor in _ANCHORS:
+        anchor_ids = base.encode(anchor)
+        both_ids = base.encode(anchor + text)
+        # An anchor that the tokenizer drops or takes for a space shields nothing.
+        if anchor_ids and anchor_ids != base.encode(" ") and both_ids[: len(anchor_ids)] == anchor_ids:
+            return both_ids[len(anchor_ids) :]
+    return base.encode(text)
+
+
+def adds_space(base: Base) -> bool:
+    """True where a text's first word is tokenised as if a space stood before it (SentencePiece, add_prefix_space)."""
+    try:
+        return base.encode("\n" + _PROBE) != base.encode("\n") + base.encode(_PROBE)
+    except EncodingError:  # a tokenizer of words that has no such word, and so no space within one
+        return False
+
+
+def first_ids(encode: Callable[[str], Sequence[int]], text: str, count: int | None) -> Sequence[int]:
+    """The ids of a text's beginning, at least `count` of them; all of them where it has no more, or for None.
+
+    Of a text that is much longer, the rest is not read.
+    """
+    num_characters = _USUAL_CHARACTERS * ((count or 0) + _UNSURE_IDS)
+    while count is not None and num_characters < len(text):
+        yield_point()
+        ids = encode(text[:num_characters])
+        if len(ids) >= count + _UNSURE_IDS:
+            return ids[: len(ids) - _UNSURE_IDS]
+        num_characters *= 4
+    return encode(text)
+
+
+def common_length(first: str, second: str) -> int:
+    """Characters that two texts begin with alike."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class GrowingIds:
+    """The ids of a text that grows by stretches, the ids of each behind those of the stretches before it.
+
+    A stretch's ids are what the joined text adds; where joining changes ids that are there, the stretch is tokenised
+    alone. Nothing is read twice: behind a control token of the template the ids are settled, whatever follows.
+    """
+
+    def __init__(self, writing: ChatTokenizer, text: str, max_ids: int | None) -> None:
+        self._writing, self._text, self._max_ids = writing, text, max_ids
+        self.ids = list(writing.leading_ids)
+        self._first_break = text.find(_BREAK)
+        self._is_broken = False  # a message so far holds a control token
+        self._restart()
+
+    def _restart(self) -> None:
+        self._anchor = 0  # characters whose ids are settled
+        self._num_settled = len(self._writing.leading_ids)
+        self._control = ""  # the control token that they end with
+        self._is_apart = False  # the joined text's settled ids are other ones
+
+    def add(self, start: int, end: int) -> None:
+        yield_point()
+        if not self._is_broken and 0 <= self._first_break < end:
+            self._is_broken = True
+            self._restart()
+        if not self._is_apart:
+            joined = self._joined(end)
+            known = self.ids[self._num_settled :]
+            if joined[: len(known)] == known:
+                self.ids[self._num_settled :] = joined
+            else:
+                self.ids += self._alone(start, end)
+            self._settle(end, joined)
+        else:
+            self.ids += self._alone(start, end)
+
+    def _room(self, num_ids: int) -> int | None:
+        return None if self._max_ids is None else max(1, self._max_ids + 1 - num_ids)
+
+    def _alone(self, start: int, end: int) -> list[int]:
+        return self._writing.segments_ids(self._text[start:end], at_start=False, room=self._room(len(self.ids)))
+
+    def _joined(self, end: int) -> list[int]:
+        """The joined text's ids behind the settled ones."""
+        text, room = self._text[self._anchor : end], self._room(self._num_settled)
+        if self._is_broken:
+            return self._writing.segments_ids(text, at_start=not self._anchor, room=room)
+        return self._writing.own_ids(text, room, behind=self._control)
+
+    def _settle(self, end: int, joined: Sequence[int]) -> None:
+        """Move on behind the last control token, where the tokenizer has seen all of them that are there."""
+        controls = self._writing.controls
+        matches = list(controls.found_in(self._text, self._anchor, end))
+        found = [index for index, token in enumerate(joined) if token in controls.known_ids]
+        if [controls.ids[match.group()] for match in matches] != [joined[index] for index in found]:
+            return
+        last = next((i for i in reversed(range(len(matches))) if self._writing.is_settled(matches[i].group())), None)
+        if last is None:
+            return
+        num_new = found[last] + 1
+        mine = self.ids[self._num_settled : self._num_settled + num_new]
+        if mine != list(joined[: len(mine)]):
+            self._is_apart = True
+        elif len(mine) == num_new:
+            self._anchor, self._control = matches[last].end(), matches[last].group()
+            self._num_settled += num_new
+
+
+class _Controls(NamedTuple):
+    """A tokenizer's control tokens: special ones, and added ones that the template writes."""
+
+    ids: Mapping[str, int]
+    known_ids: frozenset[int]  # the same
+    pattern: re.Pattern[str] | None
+    longest: int  # characters
+
+    def found_in(self, text: str, start: int = 0, end: int | None = None) -> Iterator[re.Match[str]]:
+        """Where they stand. A long text is searched in pieces: meanwhile nothing else runs in this process."""
+        last = len(text) if end is None else end
+        while self.pattern is not None and start < last:
+            piece_end = start + _SEARCHED
+            for match in self.pattern.finditer(text, start, min(last, piece_end + self.longest)):
+                if match.start() >= piece_end:
+                    break
+                yield match
+                start = match.end()
+            start = max(start, piece_end)
+            yield_point()
+
+    def guard(self, value: Any) -> Any:  # Any: JSON
+        """The value with every control token in it broken by _BREAK."""
+        if isinstance(value, str):
+            return self._guarded(value)
+        if isinstance(value, Mapping):
+            return {key: self.guard(item) for key, item in value.items()}
+        return [self.guard(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _guarded(self, text: str) -> str:
+        parts, done = [], 0
+        for match in self.found_in(text):
+            parts += [text[done : match.start() + 1], _BREAK]
+            done = match.start() + 1
+        return "".join(parts) + text[done:] if parts else text
+
+
+class ChatTokenizer:
+    """How a base's conversations are written and tokenised."""
+
+    def __init__(self, base: Base, template: ChatTemplate) -> None:
+        self.base, self.template = base, template
+        self.controls = control_tokens(base.tokenizer, template.source)
+        self.has_marks = _GENERATION_MARK.search(template.source) is not None
+        # A template of the tokenizer's own writes BOS itself, as text; before the default one it is added.
+        self.leading_ids = () if base.tokenizer.chat_template else base.bos_ids
+
+    def guarded(self, messages: Sequence[Message], where: str) -> list[Message]:
+        if self.controls.pattern is None:
+            return list(messages)
+        try:
+            return list(self._guarded(messages))
+        except RecursionError as error:
+            raise DataError(f"{where}: a message is nested too deeply") from error
+
+    def _guarded(self, messages: Sequence[Message]) -> Iterator[Message]:
+        for number, message in enumerate(messages):
+            if number % BREATH_MESSAGES == 0:
+                yield_point()
+            yield self.controls.guard(message)
+
+    def encode(self, text: str, max_ids: int | None) -> list[int]:
+        """Ids of a rendered conversation: the tokenizer's own, unless a message holds a control token."""
+        room = None if max_ids is None else max_ids + 1
+        return self.segments_ids(text, at_start=True, room=room) if _BREAK in text else self.own_ids(text, room)
+
+    def own_ids(self, text: str, room: int | None, behind: str = "") -> list[int]:
+        """Ids as the tokenizer gives them behind a control token, `room` of them at least."""
+        tokenizer, first = _own_tokenizer(self.base.tokenizer), 1 if behind else 0
+
+        def read(part: str) -> Sequence[int]:
+            return self.base.encode_with(tokenizer, behind + part)[first:]
+
+        return list(first_ids(read, text, room))
+
+    def segments_ids(self, text: str, *, at_start: bool, room: int | None) -> list[int]:
+        """Ids with the template's control tokens cut out first and everything between them tokenised as text."""
+        ids: list[int] = []
+        done = 0
+        for match in self.controls.found_in(text):
+            ids += self._segment_ids(text[done : match.start()], at_start and not done, room)
+            ids.append(self.controls.ids[match.group()])
+            done = match.end()
+            if room is not None and len(ids) >= room:
+                return ids
+        return ids + self._segment_ids(text[done:], at_start and not done, room)
+
+    def _segment_ids(self, segment: str, at_start: bool, room: int | None) -> list[int]:
+        text = segment.replace(_BREAK, "")
+        if not text:
+            return []
+        if at_start or self._starts_anew:
+            return list(first_ids(self.base.encode, text, room))
+        return list(first_ids(lambda part: continuation_ids(self.base, part), text, room))
+
+    @cached_property
+    def _starts_anew(self) -> bool:
+        """Whether a text behind a control token is tokenised as the beginning of a text (and gets its space)."""
+        tokens = self.base.tokenizer.added_tokens_decoder.values()
+        control = next((token.content for token in tokens if token.special), None)
+        if control is None:
+            return False
+        try:
+            return tuple(self.own_ids(_PROBE, None, behind=control)) == self.base.encode(_PROBE)
+        except EncodingError:  # a tokenizer of words that has no such word
+            return False
+
+    def ending(self, text: str) -> int | None:
+        """The control token that a turn ends with."""
+        ends = (token for token in sorted(self.controls.ids, key=len, reverse=True) if text.endswith(token))
+        return self.controls.ids.get(next(ends, ""))
+
+    def without_trailing_space(self, text: str, start: int, end: int) -> int:
+        """The end of a turn, without the line break that a template writes behind its end token: never generated."""
+        shorter = start + len(text[start:end].rstrip())
+        return shorter if text.endswith(tuple(self.controls.ids), start, shorter) else end
+
+    def is_settled(self, control: str) -> bool:
+        """Whether nothing behind a control token changes that it is read as one."""
+        return control in _settled(self.base.tokenizer, self.template.source)
+
+
+def chat_tokenizer(base: Base, where: str) -> ChatTokenizer:
+    templates = base.tokenizer.chat_template
+    source = templates if templates else DEFAULT_CHAT_TEMPLATE
+    if isinstance(source, dict):
+        if "default" not in source:
+            raise DataError(
+                f"{where}: the base's tokenizer has chat templates named {', '.join(map(repr, sorted(source)))} and "
+                "none named 'default'; save the base with the one that you want as its tokenizer's only chat_template"
+            )
+        source = source["default"]
+    return ChatTokenizer(base, ChatTemplate(source, base.tokenizer.special_tokens_map))
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> _Controls:
+    ids = {
+        token.content: token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.content and (token.special or (token.content in template and not token.content.isspace()))
+    }
+    pattern = re.compile(_one_of(sorted(ids))) if ids else None
+    return _Controls(ids, frozenset(ids.values()), pattern, max(map(len, ids), default=0))
+
+
+def _one_of(tokens: Sequence[str]) -> str:
+    """A pattern of sorted tokens, of which it takes the longest. What they begin with alike is looked at once."""
+    if len(tokens) == 1:
+        return re.escape(tokens[0])
+    shared = common_length(tokens[0], tokens[-1])
+    rest = [token[shared:] for token in tokens]
+    branches = [_one_of(list(group)) for _, group in groupby(filter(None, rest), key=lambda token: token[0])]
+    return f"{re.escape(tokens[0][:shared])}(?:{'|'.join(branches)}){'' if rest[0] else '?'}"
+
+
+@lru_cache(maxsize=8)
+def _settled(tokenizer: PreTrainedTokenizerBase, template: str) -> frozenset[str]:
+    known, own = control_tokens(tokenizer, template).ids, _own_tokenizer(tokenizer)
+    in_words = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
+    return frozenset(
+        token
+        for token, token_id in known.items()
+        if list(own(token, add_special_tokens=False)["input_ids"]) == [token_id]
+        and token not in in_words
+        and not any(other != token and other.startswith(token) for other in known)
+    )
+
+
+@lru_cache(maxsize=4)
+def _own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that reads control tokens. Reading them or not is a switch inside a tokenizer; with one for each of the
+    two ways no thread ever turns the switch under another.
+    """
+    return copy.deepcopy(tokenizer)
