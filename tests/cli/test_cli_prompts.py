@@ -31,7 +31,7 @@ def own_library(library, tmp_path):
 
 
 class TestGenerate:
-    def test_several_texts_in_order(self, generate, library):
+    def test_generate_answers_several_texts_in_order(self, generate, library):
         prompt = ("--prompt", library / "coach")
         both = generate("w5 w6", "w7", *prompt).out
         assert both == generate("w5 w6", *prompt).out + generate("w7", *prompt).out
@@ -43,17 +43,17 @@ class TestGenerate:
         assert answer["finish_reason"] == "length"
         assert answer["text"].split() == [f"w{token}" for token in answer["ids"]]
 
-    def test_by_name_and_by_field(self, generate, library):
+    def test_a_prompt_is_given_by_name_and_a_text_by_field(self, generate, library):
         field = generate("--prompt", "critic", "--library", library, "--field", "text=w7 w40").out
         assert field == generate("--prompt", library / "critic", "w5 w7 w40 w6").out
 
-    def test_sampling_has_a_seed(self, generate):
+    def test_the_same_seed_samples_the_same_answer(self, generate):
         sample = ("w5 w6", "--temperature", 1.5, "--top-p", 0.95, "--top-k", 50, "--min-p", 0.001)
         first, again, other = (generate(*sample, "--seed", seed).out for seed in (0, 0, 1))
         assert first == again
         assert first != other
 
-    def test_stop_and_min_new_tokens(self, generate):
+    def test_an_answer_ends_at_a_stop_and_has_its_minimum_of_tokens(self, generate):
         assert len(generate("w5 w6", "--min-new-tokens", 8).out.split()) == 8
         long = ("w5 w6", "--ignore-eos")
         words = generate(*long).out.split()
@@ -128,7 +128,7 @@ class TestLibrary:
         assert Library(own_library).names() == ("critic",)
 
     @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-    def test_push_and_pull(self, own_library, tmp_path, monkeypatch):
+    def test_a_prompt_is_pushed_and_pulled(self, own_library, tmp_path, monkeypatch):
         with hub_double(tmp_path, monkeypatch) as hub:
             monkeypatch.setenv("HF_TOKEN", TOKEN)
             ran = succeed("prompts", "push", "coach", "me/coach", "--library", own_library, "--private")
@@ -248,7 +248,7 @@ class TestSimilarity:
     def similarity(self, own_library):
         return lambda *flags: run("prompts", "similarity", "--library", own_library, *flags)
 
-    def test_matrix(self, own_library, similarity):
+    def test_few_prompts_are_a_matrix(self, own_library, similarity):
         shutil.copytree(own_library / "coach", own_library / "again")
         Library(own_library).add("wide", SoftPrompt(torch.ones(2, 24)))
         names = Library(own_library)
@@ -294,7 +294,7 @@ class TestSimilarity:
         assert "skipped odd: " in ran.err
         assert "skipped wide: " in ran.err
 
-    def test_names_restrict_it(self, own_library, similarity):
+    def test_names_restrict_the_comparison(self, own_library, similarity):
         shutil.copytree(own_library / "coach", own_library / "again")
         found = similarity("critic", "again", "--json").json
         assert list(found["prompts"]) == ["critic", "again"]
@@ -319,7 +319,7 @@ class TestSimilarity:
         Library(own_library).add("foreign", replace(prompt, record=record))
         assert "note: these prompts were trained on 2 different bases" in similarity().err
 
-    def test_one_prompt_is_not_enough(self, own_library, similarity):
+    def test_a_single_prompt_is_refused(self, own_library, similarity):
         sentence = f"similarity needs two prompts of {own_library}, and has coach; import or name others"
         assert similarity("coach", "coach").complaint == sentence
         shutil.rmtree(own_library / "critic")

@@ -10,7 +10,7 @@ from softprompt.errors import PromptError
 from softprompt.prompt import Drift, SoftPrompt, drift, drift_from_json
 
 
-def test_by_hand():
+def test_the_drift_is_that_computed_by_hand():
     start = torch.tensor([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
     end = torch.tensor([[3.0, 4.0], [0.0, 1.0], [-1.0, 0.0], [3.0, 3.0]])
     still, turned, reversed_, grown = drift(start, SoftPrompt(end))
@@ -20,14 +20,14 @@ def test_by_hand():
     assert (grown.distance, grown.relative, grown.cosine) == pytest.approx((2 * math.sqrt(2), 2, 1))
 
 
-def test_a_zero_vector_has_no_direction():
+def test_a_zero_vector_has_the_cosine_zero():
     from_zero, to_zero = drift(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), SoftPrompt(torch.tensor([[3.0, 4.0], [0, 0]])))
     assert from_zero == Drift(distance=5.0, relative=None, cosine=0.0)
     assert to_zero == Drift(distance=5.0, relative=1.0, cosine=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_start_of_any_dtype_with_a_gradient(dtype):
+def test_a_start_may_have_any_dtype_and_a_gradient(dtype):
     start = torch.tensor([[3.0, 4.0]], dtype=dtype, requires_grad=True)
     assert drift(start, SoftPrompt(start))[0].distance == 0
 
@@ -41,12 +41,12 @@ def test_the_angle_does_not_depend_on_the_scale(scale):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2), (6,)])
-def test_another_shape_is_refused(shape):
+def test_a_start_of_another_shape_is_refused(shape):
     with pytest.raises(PromptError, match=r"shape \[2, 2\]; this one has \[" + ", ".join(map(str, shape))):
         drift(torch.ones(shape), SoftPrompt(torch.ones(2, 2)))
 
 
-def test_json_there_and_back():
+def test_a_drift_survives_json():
     found = drift(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), SoftPrompt(torch.ones(2, 2)))
     record = json.loads(json.dumps([token.to_json() for token in found], allow_nan=False))
     assert set(record[0]) == {"distance", "relative", "cosine"}
@@ -78,7 +78,7 @@ GOOD = {"distance": 1, "relative": None, "cosine": 0.5}
         [GOOD, {**GOOD, "distance": 10**400}],
     ],
 )
-def test_what_is_malformed_or_of_another_length_is_nothing(value):
+def test_a_malformed_drift_is_read_as_none(value):
     assert drift_from_json(value, 2) == ()
 
 

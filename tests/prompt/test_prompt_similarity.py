@@ -37,7 +37,7 @@ def slow(one, other, centre=None):
 
 @settings(deadline=None)
 @given(PROMPTS, PROMPTS, CENTRES)
-def test_it_is_symmetric_bounded_and_the_slow_loops_own(one, other, centre):
+def test_similarity_is_symmetric_bounded_and_equal_to_a_slow_loop(one, other, centre):
     found = similarity(one, other, centre)
     assert -1 <= found <= 1
     assert found == pytest.approx(similarity(other, one, centre), abs=1e-12)
@@ -62,7 +62,7 @@ def test_lengths_of_vectors_do_not_count_without_a_centre(one, other, scale):
     assert similarity(scaled, other) == pytest.approx(similarity(one, other), abs=1e-5)  # float32 rounds the scaling
 
 
-def test_by_hand():
+def test_the_similarity_is_that_computed_by_hand():
     one = SoftPrompt(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
     other = SoftPrompt(torch.tensor([[3.0, 0.0]]))
     assert similarity(one, other) == pytest.approx(((1 + 0) / 2 + 1) / 2)
@@ -70,7 +70,7 @@ def test_by_hand():
     assert similarity(one, other, torch.tensor([2.0, 0.0])) == pytest.approx(((-1 - math.sqrt(0.5)) / 2 - 0.5**0.5) / 2)
 
 
-def test_a_common_direction_is_what_the_centre_takes_away():
+def test_the_centre_removes_a_common_direction():
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(4, 50, generator=generator) for _ in range(2))
     common = torch.full((50,), 5.0)
@@ -80,7 +80,7 @@ def test_a_common_direction_is_what_the_centre_takes_away():
     assert similarity(*prompts, common) < 0.4
 
 
-def test_widths_must_agree():
+def test_prompts_of_different_widths_are_refused():
     with pytest.raises(PromptError, match="these have 2 and 3 numbers"):
         similarity(SoftPrompt(torch.ones(1, 2)), SoftPrompt(torch.ones(1, 3)))
     with pytest.raises(PromptError, match=r"the centre has the shape \[3\]; the prompts need \[2\]"):

@@ -11,7 +11,7 @@ from softprompt.types import PromptRecord
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_is_a_float32_copy(dtype):
+def test_a_prompts_tensor_is_a_float32_copy(dtype):
     source = torch.ones(2, 3, dtype=dtype, requires_grad=True)
     prompt = SoftPrompt(source)
     with torch.no_grad():
@@ -21,7 +21,7 @@ def test_it_is_a_float32_copy(dtype):
     assert (prompt.num_virtual_tokens, prompt.hidden_size, prompt.num_bytes) == (2, 3, 24)
 
 
-def test_it_cannot_be_pointed_elsewhere():
+def test_a_prompts_tensor_cannot_be_replaced():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SoftPrompt(torch.ones(1, 1)).tensor = torch.zeros(1, 1)
 
@@ -37,12 +37,12 @@ def test_it_cannot_be_pointed_elsewhere():
         (torch.tensor([[float("inf"), -float("inf")]]), "2 of 2 are NaN or infinite"),
     ],
 )
-def test_what_is_no_prompt_is_refused(tensor, sentence):
+def test_a_tensor_that_is_no_prompt_is_refused(tensor, sentence):
     with pytest.raises(PromptError, match=sentence):
         SoftPrompt(tensor)
 
 
-def test_its_hash_is_that_of_its_numbers_and_shape():
+def test_the_content_hash_covers_values_and_shape():
     values = torch.arange(6.0).reshape(2, 3)
     same = SoftPrompt(values.bfloat16(), PromptRecord(base_name="elsewhere"))
     assert SoftPrompt(values).content_hash == same.content_hash

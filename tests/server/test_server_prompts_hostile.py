@@ -128,14 +128,14 @@ def weights_that_mean_harm(base):
     }  # fmt: skip
 
 
-def test_weights_that_mean_harm(ann, tiny_llama):
+def test_harmful_weights_are_refused(ann, tiny_llama):
     for kind, weights in weights_that_mean_harm(tiny_llama).items():
         message = refused(send(ann, changed(tiny_llama, weights=weights)))
         if kind in ("zip bomb", "pickle", "gzip"):
             assert "safetensors" in message and ("code" in message), kind
 
 
-def test_a_pickle_by_its_own_name_is_never_opened(ann, tiny_llama, tmp_path):
+def test_a_pickle_is_never_opened(ann, tiny_llama, tmp_path):
     trap = pickle.dumps(Trap(tmp_path / "sprung"))
     pickle.loads(trap).close()  # the control: it does spring
     (tmp_path / "sprung").unlink()
@@ -156,7 +156,7 @@ def test_a_pickle_by_its_own_name_is_never_opened(ann, tiny_llama, tmp_path):
         b'{"num_virtual_tokens": ' + b"9" * 10_000 + b"}",
     ],
 )  # fmt: skip
-def test_configs_that_are_none(ann, tiny_llama, config):
+def test_a_malformed_config_is_refused(ann, tiny_llama, config):
     refused(send(ann, changed(tiny_llama, config=config)))
 
 
@@ -186,7 +186,7 @@ def deep(levels):
         {"format_version": "1"},
     ],
 )
-def test_records_that_lie(ann, tiny_llama, changes):
+def test_a_false_or_malformed_record_is_refused(ann, tiny_llama, changes):
     refused(send(ann, changed(tiny_llama, record=record_with(tiny_llama, **changes))))
 
 
@@ -204,7 +204,7 @@ def test_a_prompt_that_leaves_no_room_for_text_is_refused(ann, tiny_llama):
     ["../../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "a b", "a\0b", "a\nb", "x" * 65, "-x", ".x", "ä", "base",
      "tiny", "a%2e%2e", "$(touch x)", "' OR 1=1 --"],
 )  # fmt: skip
-def test_names_that_lead_elsewhere(ann, room, tiny_llama, name):
+def test_an_illegal_or_reserved_name_is_refused(ann, room, tiny_llama, name):
     refused(upload(ann, name, made_prompt(tiny_llama, 1)), 400, 409)
     refused(ann.post("/v1/prompts", json={"name": name, "hub": "me/x"}), 400, 409)
     assert not (room.state / "x").exists()
@@ -213,7 +213,7 @@ def test_names_that_lead_elsewhere(ann, room, tiny_llama, name):
 @pytest.mark.parametrize(
     "path", ["%2e%2e%2f%2e%2e%2fx", "..%2f..%2fx", "a%00b", "%ff%fe", "x" * 5_000, "%0d%0aX-A:%20b"]
 )
-def test_paths_that_lead_elsewhere(ann, path):
+def test_a_url_path_that_leads_elsewhere_is_refused(ann, path):
     for answer in (
         ann.get(f"/v1/prompts/{path}"),
         ann.delete(f"/v1/prompts/{path}"),
@@ -228,11 +228,11 @@ def test_paths_that_lead_elsewhere(ann, path):
 @pytest.mark.parametrize(
     "filename", ["../../adapter_config.json", "/tmp/x", "adapter_config.json\0.bin", "x" * 5_000, ""]
 )
-def test_file_names_are_looked_up_and_never_used(ann, tiny_llama, filename):
+def test_an_uploads_file_name_is_never_used_as_a_path(ann, tiny_llama, filename):
     refused(send(ann, {**changed(tiny_llama), filename: b"{}"}))
 
 
-def test_files_and_fields_come_once(ann, tiny_llama):
+def test_a_file_or_field_that_comes_twice_is_refused(ann, tiny_llama):
     files = as_upload(made_prompt(tiny_llama, 1))
     refused(ann.post("/v1/prompts", data={"name": "bad"}, files=[*files, files[0]]))
     refused(ann.post("/v1/prompts", data={"name": ["bad", "worse"]}, files=files))
@@ -294,11 +294,11 @@ def test_an_endless_body_is_refused_while_it_is_sent(room):
         (b"x", ""),
     ],
 )  # fmt: skip
-def test_bodies_that_are_none(ann, content, kind):
+def test_a_malformed_body_is_refused(ann, content, kind):
     refused(ann.post("/v1/prompts", content=content, headers={"Content-Type": kind}), 400, 413)
 
 
-def test_links_in_a_folder_lead_nowhere(room, tiny_llama, tmp_path):
+def test_a_link_out_of_an_adapters_folder_is_refused(room, tiny_llama, tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(adapter_to_bytes(made_prompt(tiny_llama, 1))[WEIGHTS])
     place = tmp_path / "adapter"
@@ -315,7 +315,7 @@ def test_links_in_a_folder_lead_nowhere(room, tiny_llama, tmp_path):
         refused(admin.post("/v1/prompts", json={"name": "bad", "folder": "/proc/self"}))
 
 
-def test_random_bytes_never_break_it(ann, tiny_llama):
+def test_random_bytes_never_break_the_server(ann, tiny_llama):
     """Sound files with a few bytes changed: refused, or taken where it did not matter; never a failure."""
     chance = np.random.default_rng(5)
     sound = changed(tiny_llama)
@@ -331,7 +331,7 @@ def test_random_bytes_never_break_it(ann, tiny_llama):
             assert ann.delete("/v1/prompts/bad").status_code == 200
 
 
-def test_of_many_who_want_one_name_one_has_it(room, tiny_llama):
+def test_one_of_many_simultaneous_uploads_gets_the_name(room, tiny_llama):
     answers = []
 
     def ask(seed):

@@ -64,13 +64,13 @@ def test_an_uploaded_prompt_answers_as_the_prompt_does(ann, room, tiny_llama):
     assert head["model"] == "coach" and tokens != streamed(ann, "base", IDS)[1]  # the control
 
 
-def test_what_peft_wrote_is_taken_with_its_width_compared(ann, tiny_llama):
+def test_an_adapter_of_pefts_is_accepted_if_its_width_fits(ann, tiny_llama):
     files = as_upload(made_prompt(tiny_llama, 2), leave_out=("README.md", "softprompt.json"))
     answer = ann.post("/v1/prompts", data={"name": "peft"}, files=files)
     assert answer.status_code == 200 and answer.json()["record"]["base_fingerprint"] is None
 
 
-def test_a_name_in_use_is_refused_unless_it_shall_be_replaced(ann, bob, tiny_llama):
+def test_a_name_in_use_is_refused_without_overwrite(ann, bob, tiny_llama):
     assert upload(ann, "twice", made_prompt(tiny_llama, 1)).status_code == 200
     assert "overwrite" in told(upload(ann, "twice", made_prompt(tiny_llama, 2)), 409)
     assert upload(bob, "twice", made_prompt(tiny_llama, 3)).status_code == 200  # a name of his own
@@ -78,7 +78,7 @@ def test_a_name_in_use_is_refused_unless_it_shall_be_replaced(ann, bob, tiny_lla
     assert upload(ann, "twice", new, overwrite="true").json()["content_hash"] == new.content_hash
 
 
-def test_a_request_ends_on_the_prompt_it_began_with(ann, tiny_llama):
+def test_a_running_request_keeps_the_prompt_that_is_replaced_meanwhile(ann, tiny_llama):
     old, new = made_prompt(tiny_llama, 4), made_prompt(tiny_llama, 5)
     upload(ann, "moving", old)
     before = streamed(ann, "moving", IDS, max_tokens=60)[1]
@@ -135,7 +135,7 @@ def test_a_prompt_comes_from_the_hub(ann, tiny_llama, monkeypatch, tmp_path):
     assert "x" not in names(ann)
 
 
-def test_only_an_admin_has_what_the_operators_token_reads(ann, admin, tiny_llama, monkeypatch, tmp_path):
+def test_only_an_admin_gets_what_the_operators_token_reads(ann, admin, tiny_llama, monkeypatch, tmp_path):
     """Any key once pulled the operator's private repositories; with the token gone, they still came from the cache."""
     with hub_double(tmp_path, monkeypatch) as hub:
         hub.files["me/secret", "main"] = adapter_to_bytes(made_prompt(tiny_llama, 20))
@@ -168,7 +168,7 @@ def test_an_offline_servers_cache_of_the_hub_is_for_admins(tiny_llama, monkeypat
             assert admin.post("/v1/prompts", json=wanted).status_code == 200
 
 
-def test_renamed_pinned_and_shared(ann, bob, admin, room, tiny_llama):
+def test_a_prompt_is_renamed_pinned_and_shared(ann, bob, admin, room, tiny_llama):
     upload(ann, "before", made_prompt(tiny_llama, 11))
     assert ann.patch("/v1/prompts/before", json={"name": "behind"}).json()["id"] == "behind"
     told(ann.get("/v1/prompts/before"), 404)
@@ -177,17 +177,17 @@ def test_renamed_pinned_and_shared(ann, bob, admin, room, tiny_llama):
     told(ann.patch("/v1/prompts/behind", json={"name": "../x"}), 400)
     told(ann.patch("/v1/prompts/behind", json={"colour": "red"}), 400)
     assert ann.patch("/v1/prompts/behind", json={"pinned": True}).json()["pinned"]
-    assert len(room.engine.runners.prefixes._kept) == 1
+    assert len(room.pinned) == 1
     upload(ann, "behind", made_prompt(tiny_llama, 12), overwrite="true")  # its successor is pinned in its place
-    assert ann.get("/v1/prompts/behind").json()["pinned"] and len(room.engine.runners.prefixes._kept) == 1
+    assert ann.get("/v1/prompts/behind").json()["pinned"] and len(room.pinned) == 1
     upload(admin, "given", made_prompt(tiny_llama, 13))
     assert admin.patch("/v1/prompts/given", json={"shared": True}).json()["shared"] and "given" in names(bob)
     assert not admin.patch("/v1/prompts/given", json={"shared": False}).json()["shared"] and "given" not in names(bob)
     ann.delete("/v1/prompts/behind")
-    assert not room.engine.runners.prefixes._kept
+    assert not room.pinned
 
 
-def test_a_pin_that_finds_no_room_is_refused(ann, room, tiny_llama):
+def test_a_pin_beyond_the_engines_memory_is_refused(ann, room, tiny_llama):
     upload(ann, "long", made_prompt(tiny_llama, 14, length=90))
     per_position = room.engine.runners.memory.bytes_per_position
     assert 90 * per_position * 2 < 30_000 < 90 * per_position * 4
@@ -254,7 +254,7 @@ def test_an_alias_is_switched_and_switched_back(ann, bob, tiny_llama):
         [],
     ],
 )
-def test_an_alias_that_makes_no_sense_is_refused(ann, body):
+def test_a_malformed_alias_is_refused(ann, body):
     told(ann.put("/v1/aliases/odd", json=body), 400)
 
 
@@ -280,7 +280,7 @@ def test_a_shared_alias_shows_others_no_names(admin, bob, tiny_llama):
     assert admin.delete("/v1/aliases/open").status_code == 200
 
 
-def test_the_list_comes_in_pages(room, tiny_llama):
+def test_the_list_of_prompts_comes_in_pages(room, tiny_llama):
     with room.client("pager") as client:
         for number in range(5):
             upload(client, f"zz-{number}", made_prompt(tiny_llama, number))
@@ -295,7 +295,7 @@ def test_the_list_comes_in_pages(room, tiny_llama):
         told(client.get("/v1/prompts", params={"limit": 0}), 400)
 
 
-def test_all_of_it_stands_in_the_schema(room, ann):
+def test_every_route_of_prompts_is_in_the_openapi_document(room, ann):
     paths = ann.get("/openapi.json").json()["paths"]
     assert set(paths["/v1/prompts"]) == {"get", "post"}
     assert set(paths["/v1/prompts/{name}"]) == {"get", "patch", "delete"}

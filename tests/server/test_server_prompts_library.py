@@ -46,7 +46,7 @@ def hash_of(registry, name):
         return None
 
 
-def test_what_is_there_is_served_from_the_start_and_what_is_broken_is_named(tiny_llama, tiny_gpt2, folder, tmp_path):
+def test_sound_folders_are_served_from_the_start_and_broken_ones_are_named(tiny_llama, tiny_gpt2, folder, tmp_path):
     prompt = made_prompt(tiny_llama, 1)
     save_prompt(prompt, folder / "good")
     save_prompt(made_prompt(tiny_gpt2, 2), folder / "foreign")
@@ -78,7 +78,7 @@ def test_what_is_there_is_served_from_the_start_and_what_is_broken_is_named(tiny
 
 
 @pytest.mark.medium
-def test_changes_count_within_seconds(tiny_llama, folder, tmp_path):
+def test_changes_of_the_library_count_within_seconds(tiny_llama, folder, tmp_path):
     first, second = made_prompt(tiny_llama, 1), made_prompt(tiny_llama, 2)
     with serving(tiny_llama, folder, tmp_path) as (room, _):
 
@@ -155,7 +155,7 @@ def test_a_prompt_that_is_replaced_in_place_is_never_missing(tiny_llama, folder,
 
 
 @pytest.mark.medium
-def test_nobodys_answer_changes_while_the_library_does(tiny_llama, folder, tmp_path):
+def test_running_answers_do_not_change_while_the_library_does(tiny_llama, folder, tmp_path):
     """Eight clients stream, each its own prompt, while others come, go, break and are replaced."""
     prompts = {f"p{number}": made_prompt(tiny_llama, number) for number in range(8)}
     for name, prompt in prompts.items():
@@ -193,7 +193,7 @@ def test_nobodys_answer_changes_while_the_library_does(tiny_llama, folder, tmp_p
         assert not wrong and min(counts.values()) > 2, (wrong, counts)
 
 
-def test_an_operator_takes_a_prompt_out_of_service_and_back(tiny_llama, folder, tmp_path):
+def test_an_admin_unloads_a_prompt_of_the_library_and_loads_it_again(tiny_llama, folder, tmp_path):
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
     for is_new in (True, False):  # the second time after a restart
         with serving(tiny_llama, folder, tmp_path) as (room, ann), room.client("admin") as admin:
@@ -219,7 +219,7 @@ def test_an_operator_takes_a_prompt_out_of_service_and_back(tiny_llama, folder, 
         assert ann.get("/v1/prompts/coach").json()["pinned"]
 
 
-def test_a_name_that_is_taken_stays_with_whoever_has_it(tiny_llama, folder, tmp_path):
+def test_a_folder_does_not_replace_a_kept_prompt_of_its_name(tiny_llama, folder, tmp_path):
     with serving(tiny_llama, folder, tmp_path) as (room, ann), room.client() as operator:
         assert upload(operator, "mine", made_prompt(tiny_llama, 1)).status_code == 200
         save_prompt(made_prompt(tiny_llama, 2), folder / "mine")
@@ -235,7 +235,9 @@ def test_a_name_that_is_taken_stays_with_whoever_has_it(tiny_llama, folder, tmp_
 
 
 @pytest.mark.medium
-def test_where_the_system_tells_nothing_the_folder_is_looked_at(tiny_llama, folder, tmp_path, monkeypatch):
+def test_a_folder_is_scanned_every_second_where_the_system_reports_no_changes(
+    tiny_llama, folder, tmp_path, monkeypatch
+):
     def deaf(*_, **__):
         raise OSError("no space left on device (inotify watches)")
 
@@ -247,7 +249,7 @@ def test_where_the_system_tells_nothing_the_folder_is_looked_at(tiny_llama, fold
         eventually(lambda: hash_of(room.registry, "coach") == prompt.content_hash, 3)
 
 
-def test_a_library_that_is_not_there_is_an_error_and_one_that_goes_leaves_what_is_served(tiny_llama, folder):
+def test_a_missing_library_is_an_error_and_one_that_vanishes_stays_served(tiny_llama, folder):
     registry = memory_registry("tiny")
     with pytest.raises(StorageError, match="no library"):
         LibraryWatcher(folder / "nowhere", tiny_llama, registry).scan()
@@ -261,7 +263,7 @@ def test_a_library_that_is_not_there_is_an_error_and_one_that_goes_leaves_what_i
     assert hash_of(registry, "coach") == before
 
 
-def test_what_did_not_change_is_not_read_again(tiny_llama, folder):
+def test_an_unchanged_folder_is_not_read_again(tiny_llama, folder):
     registry = memory_registry("tiny")
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
     watched = LibraryWatcher(folder, tiny_llama, registry)

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 import pytest
-from support.prompt_server import made_prompt, memory_registry
+from support.prompt_server import MemoryRepository, made_prompt, memory_registry
 
 from softprompt.errors import StorageError
 from softprompt.server.clients.keys import OPERATOR, Client
@@ -37,7 +37,7 @@ def registry():
 
 @pytest.fixture
 def kept(tiny_llama, tmp_path):
-    """Makes registrys over one state folder, as a server does that starts again."""
+    """Makes registries over one state folder, as a server does that starts again."""
     databases = []
 
     def make():
@@ -71,7 +71,7 @@ def test_own_prompts_come_first_then_own_aliases_then_shared_ones(registry):
     }  # fmt: skip
 
 
-def test_anothers_name_is_told_like_one_that_never_was(registry):
+def test_a_private_name_of_another_client_is_refused_like_an_unknown_one(registry):
     registry.publish(private("coach", "ann"))
     registry.publish(private("mine", "bob"))
 
@@ -130,7 +130,7 @@ def test_a_shared_alias_means_what_its_owner_sees(registry):
     assert status_of(registry.resolve, "coach", BOB) == 404
 
 
-def test_shares_hold_and_a_user_stays(registry):
+def test_an_aliass_shares_hold_and_each_user_keeps_one_target(registry):
     for name in ("v3", "v4"):
         registry.publish(Model(id=name))
 
@@ -152,12 +152,12 @@ def test_shares_hold_and_a_user_stays(registry):
     assert {registry.resolve("coach", ANN, user).id for user in users} == {"v3"}
 
 
-def test_the_last_share_takes_what_rounding_leaves():
+def test_rounding_of_shares_falls_to_the_last_target():
     models = [(Model(id=str(number)), 0.1) for number in range(10)]
     assert by_share(models, 1 - 2**-53).id == "9" and by_share(models, 0.0).id == "0"
 
 
-def test_what_was_kept_is_there_after_a_restart(kept, tiny_llama, tmp_path):
+def test_kept_prompts_and_aliases_are_served_after_a_restart(kept, tiny_llama, tmp_path):
     registry = kept()
     prompt = made_prompt(tiny_llama, 1)
     registry.keep(prompt, name="ft:tiny:a:1", owner="ann", source="job", job="ftjob-1")
@@ -192,7 +192,7 @@ def test_a_job_that_keeps_its_prompt_twice_has_it_once(kept, tiny_llama, tmp_pat
     assert len(list((tmp_path / "prompts").iterdir())) == 1
 
 
-def test_a_rename_and_a_share_outlive_the_process(kept, tiny_llama):
+def test_a_renamed_and_shared_prompt_stays_so_after_a_restart(kept, tiny_llama):
     registry = kept()
     registry.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="upload")
     registry.change(registry.find("a", ANN), name="b", is_shared=True)
@@ -220,7 +220,7 @@ def test_a_prompt_that_cannot_be_written_is_not_served(kept, tiny_llama, tmp_pat
 
 
 @pytest.mark.parametrize("spoil", ["cut", "other", "gone"])
-def test_a_broken_prompt_is_set_aside_and_the_rest_serve(kept, tiny_llama, tiny_gpt2, tmp_path, spoil):
+def test_a_broken_kept_prompt_is_named_and_the_others_are_served(kept, tiny_llama, tiny_gpt2, tmp_path, spoil):
     registry = kept()
     registry.keep(made_prompt(tiny_llama, 1), name="good", owner="ann", source="upload")
     (sound,) = (tmp_path / "prompts").iterdir()
@@ -239,7 +239,7 @@ def test_a_broken_prompt_is_set_aside_and_the_rest_serve(kept, tiny_llama, tiny_
     assert not again.problems and not folder.exists()
 
 
-def test_what_a_killed_process_left_is_swept(kept, tmp_path):
+def test_temporary_folders_of_a_killed_process_are_deleted(kept, tmp_path):
     left = tmp_path / "prompts" / ".prompt-1.abc.partial"
     left.mkdir(parents=True)
     (left / "adapter_config.json").write_bytes(b"{")
@@ -247,7 +247,7 @@ def test_what_a_killed_process_left_is_swept(kept, tmp_path):
     assert not left.exists()
 
 
-def test_a_row_cannot_lead_out_of_the_state(kept, tiny_llama, tmp_path):
+def test_a_prompts_folder_outside_of_the_state_is_refused(kept, tiny_llama, tmp_path):
     registry = kept()
     registry.keep(made_prompt(tiny_llama, 1), name="a", owner="ann", source="upload")
     (folder,) = (tmp_path / "prompts").iterdir()
@@ -257,21 +257,29 @@ def test_a_row_cannot_lead_out_of_the_state(kept, tiny_llama, tmp_path):
     assert "a" in kept().problems
 
 
-def test_a_look_up_waits_for_no_change(registry):
+def test_a_look_up_does_not_wait_for_a_change_that_is_being_written():
+    is_writing, may_end = threading.Event(), threading.Event()
+
+    class SlowRepository(MemoryRepository):
+        def put_alias(self, alias):
+            is_writing.set()
+            assert may_end.wait(10)
+
+    registry = PromptRegistry("tiny", SlowRepository())
     registry.publish(Model(id="a"))
-    with registry._lock:  # as while a disk is slow
-        found = []
-        others = [
-            threading.Thread(target=lambda: found.append(registry.resolve("a", ANN))),
-            threading.Thread(target=lambda: found.append(registry.models(ANN))),
-        ]
-        for thread in others:
-            thread.start()
-            thread.join(5)
-        assert len(found) == 2
+    writer = threading.Thread(target=registry.put_alias, args=(Alias(name="b", targets=(Target("a"),)),))
+    writer.start()
+    try:
+        assert is_writing.wait(10)
+        assert registry.resolve("a", ANN).id == "a" and len(registry.models(ANN)) == 2
+        assert status_of(registry.resolve, "b", LOCAL) == 404
+    finally:
+        may_end.set()
+        writer.join()
+    assert registry.resolve("b", LOCAL).id == "a"
 
 
-def test_ten_thousand_prompts_are_put_and_found_quickly(registry):
+def test_ten_thousand_prompts_are_published_and_found_quickly(registry):
     began = time.perf_counter()
     for number in range(10_000):
         registry.publish(Model(id=f"p{number}"))
@@ -286,7 +294,7 @@ def test_ten_thousand_prompts_are_put_and_found_quickly(registry):
     assert put_s < 2 and found_s < 1 and missed_s < 0.2, (put_s, found_s, missed_s)
 
 
-def test_readers_see_whole_things_while_names_change(registry):
+def test_readers_see_each_name_whole_while_names_change(registry):
     """A renamed prompt is always there under one of its names, an alias always means one of its two targets."""
     for name in ("v1", "v2", "moving-0"):
         registry.publish(private(name, "ann"))

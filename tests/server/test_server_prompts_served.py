@@ -52,7 +52,7 @@ def answer(client, model, **asked):
     return found.model, found.choices[0].text
 
 
-def test_the_library_is_everybodys_and_needs_a_key(clients, place):
+def test_the_library_is_served_to_every_key_and_to_nobody_without(clients, place):
     for client in clients:
         assert "ours" in [model.id for model in client.models.list()]
         assert answer(client, "ours")[1] != answer(client, "base")[1]
@@ -63,7 +63,7 @@ def test_the_library_is_everybodys_and_needs_a_key(clients, place):
         stranger.get("/prompts", cast_to=dict)
 
 
-def test_an_upload_is_called_switched_and_rolled_back(clients, tiny_llama):
+def test_an_alias_of_an_upload_is_switched_and_rolled_back(clients, tiny_llama):
     _, ann, bob = clients
     for number in (1, 2):
         post(ann, f"coach-v{number}", made_prompt(tiny_llama, 10 + number))
@@ -85,7 +85,7 @@ def test_an_upload_is_called_switched_and_rolled_back(clients, tiny_llama):
     assert ann.models.delete("coach-v2").deleted
 
 
-def test_two_versions_are_counted_apart(clients, place, tiny_llama):
+def test_two_versions_of_a_prompt_are_counted_apart(clients, place, tiny_llama):
     admin, ann, _ = clients
     for name in ("side-a", "side-b"):
         post(admin, name, made_prompt(tiny_llama, 20), shared="true")
@@ -102,7 +102,7 @@ def test_two_versions_are_counted_apart(clients, place, tiny_llama):
     assert len(counted) == 2 and sum(counted) == 28
 
 
-def test_only_an_admin_takes_the_librarys_out(clients):
+def test_only_an_admin_unloads_a_prompt_of_the_library(clients):
     admin, ann, _ = clients
     with pytest.raises(openai.PermissionDeniedError):
         ann.models.delete("ours")

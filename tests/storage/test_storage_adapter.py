@@ -55,7 +55,7 @@ def refused(folder: Path, message: str, **settings: Any) -> None:
 
 
 class TestKept:
-    def test_vectors_and_record(self, tmp_path: Path, base: Base, prompt: SoftPrompt) -> None:
+    def test_vectors_and_record_are_kept(self, tmp_path: Path, base: Base, prompt: SoftPrompt) -> None:
         folder = save_prompt(prompt, tmp_path / "deep" / "coach")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -98,7 +98,7 @@ class TestKept:
 
         assert torch.equal(load_prompt(damaged(spoil)).tensor, prompt.tensor)
 
-    def test_the_card(self, tmp_path: Path, prompt: SoftPrompt) -> None:
+    def test_the_card_describes_the_prompt(self, tmp_path: Path, prompt: SoftPrompt) -> None:
         save_prompt(prompt, tmp_path / "x")
         card = (tmp_path / "x" / "README.md").read_text()
         front = card.split("---\n")[1]
@@ -157,12 +157,12 @@ class TestOverwriting:
             save_prompt(make_prompt(), tmp_path / "x", overwrite=True)
         assert sorted(os.listdir(tmp_path / "x")) == sorted(others)
 
-    def test_a_file_in_the_way(self, tmp_path: Path, make_prompt: MakePrompt) -> None:
+    def test_a_file_at_the_folders_path_is_refused(self, tmp_path: Path, make_prompt: MakePrompt) -> None:
         (tmp_path / "x").write_text("mine")
         with pytest.raises(ExistsError, match="is a file"):
             save_prompt(make_prompt(), tmp_path / "x", overwrite=True)
 
-    def test_an_older_bin_does_not_survive(self, tmp_path: Path, make_prompt: MakePrompt) -> None:
+    def test_overwriting_removes_an_older_bin(self, tmp_path: Path, make_prompt: MakePrompt) -> None:
         save_prompt(make_prompt(seed=1), tmp_path / "x")
         (tmp_path / "x" / "adapter_model.bin").write_bytes(b"old")
         save_prompt(make_prompt(seed=2), tmp_path / "x", overwrite=True)
@@ -203,7 +203,7 @@ class TestBase:
 
 
 class TestRefused:
-    def test_nothing_there(self, tmp_path: Path) -> None:
+    def test_a_missing_folder_is_refused(self, tmp_path: Path) -> None:
         refused(tmp_path / "absent", "absent is not there; give an adapter's folder")
         (tmp_path / "file").write_text("")
         refused(tmp_path / "file", "file is a file; give an adapter's folder")
@@ -214,10 +214,10 @@ class TestRefused:
         save_prompt(make_prompt(), tmp_path / "checkpoints" / "step-4")
         refused(tmp_path, r"these folders below it have: checkpoints/step-2, checkpoints/step-4")
 
-    def test_no_weights(self, damaged: Damaged) -> None:
+    def test_a_folder_without_weights_is_refused(self, damaged: Damaged) -> None:
         refused(damaged(lambda folder: (folder / WEIGHTS).unlink()), r"but neither adapter_model\.safetensors nor")
 
-    def test_no_config(self, damaged: Damaged, prompt: SoftPrompt) -> None:
+    def test_weights_without_a_config_need_the_task(self, damaged: Damaged, prompt: SoftPrompt) -> None:
         folder = damaged(lambda folder: (folder / CONFIG).unlink())
         refused(folder, r"no adapter_config\.json, so .* its weights are \[4, 16\]\. .*--task-type CAUSAL_LM")
         assert torch.equal(load_prompt(folder, task_type="CAUSAL_LM").tensor, prompt.tensor)
@@ -227,7 +227,7 @@ class TestRefused:
     def test_foreign_kinds_are_named(self, damaged: Damaged, kind: object) -> None:
         refused(damaged(edit(CONFIG, peft_type=kind)), f"has the peft_type {kind!r}; only PROMPT_TUNING")
 
-    def test_lora_with_lora_weights(self, damaged: Damaged) -> None:
+    def test_a_lora_adapter_is_refused(self, damaged: Damaged) -> None:
         def spoil(folder: Path) -> None:
             edit(CONFIG, peft_type="LORA")(folder)
             weights({"q.lora_A.weight": torch.ones(2, 2), "q.lora_B.weight": torch.ones(2, 2)})(folder)
@@ -243,10 +243,10 @@ class TestRefused:
             (["CAUSAL_LM"], "only CAUSAL_LM"),
         ],
     )
-    def test_other_tasks(self, damaged: Damaged, task: object, message: str) -> None:
+    def test_another_task_is_refused(self, damaged: Damaged, task: object, message: str) -> None:
         refused(damaged(edit(CONFIG, task_type=task)), message)
 
-    def test_flags_that_contradict(self, damaged: Damaged) -> None:
+    def test_a_task_or_base_that_contradicts_the_folder_is_refused(self, damaged: Damaged) -> None:
         folder = damaged(lambda folder: None)
         refused(folder, "'CAUSAL_LM' and 'SEQ_CLS' was given", task_type="SEQ_CLS")
         refused(folder, "names its base 'tiny/llama' and 'gpt2' was given", base_name="gpt2")
@@ -276,7 +276,7 @@ class TestRefused:
         ],
     )
     @pytest.mark.parametrize("name", [CONFIG, RECORD])
-    def test_bad_json(self, damaged: Damaged, name: str, data: bytes, message: str) -> None:
+    def test_malformed_json_is_refused(self, damaged: Damaged, name: str, data: bytes, message: str) -> None:
         refused(damaged(lambda folder: (folder / name).write_bytes(data)), f"{re.escape(name)}.*{message}")
 
     @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ class TestRefused:
             ({"run": 5}, "malformed"),
         ],
     )
-    def test_a_bad_record(self, damaged: Damaged, changes: dict[str, Any], message: str) -> None:
+    def test_a_malformed_record_is_refused(self, damaged: Damaged, changes: dict[str, Any], message: str) -> None:
         refused(damaged(edit(RECORD, **changes)), message)
 
     @pytest.mark.parametrize(
@@ -315,17 +315,19 @@ class TestRefused:
             ),
         ],
     )
-    def test_bad_tensors(self, damaged: Damaged, tensors: dict[str, torch.Tensor], message: str) -> None:
+    def test_unusable_tensors_are_refused(
+        self, damaged: Damaged, tensors: dict[str, torch.Tensor], message: str
+    ) -> None:
         refused(damaged(weights(tensors)), message)
 
     @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, RECORD])
-    def test_a_git_lfs_pointer(self, damaged: Damaged, name: str) -> None:
+    def test_a_git_lfs_pointer_is_named(self, damaged: Damaged, name: str) -> None:
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:9c0e\nsize 1044992\n"
         folder = damaged(lambda folder: (folder / name).write_bytes(pointer))
         refused(folder, rf"{name} is a Git LFS pointer, .* git lfs pull")
 
     @pytest.mark.parametrize("keep", [0, 4, 8, 40, 100, -1])
-    def test_truncated_safetensors(self, damaged: Damaged, keep: int) -> None:
+    def test_truncated_safetensors_are_refused(self, damaged: Damaged, keep: int) -> None:
         folder = damaged(lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:keep]))
         refused(folder, r"adapter_model\.safetensors is (cut off|not a sound)")
 
@@ -355,7 +357,7 @@ class Evil:
 
 
 class TestPickles:
-    def test_a_sound_one_loads(self, damaged: Damaged, prompt: SoftPrompt) -> None:
+    def test_a_sound_pickle_loads(self, damaged: Damaged, prompt: SoftPrompt) -> None:
         assert torch.equal(load_prompt(damaged(pickled({"prompt_embeddings": prompt.tensor}))).tensor, prompt.tensor)
 
     def test_code_is_never_run(self, damaged: Damaged, tmp_path: Path) -> None:
@@ -366,7 +368,7 @@ class TestPickles:
         torch.load(folder / "adapter_model.bin", weights_only=False)  # the control: the trap works
         assert trap.exists()
 
-    def test_a_bare_pickle_is_not_even_looked_at(self, damaged: Damaged, tmp_path: Path) -> None:
+    def test_a_bare_pickle_is_never_opened(self, damaged: Damaged, tmp_path: Path) -> None:
         trap = tmp_path / "ran"
 
         def spoil(folder: Path) -> None:
@@ -390,10 +392,10 @@ class TestPickles:
             ({"prompt_embeddings": torch.ones(4, 16).to_sparse()}, "sparse"),
         ],
     )
-    def test_other_contents(self, damaged: Damaged, value: object, message: str) -> None:
+    def test_a_pickle_of_other_contents_is_refused(self, damaged: Damaged, value: object, message: str) -> None:
         refused(damaged(pickled(value)), message)
 
-    def test_a_zip_bomb(self, damaged: Damaged) -> None:
+    def test_a_zip_bomb_is_refused(self, damaged: Damaged) -> None:
         def spoil(folder: Path) -> None:
             stored = io.BytesIO()
             torch.save({"prompt_embeddings": torch.zeros(1000, 1000)}, stored)
@@ -408,7 +410,7 @@ class TestPickles:
 
         refused(damaged(spoil), "is a packed archive")
 
-    def test_damaged(self, damaged: Damaged, prompt: SoftPrompt) -> None:
+    def test_a_damaged_pickle_is_refused(self, damaged: Damaged, prompt: SoftPrompt) -> None:
         def spoil(folder: Path) -> None:
             pickled({"prompt_embeddings": prompt.tensor})(folder)
             data = (folder / "adapter_model.bin").read_bytes()
@@ -443,7 +445,7 @@ class TestLinks:
         (tmp_path / "alias").symlink_to(damaged(lambda folder: None))
         assert torch.equal(load_prompt(tmp_path / "alias").tensor, prompt.tensor)
 
-    def test_dangling_links_loops_and_pipes(self, damaged: Damaged) -> None:
+    def test_dangling_links_loops_and_pipes_are_refused(self, damaged: Damaged) -> None:
         folder = damaged(lambda folder: (folder / CONFIG).unlink())
         (folder / CONFIG).symlink_to("absent")
         refused(folder, "cannot read")

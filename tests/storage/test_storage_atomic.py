@@ -104,13 +104,13 @@ def test_files_are_all_staged_before_the_first_is_renamed(tmp_path: Path, failin
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_device_is_told_plainly(tmp_path: Path) -> None:
+def test_a_full_device_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "metrics").symlink_to("/dev/full")
     with pytest.raises(StorageError, match="no space left on the disk"):
         append_line(tmp_path / "metrics", b"{}")
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_files_whole(tmp_path: Path) -> None:
     """A tmpfs of 64 KiB, in a mount namespace of its own."""
     code = (
         f"{ATOMIC}from softprompt.errors import StorageError\n"
@@ -164,7 +164,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_file(tmp_path / "absent" / "x", b"")
 
 
-def test_removing_and_appending(tmp_path: Path) -> None:
+def test_a_folder_is_removed_and_a_line_appended(tmp_path: Path) -> None:
     write_folder(tmp_path / "x", FILES)
     remove_folder(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,9 @@ def saved(tmp_path: Path, prompt: SoftPrompt) -> Path:
     return save_prompt(prompt, tmp_path / "saved")
 
 
-def test_there_and_back(hub: HubState, saved: Path, tmp_path: Path, prompt: SoftPrompt, base: Base) -> None:
+def test_a_pushed_prompt_is_pulled_unchanged(
+    hub: HubState, saved: Path, tmp_path: Path, prompt: SoftPrompt, base: Base
+) -> None:
     url = push_prompt(saved, "me/coach", private=True, token=TOKEN)
     assert url.startswith("http://127.0.0.1")
     assert "/me/coach/commit/" in url
@@ -49,7 +51,7 @@ def test_there_and_back(hub: HubState, saved: Path, tmp_path: Path, prompt: Soft
     assert not any(path.is_symlink() for path in place.iterdir())
 
 
-def test_what_is_published_tells_no_path_and_no_text(
+def test_a_published_record_has_no_path_and_no_text(
     hub: HubState, tmp_path: Path, make_prompt: Callable[..., SoftPrompt]
 ) -> None:
     run = {"epochs": 6, "losses": [2.5, 1.5], "source": "/home/me/rows.csv", "data": {"folder": "/home/me", "rows": 5},
@@ -64,7 +66,7 @@ def test_what_is_published_tells_no_path_and_no_text(
     assert b"sentence" not in whole
 
 
-def test_a_local_bases_path_stays_at_home(hub: HubState, tmp_path: Path, make_prompt: MakePrompt) -> None:
+def test_the_path_of_a_local_base_is_not_published(hub: HubState, tmp_path: Path, make_prompt: MakePrompt) -> None:
     push_prompt(
         save_prompt(make_prompt(base_name="llama", base_source="/home/me/llama"), tmp_path / "x"),
         "me/coach",
@@ -76,7 +78,10 @@ def test_a_local_bases_path_stays_at_home(hub: HubState, tmp_path: Path, make_pr
     assert "load_base('llama')" in (pulled / "README.md").read_text()
 
 
-def test_pushing_again_and_to_a_branch(hub: HubState, saved: Path, tmp_path: Path, make_prompt: MakePrompt) -> None:
+@pytest.mark.medium
+def test_a_prompt_is_pushed_again_and_to_a_branch(
+    hub: HubState, saved: Path, tmp_path: Path, make_prompt: MakePrompt
+) -> None:
     push_prompt(saved, "me/coach", token=TOKEN)
     save_prompt(make_prompt(seed=8), saved, overwrite=True)
     push_prompt(saved, "me/coach", token=TOKEN, revision="next")
@@ -113,7 +118,7 @@ def test_an_older_bin_is_fetched_where_there_is_nothing_else(
         push_prompt(place, "me/again", token=TOKEN)
 
 
-def test_the_cache_serves_offline(hub: HubState, saved: Path, tmp_path: Path, prompt: SoftPrompt) -> None:
+def test_a_pulled_prompt_is_available_offline(hub: HubState, saved: Path, tmp_path: Path, prompt: SoftPrompt) -> None:
     push_prompt(saved, "me/coach", token=TOKEN)
     with pytest.raises(StorageError, match="me/coach is not in the local cache; pull it once without offline"):
         pull_prompt("me/coach", tmp_path / "early", offline=True)
@@ -161,7 +166,9 @@ def test_a_broken_folder_is_not_pushed(hub: HubState, saved: Path) -> None:
         ("not a name", {}, "'not a name' is not a repository's name; write it as owner/name"),
     ],
 )
-def test_refused_pulls(hub: HubState, tmp_path: Path, repo: str, settings: dict[str, str], message: str) -> None:
+def test_what_the_hub_refuses_is_one_sentence(
+    hub: HubState, tmp_path: Path, repo: str, settings: dict[str, str], message: str
+) -> None:
     hub.files |= {("me/secret", "main"): {}, ("me/coach", "main"): {}, ("me/empty", "main"): {"README.md": b"x"}}
     hub.private.add("me/secret")
     with pytest.raises(StorageError, match=message) as caught:
@@ -170,7 +177,7 @@ def test_refused_pulls(hub: HubState, tmp_path: Path, repo: str, settings: dict[
     assert not (tmp_path / "pulled").exists()
 
 
-def test_pushing_without_the_right_token(hub: HubState, saved: Path) -> None:
+def test_a_push_without_the_right_token_is_refused(hub: HubState, saved: Path) -> None:
     for token in (None, "hf_wrong"):
         with pytest.raises(StorageError, match=r"does not allow this for me/coach \(HTTP 401\); log in"):
             push_prompt(saved, "me/coach", token=token)
@@ -178,7 +185,10 @@ def test_pushing_without_the_right_token(hub: HubState, saved: Path) -> None:
         push_prompt(saved, "a/b/c", token=TOKEN)
 
 
-def test_no_network(hub: HubState, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.medium
+def test_an_unreachable_hub_is_one_sentence(
+    hub: HubState, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push_prompt(saved, "me/coach", token=TOKEN)
     pull_prompt("me/coach", tmp_path / "online")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

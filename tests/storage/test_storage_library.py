@@ -67,7 +67,7 @@ def test_other_names_are_refused_everywhere(
             action()
 
 
-def test_the_list(library: Library, make_prompt: MakePrompt) -> None:
+def test_the_list_has_every_entry_with_its_description(library: Library, make_prompt: MakePrompt) -> None:
     coach, quotes = library.list()
     assert (coach.name, coach.num_virtual_tokens, coach.hidden_size, coach.base_name) == ("coach", 4, 16, "tiny/llama")
     assert coach.content_hash == make_prompt(seed=0).content_hash != quotes.content_hash
@@ -92,7 +92,9 @@ def test_corrupt_entries_are_listed_with_their_problem(library: Library, tmp_pat
     assert {check.name: check.problem for check in library.check()} == found
 
 
-def test_check_against_a_base(library: Library, base: Base, prompt: SoftPrompt, make_base: MakeBase) -> None:
+def test_check_names_entries_that_do_not_fit_the_base(
+    library: Library, base: Base, prompt: SoftPrompt, make_base: MakeBase
+) -> None:
     library.add("mine", prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -101,7 +103,7 @@ def test_check_against_a_base(library: Library, base: Base, prompt: SoftPrompt, 
         assert all("[4, 16]" in str(check.problem) for check in library.check(make_base(hidden=32)))
 
 
-def test_import_export_remove(library: Library, tmp_path: Path, make_prompt: MakePrompt) -> None:
+def test_a_prompt_is_imported_exported_and_removed(library: Library, tmp_path: Path, make_prompt: MakePrompt) -> None:
     save_prompt(make_prompt(seed=7), tmp_path / "theirs")
     library.import_folder(tmp_path / "theirs", "new")
     with pytest.raises(ExistsError):
@@ -150,7 +152,7 @@ def test_an_import_checks_the_base_and_invents_no_fingerprint(
     assert library.load("new").record.base_fingerprint is None
 
 
-def test_only_what_is_ours_is_removed(library: Library, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_adapter_is_not_removed(library: Library, tmp_path: Path) -> None:
     (library.folder / "notes").mkdir()
     (library.folder / "notes" / "thesis.txt").write_text("mine")
     with pytest.raises(StorageError, match="neither an adapter nor a run"):
@@ -163,7 +165,7 @@ def test_only_what_is_ours_is_removed(library: Library, tmp_path: Path) -> None:
     assert not (library.folder / "link").is_symlink()
 
 
-def test_no_library(tmp_path: Path) -> None:
+def test_a_missing_library_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no library at"):
         Library(tmp_path / "absent").list()
 
@@ -175,7 +177,7 @@ class TestResolve:
         with pytest.raises(StorageError, match=r"no folder \./absent"):
             resolve_prompt("./absent", library)
 
-    def test_near_names(self, library: Library) -> None:
+    def test_an_unknown_name_comes_with_the_nearest(self, library: Library) -> None:
         with pytest.raises(StorageError, match=r"no prompt 'coahc' in the library .* did you mean 'coach'"):
             resolve_prompt("coahc", library)
         with pytest.raises(StorageError, match="it has coach, quotes"):
@@ -224,7 +226,7 @@ def test_bad_entries_are_named_and_hide_no_others(library: Library, make_prompt:
     assert "is not a prompt's name" in str(problems["caf\udce9"])
 
 
-def test_an_entry_that_cannot_even_be_looked_at_hides_no_others(
+def test_an_entry_that_cannot_be_read_hides_no_others(
     library: Library, make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = {entry.name for entry in library.list()}

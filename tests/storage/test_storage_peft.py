@@ -68,7 +68,7 @@ def judge(make_model: Callable[..., PreTrainedModel]) -> Judge:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_our_folder_in_peft(
+def test_peft_loads_our_folder_with_the_same_logits(
     tmp_path: Path, family: str, make_base: MakeBase, make_prompt: MakePrompt, judge: Judge
 ) -> None:
     prompt = make_prompt(seed=1)
@@ -82,7 +82,9 @@ def test_our_folder_in_peft(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pefts_folder_here(tmp_path: Path, family: str, make_base: MakeBase, judge: Judge) -> None:
+def test_pefts_folder_loads_here_with_the_same_logits(
+    tmp_path: Path, family: str, make_base: MakeBase, judge: Judge
+) -> None:
     tensor = judge.saves(tmp_path / "theirs", family)
     base = make_base(family, name="tiny/other")
     with pytest.warns(UnknownBaseWarning, match="more could not be checked"):
@@ -93,7 +95,7 @@ def test_pefts_folder_here(tmp_path: Path, family: str, make_base: MakeBase, jud
     )
 
 
-def test_there_and_back_again(tmp_path: Path, judge: Judge) -> None:
+def test_a_prompt_survives_our_folder_peft_and_back(tmp_path: Path, judge: Judge) -> None:
     """PEFT -> here -> PEFT -> here: the same vectors bit for bit."""
     tensor = judge.saves(tmp_path / "theirs")
     save_prompt(load_prompt(tmp_path / "theirs"), tmp_path / "ours")
@@ -127,7 +129,7 @@ def test_peft_reads_the_config_of_a_prompt_without_any_base(
     assert judge.logits(tmp_path / "ours").shape[1] == IDS.shape[1] + 4
 
 
-def test_pefts_older_bin(tmp_path: Path, judge: Judge) -> None:
+def test_pefts_older_bin_loads_here(tmp_path: Path, judge: Judge) -> None:
     tensor = judge.saves(tmp_path / "theirs")
     torch.save({"prompt_embeddings": tensor}, tmp_path / "theirs" / "adapter_model.bin")
     (tmp_path / "theirs" / "adapter_model.safetensors").unlink()

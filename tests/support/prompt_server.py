@@ -45,6 +45,7 @@ class Room:
     registry: PromptRegistry
     library: LibraryWatcher
     engine: Engine
+    pinned: set[str]  # content hashes of the prompts pinned in the engine
     state: Path
 
     def client(self, name: str = "") -> httpx2.Client:
@@ -88,6 +89,22 @@ def memory_registry(base_name: str = "tiny") -> PromptRegistry:
     return PromptRegistry(base_name, MemoryRepository())
 
 
+class RecordingEngine(AsyncEngine):
+    """An engine that remembers which prompts are pinned in it."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.pinned: set[str] = set()  # content hashes
+
+    async def pin(self, prompt: SoftPrompt) -> None:
+        await super().pin(prompt)
+        self.pinned.add(prompt.content_hash)
+
+    async def unpin(self, prompt: SoftPrompt) -> None:
+        await super().unpin(prompt)
+        self.pinned.discard(prompt.content_hash)
+
+
 @contextmanager
 def prompt_server(
     base: Base, state: Path, library: Path | None = None, engine_config: EngineConfig | None = None, **hub: Any
@@ -97,7 +114,7 @@ def prompt_server(
     registry = PromptRegistry("tiny", PromptRepository(state, database, base))
     watched = LibraryWatcher(library, base, registry)
     engine = Engine(base, engine_config)
-    running = AsyncEngine(engine)
+    running = RecordingEngine(engine)
     pins = Pins(running, registry)
 
     @asynccontextmanager
@@ -111,7 +128,7 @@ def prompt_server(
     app.dependency_overrides[auth.current_client] = _told_client
     app.post("/stream")(_streaming(registry, running))
     with served(app) as url:
-        yield Room(url, registry, watched, engine, state)
+        yield Room(url, registry, watched, engine, running.pinned, state)
 
 
 async def _told_client(authorization: Annotated[str, Header()] = "") -> Client:
