@@ -219,7 +219,7 @@ class TestSettings:
         plan = json.loads((half_way / "run.json").read_text())
         del plan["settings"]
         (half_way / "run.json").write_text(json.dumps(plan))
-        assert "does not say how it was begun" in run("train", "--out", half_way, "--resume").complaint
+        assert "does not record how it was begun" in run("train", "--out", half_way, "--resume").complaint
 
 
 class TestUnlikelyMoments:

@@ -391,7 +391,7 @@ class TestOverwriting:
         self.write(sweep, base_folder, "old")
         (tmp_path / "run" / "thesis").mkdir()
         ran = self.write(sweep, base_folder, "thesis", "--overwrite", command=run)
-        assert "run/thesis exists and is not of the run in run; call the task otherwise" in ran.complaint
+        assert "run/thesis exists and is not of the run in run; give the task another name" in ran.complaint
         load_prompt(tmp_path / "run" / "old")
 
     def test_is_on_purpose(self, sweep, base_folder):

@@ -208,7 +208,7 @@ class TestGridNames:
         ("[grid]\nseed = [1, '2']", "[grid]: seed is '2'; it must be a whole number"),
         ("[grid]\nrelative_learning_rate = [1, 1.0]", "[grid]: relative_learning_rate names 1.0 twice"),
         ("[grid]\nseed = [1, -1]", "candidate seed-1: seed is -1; it must be 0 or more"),
-        ("[grid]\nseed = [1, 2]\n[candidates.seed1]", "[candidates.seed1] is called as a candidate of the grid is"),
+        ("[grid]\nseed = [1, 2]\n[candidates.seed1]", "[candidates.seed1] has the name of a candidate of the grid"),
         ("ensemble = true\n[grid]\nseed = [1]", "ensemble needs several candidates to vote"),
         ("[candidates.a]\ninit = 'text'", "candidate a: init 'text' needs init_text"),
         ("[candidates.a]\nlearning_rate = 1\nrelative_learning_rate = 1", "candidate a: learning_rate=1 and relative"),

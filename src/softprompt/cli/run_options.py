@@ -59,7 +59,7 @@ def run_options(function: Function) -> Function:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlace:
+class RunTarget:
     """The folder of `--out`."""
 
     out: str
@@ -67,7 +67,7 @@ class RunPlace:
     is_resumed: bool  # a run was begun here, and `--resume` is given
 
     @classmethod
-    def of(cls, out: str, *, overwrite: bool, resume: bool) -> RunPlace:
+    def of(cls, out: str, *, overwrite: bool, resume: bool) -> RunTarget:
         return cls(out=out, overwrite=overwrite, is_resumed=resume and _folder(out).has_begun())
 
     @property
@@ -133,7 +133,9 @@ def resumed_settings(out: str, flags: Mapping[str, Any], given: Collection[str],
         raise ConfigError(f"{out} is a run of softprompt {begun_by}; resume it with that")
     recorded = plan.get("settings")
     if not isinstance(recorded, dict):
-        raise ConfigError(f"{out} does not say how it was begun, so it cannot be resumed; train further: --init-from")
+        raise ConfigError(
+            f"{out} does not record how it was begun, so it cannot be resumed; train further: --init-from"
+        )
     for name in sorted(set(given) & set(recorded) - MAY_CHANGE):
         value = list(flags[name]) if isinstance(flags[name], tuple) else flags[name]  # JSON has no tuples
         if value != recorded[name]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LIST_COLUMNS = ("run", "base", "data", "steps", "loss", "state", "begun")
 _TRAINING, _VALIDATION = "training loss (nats per target)", "validation loss (nats per text token)"
 _WIDEST_CHART = 100  # columns
-MARKS = "abcdefgh"  # one per curve: they are told apart without colours too
+MARKS = "abcdefgh"  # one per curve: distinguishable without colours
 MAX_CURVES = len(MARKS)
 _HEIGHT = 16  # lines
 _NUM_TICKS = 5
@@ -55,8 +55,8 @@ def list_runs(folder: str, as_json: bool) -> None:
     """
     from softprompt.runs.history import find_runs
 
-    place = Path(folder)
-    found = {str(path.relative_to(place)): _read(path) for path in find_runs(place)}
+    root = Path(folder)
+    found = {str(path.relative_to(root)): _read(path) for path in find_runs(root)}
     if as_json:
         print_json([{"run": name, **list_entry(run)} for name, run in found.items()])
         return
@@ -87,7 +87,7 @@ def show(run: str, as_json: bool) -> None:
     if as_json:
         print_json(to_json(history))
         return
-    print_table(run, ["fact", "value"], facts(history))
+    print_table(run, ["fact", "value"], summary(history))
     for task, prompts in history.by_task.items():
         if len(prompts) > 1:
             show_candidates(task, prompts)
@@ -132,7 +132,7 @@ def list_entry(run: RunHistory | str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def facts(run: RunHistory) -> list[list[str]]:
+def summary(run: RunHistory) -> list[list[str]]:
     """Rows of name and value."""
     kept_step = run.prompts[0].kept_step if len(run.prompts) == 1 else None
     known = {
@@ -312,7 +312,7 @@ def draw(title: str, curves: Mapping[str, Points], width: int) -> str:
 
 
 def legend(names: Sequence[str], width: int) -> list[str]:
-    """Lines that say which letter stands for which of several curves; none for a single one."""
+    """Lines that name the curve of each letter; none for a single curve."""
     pairs = [f"{mark}={name}" for mark, name in zip(MARKS, names, strict=False)] if len(names) > 1 else []
     return textwrap.wrap("  ".join(pairs), width, break_long_words=False, break_on_hyphens=False)
 

@@ -14,7 +14,7 @@ from softprompt.cli.run_options import (
     MAY_CHANGE,
     RUN_FLAGS,
     SWEEP_KEY,
-    RunPlace,
+    RunTarget,
     in_processes,
     load_among,
     resumed_settings,
@@ -52,25 +52,25 @@ def command(file: str, out: str, overwrite: bool, resume: bool, as_json: bool, r
     """
     sweep = read_sweep(Path(file))
     _check_names(file, sweep)
-    place = RunPlace.of(out, overwrite=overwrite, resume=resume)
-    if place.is_finished:
-        place.report_finished(as_json)
+    target = RunTarget.of(out, overwrite=overwrite, resume=resume)
+    if target.is_finished:
+        target.report_finished(as_json)
         return
-    flags = _resumed(file, sweep, out, flags) if place.is_resumed else _with_base(sweep.base, flags)
+    flags = _resumed(file, sweep, out, flags) if target.is_resumed else _with_base(sweep.base, flags)
     if flags["base"] is None:
         raise ConfigError(f"{file} names no base; give one: --base, or base = in its [base]")
-    place.check(flags, tasks=[name for name in sweep.tasks if name])
-    _train(file, sweep, place, flags, ranks, as_json)
+    target.check(flags, tasks=[name for name in sweep.tasks if name])
+    _train(file, sweep, target, flags, ranks, as_json)
 
 
-def _train(file: str, sweep: Sweep, place: RunPlace, flags: Settings, ranks: Ranks, as_json: bool) -> None:
+def _train(file: str, sweep: Sweep, target: RunTarget, flags: Settings, ranks: Ranks, as_json: bool) -> None:
     from softprompt.cli.training_run import run_session
     from softprompt.runs.session import tasks_metadata
 
     base_config = config_of(BaseConfig, flags)
     tasks = _tasks(sweep, offline=base_config.offline)
     base = load_among(base_config, ranks)
-    recorder = place.recorder({**tasks_metadata(tasks), SWEEP_KEY: sweep.to_json()}, flags)
+    recorder = target.recorder({**tasks_metadata(tasks), SWEEP_KEY: sweep.to_json()}, flags)
     run_session(
         base, tasks, recorder, ranks=ranks, as_json=as_json, halving=sweep.halving, ensemble=sweep.ensemble,
         command=f"sweep {shlex.quote(file)}",

@@ -1,6 +1,6 @@
 """A sweep's file: which prompts are trained together on which rows, as TOML. No torch here.
 
-    halving = true            # drop the weaker candidates as the training goes on
+    halving = true            # drop the weaker candidates as training proceeds
     ensemble = false          # keep all candidates as a set that votes
     [base]                    # of BaseConfig
     [data]                    # of DataConfig, for every task
@@ -10,7 +10,7 @@
     [tasks.NAME]              # a task by name, over [data]; every candidate trains on every task
 
 Paths are relative to the file's folder. A more specific section replaces what it excludes in a shared one: a task's
-`template` takes the place of a shared `text_column`, a candidate's `learning_rate` that of a `relative_learning_rate`.
+`template` replaces a shared `text_column`, a candidate's `learning_rate` that of a `relative_learning_rate`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ConfigT = TypeVar("ConfigT")
 _SECTIONS = ("base", "data", "train", "grid", "candidates", "tasks")
 _SWITCHES = {"halving": True, "ensemble": False}  # and their defaults
 _PARTS = ("validation", "test")  # a share, a number of rows or a file
-# What a setting takes the place of in a shared section.
+# The settings of a shared section that a more specific one replaces.
 _REPLACED_BY: Mapping[str, tuple[str, ...]] = {
     "learning_rate": ("relative_learning_rate",),
     "relative_learning_rate": ("learning_rate",),
@@ -98,7 +98,7 @@ def _candidates(path: Path, tables: Table, train: Table) -> dict[str, TrainConfi
     for name, table in tables["candidates"].items():
         where = f"{path} [candidates.{name}]"
         if name in found:
-            raise ConfigError(f"{where} is called as a candidate of the grid is; call it otherwise")
+            raise ConfigError(f"{where} has the name of a candidate of the grid; give it another one")
         found[name] = read_section(TrainConfig, table, where)
     places = {name: f"{path}, candidate {name}" for name in found}
     if not found:
@@ -156,19 +156,19 @@ def _data_config(settings: Table, where: str) -> DataConfig:
 
 def _data_place(name: str, folder: Path) -> str:
     """A path as seen from the file's folder; what nothing is called, here or there, may be a Hub id and stays."""
-    place = folder / os.path.expanduser(name)
-    may_be_on_the_hub = name.count("/") == 1 and not place.exists() and not Path(name).exists()
-    return name if may_be_on_the_hub else str(place)
+    path = folder / os.path.expanduser(name)
+    may_be_on_the_hub = name.count("/") == 1 and not path.exists() and not Path(name).exists()
+    return name if may_be_on_the_hub else str(path)
 
 
 def _base_place(name: str, folder: Path) -> str:
     """A base's folder as seen from the file's folder, if it is there; else a Hub id, or a base by name."""
-    place = folder / os.path.expanduser(name)
-    return str(place) if name != EMBEDDED_BASE and place.is_dir() else name
+    path = folder / os.path.expanduser(name)
+    return str(path) if name != EMBEDDED_BASE and path.is_dir() else name
 
 
 def _over(shared: Table, own: Table) -> Table:
-    """`own` settings over `shared` ones, less those that they take the place of."""
+    """`own` settings over `shared` ones, less those that they replace."""
     replaced = {name for key in own for name in _REPLACED_BY.get(key, ())}
     if own.get("init", "text") != "text":
         replaced.add("init_text")

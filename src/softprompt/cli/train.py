@@ -12,7 +12,7 @@ import click
 
 from softprompt.cli.command import Command, OneOf, Setting, config_of, given_flags, options_of, require_flags
 from softprompt.cli.console import warnings_as_lines
-from softprompt.cli.run_options import RUN_FLAGS, RunPlace, in_processes, load_among, resumed_settings, run_options
+from softprompt.cli.run_options import RUN_FLAGS, RunTarget, in_processes, load_among, resumed_settings, run_options
 from softprompt.config import (
     DEFAULT_RELATIVE_LEARNING_RATE,
     PRESETS,
@@ -67,7 +67,7 @@ def _lacking(given: Collection[str]) -> list[str]:
               help="Train so many prompts in one pass and keep the best by validation.")  # fmt: skip
 @click.option("--vary", multiple=True, type=OneOf(VARIED), default=("seed", "rate"), show_default=True,
               help="What differs between candidates; may be repeated.")  # fmt: skip
-@click.option("--halving/--no-halving", default=True, help="Drop the weaker candidates as the training goes on.")
+@click.option("--halving/--no-halving", default=True, help="Drop the weaker candidates as training proceeds.")
 @click.option("--ensemble", is_flag=True, help="Keep all candidates as a set that votes, instead of the best.")
 @run_options
 @in_processes
@@ -75,18 +75,18 @@ def command(
     out: str, overwrite: bool, resume: bool, as_json: bool, preset: str | None, ranks: Ranks, **flags: Any
 ) -> None:
     """Train a soft prompt on a frozen base."""
-    place = RunPlace.of(out, overwrite=overwrite, resume=resume)
-    if place.is_finished:
-        place.report_finished(as_json)
+    target = RunTarget.of(out, overwrite=overwrite, resume=resume)
+    if target.is_finished:
+        target.report_finished(as_json)
         return
-    flags = resumed_settings(out, flags, given_flags()) if place.is_resumed else {**flags, **_preset(preset)}
+    flags = resumed_settings(out, flags, given_flags()) if target.is_resumed else {**flags, **_preset(preset)}
     require_flags(flags, "base", "data")
-    place.check(flags)
+    target.check(flags)
     _check_start_stays(flags, out)
-    _train(place, flags, ranks, as_json)
+    _train(target, flags, ranks, as_json)
 
 
-def _train(place: RunPlace, flags: Mapping[str, Any], ranks: Ranks, as_json: bool) -> None:
+def _train(target: RunTarget, flags: Mapping[str, Any], ranks: Ranks, as_json: bool) -> None:
     from softprompt.cli.training_run import run_session
     from softprompt.data import split_rows
     from softprompt.runs.session import TrainingTask, rows_metadata
@@ -99,7 +99,7 @@ def _train(place: RunPlace, flags: Mapping[str, Any], ranks: Ranks, as_json: boo
     base = load_among(base_config, ranks)
     task = TrainingTask(split=split, configs=configs, start=_start(flags, base), metadata=metadata)
     run_session(
-        base, [task], place.recorder(metadata, flags), ranks=ranks, as_json=as_json, halving=flags["halving"],
+        base, [task], target.recorder(metadata, flags), ranks=ranks, as_json=as_json, halving=flags["halving"],
         ensemble=flags["ensemble"], base_id=base_id, start_name=flags["init_from"],
     )  # fmt: skip
 
@@ -129,8 +129,8 @@ def _check_start_stays(flags: Mapping[str, Any], out: str) -> None:
 
     if flags["init_from"] is None:
         return
-    place = resolve_prompt(flags["init_from"], flags["library"]).resolve()
-    if place.is_relative_to(Path(out).resolve()):
+    start = resolve_prompt(flags["init_from"], flags["library"]).resolve()
+    if start.is_relative_to(Path(out).resolve()):
         raise ConfigError(
             f"--init-from {flags['init_from']} lies in --out {out}, which is written anew; choose another --out"
         )

@@ -83,8 +83,8 @@ def _say_prepared(session: TrainingSession, ready: Prepared, start_name: str | N
 def _say_interrupted(session: TrainingSession, first: TrainResult, command: str) -> None:
     kept = f"the prompt of step {first.kept_step} is" if session.is_one_prompt else "the prompts so far are"
     processes = f" --processes {session.ranks.count}" if session.ranks.count > 1 else ""
-    place = shlex.quote(str(session.recorder.folder))
-    say(f"interrupted; {kept} kept; go on with: softprompt {command} --resume --out {place}{processes}")
+    folder = shlex.quote(str(session.recorder.folder))
+    say(f"interrupted; {kept} kept; go on with: softprompt {command} --resume --out {folder}{processes}")
 
 
 def _say_result(session: TrainingSession, only: TrainResult) -> None:

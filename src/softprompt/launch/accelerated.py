@@ -1,4 +1,4 @@
-"""The ranks of a run over Accelerate: who this process is, its device, how sums are made, who speaks, and a split base.
+"""The ranks of a run over Accelerate: who this process is, its device, how sums are made, who prints, and a split base.
 
 Which rows are whose, and what is summed, is the training room's business. Accelerate is optional and is imported only
 where a launcher started more than one process.
@@ -78,7 +78,7 @@ class AcceleratedRanks:
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks, in one collective of the widest dtype among them.
 
-        A ring adds each number in one place and hands the result round, so all ranks have the same bits.
+        A ring adds each number on one rank and passes the result round, so all ranks have the same bits.
 
         Raises RankError where another rank has ended.
         """
@@ -133,9 +133,9 @@ def config_of_rank(config: BaseConfig, ranks: Ranks) -> BaseConfig:
 
 @contextmanager
 def one_voice(ranks: Ranks) -> Iterator[None]:
-    """Inside it only the first rank speaks, and only it hears Ctrl-C; afterwards the ranks have parted.
+    """Inside it only the first rank prints and gets Ctrl-C; afterwards the process group is closed.
 
-    A rank that finds the others gone ends the process with the code `PEERS_LEFT`: what happened is theirs to say.
+    A rank whose peers have ended exits with the code `PEERS_LEFT`; the one that failed reports the error.
     """
     if ranks.count == 1:
         yield

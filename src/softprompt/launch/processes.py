@@ -1,8 +1,8 @@
-"""Start a command several times on this machine, as one: one voice, one exit code, one Ctrl-C. Imports no torch.
+"""Start a command several times on this machine, as one: one output, one exit code, one Ctrl-C. Imports no torch.
 
 Each process is the command itself, with the variables that Accelerate and torchrun set. It is not started through
 `accelerate launch`: on CPUs that starts a single process whatever number it is given, and elsewhere its agent prints a
-traceback of its own for every failure, ends the processes before the first of them has said what is wrong, and passes
+traceback of its own for every failure, ends the processes before the first of them has reported its error, and passes
 Ctrl-C to all. `accelerate launch --multi_gpu -m softprompt train ...` works too; it was never run on several machines.
 
 The processes meet through a file and talk over the loopback interface: no port is open to others.
@@ -26,7 +26,7 @@ from types import FrameType
 
 from softprompt.errors import ConfigError, MissingDependencyError
 
-PEERS_LEFT = 3  # exit code of a process that ends because another has: it has nothing to say itself
+PEERS_LEFT = 3  # exit code of a process that ends because another has: it has no error of its own to report
 RENDEZVOUS = "SOFTPROMPT_RENDEZVOUS"  # the file through which processes of our own launcher find each other
 
 
@@ -41,7 +41,7 @@ def local_world_size() -> int:
 
 
 def rank() -> int:
-    """This process's number among all of them; 0 is the one that writes and speaks."""
+    """This process's number among all of them; 0 is the one that writes and prints."""
     return int(os.environ.get("RANK") or 0)
 
 
@@ -93,10 +93,10 @@ def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
 
 
 def run_group(command: Sequence[str], num_processes: int) -> int:
-    """Run a command in so many processes; the first one's output is ours, the others' is kept back.
+    """Run a command in so many processes; the first one's output is ours, the others' is suppressed.
 
-    Ctrl-C goes to the first process, which decides; a termination goes to all. Should another one fail where the first
-    has nothing to say about it, its words are shown.
+    Ctrl-C goes to the first process, which decides; a termination goes to all. If another process fails and the first
+    reports no error, that process's own output is shown.
     """
     group: list[_Member] = []
     with tempfile.TemporaryDirectory(prefix="softprompt-") as folder, _signals_passed_to(group):
@@ -201,7 +201,7 @@ def _let_others_end(group: Sequence[_Member]) -> None:
 
 
 def _outcome(group: Sequence[_Member], failed: _Member | None) -> int:
-    """The exit code, after words about a failure that the first process could not speak of."""
+    """The exit code; reports a failure first, if the first process could not."""
     first = group[0].process.poll()
     if first in (0, -signal.SIGTERM) or failed is None:
         return _shell_code(first)

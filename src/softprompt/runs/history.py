@@ -1,4 +1,4 @@
-"""What a run's folder tells of the run, whether it has ended, was stopped or is still going: facts and curves.
+"""A run's history as read from its folder, whether the run has ended, was stopped or is still going.
 
 It reads `run.json` and `metrics.jsonl` and knows no training.
 """
@@ -48,7 +48,7 @@ class RunHistory:
 
     folder: Path
     state: State
-    begun: str | None  # ISO 8601 in UTC; older runs do not say
+    begun: str | None  # ISO 8601 in UTC; None in older runs
     base: str
     data: tuple[str, ...]  # file or Hub set, one per task
     steps: int  # done
@@ -78,8 +78,8 @@ def find_runs(folder: Path) -> Iterator[Path]:
     """
     if not folder.is_dir():
         raise StorageError(f"no folder {folder} to look for runs in; give one that is there")
-    for place, inner, files in os.walk(folder):
-        path = Path(place)
+    for root, inner, files in os.walk(folder):
+        path = Path(root)
         inner.sort()
         if PLAN_NAME in files and _is_run(path):
             inner.clear()

@@ -72,12 +72,12 @@ class Recorder:
         is_set: bool = False,
     ) -> None:  # fmt: skip
         """The kept prompt's adapter, and those of the candidates that it was chosen from, each with its record."""
-        place = RunFolder(self.folder / folder)
-        place.path.mkdir(exist_ok=True)
-        saved = [place.save_candidate(_own_name(result), _with_metadata(result, metadata)) for result in others]
+        run = RunFolder(self.folder / folder)
+        run.path.mkdir(exist_ok=True)
+        saved = [run.save_candidate(_own_name(result), _with_metadata(result, metadata)) for result in others]
         if is_set:
-            save_set(place.path, [path.relative_to(place.path).as_posix() for path in saved])
-        place.finish(_with_metadata(kept, metadata))
+            save_set(run.path, [path.relative_to(run.path).as_posix() for path in saved])
+        run.finish(_with_metadata(kept, metadata))
 
     def end(self, outcome: Metadata) -> None:
         """Add the results to `run.json`: from now on there is nothing to resume, unless the run was interrupted."""

@@ -70,16 +70,16 @@ def save_checkpoint(
     `prompts` by name; None for the only one, whose adapter is the folder itself. Raises: StorageError.
     """
     assert step >= 0 and keep >= 1, (step, keep)
-    place = folder / f"step-{step}"
+    path = folder / f"step-{step}"
     data = safetensors_torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
     head = {"tensors_sha256": hashlib.sha256(data).hexdigest(), "state": state}
     files = {STATE_TENSORS_NAME: data, STATE_NAME: dump_object(head)}
     for name, prompt in prompts.items():
         files |= {_within(name, file): content for file, content in adapter_to_bytes(prompt).items()}
-    write_folder(place, files, replace=True)
+    write_folder(path, files, replace=True)
     for old in list_checkpoints(folder)[:-keep]:
         remove_folder(old.path)
-    return place
+    return path
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -100,19 +100,19 @@ def load_latest(folder: Path) -> tuple[SavedState | None, tuple[str, ...]]:
     return None, tuple(problems)
 
 
-def load_state(place: Path) -> SavedState:
+def load_state(path: Path) -> SavedState:
     """Raises: StorageError or AdapterError for a folder that is not whole."""
-    head = read_file(place, STATE_NAME, _MAX_STATE_BYTES)
-    data = read_file(place, STATE_TENSORS_NAME, _MAX_STATE_TENSORS_BYTES)
+    head = read_file(path, STATE_NAME, _MAX_STATE_BYTES)
+    data = read_file(path, STATE_TENSORS_NAME, _MAX_STATE_TENSORS_BYTES)
     if head is None or data is None:
-        raise StorageError(f"{place} has no {STATE_NAME if head is None else STATE_TENSORS_NAME}")
-    known = parse_object(head, str(place / STATE_NAME))
+        raise StorageError(f"{path} has no {STATE_NAME if head is None else STATE_TENSORS_NAME}")
+    known = parse_object(head, str(path / STATE_NAME))
     if hashlib.sha256(data).hexdigest() != known.get("tensors_sha256") or not isinstance(known.get("state"), dict):
-        raise StorageError(f"{place}: {STATE_TENSORS_NAME} is not what {STATE_NAME} describes; it was changed or cut")
+        raise StorageError(f"{path}: {STATE_TENSORS_NAME} is not what {STATE_NAME} describes; it was changed or cut")
     try:
         return SavedState(known["state"], safetensors_torch.load(data))
     except SafetensorError as error:
-        raise StorageError(f"{place / STATE_TENSORS_NAME} is no safetensors file ({error})") from error
+        raise StorageError(f"{path / STATE_TENSORS_NAME} is no safetensors file ({error})") from error
 
 
 def forget_after(folder: Path, step: int) -> None:
@@ -147,7 +147,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-        """A folder to write a run to: new or empty, or an existing run to go on with or to replace.
+        """A folder to write a run to: new or empty, or an existing run to resume or to replace.
 
         Overwriting deletes only what runs and adapters consist of, and only where one of them is recognised; other
         files stay.
@@ -165,19 +165,19 @@ class RunFolder:
 
     @classmethod
     def check_free(cls, path: str | os.PathLike[str], *, overwrite: bool = False, tasks: Iterable[str] = ()) -> None:
-        """What `create` would refuse, told before anything slow is begun, and a folder in the place of a task's.
+        """Check, before anything slow begins, for whatever `create` refuses, and for a task's folder that is taken.
 
         Touches nothing. Raises: ExistsError, StorageError.
         """
         run = cls(Path(path))
         run._check_start(overwrite)
         earlier = [task.path for task in run._tasks()]
-        for place in (run.path / name for name in tasks):
-            if os.path.lexists(place) and place not in earlier:
-                raise ExistsError(f"{place} exists and is not of the run in {path}; call the task otherwise")
+        for folder in (run.path / name for name in tasks):
+            if os.path.lexists(folder) and folder not in earlier:
+                raise ExistsError(f"{folder} exists and is not of the run in {path}; give the task another name")
 
     def has_begun(self) -> bool:
-        """Whether a run was begun here, so that there is something to go on with."""
+        """Whether a run was begun here, so that there is something to resume."""
         return _PLAN_MARK in _peek(self.path, PLAN_NAME)
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
@@ -273,7 +273,7 @@ class RunFolder:
     def _check_start(self, overwrite: bool) -> None:
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise ExistsError(f"{self.path} is a file; a run needs a folder: choose another name")
-        nearest = next(place for place in (self.path, *self.path.absolute().parents) if os.path.lexists(place))
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path))
         if not nearest.is_dir():
             raise StorageError(f"cannot make {self.path}: {nearest} is not a folder; choose another folder")
         if not os.access(nearest, os.W_OK | os.X_OK):
@@ -304,8 +304,8 @@ class RunFolder:
         """The sub-folders of a run for several tasks."""
         named = _peek(self.path, PLAN_NAME).get(TASKS_KEY)
         names = [name for name in named if is_part_name(name)] if isinstance(named, dict) else []
-        places = [self.path / name for name in names]
-        return [RunFolder(place) for place in places if place.is_dir() and not place.is_symlink()]
+        folders = [self.path / name for name in names]
+        return [RunFolder(path) for path in folders if path.is_dir() and not path.is_symlink()]
 
     def _is_recognised(self) -> bool:
         return (
@@ -352,7 +352,7 @@ def _remove(path: Path) -> None:
 
 
 def _drop_unfinished_line(file: Path) -> None:
-    """A killed process may have left half a line; the next one must not be glued to it."""
+    """A killed process may have left half a line; the next line must not be appended to it."""
     if not file.exists():
         return
     data = file.read_bytes()

@@ -69,30 +69,30 @@ class Jobs:
         self._thread = threading.Thread(target=self._work, name="softprompt-training", daemon=True)
 
     def start(self) -> None:
-        """Train what waits. What a killed or stopped server left in the middle goes first."""
+        """Start training the queued jobs; first those that a killed or stopped server left unfinished."""
         for left in self._context.starts.glob(".*"):  # half-written
             shutil.rmtree(left, ignore_errors=True)
         self._records.recover()
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """The running job is saved and waits for the next start. Returns when it is, or the time is over."""
+        """Save the running job for the next start. Returns when it is saved, or at the timeout."""
         self._is_stopping = True
         self._woken.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def create(self, asked: CreateJob, client: Client) -> JobRow:
-        """Take a job into the queue. Raises ApiError for what cannot be trained, and 429 where the client has many."""
-        _check_wishes(asked)
+        """Queue a job. Raises ApiError for one that cannot be trained, and 429 where the client has too many."""
+        _check_request(asked)
         model = self._context.registry.resolve(asked.model, client)
         config = train_config(asked, self._context.base, model.prompt)
-        with self._context.files.changes:  # no file goes before the job that needs it is written down
+        with self._context.files.changes:  # no file is deleted before the job that needs it is recorded
             self._check_files(asked, config, client)
             return self._add(self._row(asked, client, model.id, config, model.prompt), client, model.prompt)
 
     def get(self, job: str, client: Client) -> JobRow:
-        """Raises ApiError 404 for one that is not there or is another's, in the same words."""
+        """Raises ApiError 404, in the same words for an unknown job and another client's."""
         row = self._records.get(job) if _ID.fullmatch(job) else None
         if row is None or row.owner != client.id:
             raise ApiError(
@@ -109,18 +109,18 @@ class Jobs:
         return self._records.page(client.id, behind, limit, wanted)
 
     def cancel(self, job: str, client: Client) -> JobRow:
-        """End it for good. A prompt's checkpoints stay."""
+        """End a job for good. The checkpoints that it served stay."""
         row = self._change(job, client, OPEN, "cancelled", "cancel", finished=time.time())
-        if self._current != row.id:  # a running one puts its things away itself
+        if self._current != row.id:  # a running job deletes its state itself
             forget_state(self._context, row.id)
         return row
 
     def pause(self, job: str, client: Client) -> JobRow:
-        """Keep its state and let other jobs run."""
+        """Keep the job's state and let other jobs run."""
         return self._change(job, client, ACTIVE, "paused", "pause")
 
     def resume(self, job: str, client: Client) -> JobRow:
-        """Let a paused one wait for its turn again; it goes on where it was."""
+        """Queue a paused job again; it resumes where it was."""
         with self._gate:
             if self.get(job, client).status == "paused":
                 self._check_limit(client)
@@ -201,7 +201,7 @@ class Jobs:
         return row
 
     def _check_limit(self, client: Client) -> None:
-        """Each job that waits or runs becomes a prompt. Raises ApiError 403 or 429."""
+        """Each queued or running job becomes a prompt. Raises ApiError 403 or 429."""
         limit = self._max_jobs if client.limits.max_jobs is None else client.limits.max_jobs
         count = self._records.count(client.id, ACTIVE)
         if self._quotas is not None:
@@ -220,7 +220,7 @@ class Jobs:
                     self._records.recover()
                 self._work_on_next()
                 is_sound = True
-            except Exception:  # the database, say; the queue goes on when it is back
+            except Exception:  # from the database, for example; the queue resumes when it is back
                 _log.exception("the queue of jobs was interrupted")
                 is_sound = False
                 time.sleep(1.0)
@@ -255,7 +255,7 @@ class Jobs:
         return self._signals.get(job) or ("stop" if self._is_stopping else None)
 
 
-def _check_wishes(asked: CreateJob) -> None:
+def _check_request(asked: CreateJob) -> None:
     if asked.integrations:
         raise ApiError(
             400, "integrations are not supported; read the job's events and metrics instead", "unsupported",

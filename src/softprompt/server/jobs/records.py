@@ -28,7 +28,7 @@ from softprompt.training import Checkpoint, StepDone
 TAKEN = ("validating_files", "running")  # by the thread that trains
 ACTIVE = ("queued", *TAKEN)  # what a client's limit counts
 OPEN = (*ACTIVE, "paused")
-_MAX_CRASHES = 10  # of the server without a step in between, memory that the kernel refused say
+_MAX_CRASHES = 10  # of the server without a step in between, when memory runs out, for example
 _CHUNK = 200  # rows that a search by metadata reads at once
 _WRITE_EVERY_S = 0.5
 _METRICS_EVERY_S = 0.1

@@ -37,7 +37,7 @@ After = Annotated[str | None, Query(max_length=256, description="The last id of 
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
-# Not `async`: the database is asked in a thread, and the event loop goes on.
+# Not `async`: FastAPI then queries the database in a thread, beside the event loop.
 
 
 @router.post("", summary="Create a job", responses=error_responses(403, 404, 408, 413))
