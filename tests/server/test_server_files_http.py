@@ -240,7 +240,7 @@ def test_a_full_disk_keeps_nothing(client: openai.OpenAI, monkeypatch: pytest.Mo
     upload(client)
 
 
-@pytest.mark.parametrize("name", ["_sync", "FileRow"])
+@pytest.mark.parametrize("name", ["sync_folder", "FileRow"])
 def test_what_fails_between_file_and_row_leaves_neither(url: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     real = getattr(files_room, name)
 

@@ -23,24 +23,24 @@ CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "s
 
 
 @pytest.fixture(scope="module")
-def room(tiny_llama, tmp_path_factory):
+def server(tiny_llama, tmp_path_factory):
     with prompt_server(tiny_llama, tmp_path_factory.mktemp("state")) as running:
         yield running
 
 
 @pytest.fixture
-def ann(room):
-    with room.client("ann") as client:
+def ann(server):
+    with server.client("ann") as client:
         yield client
 
 
 @pytest.fixture(autouse=True)
-def unharmed(room, tiny_llama):
+def unharmed(server, tiny_llama):
     """Whatever came before: nothing new is kept, and a sound prompt is still taken."""
-    before = sorted(os.walk(room.state / "prompts"))
+    before = sorted(os.walk(server.state / "prompts"))
     yield
-    assert sorted(os.walk(room.state / "prompts")) == before
-    with room.client("ann") as client:
+    assert sorted(os.walk(server.state / "prompts")) == before
+    with server.client("ann") as client:
         assert upload(client, "sound", made_prompt(tiny_llama, 1)).status_code == 200
         assert client.delete("/v1/prompts/sound").status_code == 200
 
@@ -204,10 +204,10 @@ def test_a_prompt_that_leaves_no_room_for_text_is_refused(ann, tiny_llama):
     ["../../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "a b", "a\0b", "a\nb", "x" * 65, "-x", ".x", "ä", "base",
      "tiny", "a%2e%2e", "$(touch x)", "' OR 1=1 --"],
 )  # fmt: skip
-def test_an_illegal_or_reserved_name_is_refused(ann, room, tiny_llama, name):
+def test_an_illegal_or_reserved_name_is_refused(ann, server, tiny_llama, name):
     refused(upload(ann, name, made_prompt(tiny_llama, 1)), 400, 409)
     refused(ann.post("/v1/prompts", json={"name": name, "hub": "me/x"}), 400, 409)
-    assert not (room.state / "x").exists()
+    assert not (server.state / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -249,17 +249,17 @@ def test_a_file_that_is_too_large_is_refused(ann, tiny_llama):
     refused(send(ann, changed(tiny_llama, weights=bytes(40 * 2**20))), 413)
 
 
-def test_a_body_is_refused_before_it_is_read(room):
+def test_a_body_is_refused_before_it_is_read(server):
     """It says that it is enormous, and is told so although nothing of it was sent."""
-    host, port = room.url.removeprefix("http://").split(":")
+    host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as line:
         line.sendall(b"POST /v1/prompts HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
                      b"Content-Length: 1000000000000\r\n\r\n")  # fmt: skip
         assert line.recv(4096).startswith(b"HTTP/1.1 413")
 
 
-def test_an_endless_body_is_refused_while_it_is_sent(room):
-    host, port = room.url.removeprefix("http://").split(":")
+def test_an_endless_body_is_refused_while_it_is_sent(server):
+    host, port = server.url.removeprefix("http://").split(":")
     chunk = b"10000\r\n" + bytes(2**16) + b"\r\n"
     begin = b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
     with socket.create_connection((host, int(port)), timeout=10) as line:
@@ -298,7 +298,7 @@ def test_a_malformed_body_is_refused(ann, content, kind):
     refused(ann.post("/v1/prompts", content=content, headers={"Content-Type": kind}), 400, 413)
 
 
-def test_a_link_out_of_an_adapters_folder_is_refused(room, tiny_llama, tmp_path):
+def test_a_link_out_of_an_adapters_folder_is_refused(server, tiny_llama, tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(adapter_to_bytes(made_prompt(tiny_llama, 1))[WEIGHTS])
     place = tmp_path / "adapter"
@@ -307,7 +307,7 @@ def test_a_link_out_of_an_adapters_folder_is_refused(room, tiny_llama, tmp_path)
         (place / name).write_bytes(data)
     (place / WEIGHTS).unlink()
     (place / WEIGHTS).symlink_to(secret)
-    with room.client("admin") as admin:
+    with server.client("admin") as admin:
         assert "link" in refused(admin.post("/v1/prompts", json={"name": "bad", "folder": str(place)}))
         (place / WEIGHTS).unlink()
         os.mkfifo(place / WEIGHTS)
@@ -331,11 +331,11 @@ def test_random_bytes_never_break_the_server(ann, tiny_llama):
             assert ann.delete("/v1/prompts/bad").status_code == 200
 
 
-def test_one_of_many_simultaneous_uploads_gets_the_name(room, tiny_llama):
+def test_one_of_many_simultaneous_uploads_gets_the_name(server, tiny_llama):
     answers = []
 
     def ask(seed):
-        with room.client("crowd") as client:
+        with server.client("crowd") as client:
             answers.append(upload(client, "one", made_prompt(tiny_llama, seed)))
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
@@ -344,7 +344,7 @@ def test_one_of_many_simultaneous_uploads_gets_the_name(room, tiny_llama):
     for thread in threads:
         thread.join()
     assert sorted(answer.status_code for answer in answers) == [200] + [409] * 7
-    with room.client("crowd") as client:
+    with server.client("crowd") as client:
         (winner,) = [answer.json() for answer in answers if answer.status_code == 200]
         assert client.get("/v1/prompts/one").json()["content_hash"] == winner["content_hash"]
         client.delete("/v1/prompts/one")

@@ -14,31 +14,31 @@ IDS = random_ids(5)
 
 
 @pytest.fixture(scope="module")
-def room(tiny_llama, tmp_path_factory):
+def server(tiny_llama, tmp_path_factory):
     with prompt_server(tiny_llama, tmp_path_factory.mktemp("state"),
                        engine_config=EngineConfig(prefix_bytes=30_000)) as running:  # fmt: skip
         yield running
 
 
 @pytest.fixture
-def ann(room):
-    with room.client("ann") as client:
+def ann(server):
+    with server.client("ann") as client:
         yield client
 
 
 @pytest.fixture
-def bob(room):
-    with room.client("bob") as client:
+def bob(server):
+    with server.client("bob") as client:
         yield client
 
 
 @pytest.fixture
-def admin(room):
-    with room.client("admin") as client:
+def admin(server):
+    with server.client("admin") as client:
         yield client
 
 
-def told(answer, status):
+def error_of(answer, status):
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and "Traceback" not in error["message"]
@@ -49,7 +49,7 @@ def names(client):
     return [each["id"] for each in client.get("/v1/prompts").json()["data"]]
 
 
-def test_an_uploaded_prompt_answers_as_the_prompt_does(ann, room, tiny_llama):
+def test_an_uploaded_prompt_answers_as_the_prompt_does(ann, server, tiny_llama):
     prompt = made_prompt(tiny_llama, 1, run={"epochs": 3, "loss": float("nan")})
     answer = upload(ann, "coach", prompt)
     assert answer.status_code == 200, answer.text
@@ -72,7 +72,7 @@ def test_an_adapter_of_pefts_is_accepted_if_its_width_fits(ann, tiny_llama):
 
 def test_a_name_in_use_is_refused_without_overwrite(ann, bob, tiny_llama):
     assert upload(ann, "twice", made_prompt(tiny_llama, 1)).status_code == 200
-    assert "overwrite" in told(upload(ann, "twice", made_prompt(tiny_llama, 2)), 409)
+    assert "overwrite" in error_of(upload(ann, "twice", made_prompt(tiny_llama, 2)), 409)
     assert upload(bob, "twice", made_prompt(tiny_llama, 3)).status_code == 200  # a name of his own
     new = made_prompt(tiny_llama, 2)
     assert upload(ann, "twice", new, overwrite="true").json()["content_hash"] == new.content_hash
@@ -104,23 +104,23 @@ def test_clients_see_their_own_and_what_is_shared(ann, bob, admin, tiny_llama):
         lambda name: bob.put("/v1/aliases/mine", json={"model": name}),
         lambda name: bob.post("/stream", json={"model": name, "ids": IDS}),
     ):
-        assert told(work("secret"), 404).replace("secret", "zecret") == told(work("zecret"), 404)
-    told(bob.delete("/v1/prompts/everyones"), 403)
-    told(bob.patch("/v1/prompts/everyones", json={"pinned": True}), 403)
-    told(upload(bob, "loud", made_prompt(tiny_llama, 8), shared="true"), 403)
-    told(bob.patch("/v1/prompts/twice", json={"shared": True}), 403)
+        assert error_of(work("secret"), 404).replace("secret", "zecret") == error_of(work("zecret"), 404)
+    error_of(bob.delete("/v1/prompts/everyones"), 403)
+    error_of(bob.patch("/v1/prompts/everyones", json={"pinned": True}), 403)
+    error_of(upload(bob, "loud", made_prompt(tiny_llama, 8), shared="true"), 403)
+    error_of(bob.patch("/v1/prompts/twice", json={"shared": True}), 403)
     assert bob.get("/v1/prompts").json()["problems"] is None and admin.get("/v1/prompts").json()["problems"] == []
 
 
 def test_a_folder_is_for_admins_and_is_copied(ann, admin, tiny_llama, tmp_path):
     folder = save_prompt(made_prompt(tiny_llama, 9), tmp_path / "adapter")
     wanted = {"name": "from-folder", "folder": str(folder)}
-    assert "admin" in told(ann.post("/v1/prompts", json=wanted), 403)
+    assert "admin" in error_of(ann.post("/v1/prompts", json=wanted), 403)
     assert admin.post("/v1/prompts", json=wanted).json()["source"] == "folder"
     (folder / "adapter_config.json").unlink()
     assert "from-folder" in names(admin)
-    told(admin.post("/v1/prompts", json={"name": "x", "folder": str(tmp_path / "nowhere")}), 400)
-    told(admin.post("/v1/prompts", json={"name": "x", "folder": "a\0b"}), 400)
+    error_of(admin.post("/v1/prompts", json={"name": "x", "folder": str(tmp_path / "nowhere")}), 400)
+    error_of(admin.post("/v1/prompts", json={"name": "x", "folder": "a\0b"}), 400)
 
 
 def test_a_prompt_comes_from_the_hub(ann, tiny_llama, monkeypatch, tmp_path):
@@ -131,7 +131,7 @@ def test_a_prompt_comes_from_the_hub(ann, tiny_llama, monkeypatch, tmp_path):
         assert answer.status_code == 200, answer.text
         assert answer.json()["source"] == "hub" and "pulled" in names(ann)
         for repository in ("me/nothing", "me/pickle", "../../x", "https://example.org/x"):
-            told(ann.post("/v1/prompts", json={"name": "x", "hub": repository}), 400)
+            error_of(ann.post("/v1/prompts", json={"name": "x", "hub": repository}), 400)
     assert "x" not in names(ann)
 
 
@@ -148,69 +148,72 @@ def test_only_an_admin_gets_what_the_operators_token_reads(ann, admin, tiny_llam
             wanted = {"name": "pulled", "hub": repository, "revision": revision, "overwrite": True}
             return client.post("/v1/prompts", json=wanted)
 
-        assert "asked without a token" in told(pulled(ann, "me/secret"), 400)
+        assert "asked without a token" in error_of(pulled(ann, "me/secret"), 400)
         assert pulled(admin, "me/secret").status_code == 200  # the control; it is in the machine's cache now
         cached = sorted((tmp_path / "cache").rglob("*"))
         for revision in ("main", commit):
-            assert "no repository me/secret" in told(pulled(ann, "me/secret", revision), 400)
+            assert "no repository me/secret" in error_of(pulled(ann, "me/secret", revision), 400)
         assert pulled(ann, "me/open").status_code == 200
         assert sorted((tmp_path / "cache").rglob("*")) == cached  # nobody else's pull is seen by how soon it comes
         admin.delete("/v1/prompts/pulled")
 
 
 def test_an_offline_servers_cache_of_the_hub_is_for_admins(tiny_llama, monkeypatch, tmp_path):
-    with hub_double(tmp_path, monkeypatch) as hub, prompt_server(tiny_llama, tmp_path / "state", offline=True) as room:
+    with (
+        hub_double(tmp_path, monkeypatch) as hub,
+        prompt_server(tiny_llama, tmp_path / "state", offline=True) as server,
+    ):
         hub.files["me/open", "main"] = adapter_to_bytes(made_prompt(tiny_llama, 21))
         pull_prompt("me/open", tmp_path / "before")
         wanted = {"name": "pulled", "hub": "me/open"}
-        with room.client("ann") as ann, room.client("admin") as admin:
-            assert "only an admin's key" in told(ann.post("/v1/prompts", json=wanted), 403)
+        with server.client("ann") as ann, server.client("admin") as admin:
+            assert "only an admin's key" in error_of(ann.post("/v1/prompts", json=wanted), 403)
             assert admin.post("/v1/prompts", json=wanted).status_code == 200
 
 
-def test_a_prompt_is_renamed_pinned_and_shared(ann, bob, admin, room, tiny_llama):
+def test_a_prompt_is_renamed_pinned_and_shared(ann, bob, admin, server, tiny_llama):
     upload(ann, "before", made_prompt(tiny_llama, 11))
     assert ann.patch("/v1/prompts/before", json={"name": "behind"}).json()["id"] == "behind"
-    told(ann.get("/v1/prompts/before"), 404)
-    told(ann.patch("/v1/prompts/behind", json={"name": "twice"}), 409)
-    told(ann.patch("/v1/prompts/behind", json={"name": "base"}), 409)
-    told(ann.patch("/v1/prompts/behind", json={"name": "../x"}), 400)
-    told(ann.patch("/v1/prompts/behind", json={"colour": "red"}), 400)
+    error_of(ann.get("/v1/prompts/before"), 404)
+    error_of(ann.patch("/v1/prompts/behind", json={"name": "twice"}), 409)
+    error_of(ann.patch("/v1/prompts/behind", json={"name": "base"}), 409)
+    error_of(ann.patch("/v1/prompts/behind", json={"name": "../x"}), 400)
+    error_of(ann.patch("/v1/prompts/behind", json={"colour": "red"}), 400)
     assert ann.patch("/v1/prompts/behind", json={"pinned": True}).json()["pinned"]
-    assert len(room.pinned) == 1
+    assert len(server.pinned) == 1
     upload(ann, "behind", made_prompt(tiny_llama, 12), overwrite="true")  # its successor is pinned in its place
-    assert ann.get("/v1/prompts/behind").json()["pinned"] and len(room.pinned) == 1
+    assert ann.get("/v1/prompts/behind").json()["pinned"] and len(server.pinned) == 1
     upload(admin, "given", made_prompt(tiny_llama, 13))
     assert admin.patch("/v1/prompts/given", json={"shared": True}).json()["shared"] and "given" in names(bob)
     assert not admin.patch("/v1/prompts/given", json={"shared": False}).json()["shared"] and "given" not in names(bob)
     ann.delete("/v1/prompts/behind")
-    assert not room.pinned
+    assert not server.pinned
 
 
-def test_a_pin_beyond_the_engines_memory_is_refused(ann, room, tiny_llama):
+def test_a_pin_beyond_the_engines_memory_is_refused(ann, server, tiny_llama):
     upload(ann, "long", made_prompt(tiny_llama, 14, length=90))
-    per_position = room.engine.runners.memory.bytes_per_position
+    per_position = server.engine.runners.memory.bytes_per_position
     assert 90 * per_position * 2 < 30_000 < 90 * per_position * 4
     upload(ann, "longer", made_prompt(tiny_llama, 15, length=91))
     assert ann.patch("/v1/prompts/long", json={"pinned": True}).status_code == 200
-    assert "unpin" in told(ann.patch("/v1/prompts/longer", json={"pinned": True}), 409)
+    assert "unpin" in error_of(ann.patch("/v1/prompts/longer", json={"pinned": True}), 409)
     assert not ann.get("/v1/prompts/longer").json()["pinned"]
     for name in ("long", "longer"):
         ann.delete(f"/v1/prompts/{name}")
 
 
-def test_a_deleted_prompt_leaves_nothing(ann, room, tiny_llama):
-    folders = set((room.state / "prompts").iterdir())
+def test_a_deleted_prompt_leaves_nothing(ann, server, tiny_llama):
+    folders = set((server.state / "prompts").iterdir())
     upload(ann, "short-lived", made_prompt(tiny_llama, 16))
     assert ann.delete("/v1/prompts/short-lived").json() == {"id": "short-lived", "object": "prompt", "deleted": True}
-    told(ann.delete("/v1/prompts/short-lived"), 404)
-    assert set((room.state / "prompts").iterdir()) == folders
-    told(ann.delete("/v1/prompts/base"), 404)
+    error_of(ann.delete("/v1/prompts/short-lived"), 404)
+    assert set((server.state / "prompts").iterdir()) == folders
+    error_of(ann.delete("/v1/prompts/base"), 404)
 
 
-def test_openais_client_deletes_a_model(ann, room, tiny_llama):
+def test_openais_client_deletes_a_model(ann, server, tiny_llama):
     upload(ann, "fine", made_prompt(tiny_llama, 17))
-    with openai.OpenAI(base_url=f"{room.url}/v1", api_key="ann", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="ann", max_retries=0) as client:
         deleted = client.models.delete("fine")
         assert (deleted.id, deleted.object, deleted.deleted) == ("fine", "model", True)
         with pytest.raises(openai.NotFoundError, match="fine"):
@@ -230,14 +233,14 @@ def test_an_alias_is_switched_and_switched_back(ann, bob, tiny_llama):
     assert ann.get("/v1/prompts/coach-v3").json()["aliases"] == ["the-coach"]
     assert [each["id"] for each in ann.get("/v1/aliases").json()["data"]] == ["the-coach"]
     assert bob.get("/v1/aliases").json()["data"] == []
-    told(bob.post("/stream", json={"model": "the-coach", "ids": IDS}), 404)
-    told(ann.delete("/v1/prompts/coach-v3"), 409)
-    told(ann.get("/v1/prompts/the-coach"), 404)
-    told(ann.put("/v1/aliases/coach-v3", json={"model": "coach-v4"}), 409)
-    told(ann.put("/v1/aliases/another", json={"model": "the-coach"}), 400)
-    told(ann.put("/v1/aliases/another", json={"model": "coach-v3", "shared": True}), 403)
+    error_of(bob.post("/stream", json={"model": "the-coach", "ids": IDS}), 404)
+    error_of(ann.delete("/v1/prompts/coach-v3"), 409)
+    error_of(ann.get("/v1/prompts/the-coach"), 404)
+    error_of(ann.put("/v1/aliases/coach-v3", json={"model": "coach-v4"}), 409)
+    error_of(ann.put("/v1/aliases/another", json={"model": "the-coach"}), 400)
+    error_of(ann.put("/v1/aliases/another", json={"model": "coach-v3", "shared": True}), 403)
     assert ann.delete("/v1/aliases/the-coach").json() == {"id": "the-coach", "object": "alias", "deleted": True}
-    told(ann.delete("/v1/aliases/the-coach"), 404)
+    error_of(ann.delete("/v1/aliases/the-coach"), 404)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,7 @@ def test_an_alias_is_switched_and_switched_back(ann, bob, tiny_llama):
     ],
 )
 def test_a_malformed_alias_is_refused(ann, body):
-    told(ann.put("/v1/aliases/odd", json=body), 400)
+    error_of(ann.put("/v1/aliases/odd", json=body), 400)
 
 
 def test_shared_requests_are_counted_by_the_prompt_that_answered(ann, tiny_llama):
@@ -276,12 +279,12 @@ def test_a_shared_alias_shows_others_no_names(admin, bob, tiny_llama):
     (alias,) = [each for each in bob.get("/v1/aliases").json()["data"] if each["id"] == "open"]
     assert alias["targets"] is None and not alias["is_own"]
     assert streamed(bob, "open", IDS)[1] == streamed(admin, "hidden-v1", IDS)[1]
-    told(bob.delete("/v1/aliases/open"), 404)
+    error_of(bob.delete("/v1/aliases/open"), 404)
     assert admin.delete("/v1/aliases/open").status_code == 200
 
 
-def test_the_list_of_prompts_comes_in_pages(room, tiny_llama):
-    with room.client("pager") as client:
+def test_the_list_of_prompts_comes_in_pages(server, tiny_llama):
+    with server.client("pager") as client:
         for number in range(5):
             upload(client, f"zz-{number}", made_prompt(tiny_llama, number))
         found, after = [], "zz"
@@ -292,10 +295,10 @@ def test_the_list_of_prompts_comes_in_pages(room, tiny_llama):
                 break
             after = found[-1]
         assert found == [f"zz-{number}" for number in range(5)]
-        told(client.get("/v1/prompts", params={"limit": 0}), 400)
+        error_of(client.get("/v1/prompts", params={"limit": 0}), 400)
 
 
-def test_every_route_of_prompts_is_in_the_openapi_document(room, ann):
+def test_every_route_of_prompts_is_in_the_openapi_document(server, ann):
     paths = ann.get("/openapi.json").json()["paths"]
     assert set(paths["/v1/prompts"]) == {"get", "post"}
     assert set(paths["/v1/prompts/{name}"]) == {"get", "patch", "delete"}

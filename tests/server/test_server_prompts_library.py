@@ -34,8 +34,8 @@ def folder(tmp_path):
 
 @contextmanager
 def serving(base, folder, tmp_path):
-    with prompt_server(base, tmp_path / "state", folder) as room, room.client("ann") as client:
-        yield room, client
+    with prompt_server(base, tmp_path / "state", folder) as server, server.client("ann") as client:
+        yield server, client
 
 
 def hash_of(registry, name):
@@ -66,10 +66,10 @@ def test_sound_folders_are_served_from_the_start_and_broken_ones_are_named(tiny_
     for name, extra in (("half", '"base_name": "\\ud800"'), ("deep", '"run": ' + '{"a":' * 800 + "1" + "}" * 800)):
         record = save_prompt(made_prompt(tiny_llama, 8), folder / name) / "softprompt.json"
         record.write_text(record.read_text().rstrip()[:-1] + f", {extra}}}")
-    with serving(tiny_llama, folder, tmp_path) as (room, client):
+    with serving(tiny_llama, folder, tmp_path) as (server, client):
         assert [each["id"] for each in client.get("/v1/prompts").json()["data"]] == ["good"]
         assert streamed(client, "good", IDS)[1] != streamed(client, "base", IDS)[1]
-        with room.client("admin") as admin:
+        with server.client("admin") as admin:
             named = {each["name"]: each["problem"] for each in admin.get("/v1/prompts").json()["problems"]}
         assert set(named) == {"foreign", "cut", "base", "a name with spaces", "empty", "link", "inner-link",
                               "half", "deep", "caf\\udce9"}  # fmt: skip
@@ -80,10 +80,10 @@ def test_sound_folders_are_served_from_the_start_and_broken_ones_are_named(tiny_
 @pytest.mark.medium
 def test_changes_of_the_library_count_within_seconds(tiny_llama, folder, tmp_path):
     first, second = made_prompt(tiny_llama, 1), made_prompt(tiny_llama, 2)
-    with serving(tiny_llama, folder, tmp_path) as (room, _):
+    with serving(tiny_llama, folder, tmp_path) as (server, _):
 
         def eventually_is(expected):
-            return eventually(lambda: hash_of(room.registry, "coach") == expected, WITHIN_S)
+            return eventually(lambda: hash_of(server.registry, "coach") == expected, WITHIN_S)
 
         save_prompt(first, folder / "coach")
         eventually_is(first.content_hash)
@@ -93,24 +93,24 @@ def test_changes_of_the_library_count_within_seconds(tiny_llama, folder, tmp_pat
         sound = weights.read_bytes()
         weights.write_bytes(sound[:-4])
         eventually_is(None)
-        assert "coach" in room.library.problems
+        assert "coach" in server.library.problems
         weights.write_bytes(sound)
         eventually_is(second.content_hash)
-        assert not room.library.problems
+        assert not server.library.problems
         shutil.rmtree(folder / "coach")
         eventually_is(None)
-        assert not room.library.problems
+        assert not server.library.problems
 
 
 @pytest.mark.medium
 def test_a_slow_copy_is_served_when_it_is_whole_and_not_before(tiny_llama, folder, tmp_path):
     prompt = made_prompt(tiny_llama, 1, length=20)
     seen, stop = set(), threading.Event()
-    with serving(tiny_llama, folder, tmp_path) as (room, _):
+    with serving(tiny_llama, folder, tmp_path) as (server, _):
 
         def look():
             while not stop.is_set():
-                seen.add(hash_of(room.registry, "slow"))
+                seen.add(hash_of(server.registry, "slow"))
                 time.sleep(0.005)
 
         looking = threading.Thread(target=look)
@@ -121,11 +121,11 @@ def test_a_slow_copy_is_served_when_it_is_whole_and_not_before(tiny_llama, folde
                 for begin in range(0, len(data), max(1, len(data) // 3)):
                     file.write(data[begin : begin + max(1, len(data) // 3)])
                     time.sleep(0.15)
-        eventually(lambda: hash_of(room.registry, "slow") == prompt.content_hash, WITHIN_S)
+        eventually(lambda: hash_of(server.registry, "slow") == prompt.content_hash, WITHIN_S)
         stop.set()
         looking.join()
         assert seen <= {None, prompt.content_hash}
-        assert not room.library.problems
+        assert not server.library.problems
 
 
 @pytest.mark.medium
@@ -134,11 +134,11 @@ def test_a_prompt_that_is_replaced_in_place_is_never_missing(tiny_llama, folder,
     prompts = [made_prompt(tiny_llama, seed) for seed in range(2)]
     save_prompt(prompts[0], folder / "coach")
     wrong, stop = [], threading.Event()
-    with serving(tiny_llama, folder, tmp_path) as (room, _):
+    with serving(tiny_llama, folder, tmp_path) as (server, _):
 
         def look():
             while not stop.is_set():
-                if hash_of(room.registry, "coach") not in {each.content_hash for each in prompts}:
+                if hash_of(server.registry, "coach") not in {each.content_hash for each in prompts}:
                     wrong.append(time.monotonic())
                 time.sleep(0.002)
 
@@ -148,7 +148,9 @@ def test_a_prompt_that_is_replaced_in_place_is_never_missing(tiny_llama, folder,
             for name, data in adapter_to_bytes(prompts[number]).items():
                 (folder / "coach" / name).write_bytes(data)
                 time.sleep(0.25)  # longer than changes are gathered, shorter than a broken folder is borne
-            eventually(lambda number=number: hash_of(room.registry, "coach") == prompts[number].content_hash, WITHIN_S)
+            eventually(
+                lambda number=number: hash_of(server.registry, "coach") == prompts[number].content_hash, WITHIN_S
+            )
         stop.set()
         looking.join()
     assert not wrong
@@ -161,13 +163,13 @@ def test_running_answers_do_not_change_while_the_library_does(tiny_llama, folder
     for name, prompt in prompts.items():
         save_prompt(prompt, folder / name)
     wrong, stop = [], threading.Event()
-    with serving(tiny_llama, folder, tmp_path) as (room, client):
+    with serving(tiny_llama, folder, tmp_path) as (server, client):
         alone = {name: streamed(client, name, IDS, max_tokens=40)[1] for name in prompts}
         assert len({tuple(tokens) for tokens in alone.values()}) == 8  # the control: each has its own
         counts = dict.fromkeys(prompts, 0)
 
         def ask(name):
-            with room.client(name) as own:
+            with server.client(name) as own:
                 while not stop.is_set():
                     if streamed(own, name, IDS, max_tokens=40)[1] != alone[name]:
                         wrong.append(name)
@@ -196,7 +198,7 @@ def test_running_answers_do_not_change_while_the_library_does(tiny_llama, folder
 def test_an_admin_unloads_a_prompt_of_the_library_and_loads_it_again(tiny_llama, folder, tmp_path):
     save_prompt(made_prompt(tiny_llama, 1), folder / "coach")
     for is_new in (True, False):  # the second time after a restart
-        with serving(tiny_llama, folder, tmp_path) as (room, ann), room.client("admin") as admin:
+        with serving(tiny_llama, folder, tmp_path) as (server, ann), server.client("admin") as admin:
             if is_new:
                 assert ann.delete("/v1/prompts/coach").status_code == 403
                 assert ann.delete("/v1/models/coach").status_code == 403
@@ -207,7 +209,7 @@ def test_an_admin_unloads_a_prompt_of_the_library_and_loads_it_again(tiny_llama,
                 assert admin.delete("/v1/models/coach").json()["deleted"]
                 assert (folder / "coach").is_dir()
             else:
-                room.library.scan(["coach"])  # as when its files change
+                server.library.scan(["coach"])  # as when its files change
             assert ann.get("/v1/prompts/coach").status_code == 404
             if not is_new:
                 again = admin.post("/v1/prompts/coach/load")
@@ -220,14 +222,14 @@ def test_an_admin_unloads_a_prompt_of_the_library_and_loads_it_again(tiny_llama,
 
 
 def test_a_folder_does_not_replace_a_kept_prompt_of_its_name(tiny_llama, folder, tmp_path):
-    with serving(tiny_llama, folder, tmp_path) as (room, ann), room.client() as operator:
+    with serving(tiny_llama, folder, tmp_path) as (server, ann), server.client() as operator:
         assert upload(operator, "mine", made_prompt(tiny_llama, 1)).status_code == 200
         save_prompt(made_prompt(tiny_llama, 2), folder / "mine")
-        room.library.scan()
-        assert "another prompt" in room.library.problems["mine"]
+        server.library.scan()
+        assert "another prompt" in server.library.problems["mine"]
         assert operator.get("/v1/prompts/mine").json()["source"] == "upload"
         save_prompt(made_prompt(tiny_llama, 3), folder / "ours")
-        room.library.scan()
+        server.library.scan()
         answer = upload(operator, "ours", made_prompt(tiny_llama, 4), overwrite="true")
         assert answer.status_code == 409 and "library" in answer.json()["error"]["message"]
         assert upload(ann, "ours", made_prompt(tiny_llama, 4)).status_code == 200  # her own comes first
@@ -243,10 +245,10 @@ def test_a_folder_is_scanned_every_second_where_the_system_reports_no_changes(
 
     monkeypatch.setattr(library_module, "awatch", deaf)
     prompt = made_prompt(tiny_llama, 1)
-    with serving(tiny_llama, folder, tmp_path) as (room, _):
+    with serving(tiny_llama, folder, tmp_path) as (server, _):
         time.sleep(1.2)  # past the first look
         save_prompt(prompt, folder / "coach")
-        eventually(lambda: hash_of(room.registry, "coach") == prompt.content_hash, 3)
+        eventually(lambda: hash_of(server.registry, "coach") == prompt.content_hash, 3)
 
 
 def test_a_missing_library_is_an_error_and_one_that_vanishes_stays_served(tiny_llama, folder):

@@ -75,16 +75,16 @@ def test_a_private_name_of_another_client_is_refused_like_an_unknown_one(registr
     registry.publish(private("coach", "ann"))
     registry.publish(private("mine", "bob"))
 
-    def told(name, client):
+    def error_of(name, client):
         with pytest.raises(ApiError) as caught:
             registry.resolve(name, client)
         assert caught.value.status == 404 and caught.value.code == "model_not_found"
         return caught.value.message
 
-    assert told("coach", BOB).replace("'coach'", "'roach'") == told("roach", BOB)
-    assert "mine" in told("mime", BOB) and "mine" not in told("mime", ANN)
-    assert "'coach'" in told("coahc", ANN)
-    assert len(told("x" * 10_000_000, ANN)) < 200
+    assert error_of("coach", BOB).replace("'coach'", "'roach'") == error_of("roach", BOB)
+    assert "mine" in error_of("mime", BOB) and "mine" not in error_of("mime", ANN)
+    assert "'coach'" in error_of("coahc", ANN)
+    assert len(error_of("x" * 10_000_000, ANN)) < 200
 
 
 def test_two_owners_cannot_share_one_name(registry):

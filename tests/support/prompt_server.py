@@ -38,7 +38,7 @@ from support.tiny_bases import random_prompt
 
 
 @dataclass(frozen=True)
-class Room:
+class PromptServer:
     """A running server and what is behind it."""
 
     url: str
@@ -108,7 +108,7 @@ class RecordingEngine(AsyncEngine):
 @contextmanager
 def prompt_server(
     base: Base, state: Path, library: Path | None = None, engine_config: EngineConfig | None = None, **hub: Any
-) -> Iterator[Room]:
+) -> Iterator[PromptServer]:
     state.mkdir(exist_ok=True, parents=True)
     database = Database.in_folder(state)
     registry = PromptRegistry("tiny", PromptRepository(state, database, base))
@@ -128,7 +128,7 @@ def prompt_server(
     app.dependency_overrides[auth.current_client] = _told_client
     app.post("/stream")(_streaming(registry, running))
     with served(app) as url:
-        yield Room(url, registry, watched, engine, running.pinned, state)
+        yield PromptServer(url, registry, watched, engine, running.pinned, state)
 
 
 async def _told_client(authorization: Annotated[str, Header()] = "") -> Client:

@@ -27,6 +27,7 @@ from softprompt.server.jobs.files_form import Form
 from softprompt.server.jobs.files_rows import check_rows
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import FileRow, JobRow
+from softprompt.storage.atomic import sync_folder
 
 PURPOSE = "fine-tune"
 _ID = re.compile(r"file-[0-9a-f]{32}")
@@ -120,7 +121,7 @@ class Files:
         place = self._place(file_id)
         os.replace(self.arriving(file_id), place)
         try:
-            _sync(self.folder)
+            sync_folder(self.folder)
             with self._database.session() as session:
                 session.add(row)
         except BaseException:
@@ -197,14 +198,6 @@ def _purpose(form: Form) -> str:
         given = "is not given" if purpose is None else f"is {shortened(purpose)}"
         raise ApiError(400, f"purpose {given}; it must be {PURPOSE!r}", "invalid_value", "purpose")
     return purpose
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _warn(message: str, ids: set[str]) -> None:
