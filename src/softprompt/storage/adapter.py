@@ -13,13 +13,14 @@ import zipfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from softprompt.base import Base
 from softprompt.errors import AdapterError, PromptError, WrongBaseError
 from softprompt.guard import is_lfs_pointer, lfs_pointer_sentence
 from softprompt.prompt import SoftPrompt
@@ -35,9 +36,6 @@ from softprompt.storage.files import (
     read_file,
 )
 from softprompt.types import PromptRecord
-
-if TYPE_CHECKING:
-    from softprompt.base import Base
 
 PEFT_TYPE = "PROMPT_TUNING"
 TASK_TYPE = "CAUSAL_LM"

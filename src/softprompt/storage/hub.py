@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from softprompt.base import Base
 from softprompt.errors import ConfigError, StorageError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import TASK_TYPE, AdapterFiles
@@ -32,9 +33,6 @@ from softprompt.storage.files import (
     read_file,
 )
 from softprompt.storage.save import check_free
-
-if TYPE_CHECKING:
-    from softprompt.base import Base
 
 _MAX_BYTES = {
     SAFETENSORS_NAME: MAX_WEIGHTS_BYTES,

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from softprompt.base import Base
 from softprompt.errors import AdapterError, SoftpromptError, StorageError
 from softprompt.guard import cause_of
 from softprompt.prompt import SoftPrompt
@@ -32,9 +33,6 @@ from softprompt.storage.files import (
     read_file,
 )
 from softprompt.storage.save import save_prompt
-
-if TYPE_CHECKING:
-    from softprompt.base import Base
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MARKS = (CONFIG_NAME, RECORD_NAME, SAFETENSORS_NAME, PICKLE_NAME, "run.json")  # one of them makes a folder ours

@@ -6,12 +6,13 @@ import os
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from softprompt.base import Base
 from softprompt.errors import ExistsError, StorageError, WrongBaseError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import FORMAT_VERSION, KEY, PEFT_TYPE, TASK_TYPE, other_base_problem
@@ -27,9 +28,6 @@ from softprompt.storage.files import (
     SAFETENSORS_NAME,
     dump_object,
 )
-
-if TYPE_CHECKING:
-    from softprompt.base import Base
 
 _PEFT_FORMAT = "0.21.2"  # the release whose keys these are
 _MAY_BE_REPLACED = {*ADAPTER_FILES, PICKLE_NAME, ".gitattributes"}  # the Hub adds the last
