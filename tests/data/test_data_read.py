@@ -168,7 +168,12 @@ BAD = {
     "too few cells": ("a.csv", "text,b\na\n", {}, "a.csv, line 2: 1 cells where the first line names 2 columns"),
     "open quote": ("a.csv", 'text\n"a\nb\n', {}, "a.csv, line 3: broken CSV (unexpected end of data)"),
     "twice": ("a.csv", "text,text\na,b\n", {}, "a.csv: column 'text' stands twice in the first line; rename one"),
-    "broken line": ("a.jsonl", '{"text": "a"}\n\n{"text": \n', {}, "a.jsonl, line 3 is not JSON (Expecting value)"),
+    "broken line": (
+        "a.jsonl",
+        '{"text": "a"}\n\n{"text": \n',
+        {},
+        "a.jsonl, line 3 is not JSON (Expecting value, column 10)",
+    ),
     "broken list": ("a.json", '[{"text": "a"},\n{"text" "b"}]', {}, "a.json, line 2 is not JSON (Expecting ':' del"),
     "no object": ("a.jsonl", '{"text": "a"}\n3\n', {}, "a.jsonl, line 2 is a int; give objects with named columns"),
     "wrong column": (

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,10 @@ class FileRows(NamedTuple):
 
 class RepeatedKeyError(ValueError):
     """A JSON object has a key twice, of which a reader would drop one."""
+
+
+class LongLineError(ValueError):
+    """A line is longer than its reader allows."""
 
 
 def read_text(path: Path) -> str:
@@ -93,10 +97,40 @@ def load_json(text: str) -> Any:  # Any: whatever JSON holds
 
 
 def json_problem(error: Exception) -> str:
-    """Why `load_json` has failed, for a sentence that says where."""
+    """Why `load_json` failed, for a sentence that begins with the position."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (byte {error.start + 1:,} of it)"
     if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON ({error.msg})"
-    return str(error) if isinstance(error, RepeatedKeyError) else "is not JSON (nested too deeply)"
+        return f"is not JSON ({error.msg.removesuffix(' at').removesuffix(' starting')}, column {error.colno:,})"
+    return str(error) if isinstance(error, (RepeatedKeyError, LongLineError)) else "is not JSON (nested too deeply)"
+
+
+class JsonLine(NamedTuple):
+    """One line of JSON lines: its value, or why it has none."""
+
+    number: int  # from 1, blank lines counted
+    value: Any  # Any: whatever JSON holds
+    error: Exception | None  # for `json_problem`
+
+
+def iter_json_lines(lines: Iterable[str | bytes], *, max_length: int | None = None) -> Iterator[JsonLine]:
+    """The lines that are not blank, one at a time; a broken line does not end the iteration. Bytes are UTF-8.
+
+    `max_length` is in the units of a line, bytes or characters.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield_point()
+            yield _json_line(number, line, max_length)
+
+
+def _json_line(number: int, line: str | bytes, max_length: int | None) -> JsonLine:
+    try:
+        if max_length is not None and len(line) > max_length:
+            raise LongLineError(f"is longer than {max_length:,} {'characters' if isinstance(line, str) else 'bytes'}")
+        return JsonLine(number, load_json(line if isinstance(line, str) else line.decode("utf-8")), None)
+    except (ValueError, RecursionError) as error:
+        return JsonLine(number, None, error)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> Record:
@@ -112,26 +146,20 @@ def _whole_number(digits: str) -> int | str:
     return int(digits) if len(digits) <= _MOST_DIGITS else digits
 
 
-def _json_list(path: Path, text: str) -> list[tuple[str, Any]]:
+def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         items = load_json(text)
     except (ValueError, RecursionError) as error:
         place = f", line {error.lineno:,}" if isinstance(error, json.JSONDecodeError) else ""
         raise _broken_json(path, place, error) from error
-    return [(f"item {number:,}", item) for number, item in enumerate(items, start=1)]
+    yield from ((f"item {number:,}", item) for number, item in enumerate(items, start=1))
 
 
-def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
-    items = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        yield_point()
-        try:
-            items.append((f"line {number:,}", load_json(line)))
-        except (ValueError, RecursionError) as error:
-            raise _broken_json(path, f", line {number:,}", error) from error
-    return items
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for line in iter_json_lines(text.split("\n")):
+        if line.error is not None:
+            raise _broken_json(path, f", line {line.number:,}", line.error) from line.error
+        yield f"line {line.number:,}", line.value
 
 
 def _broken_json(path: Path, place: str, error: Exception) -> DataError:

@@ -5,7 +5,6 @@ Read line by line, so that a large file is never in memory; told with line numbe
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 
 from softprompt.data.messages import check_row_keys
 from softprompt.data.rows import Rows, write_row
-from softprompt.data.textfiles import RepeatedKeyError, load_json
+from softprompt.data.textfiles import JsonLine, iter_json_lines, json_problem
 from softprompt.errors import DataError
 from softprompt.types import FormKind, InputForm
 
@@ -22,8 +21,8 @@ _BOM = b"\xef\xbb\xbf"
 _LONGEST_LINE = 16 * 2**20  # bytes
 _NUM_SHOWN = 5  # broken lines that a refusal tells
 _LONGEST_PROBLEM = 200  # characters of what is told of one
-_BREATH_BYTES = 2**16  # lines of so many bytes, then other threads get a turn
-_BREATH_S = 0.0005
+_BREAK_BYTES = 2**16  # lines of so many bytes, then other threads get a turn
+_BREAK_S = 0.0005
 
 # What the lines of each form hold, and how `softprompt.data` reads it.
 _COLUMNS: dict[FormKind, tuple[str, ...]] = {
@@ -58,8 +57,8 @@ def check_rows(path: Path) -> CheckedRows:
     """The rows of a file. Raises DataError that names the first broken lines, or says that there is no row."""
     found = CheckedRows()
     with open(path, "rb") as file:
-        for number, line in _lines(file):
-            _check_line(found, number, line)
+        for line in iter_json_lines(_lines(file), max_length=_LONGEST_LINE):
+            _check_line(found, line)
     if found.num_broken:
         raise DataError(_told(found))
     if found.form is None:
@@ -67,22 +66,18 @@ def check_rows(path: Path) -> CheckedRows:
     return found
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, by number from 1; None for one that is too long."""
-    number, until_breath = 0, _BREATH_BYTES
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """All lines; of one that is too long only the beginning."""
+    is_first, until_break = True, _BREAK_BYTES
     while line := file.readline(_LONGEST_LINE + 1):
-        number += 1
-        is_long = len(line) > _LONGEST_LINE
-        if is_long:
+        if len(line) > _LONGEST_LINE:
             _skip_line(file, line)
-        if number == 1:
-            line = line.removeprefix(_BOM)
-        if is_long or line.strip():
-            yield number, None if is_long else line
-        until_breath -= len(line)
-        if until_breath <= 0:  # JSON is read under the interpreter's lock, and requests are being answered meanwhile
-            until_breath = _BREATH_BYTES
-            time.sleep(_BREATH_S)
+        yield line.removeprefix(_BOM) if is_first else line
+        is_first = False
+        until_break -= len(line)
+        if until_break <= 0:  # JSON is parsed under the interpreter's lock, while requests are being answered
+            until_break = _BREAK_BYTES
+            time.sleep(_BREAK_S)
 
 
 def _skip_line(file: BinaryIO, line: bytes) -> None:
@@ -90,9 +85,10 @@ def _skip_line(file: BinaryIO, line: bytes) -> None:
         line = file.readline(_LONGEST_LINE)
 
 
-def _check_line(found: CheckedRows, number: int, line: bytes | None) -> None:
+def _check_line(found: CheckedRows, line: JsonLine) -> None:
+    number = line.number
     try:
-        form = _form_of(line, number)
+        form = _form_of(line)
         if found.form is not None and form != found.form:
             raise DataError(f"line {number:,} holds {_SPOKEN[form]}, but the rows before it {_SPOKEN[found.form]}; "
                             "a file is of one form")  # fmt: skip
@@ -105,42 +101,25 @@ def _check_line(found: CheckedRows, number: int, line: bytes | None) -> None:
     found.num_rows += 1
 
 
-def _form_of(line: bytes | None, number: int) -> FormKind:
+def _form_of(line: JsonLine) -> FormKind:
     """The form of one row that can be learned from. Raises DataError."""
-    record = _record(line, f"line {number:,}")
-    form = _form_by_keys(record, f"line {number:,}")
+    where = f"line {line.number:,}"
+    if line.error is not None:
+        raise DataError(f"{where} {json_problem(line.error)}") from line.error
+    record = line.value
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is no JSON object but a {type(record).__name__}")
+    form = _form_by_keys(record, where)
     column = None if form == "template" else _COLUMNS[form][0]
-    rows = Rows(records=(record,), indices=(number - 1,), source="", form=_FORMS[form], column=column)
+    rows = Rows(records=(record,), indices=(line.number - 1,), source="", form=_FORMS[form], column=column)
     try:
         check_row_keys(record, _COLUMNS[form], form, rows.where(0))
         written = write_row(rows, 0)
     except DataError as error:  # it opens with where the row is
-        raise DataError(f"line {number:,}{str(error).removeprefix(rows.where(0))}") from error
+        raise DataError(f"{where}{str(error).removeprefix(rows.where(0))}") from error
     if written.is_empty:
-        raise DataError(f"line {number:,} has nothing to learn: {_LEARNED[form]}")
+        raise DataError(f"{where} has nothing to learn: {_LEARNED[form]}")
     return form
-
-
-def _record(line: bytes | None, where: str) -> dict[str, Any]:
-    if line is None:
-        raise DataError(f"{where} is longer than {_LONGEST_LINE:,} bytes")
-    try:
-        record = load_json(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 (byte {error.start + 1:,} of it)") from error
-    except RepeatedKeyError as error:
-        raise DataError(f"{where} {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({_reason(error)})") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is no JSON object but a {type(record).__name__}")
-    return record
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at').removesuffix(' starting')}, column {error.colno:,}"
-    return "nested too deeply"
 
 
 def _form_by_keys(record: dict[str, Any], where: str) -> FormKind:
