@@ -58,7 +58,7 @@ Answers = dict[str, dict[str, list[list[int]]]]  # per contender and workload th
 
 @dataclass(frozen=True)
 class Contender:
-    """Who generates, in which dtype."""
+    """An engine or library that generates, with its dtype."""
 
     name: str
     kind: str  # of the child
@@ -73,7 +73,7 @@ VLLM = (Contender("vLLM eager", "eager"), Contender("vLLM compiled", "compiled")
 
 @dataclass(frozen=True)
 class Bench:
-    """What every child process is told."""
+    """The settings of every child process."""
 
     flags: argparse.Namespace
     folder: str
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def run_cases(bench: Bench) -> Request:
-    """The chosen cases, those that share their processes together, and how long each took."""
+    """Runs the selected cases, those that share processes together, with the time of each."""
     chosen, report, seconds = set(bench.flags.cases), Request(), Request()
     vllm = VLLM if bench.flags.vllm else ()
     steps: list[tuple[set[str], Callable[[], Request]]] = [
@@ -152,7 +152,7 @@ def run_float32(bench: Bench) -> Request:
 
 
 def run_poisson(bench: Bench, vllm: Sequence[Contender]) -> Request:
-    """Requests that arrive faster than static batches can serve them, as those are measured first."""
+    """Requests that arrive faster than static batches can serve them; the rate of static batches is measured first."""
     capacity, _ = measure(bench, [capacity_workload(bench.sizes)], [PLAIN], rounds=1)
     speed = capacity["medians"][PLAIN.name]["capacity"]["tokens_per_second"]
     requests_per_s = POISSON_LOAD * speed / (sum(bench.sizes.poisson_tokens) / 2)
@@ -161,7 +161,7 @@ def run_poisson(bench: Bench, vllm: Sequence[Contender]) -> Request:
 
 
 def run_alone(bench: Bench) -> Request:
-    """The engine beside itself, in one process."""
+    """The engine compared with itself, in one process."""
     settings = study_settings(bench.sizes, bench.flags.rounds)
     chosen = {name: settings[name] for name in settings if name in bench.flags.cases}
     say(f"ours alone: {', '.join(chosen)}")
@@ -202,7 +202,7 @@ def measure(
 
 
 def summarise_run(bench: Bench, workloads: Sequence[Workload], run: Request) -> Request:
-    """Per workload its figures, and the process's own under `process`."""
+    """The figures of each workload, and those of the process under `process`."""
     figures = {
         workload.name: summarise(workload, each, bench.vocab)
         for workload, each in zip(workloads, run["runs"], strict=True)
@@ -228,7 +228,7 @@ def tell(contender: Contender, number: int, run: Request) -> None:
 
 
 def equal_to_plain(answers: Answers) -> dict[str, dict[str, float]]:
-    """Per contender and workload the share of tokens that the plain batch has in the same place."""
+    """For each contender and workload, the share of tokens equal to the plain batch's at the same position."""
     plain = next((found for name, found in answers.items() if name.startswith(PLAIN.name)), {})
     return {
         name: {workload: equal_share(plain[workload], own) for workload, own in found.items() if workload in plain}
@@ -237,7 +237,7 @@ def equal_to_plain(answers: Answers) -> dict[str, dict[str, float]]:
 
 
 def check_agreement(bench: Bench, contenders: Sequence[Contender], answers: Answers) -> Request:
-    """How far every contender's tokens lie below the best, and those of the first under wrong prompts."""
+    """How far each contender's tokens lie below the best; as a control, those of the first under wrong prompts."""
     workload = agreement(bench.sizes)
     own = {each.name: answers[each.name][workload.name] for each in contenders if each.name in answers}
     if not own:
@@ -258,7 +258,7 @@ def gap_figures(gaps: Sequence[float]) -> Request:
 
 
 def problems(report: Request) -> list[str]:
-    """What makes the figures void: runs that failed, other tokens, a control that passes."""
+    """Reasons to reject the figures: failed runs, different tokens, a control that passes."""
     found = [f"{name}: {error}" for case in report.values() if isinstance(case, dict)
              for name, error in case.get("errors", {}).items()]  # fmt: skip
     for case in ("batch", "float32"):
@@ -270,7 +270,7 @@ def problems(report: Request) -> list[str]:
 
 
 def fastest(report: Request, vllm: Sequence[Contender]) -> Sequence[Contender]:
-    """Of vLLM's ways the one with the most tokens per second in the first workload measured; all where none was."""
+    """vLLM's faster mode in the first workload measured; all modes where none was measured."""
     measured = report.get("batch", {}).get("medians", {})
     own = [each for each in vllm if each.name in measured]
     if not own:

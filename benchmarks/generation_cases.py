@@ -1,4 +1,4 @@
-"""What generation.py and its contenders share: workloads, their seeded requests, and what was seen of every token.
+"""What generation.py and its contenders share: workloads, their seeded requests, and the record of every token.
 
 Softprompt and transformers are not imported here: vLLM's process has a Python of its own.
 """
@@ -36,7 +36,7 @@ UNREPEATED = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Requests that differ in nothing but their seeded text, prompt, answer's length and arrival."""
+    """Requests that differ only in their seeded text, prompt, answer length and arrival."""
 
     name: str  # seeds texts and prompts too
     num_requests: int
@@ -55,7 +55,7 @@ class Workload:
         return self.num_prompts or self.num_requests
 
     def warm_up(self) -> Workload:
-        """A short one of the same width, with other texts and prompts."""
+        """A short workload of the same width, with other texts and prompts."""
         return replace(
             self, name=f"{self.name}, warm-up", pool=None, num_prompts=None,
             num_requests=min(self.num_requests, self.max_rows),
@@ -76,7 +76,7 @@ class Asked:
 
 @dataclass
 class Served:
-    """What came back for one request: a time per token, in seconds since the workload's start."""
+    """The result of one request, with a time for each token, in seconds since the workload's start."""
 
     ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -92,7 +92,7 @@ Serve = Callable[[Workload], list[Served]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is run."""
+    """The sizes of a run."""
 
     rows: tuple[int, ...] = (16, 32)
     new_tokens: int = 50
@@ -141,14 +141,14 @@ def poisson_workload(sizes: Sizes, requests_per_s: float) -> Workload:
 
 
 def capacity_workload(sizes: Sizes) -> Workload:
-    """The same answers when all requests are there from the start."""
+    """The same requests, all present from the start."""
     return replace(
         poisson_workload(sizes, 1.0), name="capacity", num_requests=sizes.capacity_requests, requests_per_s=None
     )
 
 
 def study_settings(sizes: Sizes, rounds: int) -> Request:
-    """Per case what `generation_ours.run_studies` wants to know."""
+    """The parameters of `generation_ours.run_studies` for each case."""
     rows = sizes.poisson_rows
     many = _at_once("many", sizes.many_requests, sizes, max_rows=rows)
     return {
@@ -163,7 +163,7 @@ def study_settings(sizes: Sizes, rounds: int) -> Request:
 
 
 def curve_workloads(sizes: Sizes) -> dict[str, list[tuple[int, Workload]]]:
-    """Per curve what was varied and the workload."""
+    """For each curve, the varied quantity and the workload."""
     rows = sizes.poisson_rows
     return {
         "rows": [(count, _at_once(f"rows {count}", count, sizes)) for count in sizes.curve_rows],
@@ -206,7 +206,7 @@ def prompts_of(workload: Workload, hidden: int) -> Iterator[Tensor]:
 
 
 class Watch:
-    """Seconds since it was made."""
+    """Seconds since this clock was made."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -219,7 +219,7 @@ class Watch:
 
 
 def run_workloads(request: Request, serve: Serve, warm_ups: bool = True) -> Request:
-    """A child's answer: each workload behind its warm-up, with the memory that the process held meanwhile."""
+    """A child's result: each workload after its warm-up, with the peak memory of the process."""
     runs, peaks = [], [peak_bytes()]
     for fields in request["workloads"]:
         workload = workload_of(fields)
@@ -237,7 +237,7 @@ def workload_of(fields: Request) -> Workload:
 
 
 def reset_peak() -> None:
-    """From here on `peak_bytes` counts anew, where the system allows it."""
+    """Restart the count of `peak_bytes`, where the system allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -250,7 +250,7 @@ def resident_bytes() -> int:
 
 
 def give_back_memory() -> None:
-    """Freed memory goes back to the system, where the C library is glibc."""
+    """Return freed memory to the system, where the C library is glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -285,7 +285,7 @@ def spread_ms(seconds: Iterable[float]) -> Request:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Of sorted values, by linear interpolation."""
+    """A percentile of sorted values, by linear interpolation."""
     if not ordered:
         return math.nan
     place = percent / 100 * (len(ordered) - 1)
@@ -295,7 +295,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def equal_share(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:
-    """Of the tokens that both have, those that are equal in the same place."""
+    """The number of tokens that are equal at the same position."""
     pairs = [pair for own, other in zip(some, others, strict=False) for pair in zip(own, other, strict=False)]
     return sum(one == other for one, other in pairs) / len(pairs)
 

@@ -47,7 +47,7 @@ class Ours:
         self.pools: dict[str, list[Any]] = {}
 
     def prompts(self, workload: Workload) -> list[Any]:  # Any: SoftPrompt, which PEFT's process does not import
-        """The pool's prompts; those of a named pool stay, and so do their prefixes."""
+        """The pool's prompts; those of a named pool are kept, and so are their prefixes."""
         from softprompt import SoftPrompt
 
         if workload.pool in self.pools:
@@ -101,7 +101,7 @@ def run_ours(request: Request) -> Request:
 
 
 def run_studies(request: Request) -> Request:
-    """Child: what the engine is compared with itself for; the study of memory first, before anything is freed."""
+    """Child: the comparisons of the engine with itself; memory first, before anything is freed."""
     ours = Ours(request)
     studies = {"many": study_many, "same": study_same, "length": study_length}
     wanted = request["studies"]
@@ -165,7 +165,7 @@ def study_many(ours: Ours, settings: Request) -> Request:
 
 
 def _grow(ours: Ours, workload: Workload) -> Request:
-    """What a pool's prompts take in memory, each, and how much of it are their numbers."""
+    """Memory of each prompt of a pool, and the part of it that is its numbers."""
     give_back_memory()  # or they would lie where something else was
     before = resident_bytes()
     prompts = ours.prompts(workload)

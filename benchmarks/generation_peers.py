@@ -67,7 +67,7 @@ def make_quick_model(request: Request) -> Request:
 
 
 def load(folder: str, dtype: torch.dtype) -> tuple[Model, float]:
-    """The model, and the seconds that it took."""
+    """The model, and the seconds that loading took."""
     from transformers import AutoModelForCausalLM
 
     began = time.perf_counter()
@@ -76,7 +76,7 @@ def load(folder: str, dtype: torch.dtype) -> tuple[Model, float]:
 
 
 def serve_plain(model: Model, workload: Workload) -> list[Served]:
-    """Batches of what waits, each until its longest answer has ended."""
+    """Batches of waiting requests, each run until its longest answer has ended."""
     asked, watch = asked_of(workload, model.config.vocab_size), Watch()
     prompts = list(prompts_of(workload, model.config.hidden_size))
     served, waiting = [Served() for _ in asked], deque(range(len(asked)))
@@ -123,7 +123,7 @@ def run_batch(model: Model, rows: Sequence[PlainRow], penalty: float, watch: Wat
 
 
 def start(model: Model, rows: Sequence[PlainRow]) -> dict[str, Tensor]:
-    """Soft prompts and texts, pads on the left; position_ids are of no use to families that read the mask."""
+    """Soft prompts and texts, padded on the left; families that read the mask ignore position_ids."""
     embedding = model.get_input_embeddings()
     texts = [embedding(torch.tensor(row.asked.ids)) for row in rows]
     whole = [torch.cat([row.prompt_PH.to(text), text]) for row, text in zip(rows, texts, strict=True)]
@@ -226,7 +226,7 @@ def judge(request: Request) -> Request:
 
 
 def _gaps(model: Model, workload: Workload, answers: list[list[int]], dtype: str, shift: int = 0) -> list[list[float]]:
-    """Per answer and token; `shift` puts that many numbers further a prompt before each text."""
+    """A value for each answer and token; `shift` uses the prompt that many numbers further on, as a control."""
     prompts = list(prompts_of(workload, model.config.hidden_size))
     found = []
     for asked, ids in zip(asked_of(workload, model.config.vocab_size), answers, strict=False):  # PEFT's are the first

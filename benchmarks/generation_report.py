@@ -27,7 +27,7 @@ def tables(report: Request) -> str:
 
 
 def speeds(case: Request) -> str:
-    """Each workload's contenders, their memory and set-up, and the judge's word."""
+    """Each workload's contenders, their memory and set-up, and the judge's result."""
     parts = [table(BATCH_COLUMNS, _speed_rows(case)), processes(case)]
     if case.get("agreement"):
         parts.append(agreement(case["agreement"]))
@@ -50,7 +50,7 @@ def _speed_rows(case: Request) -> Iterable[list[str]]:
 
 
 def processes(case: Request) -> str:
-    """What a contender's process took before its first request."""
+    """Time and memory of a contender's process before its first request."""
     rows = [
         [
             name, f"{own['load_seconds']:.1f}", f"{own['setup_seconds']:.1f}", f"{own['setup_bytes'] / 1e6:,.0f}",
@@ -62,7 +62,7 @@ def processes(case: Request) -> str:
 
 
 def agreement(judged: Request) -> str:
-    """The tokens beside float32's best over the same weights."""
+    """The tokens compared with the best ones of float32 over the same weights."""
     rows = [
         [name, f"{each['best_share']:.1%}", f"{each['worst']:.4f}", f"{each['mean']:.5f}"]
         for name, each in judged["figures"].items()

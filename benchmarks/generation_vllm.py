@@ -32,7 +32,7 @@ VLLM_ENVIRONMENT = {
 
 
 def call_vllm(python: str, cache: Path, threads: int | None, **request: Any) -> Request:
-    """The answer of this file run under vLLM's Python; `cache` keeps what it compiles. Raises ChildError."""
+    """The output of this file, run under vLLM's Python; `cache` keeps compiled code. Raises ChildError."""
     cores = "all" if threads is None else f"0-{threads - 1}"
     environment = {
         **os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CACHE_ROOT": str(cache.resolve())
