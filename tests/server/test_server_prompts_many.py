@@ -83,6 +83,7 @@ def test_ten_thousand_kept_prompts_load_within_a_minute(tiny_llama, tmp_path, ca
     assert seconds < 60 and grown / count < 20_000 and keep_s < 2
 
 
+@pytest.mark.medium
 def test_a_library_of_three_hundred_loads_quickly(tiny_llama, tmp_path):
     write(tiny_llama, tmp_path, 300)
     registry = memory_registry("tiny")
