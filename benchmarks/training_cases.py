@@ -208,7 +208,7 @@ def _rates(dtype: torch.dtype, request: Request) -> dict[str, float]:
 
 def _products(weight: Tensor) -> tuple[list[Product], list[Product]]:
     """Every way that torch has on this machine to multiply by a matrix, and by its transpose: the best one counts."""
-    from softprompt.families.products import PackedWeight, can_prepack, float32_takes_onednn, packed_weight
+    from softprompt.families.frozen_linear import PackedWeight, can_prepack, float32_takes_onednn, packed_weight
 
     plain = PackedWeight(weight)
     forward: list[Product] = [lambda rows: nn.functional.linear(rows, weight), plain.times]

@@ -8,8 +8,7 @@ import torch
 from support.slow_truth import TOLERANCE, TrueDouble, plain_nats, relative_error
 from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 
-from softprompt.families import forward_of
-from softprompt.families.packing import Packing
+from softprompt.families import Packing, forward_of
 from softprompt.splice import Row
 from softprompt.training.step import accumulate_gradient
 

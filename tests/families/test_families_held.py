@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from softprompt.families import KVBuffer, QueryChunk, cached_batch, has_native_attention
-from softprompt.families.held_attention import attend_held
-from softprompt.families.scores import Scores
+from softprompt.families import KVBuffer, QueryChunk, cached_attention, cached_batch, has_native_attention
+from softprompt.families.batch import Scoring
+from softprompt.families.cached_attention import attend_cached, native_library
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(not has_native_attention(CPU, torch.float32), reason="there was no C compiler")
@@ -34,7 +34,7 @@ def step(has_native, scores, num_key_heads, width, dtype, module=None, store=Non
     parts = (values(heads, sum(NEW), width, seed=seed, dtype=dtype) for seed, heads in
              ((2, HEADS), (3, num_key_heads), (4, num_key_heads)))  # fmt: skip
     with torch.inference_mode():
-        return attend_held(rows, module, *parts, scores), store.tensors[module]
+        return attend_cached(rows, module, *parts, scores), store.tensors[module]
 
 
 def slow(scores, num_key_heads, width, held):
@@ -53,10 +53,10 @@ def slow(scores, num_key_heads, width, held):
 
 
 SCORES = {
-    "plain": Scores(0.3),
-    "window": Scores(0.3, window=4),
-    "softcap": Scores(0.3, softcap=1.5),
-    "bias": Scores(0.3, position_bias=values(HEADS, CAPACITY + 3, seed=5)),
+    "plain": Scoring(0.3),
+    "window": Scoring(0.3, window=4),
+    "softcap": Scoring(0.3, softcap=1.5),
+    "bias": Scoring(0.3, position_bias=values(HEADS, CAPACITY + 3, seed=5)),
 }
 
 
@@ -67,7 +67,7 @@ def test_both_ways_are_the_softmax_written_out(has_native, kind, num_key_heads, 
     scores = SCORES[kind]
     found, held = step(has_native, scores, num_key_heads, width, torch.float32)
     torch.testing.assert_close(found.double(), slow(scores, num_key_heads, width, held), rtol=1e-5, atol=5e-6)
-    wrong = Scores(0.3, window=3) if kind == "window" else Scores(0.5)
+    wrong = Scoring(0.3, window=3) if kind == "window" else Scoring(0.5)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(found.double(), slow(wrong, num_key_heads, width, held), rtol=1e-3, atol=1e-3)
 
@@ -89,7 +89,7 @@ def test_a_row_of_nan_stays_by_itself():
     key = values(1, 2, 8, seed=3)
     key[0, 1] = torch.nan
     with torch.inference_mode():
-        out = attend_held(rows, module, values(1, 2, 8, seed=2), key, values(1, 2, 8, seed=4), Scores(1.0))
+        out = attend_cached(rows, module, values(1, 2, 8, seed=2), key, values(1, 2, 8, seed=4), Scoring(1.0))
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
 
@@ -106,7 +106,7 @@ def test_a_softmax_of_far_numbers_neither_overflows_nor_loses_the_largest():
     rows = cached_batch([QueryChunk(store, 0, 9, 1)], CPU, True)
     nothing = torch.zeros(1, 1, 8)
     with torch.inference_mode():
-        out = attend_held(rows, module, nothing, nothing, nothing, Scores(1.0, position_bias=bias))
+        out = attend_cached(rows, module, nothing, nothing, nothing, Scoring(1.0, position_bias=bias))
     share = 1 / (1 + torch.tensor(-1.0).exp())
     torch.testing.assert_close(out, (3 * share + 5 * (1 - share)).expand(1, 1, 8), rtol=1e-6, atol=0)
 
@@ -118,12 +118,10 @@ def test_other_dtypes_and_devices_take_torchs_products():
 
 
 def test_without_the_library_torch_does_it(monkeypatch):
-    from softprompt.families import native
-
-    monkeypatch.setattr(native, "_NAME", "softprompt.families._no_such_library")
-    native._library.cache_clear()
+    monkeypatch.setattr(cached_attention, "LIBRARY", "softprompt.families._no_such_library")
+    native_library.cache_clear()
     try:
         assert not has_native_attention(CPU, torch.float32)
     finally:
         monkeypatch.undo()
-        native._library.cache_clear()
+        native_library.cache_clear()

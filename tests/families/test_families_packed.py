@@ -12,12 +12,11 @@ from support.slow_truth import TOLERANCE, TrueDouble, plain_logits, plain_nats, 
 from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 from transformers import DynamicCache
 
-from softprompt.families import PackedBatch, Segment, forward_of, grouping, interface
-from softprompt.families.activation import _WRITTEN_OUT
-from softprompt.families.grouping import grouping_of
-from softprompt.families.packed import PackedMask
-from softprompt.families.packing import Packing
-from softprompt.families.products import active_kernels
+from softprompt.families import PackedBatch, Packing, Segment, attention, forward_of, patches
+from softprompt.families.attention import attention_plan
+from softprompt.families.batch import BatchMask
+from softprompt.families.frozen_linear import active_kernels
+from softprompt.families.patches import install_attention, scoring_of
 from softprompt.splice import Row, run_prompts, target_states
 from softprompt.training.step import accumulate_gradient
 
@@ -234,8 +233,8 @@ def test_blocks_of_a_long_row_give_the_same_result_and_gradient(monkeypatch, fam
     base = build_base(family, dtype=torch.float64)
     with TrueDouble():
         truth, _, true_gradients = with_gradients(base, lambda p: states(base, all_rows(), p, passes))
-        monkeypatch.setattr(grouping, "_BLOCK", 5)
-        monkeypatch.setattr(grouping, "_MOST_SCORES", dict.fromkeys(("cpu", "cuda"), most_scores))
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
+        monkeypatch.setattr(attention, "MOST_SCORES", dict.fromkeys(("cpu", "cuda"), most_scores))
         found, _, gradients = with_gradients(base, lambda p: states(base, all_rows(), p, passes))
     assert relative_error(found, truth) < 1e-9
     for ours, theirs in zip(gradients, true_gradients, strict=True):
@@ -261,11 +260,11 @@ def packs(draw):
 def test_groups_show_every_token_its_prefix_and_its_row_up_to_itself(pack, block, most_scores, most_waste):
     rows, num_before = pack
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouping, "_BLOCK", block)
-        patch.setattr(grouping, "_MOST_SCORES", dict.fromkeys(("cpu", "cuda"), most_scores))
-        patch.setattr(grouping, "_MOST_WASTE", most_waste)
-        groups = grouping_of(rows, num_before, torch.device("cpu"))
-    seen = [sight for group in groups.groups for sight in sights(group)]
+        patch.setattr(attention, "QUERY_BLOCK", block)
+        patch.setattr(attention, "MOST_SCORES", dict.fromkeys(("cpu", "cuda"), most_scores))
+        patch.setattr(attention, "MOST_WASTE", most_waste)
+        plan = attention_plan(rows, num_before, torch.device("cpu"))
+    seen = [sight for group in plan.batches for sight in sights(group)]
     expected = {}
     for segment in rows.segments:
         first, length = segment.prefix or (0, 0)
@@ -274,8 +273,8 @@ def test_groups_show_every_token_its_prefix_and_its_row_up_to_itself(pack, block
             expected[segment.first + index] = [*range(first, first + length), *own]
     assert len(seen) == len(expected)
     assert dict(seen) == expected
-    queries = torch.cat([group.queries for group in groups.groups])
-    assert queries[groups.places_S].tolist() == list(range(len(expected)))
+    queries = torch.cat([group.queries for group in plan.batches])
+    assert queries[plan.query_index_S].tolist() == list(range(len(expected)))
 
 
 def sights(group):
@@ -294,8 +293,8 @@ def test_a_mask_that_lost_its_rows_gives_nan(monkeypatch, family):
     base = build_base(family)
     rows, prompts = [row(5, 0, seed=1), row(9, 0, seed=2)], [random_prompt(base, 3)]
     assert states(base, rows, prompts, 1)[0].isfinite().all()
-    mask_of = PackedMask.of
-    monkeypatch.setattr(PackedMask, "of", lambda *args: mask_of(*args).as_subclass(torch.Tensor))
+    mask_of = BatchMask.of
+    monkeypatch.setattr(BatchMask, "of", lambda *args: mask_of(*args).as_subclass(torch.Tensor))
     hidden, _ = states(base, rows, prompts, 1)
     assert forward_of(base).logits(hidden).isnan().all()
 
@@ -309,12 +308,9 @@ def failing(*args):
 
 
 @pytest.mark.parametrize(("attend", "why"), [(zeros, "its answers differ"), (failing, "no such attention")])
-@pytest.mark.parametrize(
-    ("family", "room"),
-    [("llama", "interface"), ("gpt2", "interface"), ("bloom", "own_attention"), ("gpt_neo", "own_attention")],
-)
-def test_a_base_whose_packed_attention_is_wrong_runs_padded(monkeypatch, family, room, attend, why):
-    monkeypatch.setattr(f"softprompt.families.{room}.attend", attend)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gpt_neo"])
+def test_a_base_whose_packed_attention_is_wrong_runs_padded(monkeypatch, family, attend, why):
+    monkeypatch.setattr("softprompt.families.patches.attend", attend)
     base = build_base(family)
     implementation = base.model.config._attn_implementation
     before = plain_answers(base.model)
@@ -324,7 +320,7 @@ def test_a_base_whose_packed_attention_is_wrong_runs_padded(monkeypatch, family,
     assert why in packing.note
     assert base.model.config._attn_implementation == implementation
     changed = [module for module in base.model.modules() if {"forward", "_attn"} & vars(module).keys()]
-    assert {type(module).__name__ for module in changed} <= _WRITTEN_OUT | {"Linear", "Conv1D"}
+    assert {type(module).__name__ for module in changed} <= {"Linear", "Conv1D", "BloomGelu", "NewGELUActivation"}
     assert same_bits(plain_answers(base.model), before)
     check_training(base)
 
@@ -349,33 +345,36 @@ def test_a_base_spread_over_devices_runs_padded():
 def test_an_attention_that_we_do_not_know_is_left_alone():
     model = build_base().model
     model.config._attn_implementation_internal = "flex_attention"
-    assert not interface.install(model)
+    assert install_attention(model) is None
     assert model.config._attn_implementation == "flex_attention"
 
 
 def test_a_window_outside_of_the_attentions_arguments_is_refused():
-    layer = SimpleNamespace(config=SimpleNamespace(sliding_window=6))
-    assert interface._window(layer, {"sliding_window": 4}) == 4
-    assert interface._window(layer, {"sliding_window": None}) is None
-    assert interface._window(SimpleNamespace(), {}) is None
-    assert interface._window(SimpleNamespace(config=SimpleNamespace(sliding_window=None)), {}) is None
+    def window(config, **given):
+        return scoring_of(SimpleNamespace(**config), torch.zeros(1, 1, 4), given).window
+
+    own = {"config": SimpleNamespace(sliding_window=6)}
+    assert window(own, sliding_window=4) == 4
+    assert window(own, sliding_window=None) is None
+    assert window({}) is None
+    assert window({"config": SimpleNamespace(sliding_window=None)}) is None
     with pytest.raises(NotImplementedError, match="its sliding_window is not an argument of its attention"):
-        interface._window(layer, {})
+        window(own)
     with pytest.raises(NotImplementedError, match="its attention_chunk_size is not"):
-        interface._window(SimpleNamespace(config=SimpleNamespace(attention_chunk_size=8)), {})
+        window({"config": SimpleNamespace(attention_chunk_size=8)})
 
 
 @pytest.mark.parametrize(
-    ("change", "why"), [({"sliding_window": ...}, "its sliding_window is not"), ({"s_aux": 1}, "no part for s_aux")]
+    ("change", "why"),
+    [({"sliding_window": ...}, "its sliding_window is not"), ({"s_aux": 1}, "does not compute s_aux")],
 )
 def test_a_family_with_more_to_its_attention_than_we_know_runs_padded(monkeypatch, change, why):
-    known = interface._packed
+    def changed(module, query, kwargs):
+        return scoring_of(
+            module, query, {name: value for name, value in {**kwargs, **change}.items() if value is not ...}
+        )
 
-    def packed(*args, **kwargs):
-        given = {name: value for name, value in {**kwargs, **change}.items() if value is not ...}
-        return known(*args, **given)
-
-    monkeypatch.setattr(interface, "_packed", packed)
+    monkeypatch.setattr(patches, "scoring_of", changed)
     base = build_base("mistral_window")
     packing = forward_of(base).packing
     assert packing.carrier is None
@@ -414,8 +413,8 @@ def test_the_second_run_of_a_checkpointed_layer_takes_the_same_products():
     forward, prompt = forward_of(base), random_prompt(base, 7).requires_grad_(True)
     hook = base.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(active_kernels()))
     hidden, _ = target_states(base, forward, [row(5, 0, seed=1)], [prompt], checkpoint=True)
-    assert seen == [forward.head.products]
+    assert seen == [forward.head.kernels]
     hidden.sum().backward()
     hook.remove()
-    assert seen == [forward.head.products] * 2
+    assert seen == [forward.head.kernels] * 2
     assert active_kernels() is None

@@ -14,8 +14,9 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from softprompt.families import FrozenLinearKernels, Head, activation, products
-from softprompt.families.products import active_kernels, can_prepack, float32_takes_onednn
+from softprompt.families import FrozenLinearKernels, Head, frozen_linear
+from softprompt.families.frozen_linear import active_kernels, can_prepack, float32_takes_onednn
+from softprompt.families.patches import install_kernels
 from softprompt.loss import weighted_nll
 
 INPUTS, OUTPUTS = 48, 80
@@ -33,7 +34,7 @@ def layer(kind, dtype=torch.float32):
     if kind == "conv1d":
         nn.init.normal_(made.weight)
         nn.init.normal_(made.bias)
-    products.install(made)
+    install_kernels(made)
     return made.to(dtype).requires_grad_(False)
 
 
@@ -52,14 +53,14 @@ def both_ways(module, inputs):
 @pytest.fixture
 def calls(monkeypatch):
     """The products of ours that have run; no weight is too small for them."""
-    found, onednn = [], products._onednn
-    monkeypatch.setattr(products, "_WORTH_ONEDNN", 0)
+    found, onednn = [], frozen_linear.onednn_linear
+    monkeypatch.setattr(frozen_linear, "WORTH_ONEDNN", 0)
 
     def counted(*args):
         found.append(args)
         return onednn(*args)
 
-    monkeypatch.setattr(products, "_onednn", counted)
+    monkeypatch.setattr(frozen_linear, "onednn_linear", counted)
     return found
 
 
@@ -136,7 +137,7 @@ def test_no_rows_have_no_products(kind, calls):
 
 def test_a_small_weight_is_left_alone(monkeypatch, calls):
     module, inputs = layer("linear"), rows(7, INPUTS)
-    monkeypatch.setattr(products, "_WORTH_ONEDNN", INPUTS * OUTPUTS + 1)
+    monkeypatch.setattr(frozen_linear, "WORTH_ONEDNN", INPUTS * OUTPUTS + 1)
     with FrozenLinearKernels().active():
         assert torch.equal(module(inputs), linear(inputs, module.weight, module.bias))
     assert not calls
@@ -178,7 +179,7 @@ def test_an_error_inside_leaves_nothing_behind(calls):
 
 def arranged_layers(dtype=torch.bfloat16):
     layers = nn.Sequential(layer("linear", dtype), nn.Tanh(), nn.Linear(OUTPUTS, INPUTS), layer("conv1d", dtype))
-    products.install(layers)
+    install_kernels(layers)
     return layers.to(dtype).requires_grad_(False)
 
 
@@ -244,14 +245,14 @@ def test_a_layer_that_multiplies_in_a_way_of_its_own_is_not_arranged():
 @needs_arranging
 @pytest.mark.parametrize("num_targets", [0, 1, 23])
 def test_an_arranged_head_gives_the_same_loss(monkeypatch, num_targets, calls):
-    monkeypatch.setattr(products, "_ROW_BLOCK", 32)
+    monkeypatch.setattr(frozen_linear, "HEAD_BLOCK", 32)
     linear_head = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     arranged = FrozenLinearKernels()
     arranged.prepack(nn.Identity(), linear_head.weight)
     assert [len(block.weight) for block in arranged.row_blocks(linear_head.weight, 7)] == [32, 32, 16]
     ids = torch.arange(num_targets) * 3 % OUTPUTS
     leaf, plain = (rows(num_targets, INPUTS, dtype=torch.bfloat16).requires_grad_(True) for _ in range(2))
-    total, nats = weighted_nll(Head(linear_head, products=arranged), leaf, ids, torch.ones(num_targets), OUTPUTS)
+    total, nats = weighted_nll(Head(linear_head, kernels=arranged), leaf, ids, torch.ones(num_targets), OUTPUTS)
     total.backward()
     true_nats = cross_entropy(linear_head(plain).float(), ids, reduction="none")
     true_nats.sum().backward()
@@ -274,7 +275,7 @@ GELUS = pytest.mark.parametrize("kind", [NewGELUActivation, FastGELUActivation, 
 def gelus(kind, **where):
     """A module with our kernel, its own formula, and inputs on both sides."""
     installed, own = nn.Sequential(kind()), kind()
-    activation.install(installed)
+    install_kernels(installed)
     assert "forward" in vars(installed[0])
     return installed, own, torch.linspace(-9, 9, 4_001, **where)
 
@@ -309,6 +310,6 @@ def test_the_gelu_is_the_modules_own_outside_and_in_float64(kind):
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_another_activation_is_not_touched(family):
     base = build_base(family, **({"activation_function": "relu"} if family == "gpt2" else {}))
-    activation.install(base.model)
-    changed = [type(module) for module in base.model.modules() if "forward" in vars(module)]
-    assert changed == ([] if family == "gpt2" else [BloomGelu, BloomGelu])
+    install_kernels(base.model)
+    changed = {type(module) for module in base.model.modules() if "forward" in vars(module)}
+    assert changed == ({nn.Linear, Conv1D} if family == "gpt2" else {nn.Linear, BloomGelu})

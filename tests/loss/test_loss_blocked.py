@@ -15,9 +15,9 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtyp
 
 
 def cut(monkeypatch, block_size, most_targets=N):
-    monkeypatch.setattr(blocked, "_SMALLEST_BLOCK", block_size)
-    monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", {"cpu": 1})
-    monkeypatch.setattr(blocked, "_MOST_TARGETS", most_targets)
+    monkeypatch.setattr(blocked, "SMALLEST_BLOCK", block_size)
+    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", {"cpu": 1})
+    monkeypatch.setattr(blocked, "MOST_TARGETS", most_targets)
 
 
 def inputs(dtype, size=1.0):
@@ -131,7 +131,7 @@ def test_never_more_than_one_block_of_logits_exists(monkeypatch):
 
 
 def test_a_blocks_size_is_what_fits_within_its_limits():
-    sizes = [blocked._block_size(torch.empty(num_targets, D)) for num_targets in (0, 1, 300, 1_000, 4_096)]
+    sizes = [blocked.block_size(torch.empty(num_targets, D)) for num_targets in (0, 1, 300, 1_000, 4_096)]
     assert sizes == [8_192, 8_192, 5_000, 1_500, 512]
 
 

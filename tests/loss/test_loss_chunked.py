@@ -30,7 +30,7 @@ def truth(hidden, head, ids, weights):
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-14), (torch.bfloat16, 1e-2)]
 )
 def test_it_equals_cross_entropy_on_full_logits(monkeypatch, rows_per_chunk, dtype, tolerance):
-    monkeypatch.setattr("softprompt.loss.chunked._CHUNK_BYTES", 4 * V * rows_per_chunk)
+    monkeypatch.setattr("softprompt.loss.chunked.CHUNK_BYTES", 4 * V * rows_per_chunk)
     hidden, head, ids, weights = inputs(dtype)
     total, losses = weighted_nll(head, hidden, ids, weights, V)
     (3 * total).backward()
@@ -44,7 +44,7 @@ def test_it_equals_cross_entropy_on_full_logits(monkeypatch, rows_per_chunk, dty
 
 
 def test_never_more_than_one_chunk_of_logits_exists(monkeypatch):
-    monkeypatch.setattr("softprompt.loss.chunked._CHUNK_BYTES", 4 * V * 5)
+    monkeypatch.setattr("softprompt.loss.chunked.CHUNK_BYTES", 4 * V * 5)
     hidden, head, ids, weights = inputs(torch.float32)
     rows_seen = []
 

@@ -71,7 +71,7 @@ def test_sums_do_not_depend_on_the_batching(tiny_llama64, monkeypatch, slots):
     base = tiny_llama64
     prompt = random_prompt(base, 5)
     truth = score_examples(base, forward_of(base), examples_of(base), prompt)
-    monkeypatch.setattr("softprompt.loss.score._SLOTS_PER_BATCH", slots)
+    monkeypatch.setattr("softprompt.loss.score.SLOTS_PER_BATCH", slots)
     for ours, theirs in zip(score_examples(base, forward_of(base), examples_of(base), prompt), truth, strict=True):
         assert ours.text_nats == pytest.approx(theirs.text_nats, rel=1e-13)
         assert ours.eos_nats == pytest.approx(theirs.eos_nats, rel=1e-13)

@@ -1,7 +1,7 @@
 """One frozen model as two functions: embeddings to hidden states, hidden states to logits.
 
-The split lets the loss compute logits only where a target is. What holds of a base (`softprompt.families.exactness`)
-is found out when it is first used.
+The split lets the loss compute logits only where a target is. `softprompt.families.exactness` finds the `Forward` of a
+base when it is first used.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softprompt.base import PerLayerEmbeddings
+from softprompt.families.batch import AttentionBatch, BatchCache, BatchMask, Carrier
 from softprompt.families.head import Head
-from softprompt.families.own_attention import PackedCache
-from softprompt.families.packed import CarriedRows, Carrier, PackedMask
-from softprompt.families.packing import Packing
 
-_UNKNOWN = Packing(None, "rows run padded by length")
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")  # Mamba's and RWKV's have names of their own
 
-# all: keys and values of every position, sliding windows being the masks' business; own: what the model makes for
-# itself (states, windows), for rows that run alone; none: a row runs whole for every token
+# all: keys and values of every position, whatever the masks leave out; own: what the model makes for itself (states,
+# windows), for rows that run alone; none: a row runs whole for every token
 CacheKind = Literal["all", "own", "none"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a base runs packed rows, or why it does not."""
+
+    carrier: Carrier | None
+    note: str
 
 
 @dataclass
@@ -39,17 +44,17 @@ class ModelCache:
         return {} if self.value is None else {self.argument: self.value}
 
     def keep(self, output: Any) -> None:
-        """Keep what a forward gave back, if it gave any."""
+        """Keep the cache that a forward returned, if it returned one."""
         found = getattr(output, self.argument, None)
         self.value = self.value if found is None else found
 
     def bytes_of_keys_and_values(self) -> int:
-        """Of the layers that keep any; they grow with the row."""
+        """Bytes that grow with the row."""
         layers = getattr(self.value, "layers", None) or ()
         return sum(_num_bytes(getattr(layer, name, None)) for layer in layers for name in ("keys", "values"))
 
     def num_bytes(self) -> int:
-        """Of all tensors in it."""
+        """Bytes of all tensors in it."""
         return _num_bytes(self.value)
 
 
@@ -70,11 +75,11 @@ class Forward:
     backbone: nn.Module
     head: Head
     first_position: int | None  # what the family counts from; None: it derives positions by itself (ALiBi, BART)
-    packing: Packing = _UNKNOWN
-    max_batchable_length: int | None = None  # a longer row changes, or is changed by, its company, and runs by itself
+    packing: Packing = Packing(None, "rows run padded by length")
+    max_batchable_length: int | None = None  # a longer row would change the others of its batch, and runs alone
     cache: CacheKind = "all"
-    supports_chunked_prefill: bool = True  # False: a text behind a cache runs whole, and only single tokens follow it
-    per_layer: PerLayerEmbeddings | None = None  # lie behind the embeddings in what a forward is given
+    supports_chunked_prefill: bool = True  # False: a text runs whole, and only single tokens run over its cache
+    per_layer: PerLayerEmbeddings | None = None  # of the embeddings that a forward takes, behind them
 
     @property
     def can_share_prefix(self) -> bool:
@@ -90,18 +95,21 @@ class Forward:
     def hidden_states(
         self, embeds_BSH: Tensor, mask_BM: Tensor, positions_BS: Tensor, cache: ModelCache | None = None
     ) -> Tensor:
-        """Last hidden states [B, S, D], after the final norm. `mask_BM` also covers what lies in the cache."""
+        """Last hidden states [B, S, D], after the final norm. `mask_BM` also covers what is in the cache."""
         if cache is None:
             return _hidden(self._run(embeds_BSH, positions_BS, attention_mask=mask_BM, use_cache=False), embeds_BSH)
-        seen = {"attention_mask": mask_BM} if self.cache == "all" else {}  # states meet no mask of what went into them
+        seen = {"attention_mask": mask_BM} if self.cache == "all" else {}  # states are not masked
         output = self._run(embeds_BSH, positions_BS, use_cache=True, **seen, **cache.as_argument())
         cache.keep(output)
         return _hidden(output, embeds_BSH)
 
-    def packed_hidden_states(self, embeds_SH: Tensor, positions_S: Tensor, rows: CarriedRows) -> Tensor:
-        """Last hidden states [S, D] of packed or held rows; only for a base whose `packing` has a carrier."""
+    def packed_hidden_states(self, embeds_SH: Tensor, positions_S: Tensor, batch: AttentionBatch) -> Tensor:
+        """Last hidden states [S, D] of a packed or cached batch; only for a base whose `packing` has a carrier."""
         assert self.packing.carrier is not None, self.packing.note
-        return self._packed(self.packing.carrier, embeds_SH[None], positions_S[None], rows)
+        brought: dict[str, Any] = {"past_key_values": BatchCache(batch)}
+        if self.packing.carrier == "mask":
+            brought = {"attention_mask": BatchMask.of(batch, embeds_SH)}
+        return _hidden(self._run(embeds_SH[None], positions_S[None], use_cache=False, **brought), embeds_SH)[0]
 
     def arguments(self, inputs: Tensor) -> dict[str, Tensor]:
         """What the model's forward takes for `Base.token_inputs` and `Base.virtual_inputs`."""
@@ -113,26 +121,19 @@ class Forward:
 
     def bytes_to_prepack(self, both_ways: bool = True) -> int:
         """Memory that `prepack` would take; 0 where it would not help, or has been done."""
-        return self.head.products.bytes_to_prepack(self.backbone, self.head.weight, both_ways)
+        return self.head.kernels.bytes_to_prepack(self.backbone, self.head.weight, both_ways)
 
     def prepack(self, both_ways: bool = True) -> None:
-        """Keep the weights as this processor multiplies them fastest, besides the weights themselves.
+        """Keep a second copy of the weights in the layout that this processor multiplies fastest.
 
         `both_ways`: for training, which also multiplies by their transposes.
         """
-        products = self.head.products
-        (products.prepack if both_ways else products.prepack_forward)(self.backbone, self.head.weight)
-
-    def _packed(self, carrier: Carrier, embeds_1SH: Tensor, positions_1S: Tensor, rows: CarriedRows) -> Tensor:
-        brought: dict[str, Any] = {"past_key_values": PackedCache(rows)}
-        if carrier == "mask":
-            brought = {"attention_mask": PackedMask.of(rows, embeds_1SH)}
-        return _hidden(self._run(embeds_1SH, positions_1S, use_cache=False, **brought), embeds_1SH)[0]
+        self.head.kernels.prepack(self.backbone, self.head.weight, both_ways)
 
     def _run(self, embeds: Tensor, positions: Tensor, **arguments: Any) -> Any:  # Any: transformers' output classes
         if self.first_position is not None:
             arguments["position_ids"] = positions + self.first_position if self.first_position else positions
-        with self.head.products.active():
+        with self.head.kernels.active():
             return self.backbone(**self.arguments(embeds), **arguments)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The output embeddings, with what some families do to the logits behind them (Gemma, Cohere, Granite).
+"""The output embeddings, with the scaling and capping of logits of some families (Gemma, Cohere, Granite).
 
 D hidden width, V vocabulary.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.base import Base
-from softprompt.families.products import FrozenLinearKernels
+from softprompt.families.frozen_linear import FrozenLinearKernels
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,18 @@ class Head:
     linear: nn.Module | None = None
     scale: float = 1.0
     cap: float | None = None  # logits become cap * tanh(logits / cap)
-    products: FrozenLinearKernels = field(default_factory=FrozenLinearKernels)
+    kernels: FrozenLinearKernels = field(default_factory=FrozenLinearKernels)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         if self.linear is None:
             return hidden
-        with self.products.active():
+        with self.kernels.active():
             return self.bend(self._multiply(hidden)).to(hidden.device)  # the head may lie on another device
 
     def _multiply(self, hidden: Tensor) -> Tensor:
         weight = self.weight
-        blocks = self.products.head_blocks(weight) if weight is not None and not torch.is_grad_enabled() else None
+        blocks = self.kernels.head_blocks(weight) if weight is not None and not torch.is_grad_enabled() else None
         if blocks is None:
             assert self.linear is not None
             whole: Tensor = self.linear(hidden)
@@ -52,7 +52,7 @@ class Head:
         return linear.weight.detach() if type(linear) is nn.Linear and not has_more else None
 
 
-def head_of(base: Base, products: FrozenLinearKernels) -> Head | None:
+def head_of(base: Base, kernels: FrozenLinearKernels) -> Head | None:
     """The head of a model whose backbone can run without it; None where it cannot."""
     linear = base.model.get_output_embeddings()
     if linear is None or base.model.base_model is base.model:
@@ -60,4 +60,4 @@ def head_of(base: Base, products: FrozenLinearKernels) -> Head | None:
     config = base.model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1.0
     scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(linear, scale, getattr(config, "final_logit_softcapping", None), products)
+    return Head(linear, scale, getattr(config, "final_logit_softcapping", None), kernels)

@@ -11,17 +11,15 @@ N targets, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from softprompt.compute_share import yield_point
-from softprompt.families import Head, PackedWeight
+from softprompt.families import Head
 
-_MOST_TARGETS = 4_096  # at once
-_BLOCK_NUMBERS = {"cpu": 1_500_000, "cuda": 64_000_000}  # logits at once: what fits the caches of a CPU
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 512, 8_192  # rows of the output embeddings
+MOST_TARGETS = 4_096  # at once
+BLOCK_NUMBERS = {"cpu": 1_500_000, "cuda": 64_000_000}  # logits at once: what fits the caches of a CPU
+SMALLEST_BLOCK, LARGEST_BLOCK = 512, 8_192  # rows of the output embeddings
 
 
 def blocked_nll(head: Head, hidden_ND: Tensor, ids_N: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -30,73 +28,57 @@ def blocked_nll(head: Head, hidden_ND: Tensor, ids_N: Tensor, weights_N: Tensor 
     Sums are float32 (float64 for a float64 base).
     """
     nats, grads = [], []
-    for first in range(0, max(len(ids_N), 1), _MOST_TARGETS):
-        some = slice(first, first + _MOST_TARGETS)
-        found = _Running(head, hidden_ND[some], ids_N[some], weights_N is not None)
-        nats.append(found.nats())
-        if weights_N is not None:
-            grads.append(found.gradient(weights_N[some]))
+    for first in range(0, max(len(ids_N), 1), MOST_TARGETS):
+        some = slice(first, first + MOST_TARGETS)
+        weights = None if weights_N is None else weights_N[some]
+        found, grad = _some_targets(head, hidden_ND[some], ids_N[some], weights)
+        nats.append(found)
+        if grad is not None:
+            grads.append(grad)
     return torch.cat(nats), torch.cat(grads) if grads else None
 
 
-@dataclass
-class _Running:
-    """Softmax over the blocks seen so far."""
-
-    head: Head
-    hidden: Tensor
-    ids: Tensor
-    wants_gradient: bool
-
-    def __post_init__(self) -> None:
-        wide = torch.promote_types(self.hidden.dtype, torch.float32)
-        self.maximum = self.hidden.new_full((len(self.ids),), -torch.inf, dtype=wide)
-        self.total = torch.zeros_like(self.maximum)
-        self.target = torch.zeros_like(self.maximum)  # the target's logit
-        self.target_slope = torch.ones_like(self.maximum)
-        self.mean = self.hidden.new_zeros(self.hidden.shape if self.wants_gradient else 0, dtype=wide)
-        first = 0
-        for block in self.head.products.row_blocks(self.weight, _block_size(self.hidden)):
-            self._add(block, first)
-            first += len(block.weight)
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.head.weight
-        assert weight is not None
-        return weight
-
-    def nats(self) -> Tensor:
-        return self.maximum + self.total.log() - self.target
-
-    def gradient(self, weights: Tensor) -> Tensor:
-        own = self.weight[self.ids].to(self.mean.dtype) * self.target_slope[:, None]
-        grad = (self.mean / self.total[:, None] - own) * (weights * self.head.scale)[:, None]
-        return grad.to(self.hidden.dtype)
-
-    def _add(self, block: PackedWeight, first: int) -> None:
+def _some_targets(head: Head, hidden: Tensor, ids: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same for few enough targets; softmax and its mean run over the blocks."""
+    weight = head.weight
+    assert weight is not None
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    maximum = hidden.new_full((len(ids),), -torch.inf, dtype=wide)
+    total, target_logit, target_slope = torch.zeros_like(maximum), torch.zeros_like(maximum), torch.ones_like(maximum)
+    mean = hidden.new_zeros(hidden.shape if weights is not None else 0, dtype=wide)
+    first = 0
+    for block in head.kernels.row_blocks(weight, block_size(hidden)):
         yield_point()
-        logits = self.head.bend(block.times(self.hidden)).to(self.maximum.dtype)
-        slopes = None if self.head.cap is None else 1 - (logits / self.head.cap).square()
-        self._pick_targets(logits, slopes, first)
-        maximum = torch.maximum(self.maximum, logits.amax(dim=1))
-        shrink = torch.exp(self.maximum - maximum)
-        shares = logits.sub_(maximum[:, None]).exp_()
-        self.maximum, self.total = maximum, self.total * shrink + shares.sum(dim=1)
-        if self.wants_gradient:
-            shares = shares if slopes is None else shares * slopes
-            self.mean *= shrink[:, None]
-            self.mean += block.back(shares.to(self.hidden.dtype))
-
-    def _pick_targets(self, logits: Tensor, slopes: Tensor | None, first: int) -> None:
-        is_here = (self.ids >= first) & (self.ids < first + logits.shape[1])
-        column = (self.ids - first).clamp(0, logits.shape[1] - 1)[:, None]
-        self.target = torch.where(is_here, logits.gather(1, column)[:, 0], self.target)
+        logits = head.bend(block.times(hidden)).to(wide)
+        slopes = None if head.cap is None else 1 - (logits / head.cap).square()
+        target_logit = _at_targets(logits, ids - first, target_logit)
         if slopes is not None:
-            self.target_slope = torch.where(is_here, slopes.gather(1, column)[:, 0], self.target_slope)
+            target_slope = _at_targets(slopes, ids - first, target_slope)
+        last_maximum, maximum = maximum, torch.maximum(maximum, logits.amax(dim=1))
+        shrink = torch.exp(last_maximum - maximum)
+        exps = logits.sub_(maximum[:, None]).exp_()
+        total = total * shrink + exps.sum(dim=1)
+        if weights is not None:
+            mean *= shrink[:, None]
+            mean += block.back((exps if slopes is None else exps * slopes).to(hidden.dtype))
+        first += len(block.weight)
+        del logits, slopes, exps  # before the next block's are made
+    nats = maximum + total.log() - target_logit
+    if weights is None:
+        return nats, None
+    own = weight[ids].to(wide) * target_slope[:, None]
+    grad = (mean / total[:, None] - own) * (weights * head.scale)[:, None]
+    return nats, grad.to(hidden.dtype)
 
 
-def _block_size(hidden: Tensor) -> int:
-    numbers = _BLOCK_NUMBERS.get(hidden.device.type, _BLOCK_NUMBERS["cpu"])
+def _at_targets(block: Tensor, column_N: Tensor, others: Tensor) -> Tensor:
+    """The block's number [N] in each target's column; those of `others` for targets in other blocks."""
+    is_here = (column_N >= 0) & (column_N < block.shape[1])
+    column = column_N.clamp(0, block.shape[1] - 1)[:, None]
+    return torch.where(is_here, block.gather(1, column)[:, 0], others)
+
+
+def block_size(hidden: Tensor) -> int:
+    numbers = BLOCK_NUMBERS.get(hidden.device.type, BLOCK_NUMBERS["cpu"])
     fitting = numbers // max(len(hidden), 1)
-    return min(max(fitting, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    return min(max(fitting, SMALLEST_BLOCK), LARGEST_BLOCK)

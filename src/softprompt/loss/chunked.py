@@ -19,7 +19,7 @@ from softprompt.compute_share import yield_point
 from softprompt.families import Head
 from softprompt.loss.blocked import blocked_nll
 
-_CHUNK_BYTES = 64 * 2**20  # of float32 logits
+CHUNK_BYTES = 64 * 2**20  # of float32 logits
 
 AnyHead = Head | Callable[[Tensor], Tensor]
 
@@ -91,7 +91,7 @@ def _logits_nll(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _chunk_rows(num_classes: int) -> int:
-    return max(1, _CHUNK_BYTES // (4 * num_classes))
+    return max(1, CHUNK_BYTES // (4 * num_classes))
 
 
 def _split(tensor: Tensor, num_classes: int) -> tuple[Tensor, ...]:

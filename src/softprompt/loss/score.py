@@ -18,7 +18,7 @@ from softprompt.loss.chunked import nll
 from softprompt.splice import Prefix, Row, run_prompts, target_states
 from softprompt.types import Example
 
-_SLOTS_PER_BATCH = 4_096  # pads included
+SLOTS_PER_BATCH = 4_096  # pads included
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _row_score(example: Example, losses: dict[int, float]) -> RowScore:
 def _by_length(lengths: list[int]) -> list[list[int]]:
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= _SLOTS_PER_BATCH:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= SLOTS_PER_BATCH:
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -1,10 +1,10 @@
-/* Attention of single tokens over keys and values held in memory, for processors.
+/* Attention of single tokens over cached keys and values, for processors.
  *
- * The same sums as held_attention.py, which is what the tests compare it with: softmax(scale * q.K + bias) V, in float32
- * whatever the stores hold, each score and weight once, no position read that a token does not see. The softmax is that
- * of one pass over the scores of one head (they fit a processor's cache).
+ * The same sums as cached_attention.py, which the tests compare it with: softmax(scale * q.K + bias) V, in float32
+ * whatever the buffers hold, each score and weight once, no position read that a token does not see. The softmax is
+ * that of one pass over the scores of one head (they fit a processor's cache).
  *
- * A store is [R rows, k key heads, C positions, d] without gaps; a token is q [h, d], k [k, d], v [k, dv] with strides.
+ * A buffer is [R rows, k key heads, C positions, d], dense; a token is q [h, d], k [k, d], v [k, dv] with strides.
  * Plain C with GCC's vector extension: it compiles for any processor, and on x86 for three generations at once.
  */
 #include <math.h>
@@ -25,20 +25,19 @@ typedef uint32_t word_vec __attribute__((vector_size(64)));
 #define FOR_EACH_PROCESSOR
 #endif
 
-typedef struct {
-    int64_t is_bfloat16;      /* else float32: tokens, stores and out */
+typedef struct { /* `_Task` of cached_attention.py, which checks the size */
+    int64_t is_bfloat16;      /* else float32: tokens, buffers and out */
     int64_t num_tokens, num_heads, num_key_heads, width, value_width;
     int64_t capacity;         /* C */
     int64_t window;           /* positions that a token sees, itself included; 0: all */
-    int64_t bias_stride;      /* of a head in `bias` */
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head, bias_head; /* strides in numbers */
     float scale, softcap;     /* softcap 0: none */
     const int64_t *tokens;    /* [num_tokens] which of the forward's tokens */
-    const int64_t *rows;      /* [num_tokens] of the store */
+    const int64_t *rows;      /* [num_tokens] of the buffer */
     const int64_t *positions; /* [num_tokens] of the token in its row */
     const void *query, *key, *value;
-    int64_t query_token, query_head, key_token, key_head, value_token, value_head; /* strides in numbers */
-    void *keys, *values;      /* the store */
     const float *bias;        /* [h, at least C] or NULL */
+    void *keys, *values;      /* the buffer */
     void *out;                /* [S, h, dv] */
 } Task;
 
@@ -139,9 +138,9 @@ INLINE float exponential(float x) {
 
 INLINE void put(const Task *task, int64_t number) {
     size_t size = task->is_bfloat16 ? 2 : 4;
-    int64_t token = task->tokens[number], place = task->rows[number] * task->num_key_heads;
+    int64_t token = task->tokens[number], row = task->rows[number] * task->num_key_heads;
     for (int64_t head = 0; head < task->num_key_heads; head++) {
-        int64_t slot = (place + head) * task->capacity + task->positions[number];
+        int64_t slot = (row + head) * task->capacity + task->positions[number];
         memcpy((char *)task->keys + slot * task->width * size,
                (const char *)task->key + (token * task->key_token + head * task->key_head) * size, task->width * size);
         memcpy((char *)task->values + slot * task->value_width * size,
@@ -151,22 +150,22 @@ INLINE void put(const Task *task, int64_t number) {
 }
 
 /* The weighted sum of `count` times 16 numbers of each value. */
-INLINE void add_up(const Task *task, int64_t store, int64_t first, int64_t last, int64_t at, int count,
+INLINE void add_up(const Task *task, int64_t first_slot, int64_t first, int64_t last, int64_t at, int count,
                    const float *shares, float *sums, int is_bfloat16) {
     vec sum[4] = {{0}, {0}, {0}, {0}};
     for (int64_t pos = first; pos <= last; pos++)
         for (int part = 0; part < count; part++)
             sum[part] += shares[pos - first] *
-                         load(task->values, (store + pos) * task->value_width + at + part * LANES, is_bfloat16);
+                         load(task->values, (first_slot + pos) * task->value_width + at + part * LANES, is_bfloat16);
     memcpy(sums + at, sum, (size_t)count * sizeof(vec));
 }
 
-INLINE void score_all(const Task *task, int64_t store, int64_t first, int64_t last, int64_t head,
+INLINE void score_all(const Task *task, int64_t first_slot, int64_t first, int64_t last, int64_t head,
                       const float *restrict query, float *restrict scores, int is_bfloat16) {
     const void *keys = task->keys;
     const float scale = task->scale, softcap = task->softcap;
-    const float *bias = task->bias ? task->bias + head * task->bias_stride + first : NULL;
-    const int64_t width = task->width, count = last - first + 1, start = store + first;
+    const float *bias = task->bias ? task->bias + head * task->bias_head + first : NULL;
+    const int64_t width = task->width, count = last - first + 1, start = first_slot + first;
     if (width == 4 * LANES) /* the usual width, for which the compiler keeps the query in registers */
         for (int64_t at = 0; at < count; at++)
             scores[at] = product(query, keys, (start + at) * 4 * LANES, 4 * LANES, is_bfloat16) * scale;
@@ -183,11 +182,11 @@ INLINE void attend_head(const Task *task, int64_t number, int64_t head, float *s
     int64_t token = task->tokens[number], last = task->positions[number];
     int64_t first = task->window && last + 1 > task->window ? last + 1 - task->window : 0;
     int64_t key_head = head / (task->num_heads / task->num_key_heads);
-    int64_t store = (task->rows[number] * task->num_key_heads + key_head) * task->capacity;
+    int64_t first_slot = (task->rows[number] * task->num_key_heads + key_head) * task->capacity;
     float *query = scratch, *sums = query + task->width, *scores = sums + task->value_width;
     for (int64_t at = 0; at < task->width; at++)
         query[at] = load_one(task->query, token * task->query_token + head * task->query_head + at, is_bfloat16);
-    score_all(task, store, first, last, head, query, scores, is_bfloat16);
+    score_all(task, first_slot, first, last, head, query, scores, is_bfloat16);
     float largest = -INFINITY;
     for (int64_t at = 0; at <= last - first; at++)
         largest = scores[at] > largest || isnan(scores[at]) ? scores[at] : largest;
@@ -196,19 +195,19 @@ INLINE void attend_head(const Task *task, int64_t number, int64_t head, float *s
     float mass = sum_of(scores, count);
     int64_t at = 0;
     for (; at + 4 * LANES <= task->value_width; at += 4 * LANES)
-        add_up(task, store, first, last, at, 4, scores, sums, is_bfloat16);
+        add_up(task, first_slot, first, last, at, 4, scores, sums, is_bfloat16);
     for (; at + LANES <= task->value_width; at += LANES)
-        add_up(task, store, first, last, at, 1, scores, sums, is_bfloat16);
+        add_up(task, first_slot, first, last, at, 1, scores, sums, is_bfloat16);
     for (; at < task->value_width; at++) {
         sums[at] = 0;
         for (int64_t pos = first; pos <= last; pos++)
-            sums[at] += scores[pos - first] * load_one(task->values, (store + pos) * task->value_width + at, is_bfloat16);
+            sums[at] += scores[pos - first] * load_one(task->values, (first_slot + pos) * task->value_width + at, is_bfloat16);
     }
-    int64_t place = (token * task->num_heads + head) * task->value_width;
+    int64_t out_at = (token * task->num_heads + head) * task->value_width;
     for (at = 0; at < task->value_width; at++) {
         float value = isnan(largest) ? NAN : sums[at] / mass;
-        if (is_bfloat16) ((uint16_t *)task->out)[place + at] = rounded(value);
-        else ((float *)task->out)[place + at] = value;
+        if (is_bfloat16) ((uint16_t *)task->out)[out_at + at] = rounded(value);
+        else ((float *)task->out)[out_at + at] = value;
     }
 }
 
@@ -221,14 +220,16 @@ FOR_EACH_PROCESSOR void softprompt_head_bfloat16(const Task *task, int64_t numbe
     attend_head(task, number, head, scratch, 1);
 }
 
+size_t softprompt_task_bytes(void) { return sizeof(Task); }
+
 /* 0, or 1 where there was no memory for the scores of a head. */
 int softprompt_attend(const Task *task) {
     int64_t pieces = task->num_tokens * task->num_heads;
-    size_t room = (size_t)(task->width + task->value_width + task->capacity + LANES) * sizeof(float);
+    size_t bytes = (size_t)(task->width + task->value_width + task->capacity + LANES) * sizeof(float);
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *scratch = malloc(room);
+        float *scratch = malloc(bytes);
         failed |= scratch == NULL;
 #pragma omp for schedule(static)
         for (int64_t number = 0; number < task->num_tokens; number++) put(task, number);
