@@ -19,7 +19,7 @@ from softprompt.data import rows_from_records
 from softprompt.prompt import SoftPrompt
 from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
-from softprompt.server.inference.tool_turns import conversation_ids
+from softprompt.server.inference.tokenise import conversation_ids
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.storage import save_prompt

@@ -8,11 +8,11 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, MutableMapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from support.fault_server import Servers, Serving, save_base
@@ -20,10 +20,10 @@ from support.fault_work import Place
 from support.prompt_server import eventually
 
 from softprompt.engine import Request, Tokens
-from softprompt.server.clients.keys import Client
-from softprompt.server.inference.call import Call, Told
-from softprompt.server.inference.serving import _stream
-from softprompt.server.inference.shape import Writer
+from softprompt.server.inference.format import CompletionFormat
+from softprompt.server.inference.generation import Generation, GenerationEvent, OutputOptions
+from softprompt.server.inference.logprobs import TokenTexts
+from softprompt.server.inference.respond import EventStream
 from softprompt.server.prompts.model import Model
 
 pytestmark = pytest.mark.medium
@@ -157,27 +157,37 @@ def test_one_that_reads_too_slowly(server: tuple[Serving, Path], place: Place) -
             assert time.monotonic() - began < REQUEST_S
 
 
-def test_an_answer_waits_for_its_reader_only_so_long() -> None:
-    """One who reads just fast enough never to stall: behind twice the time that an answer may take it is told so."""
+def test_a_stream_that_is_read_too_slowly_ends_with_an_error() -> None:
+    """A client that reads just fast enough never to stall is cut off after twice the time that an answer may take."""
 
-    async def told() -> AsyncGenerator[Told, None]:
+    async def ten_tokens() -> AsyncGenerator[tuple[int, GenerationEvent], None]:
         for number in range(10):
             yield 0, Tokens(0, 0, (number,), " w3", ())
 
     async def read(began: float) -> bytes:
-        call = Call(endpoint="completions", client=Client(), model=Model(id="base"), began=began,
-                    requests=(Request((3,), timeout_s=5.0),))  # fmt: skip
-        writer = cast(Writer, SimpleNamespace(call=call, index=max, tokens=lambda *_: [{}], closing=list))
-        stream = told()
-        events = [each async for each in _stream(await anext(stream), stream, writer)]
+        generation = cast(Generation, SimpleNamespace(
+            began=began, requests=(Request((3,), timeout_s=5.0),), model=Model(id="base"), num_choices=1,
+            fingerprint="fp", output=OutputOptions(is_stream=True),
+        ))  # fmt: skip
+        events, sent = ten_tokens(), bytearray()
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.extend(message.get("body", b""))
+
+        async def receive() -> MutableMapping[str, Any]:
+            await asyncio.sleep(60)
+            raise AssertionError("the stream has not ended")
+
+        format = CompletionFormat(generation, cast(TokenTexts, None))
+        await EventStream(generation, format, await anext(events), events)({}, receive, send)
         with pytest.raises(StopAsyncIteration):  # nothing waits any longer
-            await anext(stream)
-        return b"".join(events)
+            await anext(events)
+        return bytes(sent)
 
     now = time.perf_counter()
-    assert asyncio.run(read(now - 9)).count(b"{}") == 10
+    assert asyncio.run(read(now - 9)).count(b" w3") == 10
     late = asyncio.run(read(now - 11))
-    assert late.count(b"{}") == 2 and b"read_too_slowly" in late and late.endswith(b"[DONE]\n\n")
+    assert late.count(b" w3") == 2 and b"read_too_slowly" in late and late.endswith(b"[DONE]\n\n")
 
 
 def test_those_who_vanish(server: tuple[Serving, Path], place: Place) -> None:

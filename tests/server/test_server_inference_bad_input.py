@@ -11,10 +11,8 @@ from support.inference_runs import Place, serving
 from support.tiny_bases import build_base, random_prompt
 
 from softprompt.prompt import SoftPrompt
+from softprompt.server.clients.auth import current_client
 from softprompt.server.clients.keys import Client
-from softprompt.server.errors import ApiError
-from softprompt.server.inference.completion_body import CompletionBody
-from softprompt.server.inference.sampling import check_body
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ BAD_FIELDS = [
     ({"max_tokens": "many"}, "max_tokens"),
     ({"max_tokens": 2.5}, "max_tokens"),
     ({"max_tokens": 97}, "97"),
-    ({"max_tokens": 10**30}, "10^18"),
+    ({"max_tokens": 10**30}, "63 bits"),
     ({"n": 0}, "n is"),
     ({"n": 129}, "n is"),
     ({"n": 10**30}, "n is"),
@@ -97,13 +95,13 @@ BAD_PROMPTS = [
     ({"prompt": {}}, "dict"),
     ({"prompt": []}, "0 texts"),
     ({"prompt": ["w3", 5]}, "item 1"),
-    ({"prompt": [5, "w3"]}, "place 1"),
+    ({"prompt": [5, "w3"]}, "index 1"),
     ({"prompt": [True]}, "bool"),
     ({"prompt": [[3], [4.0]]}, "float"),
     ({"prompt": [[3, None]]}, "NoneType"),
     ({"prompt": [97]}, "97"),
     ({"prompt": [3, -1]}, "-1"),
-    ({"prompt": [3, 10**30]}, "18 digits"),
+    ({"prompt": [3, 10**30]}, "token id 1000000000"),
     ({"prompt": "\ud800 w3"}, "surrogate"),
     ({"prompt": ["w3", "w3 \udfff"]}, "text 1"),
     ({"prompt": ["w3"] * 1025}, "1025"),
@@ -113,7 +111,7 @@ BAD_PROMPTS = [
     ({"model": "base", "prompt": [[]]}, "empty"),
     ({"suffix": "the end"}, "suffix"),
     ({"best_of": 2}, "best_of"),
-    ({"echo": True, "logprobs": 1, "prompt": [3] * 92, "max_tokens": 0}, "no room"),
+    ({"echo": True, "logprobs": 1, "prompt": [3] * 92, "max_tokens": 0}, "requested 97 tokens"),
     ({"echo": True, "logprobs": 21}, "logprobs"),
     ({"echo": True, "logprobs": 20, "prompt": [[3] * 80] * 20, "n": 16}, "537600 log-probabilities"),
     ({"logprobs": 21}, "logprobs"),
@@ -215,13 +213,31 @@ def test_an_unknown_model_is_answered_with_the_nearest_names(place):
         place.client.models.retrieve("coahc")
 
 
-def test_only_an_admin_may_go_before_others():
-    base = build_base()
-    body = CompletionBody(model="quotes", prompt="w3", priority=-1)
-    check_body(body, base, Client(is_admin=True))
-    with pytest.raises(ApiError, match="priority is -1"):
-        check_body(body, base, Client("key-1", "someone", is_admin=False))
-    check_body(CompletionBody(model="quotes", prompt="w3", priority=1), base, Client(is_admin=False))
+def test_only_an_admin_may_go_before_others(place):
+    asked = {"model": "quotes", "prompt": "w3", "max_tokens": 1}
+    assert place.post("/v1/completions", asked | {"priority": -1}).status_code == 200
+    place.app.dependency_overrides[current_client] = lambda: Client("key-1", "someone", is_admin=False)
+    try:
+        assert "priority is -1" in refusal(place.post("/v1/completions", asked | {"priority": -1}))
+        assert place.post("/v1/completions", asked | {"priority": 1}).status_code == 200
+    finally:
+        place.app.dependency_overrides.clear()
+
+
+def test_a_refusal_by_the_engine_names_the_field_of_the_request(place):
+    """With HTTP's name for it, in the message too."""
+    asked = {"model": "quotes", "prompt": "w3", "max_tokens": 8}
+    for fields, param, code in (
+        ({"min_tokens": 9}, "min_tokens", "invalid_value"),
+        ({"max_tokens": 97}, "max_tokens", "context_length_exceeded"),
+        ({"stop_token_ids": [97]}, "stop_token_ids", "invalid_value"),
+        ({"logit_bias": {"97": 1}}, "logit_bias", "invalid_value"),
+        ({"prompt": [97]}, "prompt", "invalid_value"),
+        ({"model": "base", "prompt": [[]]}, "prompt", "invalid_value"),
+    ):
+        error = place.post("/v1/completions", asked | fields).json()["error"]
+        assert (error["param"], error["code"]) == (param, code), error
+        assert "min_new_tokens" not in error["message"] and "max_new_tokens" not in error["message"]
 
 
 def test_the_server_goes_on_behind_all_this(place):

@@ -7,25 +7,19 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import openai
 import pytest
-from fastapi import FastAPI
-from support.inference_runs import Place, events_of, place_of, serving
-from support.prompt_server import memory_registry
+from support.inference_runs import Place, events_of, serving
 from support.tiny_bases import build_base, random_prompt
 
 from softprompt.base import Base
-from softprompt.config import EngineConfig, ServerConfig
-from softprompt.engine import AsyncEngine, Engine
+from softprompt.config import EngineConfig
+from softprompt.engine import Engine, Event
 from softprompt.prompt import SoftPrompt
-from softprompt.server.app import create_app
-from softprompt.server.inference.reading import Readers
-from softprompt.server.inference.routes import router
-from softprompt.server.inference.token_text import TokenTexts
 
 LONG = {"model": "quotes", "prompt": "w3", "max_tokens": 9000, "ignore_eos": True, "seed": 1}
 AT_ONCE_S = 2.0  # a row is freed at the next step; the machine may be busy
@@ -129,31 +123,8 @@ def until(holds):
         time.sleep(0.005)
 
 
-class Breaking(Engine):
-    """An engine in which a step may fail for good, when the test says so."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__(base)
-        self.breaks = threading.Event()
-
-    def step(self):
-        if self.breaks.is_set():
-            raise RuntimeError("the roof is on fire")
-        return super().step()
-
-
-def app_of(base: Base, engine: AsyncEngine, **config: float) -> FastAPI:
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with engine:
-            yield
-
-    parts = (base, ServerConfig(**config), engine, memory_registry("base"), TokenTexts(base), Readers(base))
-    return create_app(parts, (router,), lifespan)
-
-
-def test_a_time_that_is_over_is_told(long_base):
-    with place_of(app_of(long_base, AsyncEngine(Engine(long_base)), request_timeout_s=0.3)) as place:
+def test_a_time_that_is_over_is_told(long_base, tmp_path):
+    with serving(long_base, {}, tmp_path, request_timeout_s=0.3) as place:
         asked = LONG | {"model": "base"}
         late = place.post("/v1/completions", asked)
         assert late.status_code == 408 and late.json()["error"]["code"] == "timeout" and "0.3 s" in late.text
@@ -168,14 +139,21 @@ def test_a_time_that_is_over_is_told(long_base):
                 pass
 
 
-def test_an_engine_that_breaks_is_told(long_base, caplog):
-    broken = Breaking(long_base)
-    with place_of(app_of(long_base, AsyncEngine(broken))) as place:
+def test_an_engine_that_breaks_is_told(long_base, tmp_path, monkeypatch, caplog):
+    breaks, step = threading.Event(), Engine.step
+
+    def step_or_break(engine: Engine) -> list[Event]:
+        if breaks.is_set():
+            raise RuntimeError("the roof is on fire")
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", step_or_break)
+    with serving(long_base, {}, tmp_path) as place:
         asked = LONG | {"model": "base"}
         with place.http.stream("POST", "/v1/completions", json=asked | {"stream": True}) as streamed:
             lines = streamed.iter_lines()
             next(lines)
-            broken.breaks.set()
+            breaks.set()
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and "roof is on fire" in rest[-2] and '"code":"generation_failed"' in rest[-2]
         behind = place.post("/v1/completions", asked)

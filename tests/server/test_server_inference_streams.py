@@ -14,11 +14,9 @@ from support.tiny_bases import build_base, random_ids, random_prompt
 from softprompt.base import Base, load_base
 from softprompt.prompt import SoftPrompt
 from softprompt.server.error_schemas import ErrorBody
-from softprompt.server.inference.answers import ChatCompletion, Completion
-from softprompt.server.inference.chat_body import ChatBody
-from softprompt.server.inference.completion_body import CompletionBody
-from softprompt.server.inference.listing import ModelObject
-from softprompt.server.inference.offsets import offsets
+from softprompt.server.inference.logprobs import text_offsets
+from softprompt.server.inference.response_schema import ChatCompletion, Completion, ModelObject
+from softprompt.server.inference.schema import ChatBody, CompletionBody
 
 MULTI_BYTE = "wörld: 你好, 🙂👩‍🚀 – ça va?"
 
@@ -262,9 +260,9 @@ def test_each_token_of_real_text_is_where_its_offset_says(written):
 
 def test_offsets_find_their_way_back_behind_what_a_tokenizer_changed():
     said = [b"", b"A", b" cafe", b" \xe2\x82", b"\xac", b"?", b" d\xc3\xa9j\xc3\xa0", b"unk"]
-    assert offsets("A  caf\u00e9 \u20ac? d\u00e9j\u00e0", said) == [0, 0, 1, 7, 8, 9, 10, 15]
-    assert offsets("", [b"", b"x"]) == [0, 0]
-    assert offsets("foo w6", [b"", b" w6"]) == [0, 3]
+    assert text_offsets("A  caf\u00e9 \u20ac? d\u00e9j\u00e0", said) == [0, 0, 1, 7, 8, 9, 10, 15]
+    assert text_offsets("", [b"", b"x"]) == [0, 0]
+    assert text_offsets("foo w6", [b"", b" w6"]) == [0, 3]
 
 
 def test_a_stream_tells_each_choices_end_when_it_has_ended(place):

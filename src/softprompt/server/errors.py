@@ -39,7 +39,7 @@ class ApiError(Exception):
             return cls(503, "the server's database does not answer; try again", "database_unavailable", None, 1.0)
         for kind, status, code in _STATUSES:
             if isinstance(error, kind):
-                return cls(status, str(error), code, retry_after_s=1.0 if status == 503 else None)
+                return cls(status, str(error), code, error.param, 1.0 if status == 503 else None)
         return cls(500, "the server has failed; its log says why")
 
 

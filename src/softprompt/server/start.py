@@ -20,9 +20,9 @@ from softprompt.server.clients.auth import asks_for_keys, check_listening
 from softprompt.server.clients.keys import KeyCache
 from softprompt.server.clients.quotas import Quotas
 from softprompt.server.clients.rate_limits import RateLimiter
-from softprompt.server.inference.reading import Readers
-from softprompt.server.inference.routes import router as inference_router
-from softprompt.server.inference.token_text import TokenTexts
+from softprompt.server.inference.api import router as inference_router
+from softprompt.server.inference.logprobs import TokenTexts
+from softprompt.server.inference.tokenise import TokeniserPool
 from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.files_routes import router as files_router
 from softprompt.server.jobs.jobs import Jobs
@@ -81,7 +81,7 @@ def serving_app(
                 database.close()
 
     parts = (
-        base, config, TokenTexts(base), Readers(base), compute_share, engine, database, registry, library, pins,
+        base, config, TokenTexts(base), TokeniserPool(base), compute_share, engine, database, registry, library, pins,
         Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, keys, limiter, quotas,
     )  # fmt: skip
     app = create_app(parts, ROUTERS, lifespan)

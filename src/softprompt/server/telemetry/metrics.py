@@ -157,13 +157,13 @@ class GenerationMetrics:
         self._began = time.perf_counter()
         self._first_at: float | None = None
         self._last_at = self._began
-        self._num_tokens = 0
+        self.num_tokens = 0  # generated so far
         self._has_ended = False
 
     def tokens(self, num_tokens: int) -> None:
         """New tokens of one event have come."""
         now = time.perf_counter()
-        self._num_tokens += num_tokens
+        self.num_tokens += num_tokens
         self._written.inc(num_tokens)
         if self._first_at is None:
             self._first_at = now
@@ -182,10 +182,10 @@ class GenerationMetrics:
         metrics.read.labels(label).inc(num_prompt_tokens)
         metrics.virtual.labels(label).inc(num_virtual_tokens)
         metrics.texts.labels(label).observe(num_prompt_tokens)
-        metrics.answers.labels(label).observe(self._num_tokens)
+        metrics.answers.labels(label).observe(self.num_tokens)
         metrics.whole.labels(label).observe(time.perf_counter() - self._began)
-        if self._first_at is not None and self._num_tokens > 1:
-            metrics.mean.labels(label).observe((self._last_at - self._first_at) / (self._num_tokens - 1))
+        if self._first_at is not None and self.num_tokens > 1:
+            metrics.mean.labels(label).observe((self._last_at - self._first_at) / (self.num_tokens - 1))
 
 
 _PATIENCE_S = 2.0  # for the engine, which answers between two steps
