@@ -59,7 +59,7 @@ def _sst2(name: str, count: int, material: Path, scratch: Path) -> Case:
     train = _labelled(_sst2_csv(material / "sst2" / "train.txt", scratch / "train.csv", count + HELD_OUT))
     test = _labelled(_sst2_csv(material / "sst2" / "dev.txt", scratch / "dev.csv", HELD_OUT))
     return Case(
-        name, _stories(material), train.take(range(count)), train.take(range(count, count + HELD_OUT)), test,
+        name, _stories(material), train.select(range(count)), train.select(range(count, count + HELD_OUT)), test,
         "Say whether the review is positive or negative.",
     )  # fmt: skip
 
@@ -83,14 +83,14 @@ def _reviews(name: str, count: int, material: Path, scratch: Path) -> Case:
 def _halved(name: str, train: Rows, held_out: Rows, count: int, instruction: str) -> Case:
     """The embedded sets: of the held-out rows, whose classes take turns, the first half chooses, the second scores."""
     half = len(held_out) // 2
-    chooses, scores = held_out.take(range(half)), held_out.take(range(half, len(held_out)))
-    return Case(name, _embedded(), train.take(range(count)), chooses, scores, instruction)
+    chooses, scores = held_out.select(range(half)), held_out.select(range(half, len(held_out)))
+    return Case(name, _embedded(), train.select(range(count)), chooses, scores, instruction)
 
 
 def _cut(name: str, base: Base, rows: Rows, count: int, instruction: str) -> Case:
     held_out = min(HELD_OUT, (len(rows) - count) // 2)
     ends = itertools.accumulate([0, count, held_out, held_out])
-    train, validation, test = (rows.take(range(a, b)) for a, b in itertools.pairwise(ends))
+    train, validation, test = (rows.select(range(a, b)) for a, b in itertools.pairwise(ends))
     return Case(name, base, train, validation, test, instruction)
 
 

@@ -186,7 +186,7 @@ def test_a_conversation_is_rendered_and_read_in_proportion_to_its_length(llama_b
 
 
 def test_a_template_that_looks_ahead_is_rendered_again_up_to_a_bound(llama_base, monkeypatch):
-    monkeypatch.setattr(chat, "MOST_STEPS_AGAIN", 20_000)
+    monkeypatch.setattr(chat, "MOST_RERENDER_STEPS", 20_000)
     base = with_template(llama_base, AGAIN["the last turn's end"])
     assert chat_ids(base, long_chat(20), "row 1") == slow_chat_ids(base, long_chat(20), "row 1")
     counted = Counted(monkeypatch)

@@ -8,7 +8,7 @@ import pytest
 
 from softprompt.config import DataConfig
 from softprompt.data import read_rows, rows_from_records, split_rows
-from softprompt.data.rows import write_rows
+from softprompt.data.rows import render_rows
 from softprompt.errors import ConfigError, DataError
 
 REVIEWS = [{"text": f"text {i}", "label": "good" if i % 2 else "bad"} for i in range(6)]
@@ -25,7 +25,7 @@ def with_columns(**more):
 def test_a_text_with_a_label_is_a_classification_and_says_so():
     rows = made(REVIEWS)
     assert (rows.form.template, rows.form.completion) == ("{text}\nLabel:", " {label}")
-    assert write_rows(rows)[0][:2] == (" bad", "text 0\nLabel:")
+    assert render_rows(rows)[0][:2] == (" bad", "text 0\nLabel:")
     (note,) = rows.notes
     assert note == (
         "labels in column 'label' (2: 'bad', 'good'), learned as \"{text}\\nLabel: {label}\"; "

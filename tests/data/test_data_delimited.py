@@ -9,7 +9,7 @@ import pytest
 
 from softprompt.config import DataConfig
 from softprompt.data import read_rows
-from softprompt.data.rows import write_rows
+from softprompt.data.rows import render_rows
 from softprompt.errors import ConfigError, DataError
 
 ROWS = [["text", "label"], *([f"text {i}, and more", "ab"[i % 2]] for i in range(6))]
@@ -27,7 +27,7 @@ def read(tmp_path):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         rows = read_rows(DataConfig(data=str(path), **{"text_column": "text", **settings}))
-        return [row.text for row in write_rows(rows)], list(rows.notes)
+        return [row.text for row in render_rows(rows)], list(rows.notes)
 
     return call
 

@@ -110,7 +110,7 @@ def test_the_hash_is_of_the_text_in_order(byte_base, llama_base):
     hashes = {build_examples(base, rows, eos=True, max_length=9).data_hash for base in (byte_base, llama_base)}
     assert hashes == {rows_hash(rows)}
     assert rows_hash(rows_from_texts(["ab", ""])) != rows_hash(rows_from_texts(["a", "b"]))
-    assert rows_hash(rows.take([1, 0])) != rows_hash(rows)
+    assert rows_hash(rows.select([1, 0])) != rows_hash(rows)
 
 
 def test_the_report_says_what_was_read(llama_base):

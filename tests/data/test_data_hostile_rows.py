@@ -8,7 +8,7 @@ import pytest
 
 from softprompt.config import DataConfig
 from softprompt.data import read_rows, rows_from_records, rows_from_texts
-from softprompt.data.rows import write_rows
+from softprompt.data.rows import render_rows
 from softprompt.errors import DataError
 
 HALF = "So happy \ud83d"
@@ -17,7 +17,7 @@ DIGITS = "9" * 5_000
 
 def read(path, content, **settings):
     path.write_text(content)
-    return [row.text for row in write_rows(read_rows(DataConfig(data=str(path), **settings)))]
+    return [row.text for row in render_rows(read_rows(DataConfig(data=str(path), **settings)))]
 
 
 def chat(user, answer):
@@ -41,7 +41,7 @@ def test_half_of_a_surrogate_pair_is_refused_by_row(tmp_path, row, settings):
     with pytest.raises(DataError, match=r"^row 2 of .*a.jsonl holds half of a surrogate pair, which is no text$"):
         read(tmp_path / "a.jsonl", content, **settings)
     with pytest.raises(DataError, match=r"^row 2 of records holds half of a surrogate pair, which is no text$"):
-        write_rows(rows_from_records([good, row], **settings))
+        render_rows(rows_from_records([good, row], **settings))
 
 
 def test_half_of_a_surrogate_pair_in_a_column_that_is_not_read_changes_nothing(tmp_path):
@@ -59,10 +59,10 @@ def test_a_whole_number_of_any_length_is_read(tmp_path, name, form):
 def test_a_number_of_very_many_digits_in_python_is_refused_by_row():
     rows = rows_from_records([{"text": "a", "n": 10**5_000}], template="{text}", completion="{n}")
     with pytest.raises(DataError, match=r"^row 1 of records: column 'n' holds a number of very many digits"):
-        write_rows(rows)
+        render_rows(rows)
     rows = rows_from_records([{"n": 10**5_000}], text_column="n")
     with pytest.raises(DataError, match="column 'n' holds no text but a int, a number of very many digits"):
-        write_rows(rows)
+        render_rows(rows)
 
 
 @pytest.mark.parametrize(

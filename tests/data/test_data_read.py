@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from softprompt.config import DataConfig
-from softprompt.data import read_rows, rows_from_records, rows_from_texts, write_row
-from softprompt.data.rows import write_rows
+from softprompt.data import read_rows, render_row, rows_from_records, rows_from_texts
+from softprompt.data.rows import render_rows
 from softprompt.errors import ConfigError, DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -15,7 +15,7 @@ TRICKY = ["NA", "null", "None", "nan", "1", "007", "1e5", "true", "2020-01-01 00
 
 
 def texts(rows):
-    return [row.text for row in write_rows(rows)]
+    return [row.text for row in render_rows(rows)]
 
 
 def read(path, content=None, **settings):
@@ -132,21 +132,21 @@ def test_a_template_reads_text_and_whole_numbers(tmp_path):
     rows = read(
         tmp_path / "a.jsonl", '{"text": "x {y}", "label": 0}', template=r"Review: {text}\nSo:", completion=" {label}"
     )
-    assert write_row(rows, 0)[:2] == (" 0", "Review: x {y}\nSo:")
+    assert render_row(rows, 0)[:2] == (" 0", "Review: x {y}\nSo:")
     assert rows.form.template == "Review: {text}\nSo:"
 
 
 def test_what_counts_as_empty():
     def is_empty(**record):
         rows = rows_from_records([record], template="Q: {q}\nA:", completion=" {a}")
-        return write_row(rows, 0).is_empty
+        return render_row(rows, 0).is_empty
 
     assert not is_empty(q="x", a=0)
     assert is_empty(q="x", a=None)
     assert is_empty(q="x", a=float("nan"))
     assert is_empty(q="x", a=" ")
     assert is_empty(q="", a="y")
-    assert [row.is_empty for row in write_rows(rows_from_texts(["a", "", " \n\t"]))] == [False, True, True]
+    assert [row.is_empty for row in render_rows(rows_from_texts(["a", "", " \n\t"]))] == [False, True, True]
 
 
 BAD = {
@@ -260,7 +260,7 @@ def test_bad_data_gives_one_sentence_that_names_the_place(case, tmp_path):
         (tmp_path / name).touch()
 
     def read_and_write(path, content, **settings):
-        return write_rows(read(path, content, **settings))
+        return render_rows(read(path, content, **settings))
 
     with pytest.raises((DataError, ConfigError)) as caught:
         read_and_write(tmp_path / name, content or None, **settings)

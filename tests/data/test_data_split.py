@@ -2,7 +2,7 @@ import pytest
 
 from softprompt.config import DataConfig
 from softprompt.data import held_out_record, split_rows
-from softprompt.data.rows import rows_hash, write_rows
+from softprompt.data.rows import render_rows, rows_hash
 from softprompt.errors import ConfigError, DataError
 
 
@@ -18,7 +18,7 @@ def split(path, seed=0, **settings):
 
 
 def texts(rows):
-    return [] if rows is None else [row.text for row in write_rows(rows)]
+    return [] if rows is None else [row.text for row in render_rows(rows)]
 
 
 def test_by_default_the_test_rows_are_the_200_behind_the_training_rows(source):

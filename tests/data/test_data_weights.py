@@ -6,9 +6,9 @@ import pytest
 from test_data_chat import CHATML, MARKED, targets, with_template
 
 from softprompt.config import DataConfig
-from softprompt.data import build_examples, read_rows, rows_from_records, rows_hash, write_rows
+from softprompt.data import build_examples, read_rows, render_rows, rows_from_records, rows_hash
 from softprompt.errors import DataError
-from softprompt.evaluation.scores import ask
+from softprompt.evaluation.scores import questions_of
 from softprompt.server.jobs.files_rows import check_rows
 
 
@@ -56,7 +56,7 @@ def test_marks_that_are_not_one_for_each_turn_bear_no_weights(byte_base):
 
 def test_the_last_learned_turn_is_the_one_that_is_asked_for(byte_base):
     rows = rows_from_records([chat(said("one"), said("two", weight=0))])
-    assert ask(byte_base, rows).asked[0].reference == "one"
+    assert questions_of(byte_base, rows).items[0].reference == "one"
 
 
 REFUSED = {
@@ -87,8 +87,8 @@ def test_a_key_that_chooses_what_is_learned_is_refused_in_files_and_in_python(tm
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(row)}\n" * 2)
     for where, read in {
-        "row 1 of records": lambda: write_rows(rows_from_records([row], **settings)),
-        f"row 1 of {path}": lambda: write_rows(read_rows(DataConfig(data=str(path), **settings))),
+        "row 1 of records": lambda: render_rows(rows_from_records([row], **settings)),
+        f"row 1 of {path}": lambda: render_rows(read_rows(DataConfig(data=str(path), **settings))),
         "line 1": lambda: check_rows(path),
     }.items():
         with pytest.raises(DataError) as refusal:

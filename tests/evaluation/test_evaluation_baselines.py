@@ -17,7 +17,7 @@ from softprompt.evaluation import (
     verdict_of,
 )
 from softprompt.evaluation.baselines import verdicts, written_templates
-from softprompt.evaluation.classification import LabelledRows, measured
+from softprompt.evaluation.classification import LabelledRows, accuracy_from_labels
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
 
@@ -33,7 +33,7 @@ def judged(num_right_of_each, truth=(104, 96), template=0.74, num_templates=4) -
         for number in range(count)
     ]
     known = LabelledRows(("",) * len(own), tuple(own), tuple(range(len(own))), (" positive", " negative"), ())
-    accuracy = measured("reviews.csv", "critic", known, found, None, calibrated=False)
+    accuracy = accuracy_from_labels("reviews.csv", "critic", known, found, None, calibrated=False)
     beside = Baselines("reviews.csv", "positive", max(truth) / len(own), template, num_templates)
     (verdict,) = verdicts([accuracy], {"reviews.csv": beside})
     return verdict

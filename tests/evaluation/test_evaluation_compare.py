@@ -14,7 +14,7 @@ from softprompt.data import input_ids, rows_from_records, rows_from_texts
 from softprompt.data.rows import with_labels
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError, DataError, LengthError
-from softprompt.evaluation import Answered, Comparison, compare, to_markdown
+from softprompt.evaluation import Comparison, InputAnswers, compare, to_markdown
 from softprompt.prompt import SoftPrompt
 from softprompt.types import InputForm, PromptRecord
 
@@ -118,7 +118,7 @@ HOSTILE = [
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_markdown_shows_hostile_answers_as_text(hostile):
     found = Comparison(
-        base_name=hostile, prompts={"p": 4}, answered=(Answered(hostile, {None: hostile, hostile: "fine"}),),
+        base_name=hostile, prompts={"p": 4}, answered=(InputAnswers(hostile, {None: hostile, hostile: "fine"}),),
         losses=(), accuracies=(), base_bytes=1, prompt_bytes=1, peak_bytes=1,
     )  # fmt: skip
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(to_markdown(found))

@@ -138,7 +138,7 @@ def test_calibrated_each_by_its_own_likelihoods(tiny_llama, rows, members):
 
 class TestCompare:
     def test_an_ensemble_stands_behind_the_prompts_of_its_set(self, tiny_llama, rows, members):
-        sets = {"one": rows, "texts": rows_from_texts(["w5 w6", "w7"]), "two": rows.take(range(9))}
+        sets = {"one": rows, "texts": rows_from_texts(["w5 w6", "w7"]), "two": rows.select(range(9))}
         found = compare(tiny_llama, {"p": members["m0"]}, held_out=sets, ensembles={"team": members})
         assert [(item.held_out, item.prompt) for item in found.accuracies] == [
             (held_out, name) for held_out in ("one", "two") for name in (None, "p", "team")

@@ -22,7 +22,7 @@ def sentences(count, seed=0):
     return [" ".join(f"w{token}" for token in random_ids(2 + (5 * i) % 11, seed + i)) for i in range(count)]
 
 
-def measured(base, prompts, rows, **settings):
+def losses_of(base, prompts, rows, **settings):
     examples = build_examples(base, rows, eos=True, max_length=60)
     return examples, held_out_losses(base, forward_of(base), prompts, {"set": examples}, **settings)
 
@@ -45,7 +45,7 @@ def test_the_loss_is_the_plain_models_over_the_same_tokens(request, family):
     """tiny_llama's tokenizer puts BOS in front, tiny_gpt2's does not: there the first text token is not counted."""
     base = request.getfixturevalue(family)
     prompt = soft(base)
-    examples, (bare, ours) = measured(base, {"p": prompt}, rows_from_texts(sentences(9)))
+    examples, (bare, ours) = losses_of(base, {"p": prompt}, rows_from_texts(sentences(9)))
     counted = sum(len(e.ids) - e.num_special - 1 for e in examples.examples) - (0 if base.bos_ids else 9)
     assert bare.num_tokens == ours.num_tokens == counted
     assert (bare.num_rows, ours.num_rows) == (9, 9)
@@ -58,7 +58,7 @@ def test_the_loss_is_the_plain_models_over_the_same_tokens(request, family):
 
 def test_difference_and_rows_are_against_the_base(tiny_llama):
     prompt = soft(tiny_llama)
-    examples, (bare, ours) = measured(tiny_llama, {"p": prompt}, rows_from_texts(sentences(9)))
+    examples, (bare, ours) = losses_of(tiny_llama, {"p": prompt}, rows_from_texts(sentences(9)))
     assert (bare.prompt, bare.difference, bare.interval, bare.better_rows, bare.worse_rows) == (
         None,
         None,
@@ -81,7 +81,7 @@ def test_a_shuffled_and_another_prompt_give_other_figures(tiny_llama):
         "shuffled": SoftPrompt(prompt.tensor.flip(0)),
         "other": soft(tiny_llama, seed=1),
     }
-    _, losses = measured(tiny_llama, contenders, rows_from_texts(sentences(5)))
+    _, losses = losses_of(tiny_llama, contenders, rows_from_texts(sentences(5)))
     by_name = {loss.prompt: loss.loss for loss in losses}
     assert by_name["again"] == by_name["ours"]
     for other in (None, "shuffled", "other"):
@@ -93,19 +93,19 @@ def test_only_completions_count_in_a_template(tiny_llama):
         [{"text": text, "label": f"w{90 + i % 2}"} for i, text in enumerate(sentences(6))],
         template="w5 {text}", completion=" {label}",
     )  # fmt: skip
-    _, (bare, _) = measured(tiny_llama, {"p": soft(tiny_llama)}, rows)
+    _, (bare, _) = losses_of(tiny_llama, {"p": soft(tiny_llama)}, rows)
     assert bare.num_tokens == 6
 
 
 class TestDegenerate:
     def test_one_row_has_no_interval(self, tiny_llama):
-        _, (_, ours) = measured(tiny_llama, {"p": soft(tiny_llama)}, rows_from_texts(["w5 w6 w7"]))
+        _, (_, ours) = losses_of(tiny_llama, {"p": soft(tiny_llama)}, rows_from_texts(["w5 w6 w7"]))
         assert ours.interval is None
         assert ours.difference is not None
 
     def test_no_tokens_at_all(self, tiny_gpt2):
         """Rows of one word have no predecessor on a base without BOS; only their EOS is read."""
-        _, (bare, ours) = measured(tiny_gpt2, {"p": soft(tiny_gpt2)}, rows_from_texts(["w5", "w6", "w7"]))
+        _, (bare, ours) = losses_of(tiny_gpt2, {"p": soft(tiny_gpt2)}, rows_from_texts(["w5", "w6", "w7"]))
         assert bare.num_tokens == 0
         assert math.isnan(bare.loss)
         assert math.isnan(bare.perplexity)
@@ -160,5 +160,5 @@ def test_the_interval_is_paired_and_has_a_seed():
 
 def test_the_base_is_not_changed_by_a_bit(tiny_llama):
     before = torch.cat([parameter.flatten().clone() for parameter in tiny_llama.model.parameters()])
-    measured(tiny_llama, {"p": soft(tiny_llama)}, rows_from_texts(sentences(5)))
+    losses_of(tiny_llama, {"p": soft(tiny_llama)}, rows_from_texts(sentences(5)))
     assert torch.equal(before, torch.cat([parameter.flatten() for parameter in tiny_llama.model.parameters()]))

@@ -13,7 +13,7 @@ from softprompt.base import freeze_base
 from softprompt.data import chat_prompt_ids, rows_from_records, rows_from_texts
 from softprompt.errors import ConfigError, LengthError, MissingDependencyError
 from softprompt.evaluation import ScoreConfig, compare
-from softprompt.evaluation.scores import ask, check_scores, greedy_answers, text_scores
+from softprompt.evaluation.scores import check_scores, greedy_answers, questions_of, text_scores
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
 
@@ -44,7 +44,7 @@ def true_answers(base, rows, prompt, num_new):
 
 
 def answers(base, rows, prompt, **limits):
-    return greedy_answers(base, forward_of(base), ask(base, rows).asked, prompt, **limits)
+    return greedy_answers(base, forward_of(base), questions_of(base, rows).items, prompt, **limits)
 
 
 class TestAnswers:
@@ -63,7 +63,7 @@ class TestAnswers:
         silent = freeze_base(tiny_llama.model, build_tokenizer(has_bos=True), name="endless")
         endless = replace(silent, stop_ids=())
         assert {len(text.split()) for text in answers(endless, rows, soft(endless))} <= {3, 4}  # EOS shows no word
-        first = plain_greedy(endless, ask(endless, rows).asked[0].ids, soft(endless).tensor, 1)[0][0]
+        first = plain_greedy(endless, questions_of(endless, rows).items[0].ids, soft(endless).tensor, 1)[0][0]
         ended = replace(silent, stop_ids=(EOS, first))
         assert answers(ended, rows, soft(ended))[0] == ""
 
@@ -78,7 +78,7 @@ class TestAnswers:
         ending = words(LIMIT, 3)
         records = [{"q": words(60, 1), "a": "w7"}, {"q": f"w9 {ending}", "a": "w7"}, {"q": ending, "a": "w7"}]
         rows = rows_from_records([*records, {"q": "w8", "a": words(50, 2)}], template="w5 {q} w6", completion=" {a}")
-        asked = ask(tiny_llama, rows).asked
+        asked = questions_of(tiny_llama, rows).items
         found = greedy_answers(tiny_llama, forward_of(tiny_llama), asked, soft(tiny_llama))
         (whole,) = plain_greedy(tiny_llama, asked[0].ids, soft(tiny_llama).tensor, 20)[:1]
         assert found[0].split()[:20] == tiny_llama.decode(whole).split()
@@ -95,7 +95,7 @@ class TestQuestions:
         turns = [("user", "w5 w6"), ("assistant", "w7"), ("user", "w8"), ("assistant", "w9 w10"), ("user", "w11")]
         messages = [{"role": role, "content": text} for role, text in turns]
         rows = rows_from_records([{"m": messages}, {"m": messages[:1] + messages[1:2]}], messages_column="m")
-        first, second = ask(tiny_llama, rows).asked
+        first, second = questions_of(tiny_llama, rows).items
         assert (first.reference, second.reference) == ("w9 w10", "w7")
         assert first.ids == chat_prompt_ids(tiny_llama, messages[:3])
         assert second.ids == chat_prompt_ids(tiny_llama, messages[:1])
@@ -104,12 +104,12 @@ class TestQuestions:
         opening = [{"role": "assistant", "content": "w5"}, {"role": "user", "content": "w6"}]
         silent = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": " "}]
         rows = rows_from_records([{"m": opening}, {"m": silent}], messages_column="m")
-        assert ask(tiny_llama, rows).asked == ()
+        assert questions_of(tiny_llama, rows).items == ()
         records = [{"q": "w5", "a": "w6"}, {"q": "w7", "a": ""}, {"q": "w8", "a": "w9"}]
-        asked = ask(tiny_llama, rows_from_records(records, template="{q}", completion=" {a}"))
-        assert [question.index for question in asked.asked] == [0, 2]
+        asked = questions_of(tiny_llama, rows_from_records(records, template="{q}", completion=" {a}"))
+        assert [question.index for question in asked.items] == [0, 2]
         assert asked.num_available == 2
-        assert ask(tiny_llama, rows_from_texts(["w5 w6"])).asked == ()
+        assert questions_of(tiny_llama, rows_from_texts(["w5 w6"])).items == ()
 
 
 class TestScores:
@@ -140,7 +140,7 @@ class TestScores:
         found = compare(tiny_llama, {"p": soft(tiny_llama)}, held_out=sets, scoring=config).scores
         assert {(item.held_out, item.num_rows, item.num_available) for item in found} == {("set", 5, 12)}
         alone = compare(
-            tiny_llama, {"p": soft(tiny_llama)}, held_out={"set": sets["set"].take(range(5))}, scoring=config
+            tiny_llama, {"p": soft(tiny_llama)}, held_out={"set": sets["set"].select(range(5))}, scoring=config
         )
         assert [item.value for item in alone.scores] == [item.value for item in found]
 

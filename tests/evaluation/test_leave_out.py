@@ -28,7 +28,7 @@ def soft(base, length, seed=0):
     return SoftPrompt(random_prompt(base, length, seed))
 
 
-def measured(base, prompt, examples=None):
+def accuracy_from_labels(base, prompt, examples=None):
     chosen = (examples or examples_of(base)).examples
     return leave_one_out(base, forward_of(base), chosen, prompt)
 
@@ -52,7 +52,7 @@ def test_each_loss_is_that_of_plain_concatenation_with_the_row_deleted(family, l
     base = build_base(family, dtype=torch.float64)
     prompt = soft(base, length)
     with TrueDouble():
-        found = measured(base, prompt)
+        found = accuracy_from_labels(base, prompt)
         assert found.loss == pytest.approx(true_loss(base, prompt.tensor), rel=1e-9)
         truths = [true_loss(base, without(prompt.tensor, token)) for token in range(length)]
     assert [item.token for item in found.left_out] == list(range(length))
@@ -66,9 +66,9 @@ def test_each_loss_is_that_of_plain_concatenation_with_the_row_deleted(family, l
 @pytest.mark.parametrize("num_prompts", [1, 3, 100])
 def test_how_many_prompts_a_pass_takes_changes_nothing(tiny_llama64, monkeypatch, num_prompts):
     prompt = soft(tiny_llama64, 4)
-    truth = measured(tiny_llama64, prompt)
+    truth = accuracy_from_labels(tiny_llama64, prompt)
     monkeypatch.setattr("softprompt.evaluation.heldout._PROMPTS_PER_PASS", num_prompts)
-    found = measured(tiny_llama64, prompt)
+    found = accuracy_from_labels(tiny_llama64, prompt)
     assert found.loss == pytest.approx(truth.loss, rel=1e-12)
     assert [item.loss for item in found.left_out] == pytest.approx([item.loss for item in truth.left_out], rel=1e-12)
 
@@ -81,7 +81,7 @@ def test_no_pass_takes_more_prompts_than_it_may(tiny_llama, monkeypatch):
         return [score_examples(base, forward, [e], None if i is None else prompts[i])[0] for e, i in examples]
 
     monkeypatch.setattr("softprompt.evaluation.heldout.score_under", counted)
-    found = measured(tiny_llama, soft(tiny_llama, 20))
+    found = accuracy_from_labels(tiny_llama, soft(tiny_llama, 20))
     assert len(found.left_out) == 20
     assert taken == [8, 8, 5]
 
@@ -89,7 +89,7 @@ def test_no_pass_takes_more_prompts_than_it_may(tiny_llama, monkeypatch):
 def test_the_whole_prompts_loss_and_the_bare_one_are_those_of_a_comparison(tiny_llama):
     examples, prompt = examples_of(tiny_llama), soft(tiny_llama, 1)
     bare, ours = held_out_losses(tiny_llama, forward_of(tiny_llama), {"p": prompt}, {"set": examples})
-    found = measured(tiny_llama, prompt, examples)
+    found = accuracy_from_labels(tiny_llama, prompt, examples)
     assert found.loss == pytest.approx(ours.loss, rel=1e-6)
     assert found.left_out[0].loss == pytest.approx(bare.loss, rel=1e-6)
     assert (found.num_rows, found.num_tokens) == (ours.num_rows, ours.num_tokens)
@@ -110,26 +110,26 @@ def test_the_interval_is_the_paired_one(tiny_llama):
 
 def test_a_token_that_the_prompt_holds_twice_in_a_row_is_missed_alike(tiny_llama64):
     tensor = random_prompt(tiny_llama64, 3)
-    first, second, _, last = measured(tiny_llama64, SoftPrompt(tensor[[0, 0, 1, 2]])).left_out
+    first, second, _, last = accuracy_from_labels(tiny_llama64, SoftPrompt(tensor[[0, 0, 1, 2]])).left_out
     assert first.loss == pytest.approx(second.loss, rel=1e-12)
     assert first.loss != pytest.approx(last.loss, rel=1e-3)
 
 
 class TestDegenerate:
     def test_one_row_has_no_interval(self, tiny_llama):
-        found = measured(tiny_llama, soft(tiny_llama, 2), examples_of(tiny_llama, 1))
+        found = accuracy_from_labels(tiny_llama, soft(tiny_llama, 2), examples_of(tiny_llama, 1))
         assert [item.interval for item in found.left_out] == [None, None]
         assert all(math.isfinite(item.loss) for item in found.left_out)
 
     def test_rows_of_one_word_have_no_predecessor_without_bos(self, tiny_gpt2):
         examples = build_examples(tiny_gpt2, rows_from_texts(["w5", "w6"]), eos=False, max_length=60)
         with pytest.raises(DataError, match="none of the 2 held-out rows has a text token"):
-            measured(tiny_gpt2, soft(tiny_gpt2, 2), examples)
+            accuracy_from_labels(tiny_gpt2, soft(tiny_gpt2, 2), examples)
 
     def test_such_rows_beside_others_are_not_counted(self, tiny_gpt2):
         def of(texts):
             rows = build_examples(tiny_gpt2, rows_from_texts(texts), eos=False, max_length=60)
-            return measured(tiny_gpt2, soft(tiny_gpt2, 2), rows)
+            return accuracy_from_labels(tiny_gpt2, soft(tiny_gpt2, 2), rows)
 
         assert of(["w5", "w6 w7 w8", "w9 w10"]) == of(["w6 w7 w8", "w9 w10"])
         assert of(["w5", "w6 w7 w8"]).num_rows == 1
@@ -137,5 +137,5 @@ class TestDegenerate:
 
 def test_the_base_is_not_changed_by_a_bit(tiny_llama):
     before = torch.cat([parameter.flatten().clone() for parameter in tiny_llama.model.parameters()])
-    measured(tiny_llama, soft(tiny_llama, 3))
+    accuracy_from_labels(tiny_llama, soft(tiny_llama, 3))
     assert torch.equal(before, torch.cat([parameter.flatten() for parameter in tiny_llama.model.parameters()]))

@@ -30,7 +30,7 @@ from support.job_server import (
 )
 
 from softprompt.base import Base
-from softprompt.data.chat_template import ChatTemplate, Rendered
+from softprompt.data.chat_template import ChatTemplate, RenderedChat
 from softprompt.data.messages import Message
 from softprompt.errors import DatabaseError, MemoryLimitError, StorageError
 from softprompt.runs.recorder import Recorder
@@ -129,7 +129,7 @@ def test_a_long_conversation_does_not_keep_a_job_from_being_cancelled(
     client, _ = server
     render, rendered = ChatTemplate.render, list[int]()
 
-    def counting(template: ChatTemplate, messages: Sequence[Message], where: str, **more: bool) -> Rendered:
+    def counting(template: ChatTemplate, messages: Sequence[Message], where: str, **more: bool) -> RenderedChat:
         rendered.append(len(messages))
         return render(template, messages, where, **more)
 

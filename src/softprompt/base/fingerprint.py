@@ -30,7 +30,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     digest.update(_canonical({"model_type": model.config.model_type, **_shape_fields(model)}))
     for name, shape, sample in sorted(_samples(model, folder)):
         digest.update(_canonical([name, shape, sample]))
-    digest.update(_canonical(_tokenizer_facts(tokenizer)))
+    digest.update(_canonical(_tokenizer_summary(tokenizer)))
     return digest.hexdigest()
 
 
@@ -44,7 +44,7 @@ def _shape_fields(model: PreTrainedModel) -> dict[str, int | None]:
 
 
 def _samples(model: PreTrainedModel, folder: str | None) -> Iterator[tuple[str, list[int], list[float]]]:
-    stored = _Checkpoint(folder, model.base_model_prefix)
+    stored = _StoredTensors(folder, model.base_model_prefix)
     for name, parameter in model.named_parameters():  # a tied parameter comes once
         short = _short_name(name, model.base_model_prefix)
         is_at_hand = parameter.dtype in _ROUNDS_ALIKE and not parameter.is_meta  # meta: offloaded by Accelerate
@@ -64,7 +64,7 @@ def _sample(tensor: Tensor) -> list[float]:
     return [round(value, 12) + 0.0 for value in values]  # + 0.0: -0.0 and 0.0 are one
 
 
-class _Checkpoint:
+class _StoredTensors:
     """The tensors of a checkpoint folder by their short names, read one at a time."""
 
     def __init__(self, folder: str | None, prefix: str) -> None:
@@ -95,7 +95,7 @@ def _in_bin(file: Path, short: str, prefix: str) -> Tensor | None:
     return next((value for name, value in tensors.items() if _short_name(name, prefix) == short), None)
 
 
-def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _tokenizer_summary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     special = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk")}
     return {"vocabulary": vocabulary, "merges": _merges(tokenizer), "special": special}

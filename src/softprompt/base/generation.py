@@ -14,7 +14,7 @@ from softprompt.errors import BaseModelError, shortened
 
 TokenIds = tuple[int, ...]
 # What says nothing of an answer's tokens, or is read elsewhere (the ids that end one).
-_HARMLESS = {
+_IRRELEVANT = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version",
     "_from_model_config", "_commit_hash", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
     "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
@@ -79,7 +79,7 @@ def rules_of(config: Any, name: str, vocab_size: int) -> GenerationRules:  # Any
     """The rules of base `name`. Raises BaseModelError for a value that cannot be meant."""
     if config is None:
         return GenerationRules()
-    read = _Reader(config, name, vocab_size)
+    read = _RuleParser(config, name, vocab_size)
     return GenerationRules(
         suppress_tokens=read.ids("suppress_tokens"),
         begin_suppress_tokens=read.ids("begin_suppress_tokens"),
@@ -99,11 +99,11 @@ def eos_ids_of(config: Any, name: str) -> TokenIds:  # Any: a GenerationConfig, 
     value = getattr(config, "eos_token_id", None)
     ids = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
     if not all(type(i) is int for i in ids):
-        raise _unmeant(name, "eos_token_id", value, "a token id or a list of them")
+        raise _invalid(name, "eos_token_id", value, "a token id or a list of them")
     return tuple(ids)
 
 
-class _Reader:
+class _RuleParser:
     def __init__(self, config: Any, name: str, vocab_size: int) -> None:  # Any: a GenerationConfig
         self._config, self._name, self._vocab_size = config, name, vocab_size
 
@@ -111,13 +111,13 @@ class _Reader:
         value = getattr(self._config, key, None)
         ids = [value] if type(value) is int else [] if value is None else value
         if not _are_ids(ids):
-            raise _unmeant(self._name, key, value, "a list of token ids")
+            raise _invalid(self._name, key, value, "a list of token ids")
         return tuple(dict.fromkeys(i for i in ids if 0 <= i < self._vocab_size))
 
     def count(self, key: str) -> int:
         value = getattr(self._config, key, None)
         if value is not None and (type(value) is not int or not 0 <= value < 2**31):
-            raise _unmeant(self._name, key, value, "a whole number")
+            raise _invalid(self._name, key, value, "a whole number")
         return value or 0
 
     def bad_words(self) -> Iterator[TokenIds]:
@@ -126,7 +126,7 @@ class _Reader:
         if value is None:
             return
         if not isinstance(value, list) or not all(_are_ids(ids) and ids for ids in value):
-            raise _unmeant(self._name, "bad_words_ids", value, "a list of lists of token ids")
+            raise _invalid(self._name, "bad_words_ids", value, "a list of lists of token ids")
         ends = {(i,) for i in eos_ids_of(self._config, self._name)}
         yield from (tuple(ids) for ids in value if self._can_come(ids) and tuple(ids) not in ends)
 
@@ -134,7 +134,7 @@ class _Reader:
         value = getattr(self._config, "sequence_bias", None)
         pairs = list(value.items()) if isinstance(value, dict) else [] if value is None else value
         if not isinstance(pairs, list) or not all(_is_bias(pair) for pair in pairs):
-            raise _unmeant(self._name, "sequence_bias", value, "a list of [token ids, number]")
+            raise _invalid(self._name, "sequence_bias", value, "a list of [token ids, number]")
         yield from ((tuple(ids), float(bias)) for ids, bias in pairs if self._can_come(ids))
 
     def _can_come(self, ids: Any) -> bool:
@@ -152,12 +152,12 @@ def _is_bias(pair: Any) -> bool:
 
 def _ignored(config: Any) -> Iterator[str]:
     for key, value in config.to_diff_dict().items():
-        if key in FOLLOWED or key in _HARMLESS or value is None or value == _NEUTRAL.get(key):
+        if key in FOLLOWED or key in _IRRELEVANT or value is None or value == _NEUTRAL.get(key):
             continue
         yield f"{key[:_LONGEST_VALUE]} = {shortened(value, _LONGEST_VALUE)}"
 
 
-def _unmeant(name: str, key: str, value: Any, meant: str) -> BaseModelError:
+def _invalid(name: str, key: str, value: Any, meant: str) -> BaseModelError:
     return BaseModelError(
         f"base {name!r}: generation_config.json: {key} is {shortened(value, _LONGEST_VALUE)}; it must be {meant}"
     )

@@ -61,7 +61,7 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
     config = base if isinstance(base, BaseConfig) else BaseConfig(base=base, **settings)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    spread = _spread(config)
+    spread = _device_map_options(config)
     with one_sentence(f"base {config.base!r} cannot be loaded"):
         source = _source(config.base)
         where: dict[str, Any] = {
@@ -78,7 +78,7 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
             name=base_name(config.base),
             folder=_folder(source, **{**where, "local_files_only": True}),
             max_length=config.max_length,
-            source=_found_again_at(config.base),
+            source=_reload_source(config.base),
         )
     if loaded.rules.note is not None:
         _log.info("base %r: %s", loaded.name, loaded.rules.note)
@@ -167,7 +167,7 @@ def freeze_base(
     )
 
 
-def _spread(config: BaseConfig) -> dict[str, Any]:  # Any: loading options
+def _device_map_options(config: BaseConfig) -> dict[str, Any]:  # Any: loading options
     """What makes transformers spread the base through Accelerate; nothing where one device holds it."""
     if config.device_map is None:
         return {}
@@ -186,7 +186,7 @@ def base_name(base: str) -> str:
     return Path(base).resolve().name if Path(base).is_dir() else base
 
 
-def _found_again_at(base: str) -> str:
+def _reload_source(base: str) -> str:
     """A base as it was given, a folder from wherever it is looked at."""
     path = Path(base).expanduser()
     return str(path.absolute()) if base != EMBEDDED_BASE and path.is_dir() else base
@@ -284,11 +284,11 @@ def describe(base: Base) -> str:
     threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
     return (
         f"{base.name}: {base.model.config.model_type}, {base.num_parameters:,} parameters, all frozen; "
-        f"{dtype} on {_places(base)}{threads}; {base.max_length:,} positions"
+        f"{dtype} on {_device_names(base)}{threads}; {base.max_length:,} positions"
     )
 
 
-def _places(base: Base) -> str:
+def _device_names(base: Base) -> str:
     """Its device, or all that it is spread over; a number is a GPU's."""
     spread: dict[str, Any] = getattr(base.model, "hf_device_map", None) or {}
     places = dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in spread.values())

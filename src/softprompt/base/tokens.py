@@ -49,7 +49,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, vocab_size: i
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     own = {token: index for token, index in vocabulary.items() if token not in added}
-    if not own and not _says_something(tokenizer, vocabulary):
+    if not own and not _encodes_some_text(tokenizer, vocabulary):
         raise BaseModelError(
             f"the tokenizer of base {name!r} has no vocabulary ({len(vocabulary):,} tokens for {vocab_size:,} "
             "embeddings); is a file of it missing, tokenizer.json say?"
@@ -67,7 +67,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, vocab_size: i
             f"the tokenizer of base {name!r} begins or ends texts with {token!r}, id {beyond[0]:,}, but the base has "
             f"only {vocab_size:,} embeddings; correct its bos_token or eos_token"
         )
-    if not _says_something(tokenizer, own):
+    if not _encodes_some_text(tokenizer, own):
         raise BaseModelError(
             f"the tokenizer of base {name!r} makes every text its unknown token or nothing at all ({len(own):,} tokens "
             f"for {vocab_size:,} embeddings); is a file of it missing, tokenizer.json or the vocabulary?"
@@ -104,7 +104,7 @@ def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def _says_something(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> bool:
+def _encodes_some_text(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> bool:
     """Whether some text of its own vocabulary comes back as more than its unknown and special tokens."""
     empty = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
     for text in _probes(tokenizer, vocabulary):

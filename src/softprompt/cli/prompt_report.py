@@ -111,7 +111,7 @@ def held_out_rows(prompt: SoftPrompt, name: str, flags: Mapping[str, Any], max_r
     if not sets:
         raise ConfigError(f"--leave-out has no rows: the record of {name} leads to no held-out set; give --data")
     ((title, rows),) = sets.items()
-    return HeldOut(title, rows.take(range(min(max_rows, len(rows)))))
+    return HeldOut(title, rows.select(range(min(max_rows, len(rows)))))
 
 
 def _given_rows(flags: Mapping[str, Any], prompt: SoftPrompt) -> Rows:

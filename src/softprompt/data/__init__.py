@@ -5,21 +5,24 @@ the soft prompt's length off `max_length`, and `plan_epoch` deals in integers. T
 its file; control tokens written inside it are text.
 """
 
+import warnings
+from typing import Any
+
 from softprompt.data.chat import chat_prompt_ids
 from softprompt.data.chat_template import DEFAULT_CHAT_TEMPLATE
 from softprompt.data.examples import build_examples, plan_epoch, report_lines
 from softprompt.data.form import Input, form_ids, input_ids, prompt_text, template_text
 from softprompt.data.read import as_rows, read_rows, rows_from_records, rows_from_texts
-from softprompt.data.rows import Rows, Written, fill_template, rows_hash, template_fields, write_row, write_rows
+from softprompt.data.rows import Rows, RowText, fill_template, render_row, render_rows, rows_hash, template_fields
 from softprompt.data.split import Split, held_out_record, split_rows
 from softprompt.data.tokens import completion_ids, label_ids
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "Input",
+    "RowText",
     "Rows",
     "Split",
-    "Written",
     "as_rows",
     "build_examples",
     "chat_prompt_ids",
@@ -32,6 +35,8 @@ __all__ = [
     "plan_epoch",
     "prompt_text",
     "read_rows",
+    "render_row",
+    "render_rows",
     "report_lines",
     "rows_from_records",
     "rows_from_texts",
@@ -39,6 +44,13 @@ __all__ = [
     "split_rows",
     "template_fields",
     "template_text",
-    "write_row",
-    "write_rows",
 ]
+
+_RENAMED = {"Written": "RowText", "write_row": "render_row", "write_rows": "render_rows"}
+
+
+def __getattr__(name: str) -> Any:  # Any: a module's attribute
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"softprompt.data.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from softprompt.base import Base
 from softprompt.compute_share import yield_point
-from softprompt.data.chat_template import Rendered
+from softprompt.data.chat_template import RenderedChat
 from softprompt.data.messages import Message, is_learned
 from softprompt.data.template_budget import Span
-from softprompt.data.tokens import ChatTokenizer, GrowingIds, chat_tokenizer, common_length
+from softprompt.data.tokens import ChatTokenizer, IncrementalIds, chat_tokenizer, common_length
 from softprompt.errors import DataError
 
-MOST_STEPS_AGAIN = 2**24  # of rendering the turns of one conversation again, each with all before it
+MOST_RERENDER_STEPS = 2**24  # of rendering the turns of one conversation again, each with all before it
 
 
 class ChatIds(NamedTuple):
@@ -35,15 +35,15 @@ def chat_ids(base: Base, messages: Sequence[Message], where: str, max_ids: int |
     adds to its generation prompt. Turns of weight 0 are no targets.
     Raises DataError, opening with `where`, where the template refuses the messages or hides the assistant's words.
     """
-    writing = chat_tokenizer(base, where)
-    spans: _Spans = (_MarkedSpans if writing.has_marks else _TurnSpans)(writing, messages, where)
-    growing = GrowingIds(writing, spans.text, max_ids)
-    mask = [False] * len(growing.ids)
+    tokenizer = chat_tokenizer(base, where)
+    spans: _Spans = (_MarkedSpans if tokenizer.has_marks else _TurnSpans)(tokenizer, messages, where)
+    incremental = IncrementalIds(tokenizer, spans.text, max_ids)
+    mask = [False] * len(incremental.ids)
     has_spans = is_cut = False
-    for start, end, counted in _stretches(spans.each()):
+    for start, end, counted in _segments(spans.each()):
         has_spans = True
-        growing.add(start, end)
-        mask += [counted] * (len(growing.ids) - len(mask))
+        incremental.add(start, end)
+        mask += [counted] * (len(incremental.ids) - len(mask))
         is_cut = max_ids is not None and len(mask) > max_ids
         if is_cut:
             break
@@ -52,7 +52,7 @@ def chat_ids(base: Base, messages: Sequence[Message], where: str, max_ids: int |
             f"{where}: the tokenizer's chat template writes the assistant's turns so that they cannot be told apart; "
             "mark them with {% generation %} in the template"
         )
-    return _finished(writing, spans, tuple(growing.ids), mask, is_cut)
+    return _chat_ids(tokenizer, spans, tuple(incremental.ids), mask, is_cut)
 
 
 def chat_prompt_ids(
@@ -63,12 +63,12 @@ def chat_prompt_ids(
     Of one longer than `max_ids` more than so many, but maybe not all. Raises DataError where the template refuses the
     messages.
     """
-    writing = chat_tokenizer(base, where)
-    rendered = writing.template.render(writing.guarded(messages, where), where, generation_prompt=True)
-    return (*writing.leading_ids, *writing.encode(rendered.text, max_ids))
+    tokenizer = chat_tokenizer(base, where)
+    rendered = tokenizer.template.render(tokenizer.escaped(messages, where), where, generation_prompt=True)
+    return (*tokenizer.leading_ids, *tokenizer.encode(rendered.text, max_ids))
 
 
-def _stretches(spans: Iterator[Span]) -> Iterator[tuple[int, int, bool]]:
+def _segments(spans: Iterator[Span]) -> Iterator[tuple[int, int, bool]]:
     """Context and targets in turn: start, end, whether it counts."""
     done = 0
     for span in spans:
@@ -77,17 +77,17 @@ def _stretches(spans: Iterator[Span]) -> Iterator[tuple[int, int, bool]]:
         done = span.end
 
 
-def _finished(writing: ChatTokenizer, spans: _Spans, ids: tuple[int, ...], mask: list[bool], is_cut: bool) -> ChatIds:
-    bos_ids = writing.base.bos_ids
+def _chat_ids(tokenizer: ChatTokenizer, spans: _Spans, ids: tuple[int, ...], mask: list[bool], is_cut: bool) -> ChatIds:
+    bos_ids = tokenizer.base.bos_ids
     num_special = len(bos_ids) if ids[: len(bos_ids)] == bos_ids else 0
     mask[:num_special] = [False] * num_special
     length = len(ids)
     if not is_cut:
         length = max((index + 1 for index, counted in enumerate(mask) if counted), default=0)
-    end_id = ids[length - 1] if length and ids[length - 1] in writing.controls.known_ids else None
+    end_id = ids[length - 1] if length and ids[length - 1] in tokenizer.controls.known_ids else None
     if is_cut:
         last = spans.last()
-        end_id = writing.ending(spans.text[last.start : last.end])
+        end_id = tokenizer.ending(spans.text[last.start : last.end])
     return ChatIds(ids[:length], tuple(mask[:length]), min(num_special, length), end_id)
 
 
@@ -97,8 +97,8 @@ def _finished(writing: ChatTokenizer, spans: _Spans, ids: tuple[int, ...], mask:
 class _MarkedSpans:
     """What `{% generation %}` marks."""
 
-    def __init__(self, writing: ChatTokenizer, messages: Sequence[Message], where: str) -> None:
-        rendered = writing.template.render(writing.guarded(messages, where), where)
+    def __init__(self, tokenizer: ChatTokenizer, messages: Sequence[Message], where: str) -> None:
+        rendered = tokenizer.template.render(tokenizer.escaped(messages, where), where)
         self.text = rendered.text
         turns = [message for message in messages if message["role"] == "assistant"]
         if not all(map(is_learned, turns)) and len(rendered.marks) != len(turns):
@@ -128,16 +128,16 @@ class _TurnSpans:
     again, up to a bound.
     """
 
-    def __init__(self, writing: ChatTokenizer, messages: Sequence[Message], where: str) -> None:
-        self._writing, self._where = writing, where
-        self._messages = writing.guarded(messages, where)
+    def __init__(self, tokenizer: ChatTokenizer, messages: Sequence[Message], where: str) -> None:
+        self._tokenizer, self._where = tokenizer, where
+        self._messages = tokenizer.escaped(messages, where)
         self._learned = [index for index, message in enumerate(messages) if is_learned(message)]
         self._whole = self._render(len(messages))
         self.text = self._whole.text
-        self._opened = self._last_opening()
-        same = 0 if self._opened is None else common_length(self.text, self._opened.text)
-        self._same_opened = same  # characters that the last opening shares with the whole
-        self._num_steps_again = 0
+        self._prompted = self._last_generation_prompt()
+        same = 0 if self._prompted is None else common_length(self.text, self._prompted.text)
+        self._num_shared_prompted = same  # characters that the last opening shares with the whole
+        self._num_rerender_steps = 0
 
     def each(self) -> Iterator[Span]:
         return (span for index in self._learned if (span := self._span(index)) is not None)
@@ -152,46 +152,46 @@ class _TurnSpans:
         reasoning of all turns but the last): then nobody can say what inference would have seen.
         """
         yield_point()
-        length_before = sum(self._beginning(index)) if index else 0
-        start = self._opening_end(index)
-        shared, rest = self._beginning(index + 1)
+        length_before = sum(self._prefix(index)) if index else 0
+        start = self._generation_prompt_end(index)
+        shared, rest = self._prefix(index + 1)
         # Only a part of the generation prompt may be missing, like the empty reasoning that some put there.
         end, is_whole = shared, rest == 0
-        said = self._messages[index]["content"].strip() in self.text[start:end]
-        if start < length_before or end <= start or not (said or is_whole):
+        has_words = self._messages[index]["content"].strip() in self.text[start:end]
+        if start < length_before or end <= start or not (has_words or is_whole):
             return None
-        return Span(start, self._writing.without_trailing_space(self.text, start, end))
+        return Span(start, self._tokenizer.without_trailing_space(self.text, start, end))
 
-    def _beginning(self, count: int) -> tuple[int, int]:
+    def _prefix(self, count: int) -> tuple[int, int]:
         """Of the first messages alone: characters that they share with the whole, and how many more they have."""
         known = self._whole.trace.first(count)
         if known is None:
-            text = self._again(count).text
+            text = self._rerender(count).text
             shared = common_length(self.text, text)
             return shared, len(text) - shared
         end, rest = known
         more = common_length(self.text[end : end + len(rest)], rest)
         return end + more, len(rest) - more
 
-    def _opening_end(self, index: int) -> int:
+    def _generation_prompt_end(self, index: int) -> int:
         """Characters that the conversation before a turn, with a generation prompt, shares with the whole."""
-        known = self._opened.trace.first(index) if self._opened is not None and index else None
+        known = self._prompted.trace.first(index) if self._prompted is not None and index else None
         if known is None:
-            return common_length(self.text, self._opening(index))
+            return common_length(self.text, self._generation_prompt(index))
         end, rest = known
-        if end > self._same_opened:
-            return self._same_opened
+        if end > self._num_shared_prompted:
+            return self._num_shared_prompted
         return end + common_length(self.text[end : end + len(rest)], rest)
 
-    def _opening(self, index: int) -> str:
+    def _generation_prompt(self, index: int) -> str:
         try:
-            return self._again(index, generation_prompt=True).text
+            return self._rerender(index, generation_prompt=True).text
         except DataError:
             if index:
                 raise
             return ""  # many templates cannot open a conversation with the assistant
 
-    def _last_opening(self) -> Rendered | None:
+    def _last_generation_prompt(self) -> RenderedChat | None:
         if not self._learned or not self._learned[-1]:
             return None
         try:
@@ -199,19 +199,19 @@ class _TurnSpans:
         except DataError:  # the turns before it come first, and tell their own problem
             return None
 
-    def _again(self, count: int, generation_prompt: bool = False) -> Rendered:
-        if self._num_steps_again > MOST_STEPS_AGAIN:
+    def _rerender(self, count: int, generation_prompt: bool = False) -> RenderedChat:
+        if self._num_rerender_steps > MOST_RERENDER_STEPS:
             raise DataError(
                 f"{self._where}: the tokenizer's chat template may write a turn in another way when others follow, so "
                 f"each of {len(self._learned):,} turns has to be rendered with all before it, which takes too long; "
                 "split the conversation"
             )
         rendered = self._render(count, generation_prompt, is_traced=False)
-        self._num_steps_again += rendered.num_steps
+        self._num_rerender_steps += rendered.num_steps
         return rendered
 
-    def _render(self, count: int, generation_prompt: bool = False, is_traced: bool = True) -> Rendered:
-        return self._writing.template.render(
+    def _render(self, count: int, generation_prompt: bool = False, is_traced: bool = True) -> RenderedChat:
+        return self._tokenizer.template.render(
             self._messages[:count], self._where, generation_prompt=generation_prompt, is_traced=is_traced
         )
 

@@ -29,7 +29,7 @@ from softprompt.data.template_budget import (
     LONG_NUMBER,
     Budget,
     BudgetError,
-    PaidFunctions,
+    MeteredFunctions,
     Span,
     check_growth,
     check_product,
@@ -49,7 +49,7 @@ DEFAULT_CHAT_TEMPLATE = (
 _LONGEST_REASON = 300
 
 
-class Rendered(NamedTuple):
+class RenderedChat(NamedTuple):
     """A conversation as text."""
 
     text: str
@@ -67,52 +67,52 @@ class ChatTemplate:
 
     def render(
         self, messages: Sequence[Message], where: str, *, generation_prompt: bool = False, is_traced: bool = True
-    ) -> Rendered:
+    ) -> RenderedChat:
         """The messages as text. A trace costs a little, and tells nothing where it is not asked for.
 
         Raises DataError, opening with `where`, where the template refuses, fails or does not end."""
-        work = Budget(messages)
+        budget = Budget(messages)
         try:
-            return self._rendered(work, messages, generation_prompt, is_traced)
+            return self._rendered(budget, messages, generation_prompt, is_traced)
         except Exception as error:
-            if error is work.interruption:
+            if error is budget.interruption:
                 raise
             raise DataError(f"{where}: the tokenizer's chat template {_reason(error)}") from error
 
     def _rendered(
-        self, work: Budget, messages: Sequence[Message], generation_prompt: bool, is_traced: bool
-    ) -> Rendered:
+        self, budget: Budget, messages: Sequence[Message], generation_prompt: bool, is_traced: bool
+    ) -> RenderedChat:
         compiled = _compile(self.source)
-        environment = _Environment(work)
+        environment = _Environment(budget)
         template = environment.template_class.from_code(environment, compiled.code, environment.make_globals(None))
         plain = [_plain_message(message) for message in messages]
-        given: object = Watched(plain, work.log, 0) if is_traced and compiled.plain_loops else plain
+        given: object = Watched(plain, budget.log, 0) if is_traced and compiled.plain_loops else plain
         try:
-            text = self._text(template, work, given, generation_prompt)
+            text = self._text(template, budget, given, generation_prompt)
         except Exception as error:  # perhaps because what the messages are used for cannot be watched
-            if given is plain or isinstance(error, BudgetError) or error is work.interruption:
+            if given is plain or isinstance(error, BudgetError) or error is budget.interruption:
                 raise
-            work.restart()
-            text = self._text(template, work, plain, generation_prompt)
-            work.log.reads = []
-        trace = Trace(text, work.log, compiled.plain_loops, len(messages))
-        return Rendered(text, work.marks, trace, work.num_steps)
+            budget.restart()
+            text = self._text(template, budget, plain, generation_prompt)
+            budget.log.reads = []
+        trace = Trace(text, budget.log, compiled.plain_loops, len(messages))
+        return RenderedChat(text, budget.marks, trace, budget.num_steps)
 
-    def _text(self, template: jinja2.Template, work: Budget, messages: object, generation_prompt: bool) -> str:
+    def _text(self, template: jinja2.Template, budget: Budget, messages: object, generation_prompt: bool) -> str:
         parts = template.generate(
             messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt,
             **self._special_tokens,
         )  # fmt: skip
         written = []
         for part in parts:
-            work.wrote(part)
+            budget.charge_output(part)
             written.append(part)
         return "".join(written)
 
 
 def _reason(error: Exception) -> str:
-    said = str(error)
-    shown = said if len(said) <= _LONGEST_REASON else f"{said[: _LONGEST_REASON - 3]}..."
+    text = str(error)
+    shown = text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
     if isinstance(error, BudgetError):
         return f"does not end: {shown}"
     if isinstance(error, jinja2.TemplateSyntaxError):
@@ -129,14 +129,14 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
-    def __init__(self, work: Budget) -> None:
+    def __init__(self, budget: Budget) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols])
-        self.work = work
+        self.budget = budget
         self.finalize = self._written
         self.concat = self._concatenated  # type: ignore[assignment]  # Jinja's way to join what a block wrote
         self.filters["tojson"] = _to_json
         known: Any = self.filters, self.tests  # Any: Jinja has them as dicts of "function"
-        filters, tests = (PaidFunctions(each, work) for each in known)
+        filters, tests = (MeteredFunctions(each, budget) for each in known)
         self.filters, self.tests = cast(Any, filters), cast(Any, tests)
         del self.globals["lipsum"]
         self.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dictionaries(), namespace=_Namespace)
@@ -146,70 +146,70 @@ class _Environment(ImmutableSandboxedEnvironment):
             return __obj(*args)
         target = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # str.format comes wrapped
         if getattr(__obj, "__name__", "") == "join":
-            args = tuple(__self.work.unrolled(value) for value in args)
+            args = tuple(__self.budget.as_list(value) for value in args)
         values = (*args, *(value for name, value in named.items() if name not in JINJAS_OWN))
         if isinstance(target, (str, list, tuple, dict)):
-            check_growth(__self.work, __obj.__name__, (target, *values))
+            check_growth(__self.budget, __obj.__name__, (target, *values))
         else:
             for value in values:
-                __self.work.skim(value)
-        __self.work.step()
+                __self.budget.charge_scan(value)
+        __self.budget.charge()
         result = super().call(__context, __obj, *args, **named)
-        __self.work.skim(result)
+        __self.budget.charge_scan(result)
         return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # Any: a template's own
         if operator == "%" and isinstance(left, str):
-            check_growth(self.work, "format", (left, *(right if isinstance(right, tuple) else (right,))))
+            check_growth(self.budget, "format", (left, *(right if isinstance(right, tuple) else (right,))))
         elif operator == "+":
             if hasattr(left, "__len__") and hasattr(right, "__len__"):
-                self.work.check_length(len(left) + len(right))
+                self.budget.check_length(len(left) + len(right))
         elif operator in ("*", "**"):
-            check_product(self.work, operator, left, right)
+            check_product(self.budget, operator, left, right)
         result = super().call_binop(context, operator, left, right)
-        self.work.skim(result)
+        self.budget.charge_scan(result)
         return result
 
     def _written(self, value: object) -> object:
         if not isinstance(value, str):
-            self.work.weigh(value)
+            self.budget.charge_value(value)
         return value
 
     def _concatenated(self, parts: Sequence[str]) -> str:
         known = list(parts)
         size = sum(map(len, known))
-        self.work.copied(size)
-        self.work.check_length(size)
+        self.budget.charge_copy(size)
+        self.budget.check_length(size)
         return "".join(known)
 
     # What `_Bounded` writes into a template:
 
     def begins(self, loop: int) -> bool:
-        self.work.step()
+        self.budget.charge()
         if loop >= 0:
-            self.work.log.note("begins", loop)
+            self.budget.log.note("begins", loop)
         return True
 
     def ends(self, loop: int) -> None:
         if loop >= 0:
-            self.work.log.note("ends", loop)
+            self.budget.log.note("ends", loop)
 
     def tests_item(self) -> bool:
-        self.work.step()
+        self.budget.charge()
         return True
 
     def joined(self, *values: object) -> str:
         for value in values:
-            self.work.check_length(len(value)) if isinstance(value, str) else self.work.weigh(value)
+            self.budget.check_length(len(value)) if isinstance(value, str) else self.budget.charge_value(value)
         return self._concatenated([str(value) for value in values])
 
     def skimmed(self, value: object) -> object:
-        self.work.skim(value)
+        self.budget.charge_scan(value)
         return value
 
     def weighed(self, value: object) -> object:
         if not isinstance(value, Watched):
-            self.work.weigh(value) if not isinstance(value, str) else self.work.skim(value)
+            self.budget.charge_value(value) if not isinstance(value, str) else self.budget.charge_scan(value)
         return value
 
 
@@ -225,9 +225,9 @@ class _Generation(Extension):
 
     def generated(self, caller: Callable[[], str]) -> str:
         text = caller()
-        work: Budget = cast(_Environment, self.environment).work
-        position = work.log.position
-        work.marks.append(Span(position, position + len(text)))
+        budget: Budget = cast(_Environment, self.environment).budget
+        position = budget.log.position
+        budget.marks.append(Span(position, position + len(text)))
         return text
 
 
@@ -301,8 +301,8 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 def _plain_message(message: Message) -> dict[str, Any]:  # Any: as above
     """Reasoning under all of the names that templates read it by; `weight` is no business of theirs."""
     plain = {key: _plain(value) for key, value in message.items() if key != "weight"}
-    said = next((plain[key] for key in _REASONING_KEYS if plain.get(key) is not None), None)
-    return plain if said is None else {"thinking": said, **plain, "reasoning_content": said}
+    text = next((plain[key] for key in _REASONING_KEYS if plain.get(key) is not None), None)
+    return plain if text is None else {"thinking": text, **plain, "reasoning_content": text}
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------

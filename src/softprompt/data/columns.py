@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from softprompt.config import DataConfig
-from softprompt.data.messages import check_row_keys, choosing_columns
+from softprompt.data.messages import check_row_keys, reserved_columns
 from softprompt.data.rows import (
     Rows,
     is_missing,
@@ -31,7 +31,7 @@ _USUAL_LABELS = ("label_text", "label")  # words before numbers, where a set has
 _NAMED = 8  # columns, or labels, that a note names at most
 
 
-class Table(NamedTuple):
+class SourceTable(NamedTuple):
     """A source as read: no form yet."""
 
     source: str
@@ -40,7 +40,7 @@ class Table(NamedTuple):
     notes: tuple[str, ...] = ()  # what the user should know about how it was read
 
 
-class Choice(NamedTuple):
+class FormChoice(NamedTuple):
     """The form and what it reads."""
 
     form: InputForm
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
     note: str | None = None  # what was guessed
 
 
-def rows_of(table: Table, config: DataConfig, form: InputForm | None = None) -> Rows:
+def rows_of(table: SourceTable, config: DataConfig, form: InputForm | None = None) -> Rows:
     """All rows of a table in the form that the settings ask for, else in `form`, only the needed columns kept.
 
     Raises DataError for an empty table, a column it does not have or one that would choose what is learned, and where
@@ -58,7 +58,7 @@ def rows_of(table: Table, config: DataConfig, form: InputForm | None = None) -> 
     if not table.records:
         raise DataError(f"{table.source} has no rows; there is nothing to learn from")
     choice = choose_form(table, config, form)
-    is_suspect = choosing_columns(table.columns, choice.needed)
+    is_suspect = reserved_columns(table.columns, choice.needed)
     for number, record in enumerate(table.records if is_suspect else (), start=1):
         check_row_keys(record, choice.needed, choice.form.kind, f"row {number:,} of {table.source}")
     return Rows(
@@ -71,7 +71,7 @@ def rows_of(table: Table, config: DataConfig, form: InputForm | None = None) -> 
     )
 
 
-def choose_form(table: Table, config: DataConfig, form: InputForm | None = None) -> Choice:
+def choose_form(table: SourceTable, config: DataConfig, form: InputForm | None = None) -> FormChoice:
     """As the settings ask; else as `form` reads this table; else as its columns are called."""
     if config.template is not None and config.completion is not None:
         return _template_choice(table, typed_text(config.template), typed_text(config.completion))
@@ -84,7 +84,7 @@ def choose_form(table: Table, config: DataConfig, form: InputForm | None = None)
     return _guessed(table) if form is None else _fitted(table, form)
 
 
-def _fitted(table: Table, form: InputForm) -> Choice:
+def _fitted(table: SourceTable, form: InputForm) -> FormChoice:
     """The table in a form that other rows have, or a prompt was trained in."""
     if form.template is not None and form.completion is not None:
         return _template_choice(table, form.template, form.completion)
@@ -93,7 +93,7 @@ def _fitted(table: Table, form: InputForm) -> Choice:
     return _column_choice(table, _text_column(table), "plain")
 
 
-def _guessed(table: Table) -> Choice:
+def _guessed(table: SourceTable) -> FormChoice:
     if _USUAL_MESSAGES in table.columns:
         return _column_choice(table, _USUAL_MESSAGES, "chat")
     if all(name in table.columns for name in _USUAL_PAIR):
@@ -108,7 +108,7 @@ def _guessed(table: Table) -> Choice:
     return _column_choice(table, _text_column(table), "plain")
 
 
-def _label_choice(table: Table, text: str | None, label: str) -> Choice:
+def _label_choice(table: SourceTable, text: str | None, label: str) -> FormChoice:
     """A text and, behind the name of the label's column, its label."""
     for name in (label,) if text is None else (text, label):
         _require_column(table, name)
@@ -129,26 +129,26 @@ def _label_choice(table: Table, text: str | None, label: str) -> Choice:
     return choice._replace(note=note)
 
 
-def _template_choice(table: Table, template: str, completion: str) -> Choice:
+def _template_choice(table: SourceTable, template: str, completion: str) -> FormChoice:
     for text in (template, completion):
         require_fields(text, table.columns, f"{table.source}: ")
     needed = tuple(dict.fromkeys(template_fields(template) + template_fields(completion)))
     if not template_fields(completion):
         raise ConfigError(f"completion {completion!r} has no {{column}} field, so every row would teach the same words")
-    return Choice(InputForm(kind="template", template=template, completion=completion), None, needed)
+    return FormChoice(InputForm(kind="template", template=template, completion=completion), None, needed)
 
 
-def _column_choice(table: Table, column: str, kind: Any) -> Choice:  # Any: a FormKind literal
+def _column_choice(table: SourceTable, column: str, kind: Any) -> FormChoice:  # Any: a FormKind literal
     _require_column(table, column)
-    return Choice(InputForm(kind=kind), column, (column,))
+    return FormChoice(InputForm(kind=kind), column, (column,))
 
 
-def _require_column(table: Table, column: str) -> None:
+def _require_column(table: SourceTable, column: str) -> None:
     if column not in table.columns:
         raise DataError(f"{table.source} has no column {column!r}; {known_columns(column, table.columns)}")
 
 
-def _text_column(table: Table, but: str | None = None) -> str:
+def _text_column(table: SourceTable, but: str | None = None) -> str:
     """The column called `text`, or the only one of text: numbers beside it are none, though a CSV has them as text."""
     names = [name for name in table.columns if name != but]
     usual = [name for name in names if name == _USUAL_TEXT] or [n for n in names if n.strip().lower() == _USUAL_TEXT]
@@ -166,16 +166,16 @@ def _text_column(table: Table, but: str | None = None) -> str:
     )
 
 
-def _holds_text(table: Table, name: str) -> bool:
+def _holds_text(table: SourceTable, name: str) -> bool:
     cells = _cells(table, name)
     return bool(cells) and all(isinstance(cell, str) for cell in cells)
 
 
-def _holds_numbers(table: Table, name: str) -> bool:
+def _holds_numbers(table: SourceTable, name: str) -> bool:
     return all(is_number(cell) for cell in _cells(table, name) if cell)
 
 
-def _labels(table: Table, name: str) -> tuple[str, ...]:
+def _labels(table: SourceTable, name: str) -> tuple[str, ...]:
     """The distinct cells, where all are words or whole numbers and so few that they are a closed set."""
     cells = _cells(table, name)
     if not all(isinstance(cell, str) or is_whole_number(cell) for cell in cells):
@@ -183,11 +183,11 @@ def _labels(table: Table, name: str) -> tuple[str, ...]:
     return labels_of([text for cell in cells if (text := str(cell)).strip()])
 
 
-def _cells(table: Table, name: str) -> list[Any]:  # Any: as a table's cells are
+def _cells(table: SourceTable, name: str) -> list[Any]:  # Any: as a table's cells are
     return [cell for record in table.records if not is_missing(cell := record.get(name))]
 
 
-def _unused(table: Table, choice: Choice) -> str | None:
+def _unused(table: SourceTable, choice: FormChoice) -> str | None:
     """The columns that training will not see; of those called as labels are, what they hold and how to learn them."""
     names = [name for name in table.columns if name not in choice.needed]
     if not names:

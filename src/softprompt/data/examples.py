@@ -15,7 +15,7 @@ from typing import NamedTuple
 from softprompt.base import Base
 from softprompt.compute_share import yield_point
 from softprompt.data.chat import chat_ids
-from softprompt.data.rows import Rows, Written, labelled_form, write_rows, written_hash
+from softprompt.data.rows import Rows, RowText, labelled_form, render_rows, text_hash
 from softprompt.data.tokens import completion_ids, first_ids
 from softprompt.errors import DataError, EncodingError, LengthError
 from softprompt.types import DataReport, Example, ExampleSet, FormKind
@@ -47,7 +47,7 @@ def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> Exa
     """
     if max_length <= len(base.bos_ids):
         raise LengthError(f"max_length is {max_length} tokens; it leaves no room for text behind the soft prompt")
-    written = write_rows(rows)
+    written = render_rows(rows)
     limits = _Limits(eos, (base.eos_id,) if eos and base.eos_id is not None else (), max_length)
     results = [_tokenised(base, row, limits, rows, i) for i, row in enumerate(written)]
     examples = [_example(base, rows, i, result) for i, result in enumerate(results) if any(result.target_mask)]
@@ -57,25 +57,25 @@ def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> Exa
         examples=tuple(examples),
         form=labelled_form(rows.form, written),
         report=_report(base, rows, results, examples),
-        data_hash=written_hash(written),
+        data_hash=text_hash(written),
     )
 
 
-def _tokenised(base: Base, row: Written, limits: _Limits, rows: Rows, position: int) -> _Ids:
+def _tokenised(base: Base, row: RowText, limits: _Limits, rows: Rows, position: int) -> _Ids:
     where = rows.where(position)
     try:
-        return _WAYS[rows.form.kind](base, row, limits, where)
+        return _TOKENISERS[rows.form.kind](base, row, limits, where)
     except EncodingError as error:
         raise DataError(f"{where}: {error}") from error
 
 
-def _plain(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
+def _plain(base: Base, row: RowText, limits: _Limits, where: str) -> _Ids:
     return _fitted(
         base, (), () if row.is_empty else tuple(first_ids(base.encode, row.text, limits.max_length + 1)), limits
     )
 
 
-def _template(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
+def _template(base: Base, row: RowText, limits: _Limits, where: str) -> _Ids:
     if row.is_empty:
         return _fitted(base, (), (), limits)
     return _fitted(base, base.encode(row.prompt), completion_ids(base, row.prompt, row.text), limits)
@@ -98,7 +98,7 @@ def _fitted(base: Base, context: tuple[int, ...], target: tuple[int, ...], limit
     return _Ids(special + context + target + end, mask, len(special), bool(end), is_truncated)
 
 
-def _chat(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
+def _chat(base: Base, row: RowText, limits: _Limits, where: str) -> _Ids:
     """Cut at the end. Turns end as the template ends them; EOS is added only behind a last turn that has no end."""
     if row.is_empty:
         return _fitted(base, (), (), limits)
@@ -116,7 +116,7 @@ def _chat(base: Base, row: Written, limits: _Limits, where: str) -> _Ids:
     return _Ids(ids, mask, min(num_special, length), has_eos, is_truncated)
 
 
-_WAYS: dict[FormKind, Callable[[Base, Written, _Limits, str], _Ids]] = {
+_TOKENISERS: dict[FormKind, Callable[[Base, RowText, _Limits, str], _Ids]] = {
     "plain": _plain,
     "template": _template,
     "chat": _chat,

@@ -31,9 +31,9 @@ _SELECTING_KEYS = frozenset({
     "train_on_prompt", "train_on_responses", "training", "training_mask", "trainable", "is_trainable", "learn",
     "target_mask", "attention_mask", "sample_weight", "example_weight", "ignore", "skip",
 })  # fmt: skip
-_PLAIN_VALUES = ("", "1", "1.0", "true", "yes")  # typed in a table: they ask for what happens anyway
+_LEARNED_VALUES = ("", "1", "1.0", "true", "yes")  # typed in a table: they ask for what happens anyway
 _LONGEST_SHOWN = 60
-BREATH_MESSAGES = 100  # that are read before whoever waits for this thread gets a turn
+MESSAGES_PER_YIELD = 100  # that are read before whoever waits for this thread gets a turn
 
 
 def read_messages(cell: object, where: str, *, for_training: bool = True) -> tuple[Message, ...]:
@@ -57,7 +57,7 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def choosing_columns(columns: Iterable[object], read: Collection[str]) -> list[Any]:
+def reserved_columns(columns: Iterable[object], read: Collection[str]) -> list[Any]:
     """The columns, of those that a form does not read, whose names say that they choose what is learned."""
     return [name for name in columns if name not in read and str(name).lower() in {*_SELECTING_KEYS, *_TOOL_KEYS}]
 
@@ -68,20 +68,20 @@ def check_row_keys(record: Mapping[str, Any], read: Collection[str], kind: FormK
     `read` are the columns that the form reads: those are text, whatever their name. Outside of chats a column called
     `weight` or `loss` may well be a measurement, so there only values that switch learning off are refused.
     """
-    for key in choosing_columns(record, read):
+    for key in reserved_columns(record, read):
         value = record[key]
-        if _is_nothing(value):
+        if _is_absent(value):
             continue
         if str(key).lower() in _TOOL_KEYS:
             if kind == "chat":
                 raise DataError(f"{where} has the key {key!r}: {_NO_TOOLS}")
-        elif not _asks_for_nothing(value) and (kind == "chat" or _switches_off(value)):
+        elif not _means_learned(value) and (kind == "chat" or _means_not_learned(value)):
             raise DataError(f"{where} has {key!r} = {_shown(value)}, which would choose what is learned and is not "
-                            f"supported; {_WAY_OUT[kind == 'chat']}")  # fmt: skip
+                            f"supported; {_HINTS[kind == 'chat']}")  # fmt: skip
 
 
 _NO_TOOLS = "tools and their calls are not supported; write them into the messages' content as text"
-_WAY_OUT = {
+_HINTS = {
     True: 'give the turns that are only context "weight": 0, or leave the key out',
     False: "leave out the rows that must not be learned, and the column",
 }
@@ -89,7 +89,7 @@ _WAY_OUT = {
 
 def _read_messages(cell: Sequence[object], where: str, for_training: bool) -> Iterator[Message]:
     for number, item in enumerate(cell, start=1):
-        if number % BREATH_MESSAGES == 0:
+        if number % MESSAGES_PER_YIELD == 0:
             yield_point()
         yield _read_message(item, f"{where}, message {number:,}", for_training)
 
@@ -102,10 +102,10 @@ def _read_message(item: object, where: str, for_training: bool) -> Message:
         raise DataError(f"{where} has no role; its keys are {', '.join(map(str, item)) or 'none'}")
     if role not in ROLES:
         raise DataError(f"{where} has the role {role!r}; known are {', '.join(ROLES)}")
-    message = {key: value for key, value in item.items() if not _is_nothing(value)}
+    message = {key: value for key, value in item.items() if not _is_absent(value)}
     if len(message) > 2:  # role and content
         _check_keys(message, f"{where} ({role})", for_training)
-        message = _without_plain_weight(message, f"{where} ({role})")
+        message = _without_default_weight(message, f"{where} ({role})")
     if not isinstance(content, str):
         raise DataError(f"{where} ({role}) has content that is no string but a {type(content).__name__}")
     return message
@@ -127,7 +127,7 @@ def _check_keys(message: Message, where: str, for_training: bool) -> None:
                         "reasoning_content; put anything else into metadata, or leave it out")  # fmt: skip
 
 
-def _without_plain_weight(message: dict[str, Any], where: str) -> dict[str, Any]:
+def _without_default_weight(message: dict[str, Any], where: str) -> dict[str, Any]:
     if "weight" not in message:
         return message
     weight = message["weight"]
@@ -139,18 +139,18 @@ def _without_plain_weight(message: dict[str, Any], where: str) -> dict[str, Any]
     return message if weight else {**message, "weight": 0}
 
 
-def _is_nothing(value: object) -> bool:
+def _is_absent(value: object) -> bool:
     """What readers make of a key that is not given: None, NaN (in a table of numbers), an empty list or object."""
     if isinstance(value, (list, tuple, dict)):
         return not value
     return value is None or (isinstance(value, float) and value != value)
 
 
-def _asks_for_nothing(value: object) -> bool:
-    return value in (1, True) if isinstance(value, (int, float)) else str(value).strip().lower() in _PLAIN_VALUES
+def _means_learned(value: object) -> bool:
+    return value in (1, True) if isinstance(value, (int, float)) else str(value).strip().lower() in _LEARNED_VALUES
 
 
-def _switches_off(value: object) -> bool:
+def _means_not_learned(value: object) -> bool:
     if isinstance(value, str):
         return value.strip().lower() in ("0", "0.0", "false", "no")
     return not value or isinstance(value, (list, tuple, dict))

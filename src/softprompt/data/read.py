@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.config import DataConfig
-from softprompt.data.columns import Table, rows_of
+from softprompt.data.columns import SourceTable, rows_of
 from softprompt.data.rows import Rows
-from softprompt.data.textfiles import FileRows, Record, read_delimited, read_json, read_lines
+from softprompt.data.textfiles import FileRecords, Record, read_delimited, read_json, read_lines
 from softprompt.errors import ConfigError, DataError, shortened
 from softprompt.guard import lfs_pointer_problem
 from softprompt.settings import typed_text
@@ -36,7 +36,7 @@ def read_rows(config: DataConfig, *, seed: int = 0, offline: bool = False, form:
     contradict each other.
     """
     rows = read_all_rows(config, offline=offline, form=form)
-    return rows.take(row_order(len(rows), config, seed)[: config.rows])
+    return rows.select(row_order(len(rows), config, seed)[: config.rows])
 
 
 def read_all_rows(config: DataConfig, *, offline: bool = False, form: InputForm | None = None) -> Rows:
@@ -58,7 +58,7 @@ def rows_from_texts(texts: Iterable[str], *, source: str = "texts") -> Rows:
     for number, record in enumerate(records, start=1):
         if list(record) != [TEXT]:
             raise DataError(f"item {number:,} of {source} is no text but a row of columns; use rows_from_records")
-    return rows_of(Table(source, (TEXT,), records), DataConfig(data=source, text_column=TEXT))
+    return rows_of(SourceTable(source, (TEXT,), records), DataConfig(data=source, text_column=TEXT))
 
 
 def rows_from_records(
@@ -96,7 +96,7 @@ def as_rows(data: Rows | Iterable[Any], form: InputForm | None = None) -> Rows: 
 
 def _rows_of_records(records: Sequence[Record], config: DataConfig, form: InputForm | None = None) -> Rows:
     columns = dict.fromkeys(name for record in records for name in record)
-    return rows_of(Table(config.data, tuple(columns), records), config, form)
+    return rows_of(SourceTable(config.data, tuple(columns), records), config, form)
 
 
 _DEFAULT_SPLIT = "train"
@@ -184,7 +184,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 
 
-def read_table(config: DataConfig, *, offline: bool = False) -> Table:
+def read_table(config: DataConfig, *, offline: bool = False) -> SourceTable:
     """Columns and records of a file, a folder or a Hub data set.
 
     Raises DataError where there is nothing at that place, or it cannot be read.
@@ -196,17 +196,17 @@ def read_table(config: DataConfig, *, offline: bool = False) -> Table:
         return _joined(config.data, [_read_file(path, config)])
     if _HUB_ID.fullmatch(config.data) and path.suffix.lower() not in _ENDINGS:
         records = read_hub_set(config.data, config.subset, config.split, offline=offline)
-        return _joined(config.data, [FileRows(records)])
+        return _joined(config.data, [FileRecords(records)])
     raise DataError(f"there is no data at {config.data!r} (looked at {path.absolute()}; a Hub data set is org/name)")
 
 
-def _joined(source: str, files: Sequence[FileRows]) -> Table:
+def _joined(source: str, files: Sequence[FileRecords]) -> SourceTable:
     records = [record for file in files for record in file.records]
     columns = tuple(dict.fromkeys(name for record in records for name in record))
-    return Table(source, columns, records, tuple(note for file in files for note in file.notes))
+    return SourceTable(source, columns, records, tuple(note for file in files for note in file.notes))
 
 
-def _read_file(path: Path, config: DataConfig) -> FileRows:
+def _read_file(path: Path, config: DataConfig) -> FileRecords:
     ending = path.suffix.lower()
     if ending not in _ENDINGS:
         raise DataError(f"{path}: ending {path.suffix!r} is not known; data can be {', '.join(_ENDINGS)}")
@@ -220,12 +220,12 @@ def _read_file(path: Path, config: DataConfig) -> FileRows:
         return read_delimited(path, usual=_DELIMITERS[ending], delimiter=given)
     if config.delimiter is not None:
         raise ConfigError(f"delimiter is {config.delimiter!r}, but {path} is no CSV or TSV file; leave it out")
-    return FileRows(_READERS[ending](path))
+    return FileRecords(_READERS[ending](path))
 
 
-def _read_folder(folder: Path, config: DataConfig) -> Table:
+def _read_folder(folder: Path, config: DataConfig) -> SourceTable:
     if any((folder / name).is_file() for name in _SAVED_BY_DATASETS):
-        return _joined(config.data, [FileRows(read_saved_folder(folder, config.split))])
+        return _joined(config.data, [FileRecords(read_saved_folder(folder, config.split))])
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _ENDINGS)
     if not files:
         raise DataError(f"folder {folder} holds no data; known endings are {', '.join(_ENDINGS)}")

@@ -12,6 +12,7 @@ import hashlib
 import json
 import operator
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,10 +24,10 @@ from softprompt.data.messages import Message, is_learned, read_messages
 from softprompt.errors import ConfigError, DataError, shortened
 from softprompt.types import InputForm, brief_repr
 
-_PIECES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+")
+_TOKENS = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+")
 
 
-class Piece(NamedTuple):
+class TemplateToken(NamedTuple):
     """Literal text, or a field to be filled."""
 
     text: str  # the text itself, or the column's name
@@ -34,23 +35,23 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def parse_template(template: str) -> tuple[Piece, ...]:
-    """The template's pieces in order. Raises ConfigError where a brace stands alone."""
-    pieces = []
-    for match in _PIECES.finditer(template):
+def parse_template(template: str) -> tuple[TemplateToken, ...]:
+    """The template's tokens in order. Raises ConfigError where a brace stands alone."""
+    tokens = []
+    for match in _TOKENS.finditer(template):
         token, field = match.group(), match.group(1)
         if token in ("{", "}"):
             raise ConfigError(
                 f"template {template!r} has a single {token!r} at character {match.start() + 1}; "
                 f"write {{column}} for a field and {token * 2!r} for the character itself"
             )
-        pieces.append(Piece(field, True) if field is not None else Piece(_literal(token), False))
-    return tuple(pieces)
+        tokens.append(TemplateToken(field, True) if field is not None else TemplateToken(_literal(token), False))
+    return tuple(tokens)
 
 
 def template_fields(template: str) -> tuple[str, ...]:
     """The columns that a template needs, each once, in order of appearance."""
-    return tuple(dict.fromkeys(piece.text for piece in parse_template(template) if piece.is_field))
+    return tuple(dict.fromkeys(token.text for token in parse_template(template) if token.is_field))
 
 
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
@@ -59,7 +60,7 @@ def fill_template(template: str, fields: Mapping[str, str]) -> str:
     Raises ConfigError for a broken template, DataError for a field that is not given.
     """
     require_fields(template, fields)
-    return "".join(fields[piece.text] if piece.is_field else piece.text for piece in parse_template(template))
+    return "".join(fields[token.text] if token.is_field else token.text for token in parse_template(template))
 
 
 def require_fields(template: str, columns: Iterable[str], where: str = "") -> None:
@@ -101,7 +102,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.records)
 
-    def take(self, positions: Iterable[int]) -> Rows:
+    def select(self, positions: Iterable[int]) -> Rows:
         """Some of these rows, by position here (not by source index), in the order given."""
         chosen = list(positions)
         return replace(
@@ -110,12 +111,17 @@ class Rows:
             indices=tuple(self.indices[position] for position in chosen),
         )
 
+    def take(self, positions: Iterable[int]) -> Rows:
+        """The former name of `select`."""
+        warnings.warn("Rows.take is now Rows.select", DeprecationWarning, stacklevel=2)
+        return self.select(positions)
+
     def where(self, position: int) -> str:
         """How a message names a row: counted from 1, a header not counted."""
         return f"row {self.indices[position] + 1:,} of {self.source}"
 
 
-class Written(NamedTuple):
+class RowText(NamedTuple):
     """One row as text."""
 
     text: str = ""  # what is learned: the plain text or the completion
@@ -129,7 +135,7 @@ class Written(NamedTuple):
         return json.dumps([self.prompt, self.text, self.messages], ensure_ascii=False, sort_keys=True)
 
 
-def write_row(rows: Rows, position: int) -> Written:
+def render_row(rows: Rows, position: int) -> RowText:
     """A row's text.
 
     Raises DataError, naming the row, for a cell that is not text, half of a surrogate pair, and messages that are not
@@ -144,17 +150,17 @@ def write_row(rows: Rows, position: int) -> Written:
     return written
 
 
-def write_rows(rows: Rows) -> list[Written]:
-    """All rows' text, in order. Raises DataError as `write_row` does."""
-    return [write_row(rows, position) for position in range(len(rows))]
+def render_rows(rows: Rows) -> list[RowText]:
+    """All rows' text, in order. Raises DataError as `render_row` does."""
+    return [render_row(rows, position) for position in range(len(rows))]
 
 
 def rows_hash(rows: Rows) -> str:
     """sha256 (hex) of the rows' text, in order."""
-    return written_hash(write_rows(rows))
+    return text_hash(render_rows(rows))
 
 
-def written_hash(written: Sequence[Written]) -> str:
+def text_hash(written: Sequence[RowText]) -> str:
     """sha256 (hex) of rows already written as text, in order."""
     digest = hashlib.sha256()
     for row in written:
@@ -167,7 +173,7 @@ def is_missing(cell: object) -> bool:
     return cell is None or (isinstance(cell, float) and cell != cell)
 
 
-def _written(rows: Rows, position: int) -> Written:
+def _written(rows: Rows, position: int) -> RowText:
     record, form = rows.records[position], rows.form
     if form.kind == "template":
         return _write_template(rows, position)
@@ -176,9 +182,9 @@ def _written(rows: Rows, position: int) -> Written:
     if form.kind == "chat":
         messages = () if is_missing(cell) else read_messages(cell, rows.where(position))
         spoken = any(message["content"].strip() for message in messages if is_learned(message))
-        return Written(messages=messages, is_empty=not spoken)
+        return RowText(messages=messages, is_empty=not spoken)
     text = _text_cell(cell, rows, position, rows.column)
-    return Written(text=text, is_empty=not text.strip())
+    return RowText(text=text, is_empty=not text.strip())
 
 
 def is_whole_number(cell: object) -> bool:
@@ -186,13 +192,13 @@ def is_whole_number(cell: object) -> bool:
     return isinstance(cell, Integral) and not isinstance(cell, bool)
 
 
-def _write_template(rows: Rows, position: int) -> Written:
+def _write_template(rows: Rows, position: int) -> RowText:
     prompt, completion = rows.form.template, rows.form.completion
     assert prompt is not None and completion is not None, rows.form
     in_prompt = _fields(rows, position, prompt)
     in_completion = _fields(rows, position, completion)
     text = fill_template(completion, in_completion)
-    return Written(
+    return RowText(
         text=text,
         prompt=fill_template(prompt, in_prompt),
         is_empty=not text.strip() or _all_blank(in_prompt) or _all_blank(in_completion),
@@ -246,7 +252,7 @@ def labels_of(completions: Sequence[str]) -> tuple[str, ...]:
     return tuple(distinct) if is_closed_set else ()
 
 
-def labelled_form(form: InputForm, written: Sequence[Written]) -> InputForm:
+def labelled_form(form: InputForm, written: Sequence[RowText]) -> InputForm:
     """The form with the labels that these rows show; labels already there are kept."""
     if form.kind != "template" or form.labels:
         return form
@@ -257,4 +263,4 @@ def with_labels(rows: Rows) -> Rows:
     """The rows with their labels in the form."""
     if rows.form.kind != "template" or rows.form.labels:
         return rows
-    return replace(rows, form=labelled_form(rows.form, write_rows(rows)))
+    return replace(rows, form=labelled_form(rows.form, render_rows(rows)))

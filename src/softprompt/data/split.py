@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from softprompt.config import DataConfig
 from softprompt.data.read import read_all_rows, row_order
-from softprompt.data.rows import Rows, rows_hash, with_labels, write_row
+from softprompt.data.rows import Rows, render_row, rows_hash, with_labels
 from softprompt.errors import ConfigError, DataError
 from softprompt.types import InputForm, brief_repr
 
@@ -33,7 +33,7 @@ class Split:
     test: Rows | None  # read by compare only
 
 
-class _Part(NamedTuple):
+class _SplitRequest(NamedTuple):
     """What `--validation` or `--test` asks for: one of the three."""
 
     num_rows: int | None = None
@@ -49,19 +49,19 @@ def split_rows(config: DataConfig, *, seed: int = 0, offline: bool = False, form
     `form` is as with `read_rows`.
     Raises DataError as that does and where a part would be empty; ConfigError for a part that cannot be meant.
     """
-    validation, test = (_part(name, getattr(config, name)) for name in ("validation", "test"))
-    deal = _Deal(read_all_rows(config, offline=offline, form=form), config, seed)
+    validation, test = (_split_request(name, getattr(config, name)) for name in ("validation", "test"))
+    splitter = _Splitter(read_all_rows(config, offline=offline, form=form), config, seed)
     if test is not None and test.file is None:
-        deal.hold_out_test(test)
+        splitter.hold_out_test(test)
     if validation is not None and validation.file is None:
-        deal.hold_out_validation(validation)
-    train = with_labels(deal.rows.take(deal.train))
+        splitter.hold_out_validation(validation)
+    train = with_labels(splitter.rows.select(splitter.train))
     parts = {
-        "validation": _read_part(config, validation, train, offline) or deal.part(deal.validation),
-        "test": _read_part(config, test, train, offline) or deal.part(deal.test),
+        "validation": _read_part(config, validation, train, offline) or splitter.part(splitter.validation),
+        "test": _read_part(config, test, train, offline) or splitter.part(splitter.test),
     }
     if test is None:
-        parts["test"] = deal.part(deal.behind(DEFAULT_TEST_ROWS))
+        parts["test"] = splitter.part(splitter.behind(DEFAULT_TEST_ROWS))
     return _without_shared_text(train, parts)
 
 
@@ -70,7 +70,7 @@ def held_out_record(rows: Rows) -> dict[str, Any]:  # Any: JSON for the run's re
     return {"source": rows.source, "indices": list(rows.indices), "hash": rows_hash(rows)}
 
 
-class _Deal:
+class _Splitter:
     """The positions of one source, dealt out to the three parts."""
 
     def __init__(self, rows: Rows, config: DataConfig, seed: int) -> None:
@@ -84,8 +84,8 @@ class _Deal:
         self.test: list[int] = []
         self._keys: dict[int, str | None] = {}
 
-    def hold_out_test(self, part: _Part) -> None:
-        wanted = _wanted(part, len(self.rows), "test")
+    def hold_out_test(self, part: _SplitRequest) -> None:
+        wanted = _num_rows(part, len(self.rows), "test")
         if self.takes_all:
             self.test = self._draw("test", wanted)
             return
@@ -96,8 +96,8 @@ class _Deal:
                 f"{self.rows.source} there are {len(self.test):,} with text of their own; ask for fewer"
             )
 
-    def hold_out_validation(self, part: _Part) -> None:
-        self.validation = self._draw("validation", _wanted(part, len(self.train), "validation"))
+    def hold_out_validation(self, part: _SplitRequest) -> None:
+        self.validation = self._draw("validation", _num_rows(part, len(self.train), "validation"))
 
     def behind(self, count: int) -> list[int]:
         """The first rows that training did not take, without empty ones and without text seen in another part."""
@@ -108,7 +108,7 @@ class _Deal:
         return list(itertools.islice(own, count))
 
     def part(self, positions: Sequence[int]) -> Rows | None:
-        return self.rows.take(positions) if positions else None
+        return self.rows.select(positions) if positions else None
 
     def _draw(self, name: str, count: int) -> list[int]:
         """Rows taken out of training, by seed: from those whose text occurs once, so that none stays behind in it."""
@@ -130,35 +130,35 @@ class _Deal:
     def _key(self, position: int) -> str | None:
         """The row's text, None if there is none."""
         if position not in self._keys:
-            written = write_row(self.rows, position)
+            written = render_row(self.rows, position)
             self._keys[position] = None if written.is_empty else written.key
         return self._keys[position]
 
 
-def _part(name: str, value: str | None) -> _Part | None:
+def _split_request(name: str, value: str | None) -> _SplitRequest | None:
     if value is None:
         return None
     if re.fullmatch(r"\d+", value):
-        return _Part(num_rows=int(value)) if int(value) else _refuse_part(name, value)
+        return _SplitRequest(num_rows=int(value)) if int(value) else _refuse_request(name, value)
     try:
         share = float(value)
     except ValueError:
-        return _Part(file=value)
-    return _Part(share=share) if 0 < share < 1 else _refuse_part(name, value)
+        return _SplitRequest(file=value)
+    return _SplitRequest(share=share) if 0 < share < 1 else _refuse_request(name, value)
 
 
-def _refuse_part(name: str, value: str) -> _Part:
+def _refuse_request(name: str, value: str) -> _SplitRequest:
     raise ConfigError(f"{name} is {value!r}; it must be a share between 0 and 1, a number of rows from 1 up, or a file")
 
 
-def _wanted(part: _Part, available: int, name: str) -> int:
+def _num_rows(part: _SplitRequest, available: int, name: str) -> int:
     if part.num_rows is not None:
         return part.num_rows
     assert part.share is not None, name
     return max(1, round(part.share * available))
 
 
-def _read_part(config: DataConfig, part: _Part | None, train: Rows, offline: bool) -> Rows | None:
+def _read_part(config: DataConfig, part: _SplitRequest | None, train: Rows, offline: bool) -> Rows | None:
     """A part that is a file of its own, read from the columns that the training rows came from."""
     if part is None or part.file is None:
         return None
@@ -181,11 +181,11 @@ def _without_shared_text(train: Rows, parts: dict[str, Rows | None]) -> Split:
 
 
 def _leaving_out(part: Rows, seen: Iterable[str], train: Rows, name: str) -> Rows:
-    own = [i for i in range(len(part)) if write_row(part, i).key not in seen]
+    own = [i for i in range(len(part)) if render_row(part, i).key not in seen]
     if not own:
         raise DataError(f"{name} {part.source}: the text of every row is in training too; give rows of their own")
-    return replace(part.take(own), form=train.form)
+    return replace(part.select(own), form=train.form)
 
 
 def _keys(rows: Rows | None) -> set[str]:
-    return set() if rows is None else {write_row(rows, position).key for position in range(len(rows))}
+    return set() if rows is None else {render_row(rows, position).key for position in range(len(rows))}

@@ -45,15 +45,15 @@ class Budget:
         self.log.restart()
         self.marks: list[Span] = []
 
-    def wrote(self, part: str) -> None:
+    def charge_output(self, part: str) -> None:
         self.log.position += len(part)
-        self.copied(len(part))
+        self.charge_copy(len(part))
         self.check_length(self.log.position)
 
-    def copied(self, num_characters: int) -> None:
-        self.step(1 + num_characters // _STEP_CHARACTERS)
+    def charge_copy(self, num_characters: int) -> None:
+        self.charge(1 + num_characters // _STEP_CHARACTERS)
 
-    def step(self, count: int = 1) -> None:
+    def charge(self, count: int = 1) -> None:
         self.num_steps += count
         if self.num_steps > self._most_steps:
             raise BudgetError(f"it has taken {self._most_steps:,} steps, more than these messages need")
@@ -69,42 +69,42 @@ class Budget:
         if num_characters > self.most_characters:
             raise BudgetError(f"it makes more than {self.most_characters:,} characters of these messages")
 
-    def weigh(self, value: object) -> int:
+    def charge_value(self, value: object) -> int:
         """Characters that a value takes as text, at least; each of them is paid for."""
         total, rest = 0, [value]
         while rest:
             each = rest.pop()
-            self.step()
+            self.charge()
             if isinstance(each, str):
                 total += len(each)
-                self.copied(len(each))
+                self.charge_copy(len(each))
             elif isinstance(each, Mapping):
                 rest += each.keys()
                 rest += each.values()
             elif isinstance(each, (list, tuple, set, frozenset, range)):
-                self.step(len(each))
+                self.charge(len(each))
                 rest += each
             total += 1
         self.check_length(total)
         return total
 
-    def unrolled(self, value: object) -> object:
+    def as_list(self, value: object) -> object:
         """A list of what an iterator gives, whose size can be known."""
         return self._listed(value) if isinstance(value, Iterator) else value
 
     def _listed(self, items: Iterator[object]) -> list[object]:
         found = []
         for item in items:
-            self.step()
+            self.charge()
             found.append(item)
         return found
 
-    def skim(self, value: object) -> None:
+    def charge_scan(self, value: object) -> None:
         """Pays for walking over a value, not into it."""
         if isinstance(value, str):
-            self.copied(len(value))
+            self.charge_copy(len(value))
         elif isinstance(value, (list, tuple, set, frozenset, dict, range)):
-            self.step(1 + len(value) // _STEP_ITEMS)
+            self.charge(1 + len(value) // _STEP_ITEMS)
 
 
 # What looks at values without turning them into text, and what gives a text that is no longer than its own.
@@ -125,82 +125,82 @@ JINJAS_OWN = ("_loop_vars", "_block_vars")  # what it passes to every call
 LONG_NUMBER = re.compile(r"\d{6}")
 
 
-def check_growth(work: Budget, name: str, values: Sequence[Any]) -> None:  # Any: a template's own
+def check_growth(budget: Budget, name: str, values: Sequence[Any]) -> None:  # Any: a template's own
     """Pays for a filter, a test or a method, by what it is called on and with."""
     if name in _LOOKING or (name in _SHORTENING and all(isinstance(value, str) for value in values)):
         for value in values:
-            work.skim(value)
+            budget.charge_scan(value)
         return
-    sizes = [work.weigh(value) for value in values]
+    sizes = [budget.charge_value(value) for value in values]
     numbers = [abs(value) for value in values if type(value) is int]
     if name in _WIDE and numbers:
         lines = values[0].count("\n") + values[0].count("\t") if isinstance(values[0], str) else sizes[0]
-        work.check_length((1 + lines) * max(numbers))
+        budget.check_length((1 + lines) * max(numbers))
     if name == "replace" and len(values) > 2:
-        work.check_length((1 + str(values[0]).count(str(values[1]))) * sizes[2])
+        budget.check_length((1 + str(values[0]).count(str(values[1]))) * sizes[2])
     if name == "join" and len(values) > 1:
         text, parts = (0, 1) if isinstance(values[0], str) and not isinstance(values[1], str) else (1, 0)
-        work.check_length(sizes[parts] + _length(values[parts]) * sizes[text])
+        budget.check_length(sizes[parts] + _length(values[parts]) * sizes[text])
     if name == "sum" and len(values) > 1:
-        work.check_length(sizes[0] * _length(values[0]))
+        budget.check_length(sizes[0] * _length(values[0]))
     if name in _FORMATTING:
-        _check_format(work, str(values[0]), sizes[1:], numbers)
+        _check_format(budget, str(values[0]), sizes[1:], numbers)
 
 
 def _length(value: Any) -> int:  # Any: a template's own
     return len(value) if hasattr(value, "__len__") else 1
 
 
-def _check_format(work: Budget, pattern: str, sizes: Sequence[int], numbers: Sequence[int]) -> None:
+def _check_format(budget: Budget, pattern: str, sizes: Sequence[int], numbers: Sequence[int]) -> None:
     """Fields that are very wide, or many of something long."""
     if LONG_NUMBER.search(pattern) or max(numbers, default=0) >= 10**5:
         raise BudgetError("it formats text to a width of more than 100,000 characters")
-    work.check_length(len(pattern) + (pattern.count("%") + pattern.count("{")) * (sum(sizes) + 10**5 // 64))
+    budget.check_length(len(pattern) + (pattern.count("%") + pattern.count("{")) * (sum(sizes) + 10**5 // 64))
 
 
-class PaidFunctions(dict[str, Callable[..., Any]]):  # Any: Jinja's own filters and tests
+class MeteredFunctions(dict[str, Callable[..., Any]]):  # Any: Jinja's own filters and tests
     """Filters or tests that pay for what they do."""
 
-    def __init__(self, known: Mapping[str, Callable[..., Any]], work: Budget) -> None:  # Any: as above
+    def __init__(self, known: Mapping[str, Callable[..., Any]], budget: Budget) -> None:  # Any: as above
         super().__init__(known)
-        self._work = work
+        self._budget = budget
 
     def __getitem__(self, name: str) -> Callable[..., Any]:  # Any: as above
-        return self._paid(name, super().__getitem__(name))
+        return self._metered(name, super().__getitem__(name))
 
     def get(self, name: str, default: Any = None) -> Any:  # Any: as above
         known = super().get(name)
-        return default if known is None else self._paid(name, known)
+        return default if known is None else self._metered(name, known)
 
-    def _paid(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:  # Any: as above
+    def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:  # Any: as above
         first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or the environment comes first
 
         @wraps(function)
-        def paid(*args: Any, **named: Any) -> Any:  # Any: as above
+        def metered(*args: Any, **named: Any) -> Any:  # Any: as above
             if name in ("join", "sum"):
-                args = tuple(self._work.unrolled(value) for value in args)
-            check_growth(self._work, name, (*args[first:], *named.values()))
+                args = tuple(self._budget.as_list(value) for value in args)
+            check_growth(self._budget, name, (*args[first:], *named.values()))
             return self._counted(function(*args, **named))
 
-        return paid
+        return metered
 
     def _counted(self, result: Any) -> Any:  # Any: as above
         if not isinstance(result, Iterator):
-            self._work.skim(result)
+            self._budget.charge_scan(result)
             return result
         return self._steps(result)
 
     def _steps(self, items: Iterator[Any]) -> Iterator[Any]:  # Any: as above
         for item in items:
-            self._work.step()
+            self._budget.charge()
             yield item
 
 
-def check_product(work: Budget, operator: str, left: Any, right: Any) -> None:  # Any: a template's own
+def check_product(budget: Budget, operator: str, left: Any, right: Any) -> None:  # Any: a template's own
     if type(left) in (int, bool) and type(right) in (int, bool):
         bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
         if bits > _MOST_BITS:
             raise BudgetError("it computes a whole number of thousands of digits")
     for one, other in ((left, right), (right, left)):
         if hasattr(one, "__len__") and isinstance(other, int):
-            work.check_length(len(one) * max(other, 0))
+            budget.check_length(len(one) * max(other, 0))

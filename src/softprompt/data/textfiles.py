@@ -29,7 +29,7 @@ _WEB_PAGE = ("<!doctype html", "<html")  # what is downloaded in a file's place
 _MOST_DIGITS = 4_300  # of a whole number that Python reads
 
 
-class FileRows(NamedTuple):
+class FileRecords(NamedTuple):
     """What a file holds, and what the user should know about how it was read."""
 
     records: list[Record]
@@ -182,12 +182,12 @@ _CHECKED_ROWS = 50  # at the start of a file, to find its delimiter
 _MULTI_LINE_HINT = "a row of a TSV is one line; give delimiter '\\t' to read its quote marks as those of a CSV"
 
 
-class _Row(NamedTuple):
+class _CsvRow(NamedTuple):
     cells: list[str]
     line: int  # its last, counted from 1
 
 
-def read_delimited(path: Path, *, usual: str, delimiter: str | None = None) -> FileRows:
+def read_delimited(path: Path, *, usual: str, delimiter: str | None = None) -> FileRecords:
     """Records of a file with a header line. `usual` is the delimiter that its ending stands for, `delimiter` what the
     user says; else the first line shows it, and a note says so.
 
@@ -201,7 +201,7 @@ def read_delimited(path: Path, *, usual: str, delimiter: str | None = None) -> F
     if chosen == usual == "\t" and delimiter is None:
         return _tsv(path, text)
     notes = (f"cells are separated by {_shown(chosen)}",) if chosen != usual and delimiter is None else ()
-    return FileRows(_table_records(path, _csv_rows(path, text, chosen)), notes)
+    return FileRecords(_table_records(path, _csv_rows(path, text, chosen)), notes)
 
 
 def _found(path: Path, text: str, usual: str) -> str:
@@ -226,15 +226,15 @@ def _found(path: Path, text: str, usual: str) -> str:
     )
 
 
-def _first_rows(text: str, delimiter: str) -> list[_Row]:
+def _first_rows(text: str, delimiter: str) -> list[_CsvRow]:
     """As many as can be read."""
-    rows: list[_Row] = []
+    rows: list[_CsvRow] = []
     with _long_cells():
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         try:
             for cells in reader:
                 if cells:
-                    rows.append(_Row(cells, reader.line_num))
+                    rows.append(_CsvRow(cells, reader.line_num))
                 if len(rows) > _CHECKED_ROWS:
                     break
         except csv.Error:
@@ -242,62 +242,62 @@ def _first_rows(text: str, delimiter: str) -> list[_Row]:
     return rows
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> list[_Row]:
+def _csv_rows(path: Path, text: str, delimiter: str) -> list[_CsvRow]:
     with _long_cells():
         # newline="" keeps line breaks inside quoted cells as they are.
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         try:
-            return [_Row(cells, reader.line_num) for cells in reader if cells]
+            return [_CsvRow(cells, reader.line_num) for cells in reader if cells]
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num:,}: broken CSV ({error}); correct the quotes") from error
 
 
-def _tsv(path: Path, text: str) -> FileRows:
+def _tsv(path: Path, text: str) -> FileRecords:
     lines = enumerate(_LINE_END.split(text), start=1)
-    literal = [_Row(line.split("\t"), number) for number, line in lines if line]
+    literal = [_CsvRow(line.split("\t"), number) for number, line in lines if line]
     if '"' not in text:
-        return FileRows(_table_records(path, literal))
+        return FileRecords(_table_records(path, literal))
     quoted = _quoted(path, text)
     if quoted is not None and (not _is_even(literal) or len(quoted) == len(literal)):
-        return FileRows(_table_records(path, quoted), ("cells in quote marks are read as a CSV's, without them",))
+        return FileRecords(_table_records(path, quoted), ("cells in quote marks are read as a CSV's, without them",))
     if not _is_even(literal):
         raise DataError(f"{path}, line {_uneven(literal).line:,}: {_counts(literal)}; {_MULTI_LINE_HINT}")
     num_cells = sum(cell.startswith('"') for row in literal for cell in row.cells)
     cells = "a cell" if num_cells == 1 else f"{num_cells:,} cells"
     note = f"quote marks at the start of {cells} are characters, and each line is a row, as in any TSV"
-    return FileRows(_table_records(path, literal), (note,) if num_cells else ())
+    return FileRecords(_table_records(path, literal), (note,) if num_cells else ())
 
 
-def _quoted(path: Path, text: str) -> list[_Row] | None:
+def _quoted(path: Path, text: str) -> list[_CsvRow] | None:
     """The rows of a file that a CSV writer made: written again as it writes them, they are the same text."""
     try:
         rows = _csv_rows(path, text, "\t")
     except DataError:
         return None
     ways = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
-    return rows if _is_even(rows) and any(_is_written(rows, text, way) for way in ways) else None
+    return rows if _is_even(rows) and any(_round_trips(rows, text, way) for way in ways) else None
 
 
-def _is_written(rows: Sequence[_Row], text: str, quoting: int) -> bool:
+def _round_trips(rows: Sequence[_CsvRow], text: str, quoting: int) -> bool:
     end = "\r\n" if "\r\n" in text else "\n"
     file = io.StringIO(newline="")
     csv.writer(file, delimiter="\t", quoting=quoting, lineterminator=end).writerows(row.cells for row in rows)  # type: ignore[arg-type]  # one of csv's constants
     return file.getvalue().removesuffix(end) == text.removesuffix(end)
 
 
-def _is_even(rows: Sequence[_Row]) -> bool:
+def _is_even(rows: Sequence[_CsvRow]) -> bool:
     return all(len(row.cells) == len(rows[0].cells) for row in rows)
 
 
-def _uneven(rows: Sequence[_Row]) -> _Row:
+def _uneven(rows: Sequence[_CsvRow]) -> _CsvRow:
     return next(row for row in rows if len(row.cells) != len(rows[0].cells))
 
 
-def _counts(rows: Sequence[_Row]) -> str:
+def _counts(rows: Sequence[_CsvRow]) -> str:
     return f"{len(_uneven(rows).cells)} cells where the first line names {len(rows[0].cells)} columns"
 
 
-def _table_records(path: Path, rows: Sequence[_Row]) -> list[Record]:
+def _table_records(path: Path, rows: Sequence[_CsvRow]) -> list[Record]:
     if not rows:
         raise DataError(f"{path} is empty; the first line must name the columns")
     header = rows[0].cells

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from softprompt.base import Base
 from softprompt.compute_share import yield_point
 from softprompt.data.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
-from softprompt.data.messages import BREATH_MESSAGES, Message
+from softprompt.data.messages import MESSAGES_PER_YIELD, Message
 from softprompt.errors import DataError, EncodingError
 
 _USUAL_CHARACTERS = 8  # of a token, at most, in most texts
@@ -95,23 +95,23 @@ def common_length(first: str, second: str) -> int:
     return low
 
 
-class GrowingIds:
+class IncrementalIds:
     """The ids of a text that grows by stretches, the ids of each behind those of the stretches before it.
 
     A stretch's ids are what the joined text adds; where joining changes ids that are there, the stretch is tokenised
     alone. Nothing is read twice: behind a control token of the template the ids are settled, whatever follows.
     """
 
-    def __init__(self, writing: ChatTokenizer, text: str, max_ids: int | None) -> None:
-        self._writing, self._text, self._max_ids = writing, text, max_ids
-        self.ids = list(writing.leading_ids)
+    def __init__(self, tokenizer: ChatTokenizer, text: str, max_ids: int | None) -> None:
+        self._tokenizer, self._text, self._max_ids = tokenizer, text, max_ids
+        self.ids = list(tokenizer.leading_ids)
         self._first_break = text.find(_BREAK)
         self._is_broken = False  # a message so far holds a control token
         self._restart()
 
     def _restart(self) -> None:
         self._anchor = 0  # characters whose ids are settled
-        self._num_settled = len(self._writing.leading_ids)
+        self._num_settled = len(self._tokenizer.leading_ids)
         self._control = ""  # the control token that they end with
         self._is_apart = False  # the joined text's settled ids are other ones
 
@@ -131,27 +131,29 @@ class GrowingIds:
         else:
             self.ids += self._alone(start, end)
 
-    def _room(self, num_ids: int) -> int | None:
+    def _num_wanted(self, num_ids: int) -> int | None:
         return None if self._max_ids is None else max(1, self._max_ids + 1 - num_ids)
 
     def _alone(self, start: int, end: int) -> list[int]:
-        return self._writing.segments_ids(self._text[start:end], at_start=False, room=self._room(len(self.ids)))
+        return self._tokenizer.segments_ids(
+            self._text[start:end], at_start=False, min_ids=self._num_wanted(len(self.ids))
+        )
 
     def _joined(self, end: int) -> list[int]:
         """The joined text's ids behind the settled ones."""
-        text, room = self._text[self._anchor : end], self._room(self._num_settled)
+        text, min_ids = self._text[self._anchor : end], self._num_wanted(self._num_settled)
         if self._is_broken:
-            return self._writing.segments_ids(text, at_start=not self._anchor, room=room)
-        return self._writing.own_ids(text, room, behind=self._control)
+            return self._tokenizer.segments_ids(text, at_start=not self._anchor, min_ids=min_ids)
+        return self._tokenizer.own_ids(text, min_ids, behind=self._control)
 
     def _settle(self, end: int, joined: Sequence[int]) -> None:
         """Move on behind the last control token, where the tokenizer has seen all of them that are there."""
-        controls = self._writing.controls
+        controls = self._tokenizer.controls
         matches = list(controls.found_in(self._text, self._anchor, end))
         found = [index for index, token in enumerate(joined) if token in controls.known_ids]
         if [controls.ids[match.group()] for match in matches] != [joined[index] for index in found]:
             return
-        last = next((i for i in reversed(range(len(matches))) if self._writing.is_settled(matches[i].group())), None)
+        last = next((i for i in reversed(range(len(matches))) if self._tokenizer.is_settled(matches[i].group())), None)
         if last is None:
             return
         num_new = found[last] + 1
@@ -163,7 +165,7 @@ class GrowingIds:
             self._num_settled += num_new
 
 
-class _Controls(NamedTuple):
+class ControlTokens(NamedTuple):
     """A tokenizer's control tokens: special ones, and added ones that the template writes."""
 
     ids: Mapping[str, int]
@@ -184,15 +186,15 @@ class _Controls(NamedTuple):
             start = max(start, piece_end)
             yield_point()
 
-    def guard(self, value: Any) -> Any:  # Any: JSON
+    def escape(self, value: Any) -> Any:  # Any: JSON
         """The value with every control token in it broken by _BREAK."""
         if isinstance(value, str):
-            return self._guarded(value)
+            return self._escaped(value)
         if isinstance(value, Mapping):
-            return {key: self.guard(item) for key, item in value.items()}
-        return [self.guard(item) for item in value] if isinstance(value, (list, tuple)) else value
+            return {key: self.escape(item) for key, item in value.items()}
+        return [self.escape(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    def _guarded(self, text: str) -> str:
+    def _escaped(self, text: str) -> str:
         parts, done = [], 0
         for match in self.found_in(text):
             parts += [text[done : match.start() + 1], _BREAK]
@@ -210,53 +212,55 @@ class ChatTokenizer:
         # A template of the tokenizer's own writes BOS itself, as text; before the default one it is added.
         self.leading_ids = () if base.tokenizer.chat_template else base.bos_ids
 
-    def guarded(self, messages: Sequence[Message], where: str) -> list[Message]:
+    def escaped(self, messages: Sequence[Message], where: str) -> list[Message]:
         if self.controls.pattern is None:
             return list(messages)
         try:
-            return list(self._guarded(messages))
+            return list(self._escaped(messages))
         except RecursionError as error:
             raise DataError(f"{where}: a message is nested too deeply") from error
 
-    def _guarded(self, messages: Sequence[Message]) -> Iterator[Message]:
+    def _escaped(self, messages: Sequence[Message]) -> Iterator[Message]:
         for number, message in enumerate(messages):
-            if number % BREATH_MESSAGES == 0:
+            if number % MESSAGES_PER_YIELD == 0:
                 yield_point()
-            yield self.controls.guard(message)
+            yield self.controls.escape(message)
 
     def encode(self, text: str, max_ids: int | None) -> list[int]:
         """Ids of a rendered conversation: the tokenizer's own, unless a message holds a control token."""
-        room = None if max_ids is None else max_ids + 1
-        return self.segments_ids(text, at_start=True, room=room) if _BREAK in text else self.own_ids(text, room)
+        min_ids = None if max_ids is None else max_ids + 1
+        return (
+            self.segments_ids(text, at_start=True, min_ids=min_ids) if _BREAK in text else self.own_ids(text, min_ids)
+        )
 
-    def own_ids(self, text: str, room: int | None, behind: str = "") -> list[int]:
-        """Ids as the tokenizer gives them behind a control token, `room` of them at least."""
+    def own_ids(self, text: str, min_ids: int | None, behind: str = "") -> list[int]:
+        """Ids as the tokenizer gives them behind a control token, `min_ids` of them at least."""
         tokenizer, first = _own_tokenizer(self.base.tokenizer), 1 if behind else 0
 
         def read(part: str) -> Sequence[int]:
             return self.base.encode_with(tokenizer, behind + part)[first:]
 
-        return list(first_ids(read, text, room))
+        return list(first_ids(read, text, min_ids))
 
-    def segments_ids(self, text: str, *, at_start: bool, room: int | None) -> list[int]:
+    def segments_ids(self, text: str, *, at_start: bool, min_ids: int | None) -> list[int]:
         """Ids with the template's control tokens cut out first and everything between them tokenised as text."""
         ids: list[int] = []
         done = 0
         for match in self.controls.found_in(text):
-            ids += self._segment_ids(text[done : match.start()], at_start and not done, room)
+            ids += self._segment_ids(text[done : match.start()], at_start and not done, min_ids)
             ids.append(self.controls.ids[match.group()])
             done = match.end()
-            if room is not None and len(ids) >= room:
+            if min_ids is not None and len(ids) >= min_ids:
                 return ids
-        return ids + self._segment_ids(text[done:], at_start and not done, room)
+        return ids + self._segment_ids(text[done:], at_start and not done, min_ids)
 
-    def _segment_ids(self, segment: str, at_start: bool, room: int | None) -> list[int]:
+    def _segment_ids(self, segment: str, at_start: bool, min_ids: int | None) -> list[int]:
         text = segment.replace(_BREAK, "")
         if not text:
             return []
         if at_start or self._starts_anew:
-            return list(first_ids(self.base.encode, text, room))
-        return list(first_ids(lambda part: continuation_ids(self.base, part), text, room))
+            return list(first_ids(self.base.encode, text, min_ids))
+        return list(first_ids(lambda part: continuation_ids(self.base, part), text, min_ids))
 
     @cached_property
     def _starts_anew(self) -> bool:
@@ -282,7 +286,7 @@ class ChatTokenizer:
 
     def is_settled(self, control: str) -> bool:
         """Whether nothing behind a control token changes that it is read as one."""
-        return control in _settled(self.base.tokenizer, self.template.source)
+        return control in _settled_controls(self.base.tokenizer, self.template.source)
 
 
 def chat_tokenizer(base: Base, where: str) -> ChatTokenizer:
@@ -299,14 +303,14 @@ def chat_tokenizer(base: Base, where: str) -> ChatTokenizer:
 
 
 @lru_cache(maxsize=8)
-def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> _Controls:
+def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> ControlTokens:
     ids = {
         token.content: token_id
         for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.content and (token.special or (token.content in template and not token.content.isspace()))
     }
     pattern = re.compile(_one_of(sorted(ids))) if ids else None
-    return _Controls(ids, frozenset(ids.values()), pattern, max(map(len, ids), default=0))
+    return ControlTokens(ids, frozenset(ids.values()), pattern, max(map(len, ids), default=0))
 
 
 def _one_of(tokens: Sequence[str]) -> str:
@@ -320,7 +324,7 @@ def _one_of(tokens: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=8)
-def _settled(tokenizer: PreTrainedTokenizerBase, template: str) -> frozenset[str]:
+def _settled_controls(tokenizer: PreTrainedTokenizerBase, template: str) -> frozenset[str]:
     known, own = control_tokens(tokenizer, template).ids, _own_tokenizer(tokenizer)
     in_words = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
     return frozenset(

@@ -12,7 +12,7 @@ import torch
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.data import Rows, build_examples, split_rows, write_row
+from softprompt.data import Rows, build_examples, render_row, split_rows
 from softprompt.demo.peers import bag_of_words_accuracy, peft_logits, peft_prompt
 from softprompt.demo.tasks import INPUTS, TASKS, WRITTEN_TEMPLATES, Task
 from softprompt.evaluation import Comparison, accuracy_by_likelihood, compare
@@ -86,7 +86,7 @@ def run_demo(base: Base, folder: Path, say: Say, *, overwrite: bool = False, tas
 
 def _first_text(rows: Rows) -> str:
     """The first held-out row up to its label."""
-    return write_row(rows, 0).prompt
+    return render_row(rows, 0).prompt
 
 
 def lay_out_data(folder: Path, tasks: tuple[Task, ...]) -> Path:

@@ -14,7 +14,7 @@ import torch
 
 from softprompt.base import Base
 from softprompt.config import TrainConfig
-from softprompt.data import Rows, write_rows
+from softprompt.data import Rows, render_rows
 from softprompt.errors import MissingDependencyError
 from softprompt.prompt import SoftPrompt
 from softprompt.types import Example, ExampleSet, PromptRecord
@@ -70,7 +70,7 @@ def bag_of_words_accuracy(train: Rows, test: Rows) -> float:
     except ImportError as error:
         raise MissingDependencyError("the demo compares with a bag of words; pip install 'softprompt[demo]'") from error
     classifier = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=1_000))
-    known, held_out = write_rows(train), write_rows(test)
+    known, held_out = render_rows(train), render_rows(test)
     classifier.fit([row.prompt for row in known], [row.text for row in known])
     return float(classifier.score([row.prompt for row in held_out], [row.text for row in held_out]))
 

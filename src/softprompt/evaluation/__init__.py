@@ -1,5 +1,8 @@
 """Compare prompts with the bare base: what they say, held-out loss, accuracy, task scores."""
 
+import warnings
+from typing import Any
+
 from softprompt.config import ScoreConfig, TextScore
 from softprompt.data import Input
 from softprompt.evaluation.baselines import Baselines, Verdict, verdict_of
@@ -12,7 +15,7 @@ from softprompt.evaluation.classification import (
     label_answers,
     likeliest_labels,
 )
-from softprompt.evaluation.compare import BARE, Answered, Comparison, compare
+from softprompt.evaluation.compare import BARE, Comparison, InputAnswers, compare
 from softprompt.evaluation.ensemble import Ensembles, vote, vote_accuracies, vote_accuracy
 from softprompt.evaluation.heldout import (
     HeldOutLoss,
@@ -24,7 +27,7 @@ from softprompt.evaluation.heldout import (
     mean_loss,
 )
 from softprompt.evaluation.report import (
-    Table,
+    ReportTable,
     accuracy_tables,
     answer_tables,
     class_tables,
@@ -43,18 +46,18 @@ __all__ = [
     "BARE",
     "CRITERIA",
     "Accuracy",
-    "Answered",
     "Baselines",
     "ClassScore",
     "Comparison",
     "Ensembles",
     "HeldOutLoss",
     "Input",
+    "InputAnswers",
     "Interval",
     "LeaveOneOut",
     "LeftOut",
+    "ReportTable",
     "ScoreConfig",
-    "Table",
     "TaskScore",
     "TextScore",
     "Verdict",
@@ -84,3 +87,12 @@ __all__ = [
     "vote_accuracies",
     "vote_accuracy",
 ]
+
+_RENAMED = {"Answered": "InputAnswers", "Table": "ReportTable"}
+
+
+def __getattr__(name: str) -> Any:  # Any: a module's attribute
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"softprompt.evaluation.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

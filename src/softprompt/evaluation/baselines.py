@@ -14,9 +14,9 @@ from softprompt.base import Base
 from softprompt.data import Rows, template_fields
 from softprompt.evaluation.classification import (
     Accuracy,
+    accuracy_from_labels,
     label_confusion,
     labelled_rows,
-    measured,
     predicted_labels,
     share_right,
 )
@@ -111,7 +111,7 @@ def written_templates(rows: Rows) -> list[str]:
 
 
 def verdicts(accuracies: Sequence[Accuracy], known: Mapping[str, Baselines]) -> list[Verdict]:
-    """One for each prompt (or vote) on each set; the bare base is what they are measured against."""
+    """One for each prompt (or vote) on each set; the bare base is what they are accuracy_from_labels against."""
     return [
         Verdict(
             prompt=item.prompt, num_rows=item.num_rows, accuracy=item.by_likelihood, interval=item.interval,
@@ -129,7 +129,7 @@ def verdict_of(base: Base, set_name: str, rows: Rows, name: str, prompt: SoftPro
     """
     forward, known = forward_of(base), labelled_rows(rows)
     found = predicted_labels(base, forward, known, prompt)
-    accuracy = measured(set_name, name, known, found, None, calibrated=False)
+    accuracy = accuracy_from_labels(set_name, name, known, found, None, calibrated=False)
     own = share_right(label_confusion(base, forward, known, None))
     beside = baselines(base, forward, set_name, rows, own, others=False)
     (verdict,) = verdicts([accuracy], {set_name: beside})

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.data import Rows, fill_template, label_ids, template_fields, write_rows
+from softprompt.data import Rows, fill_template, label_ids, render_rows, template_fields
 from softprompt.engine import Request, generate
 from softprompt.errors import DataError, LengthError
-from softprompt.evaluation.heldout import CONFIDENCE, Interval, contenders, room_for_text, without_start
+from softprompt.evaluation.heldout import CONFIDENCE, Interval, contenders, max_text_tokens, truncate_start
 from softprompt.families import Forward, forward_of
 from softprompt.loss import target_nlls
 from softprompt.prompt import SoftPrompt
@@ -100,12 +100,12 @@ def accuracy(
     """One contender on one labelled set. Raises DataError for a row whose completion is none of the form's labels."""
     known = labelled_rows(rows)
     found = _likeliest(base, forward, known, prompt, max_length, calibrate)
-    said = _generated_labels(base, forward, known, prompt, room_for_text(base, prompt, max_length))
+    said = _generated_labels(base, forward, known, prompt, max_text_tokens(base, prompt, max_length))
     generated = sum(a == b for a, b in zip(said, known.own, strict=True)) / len(said)
-    return measured(set_name, name, known, found, generated, calibrated=calibrate)
+    return accuracy_from_labels(set_name, name, known, found, generated, calibrated=calibrate)
 
 
-def measured(
+def accuracy_from_labels(
     set_name: str,
     name: str | None,
     known: LabelledRows,
@@ -181,7 +181,7 @@ class LabelAnswer(NamedTuple):
 def label_answers(base: Base, texts: Sequence[str], labels: Sequence[str], prompt: SoftPrompt) -> list[LabelAnswer]:
     """One answer per text, as `accuracy` counts them. Raises LengthError where a text leaves no room for a label."""
     rows = [_label_row(base, text, label, 0, sys.maxsize) for text in texts for label in labels]
-    room = room_for_text(base, prompt)
+    room = max_text_tokens(base, prompt)
     longest = max(len(row.ids) for row in rows)
     if longest > room:
         raise LengthError(
@@ -235,7 +235,7 @@ def usable_content_free(base: Base, known: LabelledRows) -> list[str]:
 def labelled_rows(rows: Rows) -> LabelledRows:
     """The rows that have one of the form's labels. Raises DataError for a stranger, and where no row is left."""
     labels = rows.form.labels
-    kept = [(position, row) for position, row in enumerate(write_rows(rows)) if not row.is_empty]
+    kept = [(position, row) for position, row in enumerate(render_rows(rows)) if not row.is_empty]
     for position, row in kept:
         if row.text not in labels:
             raise DataError(
@@ -285,7 +285,7 @@ def _log_likelihoods(
     for prompt in prompts:
         place = None if prompt is None else len(tensors)
         tensors += [] if prompt is None else [prompt.tensor]
-        limit = room_for_text(base, prompt, max_length)
+        limit = max_text_tokens(base, prompt, max_length)
         rows += [_label_row(base, text, label, place, limit) for text in texts for label in labels]
     losses = target_nlls(base, forward, rows, tensors)
     return -np.array([sum(loss.values()) for loss in losses]).reshape(len(prompts), len(texts), len(labels))
@@ -299,7 +299,7 @@ def _log_summed_shares(scores_MNK: np.ndarray) -> np.ndarray:
 
 def _label_row(base: Base, text: str, label: str, prompt: int | None, limit: int) -> Row:
     own = label_ids(base, text, label)
-    before = without_start(base, base.bos_ids + base.encode(text), limit - len(own))
+    before = truncate_start(base, base.bos_ids + base.encode(text), limit - len(own))
     return Row(before + own, prompt, (False,) * len(before) + (True,) * len(own))
 
 
@@ -307,7 +307,7 @@ def _generated_labels(
     base: Base, forward: Forward, known: LabelledRows, prompt: SoftPrompt | None, limit: int
 ) -> list[int | None]:
     longest = 1 + max(len(label_ids(base, known.texts[0], label)) for label in known.labels)
-    contexts = [without_start(base, base.bos_ids + base.encode(text), limit - longest) for text in known.texts]
+    contexts = [truncate_start(base, base.bos_ids + base.encode(text), limit - longest) for text in known.texts]
     requests = [Request(ids, prompt) for ids in contexts]
     sampling = SamplingConfig(max_new_tokens=longest)
     answers = generate(base, requests, sampling, forward=forward)

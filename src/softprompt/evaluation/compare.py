@@ -28,7 +28,7 @@ BARE = "base"  # what the bare base is called beside prompts
 
 
 @dataclass(frozen=True)
-class Answered:
+class InputAnswers:
     """One input's answers. `answers` maps a prompt's name, or None for the bare base, to text."""
 
     __repr__ = brief_repr
@@ -45,7 +45,7 @@ class Comparison:
 
     base_name: str
     prompts: Mapping[str, int]  # name -> virtual tokens
-    answered: tuple[Answered, ...]
+    answered: tuple[InputAnswers, ...]
     losses: tuple[HeldOutLoss, ...]
     accuracies: tuple[Accuracy, ...]
     base_bytes: int  # parameters of the one base
@@ -111,9 +111,9 @@ def compare(
     check_ensembles(ensembles, sets)
     forward = forward_of(base)
     voters = [prompt for members in ensembles.values() for prompt in members.values()]
-    room = _room(base, [*prompts.values(), *voters])
-    examples = {name: build_examples(base, rows, eos=True, max_length=room) for name, rows in sets.items()}
-    found = _accuracies(base, forward, prompts, ensembles, sets, room, scoring.calibrate)
+    max_length = _max_row_tokens(base, [*prompts.values(), *voters])
+    examples = {name: build_examples(base, rows, eos=True, max_length=max_length) for name, rows in sets.items()}
+    found = _accuracies(base, forward, prompts, ensembles, sets, max_length, scoring.calibrate)
     return Comparison(
         base_name=base.name,
         prompts={name: prompt.num_virtual_tokens for name, prompt in prompts.items()},
@@ -123,7 +123,7 @@ def compare(
         baselines=_baselines(base, forward, found, sets),
         base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
         prompt_bytes=sum(prompt.num_bytes for prompt in [*prompts.values(), *voters]),
-        scores=tuple(task_scores(base, forward, prompts, sets, scoring, room, seed)),
+        scores=tuple(task_scores(base, forward, prompts, sets, scoring, max_length, seed)),
         ensembles={name: len(members) for name, members in ensembles.items()},
         peak_bytes=peak_bytes(),
     )
@@ -145,18 +145,18 @@ def _check_contenders(prompts: Mapping[str, SoftPrompt], ensembles: Ensembles) -
         raise ConfigError(f"a prompt and an ensemble are both called {both[0]!r}; call one otherwise")
 
 
-def _room(base: Base, prompts: Sequence[SoftPrompt]) -> int:
+def _max_row_tokens(base: Base, prompts: Sequence[SoftPrompt]) -> int:
     """Tokens a held-out row may have, the same for all contenders, so that all are read on the same tokens."""
     return base.max_length - max((prompt.num_virtual_tokens for prompt in prompts), default=0)
 
 
 def _accuracies(
     base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], ensembles: Ensembles, sets: Mapping[str, Rows],
-    room: int, calibrate: bool,
+    max_length: int, calibrate: bool,
 ) -> tuple[Accuracy, ...]:  # fmt: skip
     """Set by set: the bare base, the prompts, the ensembles."""
-    found = accuracies(base, forward, prompts, sets, room, calibrate=calibrate)
-    found += vote_accuracies(base, forward, ensembles, sets, room, calibrate=calibrate)
+    found = accuracies(base, forward, prompts, sets, max_length, calibrate=calibrate)
+    found += vote_accuracies(base, forward, ensembles, sets, max_length, calibrate=calibrate)
     order = list(sets)
     return tuple(sorted(found, key=lambda item: order.index(item.held_out)))
 
@@ -171,7 +171,7 @@ def _baselines(
 def _answer_all(
     base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], inputs: Sequence[Input], sampling: SamplingConfig,
     raw: bool,
-) -> list[Answered]:  # fmt: skip
+) -> list[InputAnswers]:  # fmt: skip
     forms = [prompt.record.form for prompt in prompts.values()]
 
     def ids(item: Input, prompt: SoftPrompt | None) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ def _answer_all(
 
     requests = [Request(ids(item, prompt), prompt) for item in inputs for _, prompt in contenders(prompts)]
     texts = iter([answer.text for answer in generate(base, requests, sampling, forward=forward)])
-    return [Answered(_shown(item), {name: next(texts) for name, _ in contenders(prompts)}) for item in inputs]
+    return [InputAnswers(_shown(item), {name: next(texts) for name, _ in contenders(prompts)}) for item in inputs]
 
 
 def _form_for_bare(forms: Sequence[InputForm], item: Input) -> InputForm | None:

@@ -14,10 +14,10 @@ from softprompt.data import Rows
 from softprompt.errors import ConfigError
 from softprompt.evaluation.classification import (
     Accuracy,
+    accuracy_from_labels,
     confusion_matrix,
     label_scores,
     labelled_rows,
-    measured,
     share_right,
     usable_content_free,
 )
@@ -85,4 +85,4 @@ def vote_accuracy(
         member: share_right(confusion_matrix(known.own, scores_NK.argmax(axis=1).tolist(), len(known.labels)))
         for member, scores_NK in zip(members, scores_MNK, strict=True)
     }
-    return measured(set_name, name, known, vote(scores_MNK), None, calibrated=calibrate, members=alone)
+    return accuracy_from_labels(set_name, name, known, vote(scores_MNK), None, calibrated=calibrate, members=alone)

@@ -31,13 +31,13 @@ def contenders(prompts: Mapping[str, SoftPrompt]) -> list[Contender]:
     return [(None, None), *prompts.items()]
 
 
-def room_for_text(base: Base, prompt: SoftPrompt | None, max_length: int | None = None) -> int:
+def max_text_tokens(base: Base, prompt: SoftPrompt | None, max_length: int | None = None) -> int:
     """Tokens of text that fit beside the prompt, special ones included; `max_length` at most."""
     own = base.max_length - (prompt.num_virtual_tokens if prompt is not None else 0)
     return own if max_length is None else min(own, max_length)
 
 
-def without_start(base: Base, ids: tuple[int, ...], room: int) -> tuple[int, ...]:
+def truncate_start(base: Base, ids: tuple[int, ...], room: int) -> tuple[int, ...]:
     """At most `room` of the ids (BOS included): BOS and the end, as training keeps them.
 
     Raises LengthError where not even one token fits.

@@ -22,7 +22,7 @@ MAX_SHOWN_CLASSES = 12  # of a confusion matrix on a terminal
 _MATRIX_WIDTH = 66  # columns of a narrow terminal beside the names of the rows
 
 
-class Table(NamedTuple):
+class ReportTable(NamedTuple):
     """One table; every row has a cell per column. The bare base's row comes first."""
 
     title: str
@@ -30,33 +30,33 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def answer_tables(comparison: Comparison) -> list[Table]:
+def answer_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per input, one row per answer."""
     return [
-        Table(
+        ReportTable(
             f"Input: {item.input}", ["prompt", "answer"], [[name or BARE, text] for name, text in item.answers.items()]
         )
         for item in comparison.answered
     ]
 
 
-def loss_tables(comparison: Comparison) -> list[Table]:
+def loss_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per held-out set."""
     groups = [list(group) for _, group in groupby(comparison.losses, key=lambda loss: loss.held_out)]
     columns = ["prompt", "nats/token", "perplexity", "change", "95 % interval", "better/worse"]
     labelled = {item.held_out for item in comparison.accuracies}
     return [
-        Table(_loss_title(group[0], group[0].held_out in labelled), columns, [_loss_row(loss) for loss in group])
+        ReportTable(_loss_title(group[0], group[0].held_out in labelled), columns, [_loss_row(loss) for loss in group])
         for group in groups
     ]
 
 
-def accuracy_tables(comparison: Comparison) -> list[Table]:
+def accuracy_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per labelled held-out set, what is reached without training in its last rows."""
     groups = [list(group) for _, group in groupby(comparison.accuracies, key=lambda item: item.held_out)]
     columns = ["prompt", "by likelihood", "95 % interval", "generated"]
     return [
-        Table(
+        ReportTable(
             _accuracy_title(group[0]),
             columns,
             [*(_accuracy_row(item) for item in group), *_baseline_rows(comparison.baselines.get(group[0].held_out))],
@@ -70,19 +70,19 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     return [item.text for item in comparison.verdicts]
 
 
-def ensemble_tables(comparison: Comparison) -> list[Table]:
+def ensemble_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per labelled held-out set and ensemble: what each of its prompts reaches alone."""
     votes = [item for item in comparison.accuracies if item.members]
-    return [Table(_ensemble_title(item), ["member", "by likelihood"], _member_rows(item)) for item in votes]
+    return [ReportTable(_ensemble_title(item), ["member", "by likelihood"], _member_rows(item)) for item in votes]
 
 
-def class_tables(comparison: Comparison) -> list[Table]:
+def class_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per labelled held-out set and contender, one row per label."""
     columns = ["label", "precision", "recall", "F1", "rows"]
-    return [Table(_class_title(item), columns, _class_rows(item)) for item in comparison.accuracies]
+    return [ReportTable(_class_title(item), columns, _class_rows(item)) for item in comparison.accuracies]
 
 
-def confusion_tables(comparison: Comparison) -> list[Table]:
+def confusion_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per labelled held-out set and contender: a row per true label, a column per predicted one.
 
     The columns are headed by the labels, or by the labels' numbers where those are too wide for a terminal.
@@ -90,16 +90,16 @@ def confusion_tables(comparison: Comparison) -> list[Table]:
     return [_confusion_table(item) for item in comparison.accuracies]
 
 
-def is_small(matrix: Table) -> bool:
+def is_small(matrix: ReportTable) -> bool:
     """Whether a confusion matrix is for a terminal: few classes, and not too wide."""
     return len(matrix.rows) <= MAX_SHOWN_CLASSES and _fits(matrix)
 
 
-def score_tables(comparison: Comparison) -> list[Table]:
+def score_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per held-out set and score of generated text."""
     groups = [list(group) for _, group in groupby(comparison.scores, key=lambda item: (item.held_out, item.name))]
     return [
-        Table(
+        ReportTable(
             _score_title(group[0]),
             ["prompt", group[0].name, "change", "95 % interval", "better/worse"],
             [_score_row(item) for item in group],
@@ -185,7 +185,7 @@ def _class_rows(item: Accuracy) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _confusion_table(item: Accuracy) -> Table:
+def _confusion_table(item: Accuracy) -> ReportTable:
     title = f"Confusion of {item.held_out} by {item.prompt or BARE}{_calibrated(item)}"
     labels = [_shown_label(scores.label) for scores in item.classes]
     named = _matrix(title, labels, labels, item.confusion)
@@ -196,12 +196,12 @@ def _confusion_table(item: Accuracy) -> Table:
     return _matrix(title, numbered, numbers, item.confusion)
 
 
-def _matrix(title: str, names: Sequence[str], heads: Sequence[str], counts: Confusion) -> Table:
+def _matrix(title: str, names: Sequence[str], heads: Sequence[str], counts: Confusion) -> ReportTable:
     rows = [[name, *map(str, row)] for name, row in zip(names, counts, strict=True)]
-    return Table(title, ["true / predicted", *heads], rows)
+    return ReportTable(title, ["true / predicted", *heads], rows)
 
 
-def _fits(matrix: Table) -> bool:
+def _fits(matrix: ReportTable) -> bool:
     cells = list(zip(matrix.columns, *matrix.rows, strict=True))[1:]
     return sum(2 + max(map(cell_len, column)) for column in cells) <= _MATRIX_WIDTH
 
@@ -239,7 +239,7 @@ def to_markdown(comparison: Comparison) -> str:
     return "\n\n".join([title, *map(_section, first), *verdicts, *map(_section, rest), memory_line(comparison)]) + "\n"
 
 
-def _section(table: Table) -> str:
+def _section(table: ReportTable) -> str:
     lines = [[_text(cell) for cell in line] for line in (table.columns, *table.rows)]
     lines.insert(1, ["---"] * len(table.columns))
     return "\n".join([f"## {_text(table.title)}", "", *("| " + " | ".join(line) + " |" for line in lines)])

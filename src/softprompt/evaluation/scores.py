@@ -18,13 +18,13 @@ from typing import NamedTuple, get_args
 
 from softprompt.base import Base
 from softprompt.config import Criterion, SamplingConfig, ScoreConfig, TextScore
-from softprompt.data import Rows, Written, chat_prompt_ids, completion_ids, write_rows
+from softprompt.data import Rows, RowText, chat_prompt_ids, completion_ids, render_rows
 from softprompt.data.messages import is_learned
 from softprompt.data.rows import with_labels
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError, MissingDependencyError
 from softprompt.evaluation.classification import class_scores, label_confusion, labelled_rows, macro_f1, share_right
-from softprompt.evaluation.heldout import Interval, bootstrap_interval, contenders, room_for_text, without_start
+from softprompt.evaluation.heldout import Interval, bootstrap_interval, contenders, max_text_tokens, truncate_start
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
 
@@ -75,18 +75,18 @@ def task_scores(
     names = tuple(dict.fromkeys(config.score))
     results: list[TaskScore] = []
     for set_name, rows in sets.items() if names else ():
-        questions = ask(base, rows, config.score_rows)
-        if questions.asked:
+        questions = questions_of(base, rows, config.score_rows)
+        if questions.items:
             limits = (max_length, config.score_tokens)
-            said = {n: greedy_answers(base, forward, questions.asked, p, *limits) for n, p in contenders(prompts)}
+            said = {n: greedy_answers(base, forward, questions.items, p, *limits) for n, p in contenders(prompts)}
             results += [score for name in names for score in _scored(set_name, name, questions, said, seed)]
     return results
 
 
 def _scored(
-    held_out: str, name: TextScore, questions: Questions, said: Mapping[str | None, Sequence[str]], seed: int
+    held_out: str, name: TextScore, questions: QuestionSet, said: Mapping[str | None, Sequence[str]], seed: int
 ) -> Iterator[TaskScore]:
-    references = [question.reference for question in questions.asked]
+    references = [question.reference for question in questions.items]
     bare = text_scores(name, said[None], references)
     for prompt, answers in said.items():
         values = bare if prompt is None else text_scores(name, answers, references)
@@ -97,13 +97,13 @@ def _task_score(
     held_out: str,
     prompt: str | None,
     name: TextScore,
-    questions: Questions,
+    questions: QuestionSet,
     values: Sequence[float],
     bare: Sequence[float] | None,
     seed: int,
 ) -> TaskScore:
     gaps = [ours - theirs for ours, theirs in zip(values, bare or values, strict=True)]
-    rows = [question.index for question in questions.asked]
+    rows = [question.index for question in questions.items]
     return TaskScore(
         held_out=held_out,
         prompt=prompt,
@@ -157,7 +157,7 @@ def _by_labels(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt]
 
 
 def _by_answers(base: Base, rows: Rows, name: TextScore) -> Callable[[SoftPrompt], float]:
-    asked = ask(base, rows).asked
+    asked = questions_of(base, rows).items
     if not asked:
         raise ConfigError(
             f"{name!r} compares answers with completions, and none of the {len(rows):,} rows of {rows.source} "
@@ -185,22 +185,22 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Questions:
+class QuestionSet:
     """The first rows of a set that have an answer."""
 
-    asked: tuple[Question, ...]
+    items: tuple[Question, ...]
     num_available: int  # rows of the set that have an answer, asked or not
 
 
-def ask(base: Base, rows: Rows, max_rows: int | None = None) -> Questions:
+def questions_of(base: Base, rows: Rows, max_rows: int | None = None) -> QuestionSet:
     """The rows that have an answer, the first `max_rows` of them; none where the set is plain text.
 
     Raises DataError, naming the row, for one that cannot be written.
     """
-    written = write_rows(rows) if rows.form.kind != "plain" else []
+    written = render_rows(rows) if rows.form.kind != "plain" else []
     available = [(position, row) for position, row in enumerate(written) if _has_answer(row)]
     asked = [_question(base, rows, position, row) for position, row in available[:max_rows]]
-    return Questions(tuple(asked), len(available))
+    return QuestionSet(tuple(asked), len(available))
 
 
 def greedy_answers(
@@ -216,12 +216,12 @@ def greedy_answers(
     `max_new_tokens` lowers that limit, and so does the room there is: `max_length` tokens with the question, which
     loses its start, as in training, only where it and its own reference do not fit.
     """
-    room = room_for_text(base, prompt, max_length)
+    room = max_text_tokens(base, prompt, max_length)
     longest = 1 + max((question.num_reference_tokens for question in questions), default=0)
     cap = longest if max_new_tokens is None else min(longest, max_new_tokens)
     requests = []
     for question in questions:
-        ids = without_start(base, question.ids, room - _reserved(base, question, room, cap))
+        ids = truncate_start(base, question.ids, room - _reserved(base, question, room, cap))
         requests.append(Request(ids, prompt, SamplingConfig(max_new_tokens=min(cap, room - len(ids)))))
     return [answer.text for answer in generate(base, requests, forward=forward)]
 
@@ -236,7 +236,7 @@ class _Turn(NamedTuple):
     text: str
 
 
-def _last_turn(row: Written) -> _Turn | None:
+def _last_turn(row: RowText) -> _Turn | None:
     """The assistant's last words that are learned, if something was said before them."""
     spoken = [
         _Turn(position, message["content"])
@@ -246,11 +246,11 @@ def _last_turn(row: Written) -> _Turn | None:
     return spoken[-1] if spoken else None
 
 
-def _has_answer(row: Written) -> bool:
+def _has_answer(row: RowText) -> bool:
     return not row.is_empty and (not row.messages or _last_turn(row) is not None)
 
 
-def _question(base: Base, rows: Rows, position: int, row: Written) -> Question:
+def _question(base: Base, rows: Rows, position: int, row: RowText) -> Question:
     turn = _last_turn(row)
     if turn is None:
         ids, reference = base.bos_ids + base.encode(row.prompt), row.text

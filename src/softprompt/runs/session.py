@@ -243,7 +243,7 @@ class TrainingSession:
             self._on_note("no validation rows, so the prompt's accuracy is unknown; softprompt compare measures it")
             return None
         num_rows = min(len(rows), _MOST_JUDGED_ROWS, max(_LEAST_JUDGED_ROWS, _MOST_JUDGED_LABELS // len(form.labels)))
-        first = replace(rows.take(range(num_rows)), form=form)
+        first = replace(rows.select(range(num_rows)), form=form)
         try:
             return verdict_of(self.base, "the validation set", first, task.name or "the prompt", kept.prompt)
         except DataError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from softprompt.data.messages import check_row_keys
-from softprompt.data.rows import Rows, write_row
+from softprompt.data.rows import Rows, render_row
 from softprompt.data.textfiles import JsonLine, iter_json_lines, json_problem
 from softprompt.errors import DataError
 from softprompt.types import FormKind, InputForm
@@ -114,7 +114,7 @@ def _form_of(line: JsonLine) -> FormKind:
     rows = Rows(records=(record,), indices=(line.number - 1,), source="", form=_FORMS[form], column=column)
     try:
         check_row_keys(record, _COLUMNS[form], form, rows.where(0))
-        written = write_row(rows, 0)
+        written = render_row(rows, 0)
     except DataError as error:  # it opens with where the row is
         raise DataError(f"{where}{str(error).removeprefix(rows.where(0))}") from error
     if written.is_empty:
