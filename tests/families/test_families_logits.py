@@ -36,7 +36,7 @@ def batch_logits(base, rows, prompts, align="left"):
     forward = forward_of(base)
     spliced = concatenate(base, rows, prompts, align)
     logits = forward.logits(forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS))
-    lengths = spliced.lengths_B.tolist()
+    lengths = spliced.lengths
     return [own[:n] if align == "left" else own[-n:] for own, n in zip(logits, lengths, strict=True)]
 
 

@@ -1,13 +1,10 @@
 """The concatenated layout: [soft prompt, BOS, text] per row, positions from the prompt's start, pads on one side.
 
-This is the one place where prompts meet token embeddings, masks, positions and targets. Pads are zero vectors, masked
-by length and never by id, so a pad token is not needed and may equal EOS. The float32 prompt is cast to the base's
-dtype here and nowhere else.
+Pads are zero vectors, masked by length and never by id, so a pad token is not needed and may equal EOS.
 
-Both alignments are exact for every tested family. A loss takes left-aligned rows: pads behind a row are out of its
-causal sight, so nothing is masked, and every slot has itself to attend to (a masked pad has nothing, which is NaN where
-a float64 base attends in float32). Generation takes right-aligned ones: the last hidden state of every row lies in
-the last slot.
+Both alignments are exact for every tested family. A loss uses left-aligned rows: causal attention does not see pads
+behind a row, so nothing is masked, and every slot has itself to attend to (a masked pad has nothing, which is NaN where
+a float64 base attends in float32). In right-aligned rows the last slot has the last hidden state of every row.
 
 B rows, S slots, H embedding width, P prompt length (ragged), T text length (ragged), N targets.
 """
@@ -22,8 +19,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base import Base
-from softprompt.splice.rows import Row
-from softprompt.splice.targets import Targets, find_targets
+from softprompt.splice.embed import Row, Targets, embed_with_prompt, find_targets
 
 Alignment = Literal["right", "left"]
 
@@ -35,38 +31,34 @@ class Concatenated:
     embeds_BSH: Tensor
     mask_BS: Tensor  # 0 at pads in front, which a row must not see; 1 elsewhere
     positions_BS: Tensor  # counted from the first virtual token; 0 at pads
-    lengths_B: Tensor  # P + T of each row
+    lengths: tuple[int, ...]  # P + T of each row
     targets: Targets
 
 
 def concatenate(base: Base, rows: Sequence[Row], prompts: Sequence[Tensor], align: Alignment = "left") -> Concatenated:
     """Splice rows with their prompts [P, H]; gradients flow into the prompts, and into nothing else."""
-    pieces = [_row_embeds(base, row, prompts) for row in rows]
-    lengths = [piece.shape[0] for piece in pieces]
+    pieces = [(None if row.prompt is None else prompts[row.prompt], row.ids) for row in rows]
+    lengths = [len(ids) + (0 if prompt is None else prompt.shape[0]) for prompt, ids in pieces]
+    embeds = embed_with_prompt(base, pieces).split(lengths)
     num_slots = max(lengths)
     first_slots = [num_slots - length if align == "right" else 0 for length in lengths]
+    text_slots = [  # flat: row * S + slot
+        number * num_slots + first + length - len(row.ids)
+        for number, (row, first, length) in enumerate(zip(rows, first_slots, lengths, strict=True))
+    ]
     mask, positions = _mask_and_positions(lengths, first_slots, num_slots)
     return Concatenated(
-        embeds_BSH=torch.stack(
-            [_pad(piece, first, num_slots) for piece, first in zip(pieces, first_slots, strict=True)]
-        ),
+        embeds_BSH=torch.stack([_pad(own, first, num_slots) for own, first in zip(embeds, first_slots, strict=True)]),
         mask_BS=mask.to(base.device),
         positions_BS=positions.to(base.device),
-        lengths_B=torch.tensor(lengths, device=base.device),
-        targets=_targets(rows, lengths, first_slots, num_slots, base.device),
+        lengths=tuple(lengths),
+        targets=find_targets(rows, text_slots, [slot - 1 for slot in text_slots], base.device),
     )
 
 
-def _row_embeds(base: Base, row: Row, prompts: Sequence[Tensor]) -> Tensor:
-    text = base.token_inputs(torch.tensor(list(row.ids), dtype=torch.long))
-    if row.prompt is None:
-        return text
-    return torch.cat([base.virtual_inputs(prompts[row.prompt]), text])
-
-
-def _pad(piece: Tensor, first_slot: int, num_slots: int) -> Tensor:
-    behind = num_slots - first_slot - piece.shape[0]
-    return torch.nn.functional.pad(piece, (0, 0, first_slot, behind))
+def _pad(own: Tensor, first_slot: int, num_slots: int) -> Tensor:
+    behind = num_slots - first_slot - own.shape[0]
+    return torch.nn.functional.pad(own, (0, 0, first_slot, behind))
 
 
 def _mask_and_positions(lengths: list[int], first_slots: list[int], num_slots: int) -> tuple[Tensor, Tensor]:
@@ -75,15 +67,3 @@ def _mask_and_positions(lengths: list[int], first_slots: list[int], num_slots: i
     is_in_front = positions < 0
     is_behind = positions >= torch.tensor(lengths)[:, None]
     return (~is_in_front).long(), positions.masked_fill(is_in_front | is_behind, 0)
-
-
-def _targets(
-    rows: Sequence[Row], lengths: list[int], first_slots: list[int], num_slots: int, device: torch.device
-) -> Targets:
-    """Slots are flat: row * S + slot."""
-
-    def slot_of(index: int, column: int) -> int:
-        text_start = index * num_slots + first_slots[index] + lengths[index] - len(rows[index].ids)
-        return text_start + column - 1
-
-    return find_targets(rows, slot_of, device)

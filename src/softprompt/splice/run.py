@@ -1,31 +1,52 @@
-"""Run spliced rows through a base: packed where the base can, else concatenated and padded.
+"""Run rows behind their soft prompts: packed where the base can, else concatenated and padded.
 
-N targets, D hidden width, K prompts.
+Packed, the tokens of all rows are one sequence without pads, each row behind its soft prompt, which stands once. The
+prompts lie in front of the rows in the same sequence, or were run in an earlier pass (`Prefix`) to whose keys and
+values the rows attend. Positions restart at every row, behind its own prompt. A hidden state depends on its own row and
+prompt alone: tests compare it with the concatenated layout, and change a neighbour's tokens as the control.
+
+S packed tokens, E tokens of all prompts, H embedding width, D hidden width, K prompts, P prompt length (ragged), N
+targets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softprompt.base import Base
-from softprompt.families import Forward
+from softprompt.families import Forward, KeysValues, PackedBatch, Segment
 from softprompt.splice.concatenate import concatenate
-from softprompt.splice.pack import Prefix, pack, pack_prompts
-from softprompt.splice.rows import Row
-from softprompt.splice.targets import Targets
+from softprompt.splice.embed import Row, Targets, embed_with_prompt, find_targets
+
+Range = tuple[int, int]  # first, length
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What rows need of the soft prompts that were run before them."""
+
+    ranges: tuple[Range, ...]  # of each prompt among the E tokens
+    states: dict[nn.Module, KeysValues]  # by attention module: [h, E, d] each
+    last_hidden_KD: Tensor  # at each prompt's last vector, which predicts a row's first token
 
 
 def run_prompts(base: Base, forward: Forward, prompts: Sequence[Tensor]) -> Prefix:
-    """One pass of the soft prompts [P, H]: what any number of rows need of them. Gradients flow through it."""
-    packed, ranges = pack_prompts(base, prompts)
-    hidden = forward.packed_hidden_states(packed.embeds_SH, packed.positions_S, packed.rows)
+    """Run soft prompts [P, H] once for any number of rows; gradients flow through it."""
+    ranges = _ranges([prompt.shape[0] for prompt in prompts], 0)
+    segments = tuple(Segment(first, length) for first, length in ranges)
+    states: dict[nn.Module, KeysValues] = {}
+    hidden = forward.packed_hidden_states(
+        embed_with_prompt(base, [(prompt, ()) for prompt in prompts]),
+        _positions(segments, base.device),
+        PackedBatch(segments, kept=states),
+    )
     last = torch.tensor([first + length - 1 for first, length in ranges], device=hidden.device)
-    assert packed.rows.kept is not None
-    return Prefix(ranges, packed.rows.kept, hidden[last])
+    return Prefix(ranges, states, hidden[last])
 
 
 def target_states(
@@ -44,11 +65,7 @@ def target_states(
         spliced = concatenate(base, rows, prompts, align="left")
         hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS).flatten(0, 1)
         return hidden[spliced.targets.slots], spliced.targets
-    packed = pack(base, rows, prompts, prefix, checkpoint)
-    parts = [prefix.last_hidden_KD] if prefix is not None else []
-    if len(packed.embeds_SH):
-        parts.append(forward.packed_hidden_states(packed.embeds_SH, packed.positions_S, packed.rows))
-    return torch.cat(parts)[packed.targets.slots], packed.targets
+    return _packed(base, forward, rows, prompts, prefix, checkpoint)
 
 
 def _longest(rows: Sequence[Row], prompts: Sequence[Tensor]) -> int:
@@ -58,8 +75,54 @@ def _longest(rows: Sequence[Row], prompts: Sequence[Tensor]) -> int:
 
 
 def _one_by_one(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> tuple[Tensor, Targets]:
-    """Where a long row would change its company (`Forward.max_batchable_length`)."""
+    """Each row alone, where a long one would change the others (`Forward.max_batchable_length`)."""
     parts = [target_states(base, forward, [row], prompts) for row in rows]
     numbered = [replace(targets, rows=targets.rows + number) for number, (_, targets) in enumerate(parts)]
     joined = {item.name: torch.cat([getattr(targets, item.name) for targets in numbered]) for item in fields(Targets)}
     return torch.cat([hidden for hidden, _ in parts]), Targets(**joined)
+
+
+def _packed(
+    base: Base,
+    forward: Forward,
+    rows: Sequence[Row],
+    prompts: Sequence[Tensor],
+    prefix: Prefix | None,
+    checkpoint: bool,
+) -> tuple[Tensor, Targets]:
+    """One packed sequence. Target slots count the prefix's K last hidden states first."""
+    in_front = () if prefix is not None else prompts
+    ranges = _ranges([prompt.shape[0] for prompt in prompts], 0) if prefix is None else prefix.ranges
+    own = _ranges([len(row.ids) for row in rows], sum(prompt.shape[0] for prompt in in_front))
+    segments = [Segment(first, length) for first, length in ranges[: len(in_front)]]
+    for (first, length), row in zip(own, rows, strict=True):
+        segments.append(Segment(first, length, None if row.prompt is None else ranges[row.prompt]))
+    batch = PackedBatch(
+        tuple(segment for segment in segments if segment.length),
+        prefixes=None if prefix is None else prefix.states,
+        checkpoint=checkpoint,
+    )
+    parts = [] if prefix is None else [prefix.last_hidden_KD]
+    if batch.segments:
+        pieces = [*((prompt, ()) for prompt in in_front), (None, [i for row in rows for i in row.ids])]
+        embeds_SH = embed_with_prompt(base, pieces)
+        parts.append(forward.packed_hidden_states(embeds_SH, _positions(batch.segments, base.device), batch))
+    ends = [sum(own) - 1 for own in ranges] if prefix is None else list(range(len(ranges)))
+    num_before = 0 if prefix is None else len(ranges)
+    targets = find_targets(
+        rows,
+        first_slots=[num_before + first for first, _ in own],
+        slots_before=[0 if row.prompt is None else ends[row.prompt] for row in rows],
+        device=base.device,
+    )
+    return torch.cat(parts)[targets.slots], targets
+
+
+def _ranges(lengths: Sequence[int], first: int) -> tuple[Range, ...]:
+    return tuple(zip(accumulate(lengths, initial=first), lengths, strict=False))
+
+
+def _positions(segments: Sequence[Segment], device: torch.device) -> Tensor:
+    before = [segment.prefix[1] if segment.prefix is not None else 0 for segment in segments]
+    parts = [torch.arange(start, start + s.length) for start, s in zip(before, segments, strict=True)]
+    return torch.cat([torch.arange(0), *parts]).to(device)

@@ -1,0 +1,103 @@
+"""The one place where soft prompts meet token embeddings, and where positions and targets are counted from.
+
+A row is [soft prompt, BOS, text, answer]; positions count from the first virtual token. The layouts differ in how rows
+lie side by side: concatenated and padded (`softprompt.splice.concatenate`), packed (`softprompt.splice.run`), or some
+spans of them, for a forward over cached keys and values of the rest.
+
+S tokens of a forward, W width of an input embedding, H width of a prompt, P prompt length, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softprompt.base import Base
+from softprompt.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence. `prompt` is an index into the prompts of the splice, None for the bare base."""
+
+    ids: Sequence[int]
+    prompt: int | None = None
+    targets: Sequence[float] | None = None  # one per id: the weight of its loss; 0 or False where none is wanted
+
+    def __post_init__(self) -> None:
+        if self.prompt is None and not self.ids:
+            raise DataError("an empty text has no token to continue from on the bare base; give at least one character")
+        assert self.targets is None or len(self.targets) == len(self.ids)
+        assert self.prompt is not None or not self.targets or not self.targets[0], "nothing predicts a bare first token"
+
+
+def embed_with_prompt(base: Base, pieces: Sequence[tuple[Tensor | None, Sequence[int]]]) -> Tensor:
+    """Input embeddings [S, W] of pieces, one after the other: vectors of a soft prompt [P, H], if any, then token ids.
+
+    The float32 prompt is cast to the base's dtype here and nowhere else. Gradients flow into the prompts only.
+    """
+    texts = base.token_inputs(torch.tensor([i for _, ids in pieces for i in ids], dtype=torch.long))
+    if all(vectors is None for vectors, _ in pieces):
+        return texts
+    parts = []
+    for (vectors, _), text in zip(pieces, texts.split([len(ids) for _, ids in pieces]), strict=True):
+        if vectors is not None:
+            parts.append(base.virtual_inputs(vectors))
+        parts.append(text)
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Consecutive positions of one row."""
+
+    prompt: Tensor | None  # the whole soft prompt [P, H]
+    ids: Sequence[int]  # of the whole row: text and answer
+    first: int
+    length: int
+
+
+def embed_spans(base: Base, spans: Sequence[TokenSpan]) -> tuple[Tensor, Tensor]:
+    """Input embeddings [S, W] and positions [S] of the spans, one after the other."""
+    positions = [i for span in spans for i in range(span.first, span.first + span.length)]
+    return embed_with_prompt(base, [_piece(span) for span in spans]), torch.tensor(positions, device=base.device)
+
+
+def _piece(span: TokenSpan) -> tuple[Tensor | None, Sequence[int]]:
+    """The vectors and the token ids that a span covers."""
+    num_virtual = 0 if span.prompt is None else span.prompt.shape[0]
+    end = span.first + span.length
+    vectors = span.prompt[span.first : end] if span.prompt is not None and span.first < num_virtual else None
+    return vectors, span.ids[max(span.first - num_virtual, 0) : max(end - num_virtual, 0)]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where a loss is wanted, in row order. All [N], int64 but for the weights, on the base's device."""
+
+    ids: Tensor  # the token to predict
+    slots: Tensor  # index of the hidden state that predicts it, among those of one forward
+    rows: Tensor  # its row
+    columns: Tensor  # its index among the row's ids
+    weights: Tensor  # of its loss, float64
+
+
+def find_targets(
+    rows: Sequence[Row], first_slots: Sequence[int], slots_before: Sequence[int], device: torch.device
+) -> Targets:
+    """The targets of rows, given the slot of each row's first id, and the slot of the hidden state that predicts it."""
+    counted = [(number, row) for number, row in enumerate(rows) if row.targets is not None]
+    weights = torch.tensor([weight for _, row in counted for weight in row.targets or ()], dtype=torch.float64)
+    ids = torch.tensor([i for _, row in counted for i in row.ids], dtype=torch.long)
+    lengths = torch.tensor([len(row.ids) for _, row in counted], dtype=torch.long)
+    owners = torch.tensor([number for number, _ in counted], dtype=torch.long).repeat_interleave(lengths)
+    columns = torch.arange(len(ids)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    wanted = weights.nonzero()[:, 0]
+    ids, owners, columns, weights = ids[wanted], owners[wanted], columns[wanted], weights[wanted]
+    first, before = (torch.tensor(slots, dtype=torch.long)[owners] for slots in (first_slots, slots_before))
+    slots = torch.where(columns == 0, before, first + columns - 1)
+    ids, slots, owners, columns = torch.stack([ids, slots, owners, columns]).to(device).unbind()
+    return Targets(ids, slots, owners, columns, weights.to(device))
