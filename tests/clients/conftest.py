@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from client_programs import Programs
-from support.served import served
+from support.app_server import served
 
 from softprompt import load_base
 from softprompt.base import Base

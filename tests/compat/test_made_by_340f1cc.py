@@ -14,10 +14,10 @@ import httpx2
 import pytest
 import torch
 from sqlalchemy import create_engine
+from support.app_server import served
 from support.command_line import succeed
 from support.job_server import wait_until
 from support.postgres_server import postgres
-from support.served import served
 from support.tiny_bases import build_base
 
 from softprompt.base import Base, load_base

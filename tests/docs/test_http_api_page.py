@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import httpx2
 import pytest
-from support.served import served
+from support.app_server import served
 
 from softprompt import load_base
 from softprompt.cli.main import commands

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support.inference_runs import Place, events_of, serving, words
+from support.app_server import AppServer, app_server, events_of, words
 from support.tiny_bases import build_base, build_model
 
 from softprompt.base import Base
@@ -44,8 +44,10 @@ def prompts(base: Base) -> dict[str, SoftPrompt]:
 
 
 @pytest.fixture(scope="module")
-def place(base: Base, prompts: Mapping[str, SoftPrompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with serving(base, prompts, tmp_path_factory.mktemp("state")) as place:
+def place(
+    base: Base, prompts: Mapping[str, SoftPrompt], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AppServer]:
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
         yield place
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import httpx2
 import pytest
 from openai import OpenAI
+from support.app_server import served
 from support.fault_work import ROWS, Place, outcome
 from support.prompt_server import as_upload, made_prompt
-from support.served import served
 
 from softprompt.base import Base
 from softprompt.config import ServerConfig

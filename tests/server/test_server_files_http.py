@@ -16,7 +16,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import select
-from support.served import served
+from support.app_server import served
 
 from softprompt.errors import DatabaseError
 from softprompt.server.app import create_app

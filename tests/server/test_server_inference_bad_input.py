@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from support.inference_runs import Place, serving
+from support.app_server import AppServer, app_server
 from support.tiny_bases import build_base, random_prompt
 
 from softprompt.prompt import SoftPrompt
@@ -16,10 +16,10 @@ from softprompt.server.clients.keys import Client
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     base = build_base()
     prompts = {"quotes": SoftPrompt(random_prompt(base, 4)), "coach": SoftPrompt(random_prompt(base, 4))}
-    with serving(base, prompts, tmp_path_factory.mktemp("state")) as place:
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
         yield place
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.app_server import AppServer, app_server, words
 from support.engine_runs import answers
-from support.inference_runs import Place, serving, words
 from support.slow_truth import assert_same_answer, plain_greedy, plain_logits
 from support.tiny_bases import build_base, random_ids, random_prompt
 
@@ -45,8 +45,8 @@ def prompts(base: Base) -> dict[str, SoftPrompt]:
 
 
 @pytest.fixture(scope="module")
-def place(base: Base, prompts: dict[str, SoftPrompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with serving(base, prompts, tmp_path_factory.mktemp("state")) as place:
+def place(base: Base, prompts: dict[str, SoftPrompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
         yield place
 
 
@@ -187,7 +187,7 @@ def before_the_end(base: Base, content: list[Any]) -> tuple[list[int], list[floa
     return ids[:num], [token.logprob for token in content[:num]]
 
 
-def chat(place: Place, model: str, messages: list[dict[str, object]], **settings: object):
+def chat(place: AppServer, model: str, messages: list[dict[str, object]], **settings: object):
     return place.client.chat.completions.create(
         model=model, messages=messages, max_tokens=8, temperature=0, logprobs=True, **settings
     )

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
-from support.inference_runs import Place, events_of, serving
+from support.app_server import AppServer, app_server, events_of
 from support.tiny_bases import build_base, random_prompt
 
 from softprompt.base import Base
@@ -31,15 +31,15 @@ def long_base() -> Base:
 
 
 @pytest.fixture(scope="module")
-def place(long_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(long_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     prompts = {"quotes": SoftPrompt(random_prompt(long_base, 4))}
     config = EngineConfig(max_rows=2, max_waiting=3)
-    with serving(long_base, prompts, tmp_path_factory.mktemp("state"), config) as place:
+    with app_server(long_base, tmp_path_factory.mktemp("state"), prompts, config) as place:
         yield place
 
 
 @contextmanager
-def asking(place: Place, body: dict[str, object], path: str = "/v1/completions") -> Iterator[socket.socket]:
+def asking(place: AppServer, body: dict[str, object], path: str = "/v1/completions") -> Iterator[socket.socket]:
     """A request of which no answer is read yet."""
     content = json.dumps(body).encode()
     where = urlsplit(place.url)
@@ -124,7 +124,7 @@ def until(holds):
 
 
 def test_a_time_that_is_over_is_told(long_base, tmp_path):
-    with serving(long_base, {}, tmp_path, request_timeout_s=0.3) as place:
+    with app_server(long_base, tmp_path, request_timeout_s=0.3) as place:
         asked = LONG | {"model": "base"}
         late = place.post("/v1/completions", asked)
         assert late.status_code == 408 and late.json()["error"]["code"] == "timeout" and "0.3 s" in late.text
@@ -148,7 +148,7 @@ def test_an_engine_that_breaks_is_told(long_base, tmp_path, monkeypatch, caplog)
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", step_or_break)
-    with serving(long_base, {}, tmp_path) as place:
+    with app_server(long_base, tmp_path) as place:
         asked = LONG | {"model": "base"}
         with place.http.stream("POST", "/v1/completions", json=asked | {"stream": True}) as streamed:
             lines = streamed.iter_lines()

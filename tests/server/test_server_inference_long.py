@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from support.inference_runs import Place, serving
+from support.app_server import AppServer, app_server
 from support.tiny_bases import build_base, random_prompt
 from test_server_inference_leaving import asking, until
 from transformers import PreTrainedTokenizerFast
@@ -53,9 +53,9 @@ def base() -> Base:
 
 
 @pytest.fixture(scope="module")
-def place(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     prompts = {"quotes": SoftPrompt(random_prompt(base, 4))}
-    with serving(base, prompts, tmp_path_factory.mktemp("state")) as place:
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
         yield place
 
 

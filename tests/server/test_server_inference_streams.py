@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from support.inference_runs import Place, events_of, serving, words
+from support.app_server import AppServer, app_server, events_of, words
 from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.base import Base, load_base
@@ -30,17 +30,17 @@ OPENAIS_OWN = ("reasoning_tokens", "audio_tokens", "accepted_prediction_tokens",
 
 
 @pytest.fixture(scope="module")
-def place(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     prompts = {name: SoftPrompt(random_prompt(base, 4, seed)) for seed, name in enumerate(("quotes", "ft:tiny:a:1"))}
-    with serving(base, prompts, tmp_path_factory.mktemp("state")) as place:
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
         yield place
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     """A base whose tokens are pieces of real text."""
     base = load_base("embedded", dtype="float32", device="cpu")
-    with serving(base, {"p": SoftPrompt(random_prompt(base, 4))}, tmp_path_factory.mktemp("state")) as place:
+    with app_server(base, tmp_path_factory.mktemp("state"), {"p": SoftPrompt(random_prompt(base, 4))}) as place:
         yield place
 
 

@@ -13,7 +13,7 @@ import httpx2 as httpx
 import openai
 import pytest
 from sqlalchemy import event
-from support.served import served
+from support.app_server import served
 from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from support.inference_runs import Place, place_of, words
+from support.app_server import AppServer, serve_app, words
 from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.config import ServerConfig
@@ -28,7 +28,7 @@ WHOLE, ALL_BUT_PROMPT, CACHED = NUM_VIRTUAL + NUM_TEXT, NUM_TEXT, NUM_TEXT - 48
 class Asking:
     """Keys that ask a server, and what the engine had to run for each request."""
 
-    def __init__(self, place: Place, secrets: dict[str, str]) -> None:
+    def __init__(self, place: AppServer, secrets: dict[str, str]) -> None:
         self.place, self.secrets = place, secrets
         self.cached_tokens = 0  # of the last request, as its usage says
 
@@ -51,7 +51,7 @@ def asking(state: Path, *names: str, **config: Any) -> Iterator[Asking]:
     base = build_base()
     app = serving_app(base, ServerConfig(state=str(state), require_keys=bool(names), **config))
     dependency_of(app, PromptRegistry).publish(Model(id="p", prompt=SoftPrompt(random_prompt(base, NUM_VIRTUAL))))
-    with place_of(app) as place:
+    with serve_app(app) as place:
         yield Asking(place, secrets)
 
 

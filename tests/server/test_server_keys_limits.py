@@ -11,7 +11,7 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.served import served
+from support.app_server import served
 from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from support.app_server import served
 from support.prompt_server import as_upload, made_prompt
-from support.served import served
 from support.tiny_bases import build_base
 
 from softprompt.base import Base

@@ -13,10 +13,9 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from support.inference_runs import Place, place_of
+from support.app_server import AppServer, serve_app, served
 from support.job_server import LONG as LONG_JOB
 from support.job_server import create_job, plain_rows, upload, wait_until
-from support.served import served
 from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig
@@ -38,10 +37,10 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
 
 
 @pytest.fixture(scope="module")
-def place(database: Database) -> Iterator[Place]:
+def place(database: Database) -> Iterator[AppServer]:
     base = build_base(max_position_embeddings=2 * LONG)
     config = ServerConfig(state=str(Path(str(database.url.database)).parent), require_keys=True)
-    with place_of(serving_app(base, config, EngineConfig(kv_bytes=2**32))) as found:
+    with serve_app(serving_app(base, config, EngineConfig(kv_bytes=2**32))) as found:
         yield found
 
 
@@ -74,7 +73,7 @@ def asking(url: str, secret: str, *, stream: bool) -> tuple[Answer, threading.Th
     return answer, thread
 
 
-def test_answers_on_a_revoked_key_end_and_those_on_others_go_on(place: Place, database: Database) -> None:
+def test_answers_on_a_revoked_key_end_and_those_on_others_go_on(place: AppServer, database: Database) -> None:
     """They once ran to their end, for as long as the request's time limit."""
     (key, secret), (other, other_secret) = create_key(database, "ann"), create_key(database, "bob")
     time.sleep(1.1)  # until the server knows them

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Query
 from pydantic import BaseModel, Field, model_validator
-from support.served import served
+from support.app_server import served
 
 from softprompt.errors import DataError, truncated
 from softprompt.server.app import create_app

@@ -2,8 +2,8 @@
 
 import openai
 import pytest
+from support.app_server import served
 from support.prompt_server import as_upload, made_prompt
-from support.served import served
 
 from softprompt.config import ServerConfig
 from softprompt.server.clients.keys import create_key

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
-from support.inference_runs import Place, serving
+from support.app_server import AppServer, app_server
 from support.tiny_bases import random_prompt
 
 from softprompt.engine import AsyncEngine
@@ -23,13 +23,13 @@ from softprompt.server.telemetry.metrics import BoundedNames, Metrics
 
 
 @pytest.fixture(scope="module")
-def place(tiny_llama, tmp_path_factory) -> Iterator[Place]:
+def place(tiny_llama, tmp_path_factory) -> Iterator[AppServer]:
     prompts = {"coach": SoftPrompt(random_prompt(tiny_llama, 3, seed=1))}
-    with serving(tiny_llama, prompts, tmp_path_factory.mktemp("state")) as found:
+    with app_server(tiny_llama, tmp_path_factory.mktemp("state"), prompts) as found:
         yield found
 
 
-def figures(place: Place) -> dict[tuple[str, ...], float]:
+def figures(place: AppServer) -> dict[tuple[str, ...], float]:
     """Every sample, by its name and its labels' values."""
     answer = place.http.get("/metrics")
     assert answer.status_code == 200
@@ -191,12 +191,12 @@ def test_a_jobs_tokens_are_counted(place):
 
 
 def test_two_servers_count_apart(place, tiny_llama, tmp_path):
-    with serving(tiny_llama, {}, tmp_path / "state") as other:
+    with app_server(tiny_llama, tmp_path / "state") as other:
         assert ("softprompt:generation_tokens_total", "coach") not in figures(other)
 
 
 def test_health_and_ready(tiny_llama, tmp_path):
-    with serving(tiny_llama, {}, tmp_path / "state") as place:
+    with app_server(tiny_llama, tmp_path / "state") as place:
         assert place.http.get("/health").json() == place.http.get("/ready").json() == {"status": "ok"}
         dependency_of(place.app, Lifecycle).begin_to_drain()
         answer = place.http.get("/ready")
@@ -207,7 +207,7 @@ def test_health_and_ready(tiny_llama, tmp_path):
 
 
 def test_an_engine_that_has_stopped(tiny_llama, tmp_path):
-    with serving(tiny_llama, {}, tmp_path / "state") as place:
+    with app_server(tiny_llama, tmp_path / "state") as place:
         asyncio.run(dependency_of(place.app, AsyncEngine).close())
         for path in ("/health", "/ready"):
             answer = place.http.get(path)
@@ -221,7 +221,7 @@ def test_metrics_need_an_admins_key_where_keys_are_asked_for(tiny_llama, tmp_pat
     with closing(Database.in_folder(tmp_path / "state")) as database:
         keys = [create_key(database, name, is_admin=name == "admin") for name in ("a", "admin")]
     asked = [None, *({"authorization": f"Bearer {secret}"} for _, secret in keys)]
-    with serving(tiny_llama, {}, tmp_path / "state", require_keys=True) as place:
+    with app_server(tiny_llama, tmp_path / "state", require_keys=True) as place:
         assert [place.http.get("/metrics", headers=headers).status_code for headers in asked] == [401, 403, 200]
         assert [place.http.get(path).status_code for path in ("/health", "/ready")] == [200, 200]
         with caplog.at_level(logging.INFO, "softprompt.server.requests"):

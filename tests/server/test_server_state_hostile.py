@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from support.served import served
+from support.app_server import served
 from support.tiny_bases import build_base
 
 from softprompt.config import ServerConfig

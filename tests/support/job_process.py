@@ -37,7 +37,7 @@ def _serve(state: str) -> None:
 
     from softprompt.config import ServerConfig
     from softprompt.server.start import serving_app
-    from support.served import served
+    from support.app_server import served
     from support.tiny_bases import build_base
 
     torch.set_num_threads(1)

@@ -16,16 +16,15 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from softprompt.base import Base
-from softprompt.config import DataConfig, ServerConfig, TrainConfig
+from softprompt.config import DataConfig, TrainConfig
 from softprompt.data import split_rows
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import Client
 from softprompt.server.dependencies import dependency_of
 from softprompt.server.jobs.run import JobRun
 from softprompt.server.prompts.registry import PromptRegistry
-from softprompt.server.start import serving_app
 from softprompt.training import Event, StepDone, train
-from support.served import served
+from support.app_server import app_server
 
 ENDED = ("succeeded", "failed", "cancelled")
 SETTINGS = {"virtual_tokens": 3, "epochs": 2, "batch_rows": 8}
@@ -56,9 +55,8 @@ def chat_rows(count: int = 24) -> list[Record]:
 @contextmanager
 def job_server(base: Base, state: Path, **settings: Any) -> Iterator[tuple[OpenAI, FastAPI]]:
     """A server with its state there, and a client that does not try again."""
-    app = serving_app(base, ServerConfig(state=str(state), **settings))
-    with served(app) as url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client, app
+    with app_server(base, state, **settings) as server:
+        yield server.client, server.app
 
 
 def upload(client: OpenAI, rows: Sequence[Record], name: str = "rows.jsonl") -> str:

@@ -33,7 +33,7 @@ from softprompt.server.prompts.routes import router
 from softprompt.server.state.database import Database
 from softprompt.storage.save import adapter_to_bytes
 from softprompt.types import PromptRecord
-from support.served import served
+from support.app_server import served
 from support.tiny_bases import random_prompt
 
 

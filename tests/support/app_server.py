@@ -1,9 +1,11 @@
-"""Servers for the tests of inference: a tiny base, prompts by name, and the official client."""
+"""A whole app on a tiny base, as `softprompt serve` makes it, on a real server: uvicorn in a thread of this process."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 
 import httpx2
 import openai
+import uvicorn
 from fastapi import FastAPI
 
 from softprompt.base import Base
@@ -23,12 +26,11 @@ from softprompt.server.dependencies import dependency_of
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
-from support.served import served
 
 
 @dataclass(frozen=True)
-class Place:
-    """A running server."""
+class AppServer:
+    """A running server, and clients for it."""
 
     app: FastAPI
     url: str
@@ -47,7 +49,7 @@ class Place:
         return asyncio.run(dependency_of(self.app, AsyncEngine).stats())
 
     def until_idle(self, seconds: float = 5.0) -> float:
-        """Seconds until nobody runs or waits in the engine."""
+        """Seconds until no request runs or waits in the engine."""
         began = time.monotonic()
         while (stats := self.stats()).num_running or stats.num_waiting:
             assert time.monotonic() - began < seconds, stats
@@ -62,24 +64,48 @@ class Place:
 
 
 @contextmanager
-def serving(
-    base: Base, prompts: Mapping[str, SoftPrompt], state: Path, engine_config: EngineConfig | None = None, **config: Any
-) -> Iterator[Place]:
+def app_server(
+    base: Base,
+    state: Path,
+    prompts: Mapping[str, SoftPrompt] | None = None,
+    engine_config: EngineConfig | None = None,
+    **config: Any,
+) -> Iterator[AppServer]:
+    """The app of a base with its state in a folder, and prompts by name; `config` is ServerConfig's."""
     app = serving_app(base, ServerConfig(state=str(state), **config), engine_config)
-    for name, prompt in prompts.items():
+    for name, prompt in (prompts or {}).items():
         dependency_of(app, PromptRegistry).publish(Model(id=name, prompt=prompt))
-    with place_of(app) as place:
-        yield place
+    with serve_app(app) as server:
+        yield server
 
 
 @contextmanager
-def place_of(app: FastAPI) -> Iterator[Place]:
+def serve_app(app: FastAPI) -> Iterator[AppServer]:
+    """Any app, with clients for it."""
     with (
         served(app) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
         httpx2.Client(base_url=url) as http,
     ):
-        yield Place(app, url, client, http)
+        yield AppServer(app, url, client, http)
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """Serve an app on a free port of the loopback; gives its URL, "http://127.0.0.1:PORT"."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
 
 
 def words(ids: tuple[int, ...]) -> str:
