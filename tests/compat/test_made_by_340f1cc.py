@@ -150,7 +150,7 @@ def test_a_servers_state_answers_as_before_and_its_paused_job_goes_on(server: Se
     before = losses(copied / "state" / "jobs" / paused)
     assert 0 < len(before) < 60
     assert checked(server.ada.get(f"{jobs}/{paused}"))["status"] == "paused"
-    assert checked(server.ada.post(f"{jobs}/{paused}/resume"))["status"] in ("queued", "running")
+    assert checked(server.ada.post(f"{jobs}/{paused}/resume"))["status"] in ("queued", "validating_files", "running")
     wait_until(lambda: checked(server.ada.get(f"{jobs}/{paused}"))["status"] == "succeeded")
     succeed(*TRAIN_AS_JOB, "--out", "straight", cwd=copied)
     made, straight = (copied / "state" / "jobs" / paused, copied / "straight")
