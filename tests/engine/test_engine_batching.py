@@ -4,7 +4,6 @@ import logging
 import random
 from dataclasses import replace
 from functools import lru_cache
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from support.engine_runs import (
     assert_alike,
     assert_empty,
     assert_true,
-    attend_in_torch,
     kv_bytes,
     run_out,
 )
@@ -57,24 +55,22 @@ def test_a_request_answers_truly_whoever_joins_and_leaves(family):
             strangers.append(engine.add(asked(base, random_ids(chance.randint(1, 20), chance.randint(0, 99)))))
         if strangers and chance.random() < 0.1:
             engine.abort(chance.choice(strangers))
-        ledger.take(engine.step())
+        ledger.record(engine.step())
         engine.check_integrity()
     assert_empty(engine)
     for number, request in mine.items():
         assert_true(base, request, ledger.answers(number)[0])
 
 
-@pytest.mark.parametrize("attention", ["compiled", "torch"])
+@pytest.mark.parametrize("runner", ["auto", "torch"])
 @pytest.mark.parametrize("family", ALL)
-def test_alone_and_in_a_batch_are_true(family, attention, monkeypatch):
-    if attention == "torch":
-        attend_in_torch(monkeypatch)
+def test_answers_alone_and_in_a_batch_are_the_slow_truth(family, runner):
     base = build(family)
-    requests = mixed(base)
-    for request, answer in zip(requests, answers(base, requests), strict=True):
+    requests, engine = mixed(base), Engine(base, runner=runner)
+    for request, answer in zip(requests, answers(base, requests, engine=engine), strict=True):
         assert_true(base, request, answer)
     for request in requests[1::3]:
-        assert_true(base, request, alone(base, request))
+        assert_true(base, request, answers(base, [request], engine=Engine(base, runner=runner))[0])
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -130,10 +126,9 @@ def test_rows_that_give_their_memory_back_answer_as_if_they_had_not(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_a_base_that_fails_its_test_answers_one_row_at_a_time(family, monkeypatch, caplog):
-    base = build(family)
-    monkeypatch.setattr(model_runner, "_FACTS", WeakKeyDictionary())
-    monkeypatch.setattr(model_runner, "why_not_held", lambda base, forward: "it is Monday")
+def test_a_base_that_fails_its_self_test_answers_one_request_at_a_time(family, monkeypatch, caplog):
+    base = build_base(family)
+    monkeypatch.setattr(model_runner, "why_not_batched", lambda base, forward: "it is Monday")
     with caplog.at_level(logging.WARNING):
         engine = Engine(base, EngineConfig(max_step_tokens=3))
     assert f"base 'tiny-{family}': answers run one row at a time, which is slow: it is Monday" in caplog.text

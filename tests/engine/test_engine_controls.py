@@ -7,16 +7,15 @@ from support.engine_runs import (
     asked,
     assert_alike,
     assert_true,
-    attend_in_torch,
+    free_without_copying,
     kv_bytes,
-    take_out_without_copying,
 )
 from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine, engine
-from softprompt.engine.kv_cache import Shelf
-from softprompt.engine.model_runner import HeldRunner
+from softprompt.engine.kv_cache import CapacityBucket
+from softprompt.engine.model_runner import BatchedRunner
 from softprompt.families import KVBuffer
 from softprompt.prompt import SoftPrompt
 
@@ -53,9 +52,9 @@ def ask_both(base):
 
 def test_a_cache_that_goes_by_the_length_of_a_prompt_and_not_by_its_content_is_found_out(base, monkeypatch):
     assert ask_both(base) == [True, True]
-    right = engine.shared_beginnings
+    right = engine.prefix_keys
     nobodys = SoftPrompt(random_prompt(base, 9))
-    monkeypatch.setattr(engine, "shared_beginnings", lambda prompt, *rest: right(prompt and nobodys, *rest))
+    monkeypatch.setattr(engine, "prefix_keys", lambda prompt, *rest: right(prompt and nobodys, *rest))
     assert ask_both(base) == [True, False]
 
 
@@ -67,7 +66,7 @@ def ask_some_that_leave(base):
 
 def test_a_row_that_moves_without_its_keys_and_values_is_found_out(base, monkeypatch):
     assert ask_some_that_leave(base) == [True, True, True]
-    monkeypatch.setattr(Shelf, "take_out", take_out_without_copying)
+    monkeypatch.setattr(CapacityBucket, "free", free_without_copying)
     assert ask_some_that_leave(base) != [True, True, True]
 
 
@@ -79,14 +78,14 @@ def ask_with_little_memory(base):
 
 def test_a_row_that_begins_again_where_it_was_is_found_out(base, monkeypatch):
     assert ask_with_little_memory(base) == [True, True, True]
-    stop = HeldRunner.stop
+    stop = BatchedRunner.stop
 
     def stop_but_remember(runner, row):
         computed = row.computed
         stop(runner, row)
         row.computed = max(0, computed - 1)
 
-    monkeypatch.setattr(HeldRunner, "stop", stop_but_remember)
+    monkeypatch.setattr(BatchedRunner, "stop", stop_but_remember)
     monkeypatch.setattr(Engine, "check_integrity", lambda engine: None)
     assert ask_with_little_memory(base) != [True, True, True]
 
@@ -94,7 +93,7 @@ def test_a_row_that_begins_again_where_it_was_is_found_out(base, monkeypatch):
 def ask_beside_an_overflow():
     base = build_base("gpt2")
     overflowing = SoftPrompt(3e38 * random_prompt(base, 4).sign())
-    request, running = asked(base, random_ids(6), 3), Engine(base)
+    request, running = asked(base, random_ids(6), 3), Engine(base, runner="torch")
     running.add(asked(base, random_ids(6), overflowing))
     while running.has_work:
         running.step()
@@ -103,7 +102,6 @@ def ask_beside_an_overflow():
 
 
 def test_memory_that_is_not_cleared_is_found_out(monkeypatch):
-    attend_in_torch(monkeypatch)
     assert ask_beside_an_overflow() == "Finished"
     monkeypatch.setattr(KVBuffer, "clear", lambda store, row: None)
     assert ask_beside_an_overflow() == "Failed"
@@ -114,13 +112,13 @@ def test_a_draw_that_depends_on_the_company_is_found_out(base, monkeypatch):
     mine = asked(base, random_ids(6), 3, temperature=1.5, seed=4)
     others = [asked(base, random_ids(4, seed), 3, temperature=1.5) for seed in range(3)]
     assert_alike(answers(base, [*others, mine])[3], alone(base, mine))
-    choose = engine.Chooser.choose
+    sample = engine.Sampler.sample
 
-    def choose_by_place(chooser, logits, rows, wanted):
-        for place, row in enumerate(rows):
-            row.seed = place
-        return choose(chooser, logits, rows, wanted)
+    def sample_by_index(sampler, logits, rows, wanted):
+        for index, row in enumerate(rows):
+            row.seed = index
+        return sample(sampler, logits, rows, wanted)
 
-    monkeypatch.setattr(engine.Chooser, "choose", choose_by_place)
+    monkeypatch.setattr(engine.Sampler, "sample", sample_by_index)
     with pytest.raises(AssertionError):
         assert_alike(answers(base, [*others, mine])[3], alone(base, mine))

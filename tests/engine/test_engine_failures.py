@@ -12,7 +12,6 @@ from support.engine_runs import (
     assert_alike,
     assert_empty,
     assert_true,
-    attend_in_torch,
     kv_bytes,
     run_out,
 )
@@ -21,7 +20,7 @@ from support.tiny_bases import EOS, VOCAB, build_base, build_model, build_tokeni
 from softprompt.base import freeze_base
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine, Failed, Finished, Request
-from softprompt.engine.model_runner import HeldRunner
+from softprompt.engine.model_runner import BatchedRunner
 from softprompt.errors import BaseModelError
 from softprompt.families import KVBuffer
 from softprompt.prompt import SoftPrompt
@@ -35,15 +34,13 @@ def overflowing_prompt(base, length=5):
     return SoftPrompt(torch.where(torch.arange(length)[:, None] > 0, 3e38 * values.sign(), values))
 
 
-@pytest.mark.parametrize("attention", ["compiled", "torch"])
+@pytest.mark.parametrize("runner", ["auto", "torch"])
 @pytest.mark.parametrize("family", OVERFLOWING)
-def test_a_prompt_that_overflows_fails_alone(family, attention, monkeypatch):
+def test_a_prompt_that_overflows_fails_alone(family, runner):
     """It once left its NaN in memory: 0 times NaN is NaN, and whoever took its place failed too."""
-    if attention == "torch":
-        attend_in_torch(monkeypatch)
     base = build_base(family)
     neighbours = [asked(base, random_ids(5, seed), length) for seed, length in enumerate((None, 4, 9))]
-    engine, ledger = Engine(base), Ledger()
+    engine, ledger = Engine(base, runner=runner), Ledger()
     bad = engine.add(Request(random_ids(20), overflowing_prompt(base)))
     numbers = [engine.add(request) for request in neighbours]
     run_out(engine, ledger)
@@ -57,14 +54,13 @@ def test_a_prompt_that_overflows_fails_alone(family, attention, monkeypatch):
     assert (engine.stats().num_failed, engine.stats().num_finished) == (1, 6)
 
 
-def test_a_prompt_that_overflows_and_is_given_up_before_its_first_token_leaves_nothing(monkeypatch):
-    attend_in_torch(monkeypatch)
+def test_a_prompt_that_overflows_and_is_given_up_before_its_first_token_leaves_nothing():
     base = build_base("gpt2")
-    engine, ledger = Engine(base, EngineConfig(max_step_tokens=1)), Ledger()
+    engine, ledger = Engine(base, EngineConfig(max_step_tokens=1), runner="torch"), Ledger()
     request = asked(base, random_ids(5), 4)
     first, bad = engine.add(request), engine.add(asked(base, random_ids(60), overflowing_prompt(base)))
     for _ in range(6):
-        ledger.take(engine.step())
+        ledger.record(engine.step())
     engine.abort(bad)
     run_out(engine, ledger)
     assert_true(base, request, ledger.answers(first)[0])
@@ -108,7 +104,7 @@ OUT_OF_MEMORY = {
 
 def fail_once(monkeypatch, error, at_call):
     """The runner raises at its nth call, behind the forward: keys and values are written by then."""
-    run, calls = HeldRunner.run, []
+    run, calls = BatchedRunner.run, []
 
     def failing(runner, pieces):
         hidden = run(runner, pieces)
@@ -117,7 +113,7 @@ def fail_once(monkeypatch, error, at_call):
             raise error
         return hidden
 
-    monkeypatch.setattr(HeldRunner, "run", failing)
+    monkeypatch.setattr(BatchedRunner, "run", failing)
 
 
 @pytest.mark.parametrize("at_call", [1, 2, 4])

@@ -124,6 +124,7 @@ REFUSED = [  # request, error, its message and the field of OpenAI's API that it
     (Request((5,), num_log_probs=10**6), ConfigError, "num_log_probs is 1000000", "logprobs"),
     (Request((5,), num_text_log_probs=-1), ConfigError, "num_text_log_probs is -1", "logprobs"),
     (Request((5,), sampling=SamplingConfig(logit_bias=((10**6, 1.0),))), DataError, "logit_bias has", "logit_bias"),
+    (Request((5,), sampling=SamplingConfig(logit_bias=((-1, 1.0),))), DataError, "token id -1", "logit_bias"),
     (Request((5,), sampling=SamplingConfig(stop_ids=(10**6,))), DataError, "stop_ids has", "stop_token_ids"),
     (Request((5,), sampling=SamplingConfig(max_new_tokens=10**18)), LengthError, r"more than 10\^18 in", "max_tokens"),
 ]

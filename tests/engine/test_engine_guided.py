@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from softprompt.base import freeze_base, load_base
 from softprompt.config import SamplingConfig
 from softprompt.engine import AsyncEngine, Engine, Request, generate
-from softprompt.engine.sampler import Chooser
+from softprompt.engine.sampler import Sampler
 from softprompt.errors import ConfigError, MissingDependencyError
 
 STRICT = {"x-guidance": {"whitespace_flexible": False}}
@@ -44,8 +44,8 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def chooser(base):
-    return Chooser(base)
+def sampler(base):
+    return Sampler(base)
 
 
 def random_logits(base, seed, extra=0):
@@ -53,17 +53,17 @@ def random_logits(base, seed, extra=0):
     return torch.randn(1, base.vocab_size + extra, generator=generator) * 2
 
 
-def answer(base, row, seed=0, chooser=None, extra=0, max_tokens=400):
+def answer(base, row, seed=0, sampler=None, extra=0, max_tokens=400):
     """Tokens chosen from random logits until the row ends, and whether it did."""
-    chooser = chooser or Chooser(base)
+    sampler = sampler or Sampler(base)
     for step in range(max_tokens):
         if row.is_complete:
             return row.new_ids, True
-        (found,) = chooser.choose(random_logits(base, 1000 * seed + step, extra), [row], [None])
+        (found,) = sampler.sample(random_logits(base, 1000 * seed + step, extra), [row], [None])
         if found.id in base.stop_ids:
             return row.new_ids, True
         assert found.id < base.vocab_size
-        row.take(found.id)
+        row.append(found.id)
     return row.new_ids, False
 
 
@@ -82,10 +82,10 @@ def check_person(value):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("schema", [PERSON, {**PERSON, **STRICT}], ids=["any white space", "none"])
-def test_json_satisfies_its_schema(base, chooser, temperature, schema):
+def test_json_satisfies_its_schema(base, sampler, temperature, schema):
     sampling = SamplingConfig(json_schema=json.dumps(schema), temperature=temperature, top_p=0.9)
     for seed in range(6):
-        ids, has_ended = answer(base, chooser.new_row(sampling, (5, 6), seed), seed, chooser)
+        ids, has_ended = answer(base, sampler.new_state(sampling, (5, 6), seed), seed, sampler)
         assert has_ended
         check_person(json.loads(text_of(base, ids)))
 
@@ -93,16 +93,16 @@ def test_json_satisfies_its_schema(base, chooser, temperature, schema):
 @pytest.mark.parametrize("name", ["stories260K-llama", "bloom-tiny-random"])
 def test_other_peoples_tokenizers(shared_data, name):
     base = load_base(str(shared_data / "models" / name), device="cpu")
-    chooser = Chooser(base)
+    sampler = Sampler(base)
     for seed in range(8):
-        row = chooser.new_row(SamplingConfig(choice=CHOICES[:4], temperature=1.0), (), seed)
-        ids, has_ended = answer(base, row, seed, chooser)
+        row = sampler.new_state(SamplingConfig(choice=CHOICES[:4], temperature=1.0), (), seed)
+        ids, has_ended = answer(base, row, seed, sampler)
         assert has_ended and text_of(base, ids) in CHOICES
 
 
 def test_a_tokenizer_of_pieces_and_bytes_writes_json(stories):
     for seed in range(4):
-        row = Chooser(stories).new_row(SamplingConfig(json_schema=json.dumps(PERSON), temperature=1.0), (1,), seed)
+        row = Sampler(stories).new_state(SamplingConfig(json_schema=json.dumps(PERSON), temperature=1.0), (1,), seed)
         ids, has_ended = answer(stories, row, seed)
         assert has_ended
         check_person(json.loads(text_of(stories, ids)))
@@ -112,17 +112,17 @@ def test_what_a_vocabulary_cannot_spell_is_refused(shared_data):
     """llguidance would leave the brace out and go on behind it."""
     base = load_base(str(shared_data / "models" / "bloom-tiny-random"), device="cpu")
     with pytest.raises(ConfigError, match=r"json_schema .* base 'bloom-tiny-random': it has no token for b'\{'"):
-        Chooser(base).new_row(SamplingConfig(json_schema='{"type": "object"}'), ())
+        Sampler(base).new_state(SamplingConfig(json_schema='{"type": "object"}'), ())
     with pytest.raises(ConfigError, match="choice cannot be followed"):
-        Chooser(base).new_row(SamplingConfig(choice=("fine", "{}")), ())
+        Sampler(base).new_state(SamplingConfig(choice=("fine", "{}")), ())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_choice_gives_one_of_the_list(base, chooser, temperature):
+def test_choice_gives_one_of_the_list(base, sampler, temperature):
     found = set()
     for seed in range(20):
-        row = chooser.new_row(SamplingConfig(choice=CHOICES, temperature=temperature), (5,), seed)
-        ids, has_ended = answer(base, row, seed, chooser)
+        row = sampler.new_state(SamplingConfig(choice=CHOICES, temperature=temperature), (5,), seed)
+        ids, has_ended = answer(base, row, seed, sampler)
         assert has_ended
         found.add(text_of(base, ids))
     assert found <= set(CHOICES) and len(found) > 2
@@ -133,19 +133,19 @@ def test_choice_gives_one_of_the_list(base, chooser, temperature):
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6), min_size=1, max_size=5),
     st.integers(0, 99),
 )
-def test_any_text_can_be_a_choice(base, chooser, choices, seed):
-    row = chooser.new_row(SamplingConfig(choice=tuple(choices), temperature=1.0), (5,))
-    ids, has_ended = answer(base, row, seed, chooser)
+def test_any_text_can_be_a_choice(base, sampler, choices, seed):
+    row = sampler.new_state(SamplingConfig(choice=tuple(choices), temperature=1.0), (5,))
+    ids, has_ended = answer(base, row, seed, sampler)
     assert has_ended and text_of(base, ids) in choices
 
 
-def test_without_the_guide_the_same_logits_do_something_else(base, chooser):
+def test_without_the_guide_the_same_logits_do_something_else(base, sampler):
     """The control: the logits above are no help."""
-    ids, _ = answer(base, chooser.new_row(SamplingConfig(temperature=1.3), (5,)), 0, chooser, max_tokens=10)
+    ids, _ = answer(base, sampler.new_state(SamplingConfig(temperature=1.3), (5,)), 0, sampler, max_tokens=10)
     assert text_of(base, ids) not in CHOICES
 
 
-def test_guided_and_free_rows_do_not_touch_each_other(base, chooser):
+def test_guided_and_free_rows_do_not_touch_each_other(base, sampler):
     kinds = [
         {"choice": CHOICES},
         {"choice": CHOICES, "temperature": 1.0, "repetition_penalty": 1.5},
@@ -154,23 +154,23 @@ def test_guided_and_free_rows_do_not_touch_each_other(base, chooser):
         {"temperature": 1.0},
         {"json_schema": '{"type": "integer"}'},
     ]
-    rows = [[chooser.new_row(SamplingConfig(**kind), (5, 6), i) for i, kind in enumerate(kinds)] for _ in range(2)]
+    rows = [[sampler.new_state(SamplingConfig(**kind), (5, 6), i) for i, kind in enumerate(kinds)] for _ in range(2)]
     for step in range(12):
         going = [n for n, row in enumerate(rows[0]) if not row.is_complete]
         logits = random_logits(base, step).expand(len(going), -1)
-        together = chooser.choose(logits, [rows[0][n] for n in going], [1] * len(going))
-        alone = [chooser.choose(logits[:1], [rows[1][n]], [1])[0] for n in going]
+        together = sampler.sample(logits, [rows[0][n] for n in going], [1] * len(going))
+        alone = [sampler.sample(logits[:1], [rows[1][n]], [1])[0] for n in going]
         assert together == alone
         for n, found in zip(going, together, strict=True):
-            rows[0][n].take(found.id)
-            rows[1][n].take(found.id)
+            rows[0][n].append(found.id)
+            rows[1][n].append(found.id)
 
 
-def test_ids_behind_the_tokenizers_vocabulary_are_forbidden(base, chooser):
-    row = chooser.new_row(SamplingConfig(choice=("yes", "no")), ())
+def test_ids_behind_the_tokenizers_vocabulary_are_forbidden(base, sampler):
+    row = sampler.new_state(SamplingConfig(choice=("yes", "no")), ())
     logits = torch.full((1, base.vocab_size + 77), -5.0)
     logits[0, base.vocab_size :] = 50.0
-    assert base.decode([chooser.choose(logits, [row], [None])[0].id])[0] in "yn"
+    assert base.decode([sampler.sample(logits, [row], [None])[0].id])[0] in "yn"
 
 
 def stop_logits(base):
@@ -179,56 +179,56 @@ def stop_logits(base):
     return logits
 
 
-def test_an_end_is_allowed_only_where_the_grammar_is_satisfied(base, chooser):
-    row = chooser.new_row(SamplingConfig(choice=("yes", "yes it is")), ())
+def test_an_end_is_allowed_only_where_the_grammar_is_satisfied(base, sampler):
+    row = sampler.new_state(SamplingConfig(choice=("yes", "yes it is")), ())
     text = ""
-    while (found := chooser.choose(stop_logits(base), [row], [None])[0]).id not in base.stop_ids:
-        row.take(found.id)
+    while (found := sampler.sample(stop_logits(base), [row], [None])[0]).id not in base.stop_ids:
+        row.append(found.id)
         text = base.decode(row.new_ids)
     assert text == "yes" and not row.is_complete
-    row.take(found.id)
+    row.append(found.id)
     assert row.is_complete
 
 
 @pytest.mark.parametrize("more", [{"ignore_eos": True}, {"min_new_tokens": 50}], ids=str)
-def test_settings_that_forbid_the_end_make_it_go_on_as_far_as_it_goes(base, chooser, more):
-    row = chooser.new_row(SamplingConfig(choice=("yes", "yes it is"), max_new_tokens=50, **more), ())
+def test_settings_that_forbid_the_end_make_it_go_on_as_far_as_it_goes(base, sampler, more):
+    row = sampler.new_state(SamplingConfig(choice=("yes", "yes it is"), max_new_tokens=50, **more), ())
     while not row.is_complete:
-        row.take(chooser.choose(stop_logits(base), [row], [None])[0].id)
+        row.append(sampler.sample(stop_logits(base), [row], [None])[0].id)
     assert base.decode(row.new_ids) == "yes it is"
 
 
-def test_a_stop_id_of_the_settings_waits_for_the_grammar_too(base, chooser):
+def test_a_stop_id_of_the_settings_waits_for_the_grammar_too(base, sampler):
     (stop,) = base.encode(".")
-    row = chooser.new_row(SamplingConfig(choice=("yes", "yes it is"), stop_ids=(stop,)), ())
+    row = sampler.new_state(SamplingConfig(choice=("yes", "yes it is"), stop_ids=(stop,)), ())
     logits = torch.zeros(1, base.vocab_size)
     logits[0, stop] = 50.0
-    while (found := chooser.choose(logits, [row], [None])[0]).id != stop:
-        row.take(found.id)
+    while (found := sampler.sample(logits, [row], [None])[0]).id != stop:
+        row.append(found.id)
     assert base.decode(row.new_ids) == "yes"
-    row.take(stop)
+    row.append(stop)
     assert row.is_complete
 
 
 def test_a_base_without_an_end_of_text_ends_too(base):
     endless = dataclasses.replace(base, stop_ids=(), eos_id=None)
     for choice in (("yes", "no"), ("a", "ab", "abc")):
-        row = Chooser(endless).new_row(SamplingConfig(choice=choice, temperature=1.0), ())
+        row = Sampler(endless).new_state(SamplingConfig(choice=choice, temperature=1.0), ())
         ids, _ = answer(endless, row)
         assert row.is_complete and base.decode(ids) in choice
         assert not set(base.stop_ids) & set(ids)
 
 
-def test_a_row_that_is_made_again_stands_where_it_stood(base, chooser):
+def test_a_row_that_is_made_again_stands_where_it_stood(base, sampler):
     sampling = SamplingConfig(json_schema=json.dumps(PERSON), temperature=1.0)
-    stayed = chooser.new_row(sampling, (5,))
+    stayed = sampler.new_state(sampling, (5,))
     for step in range(15):
-        resumed = chooser.new_row(sampling, (5,))
+        resumed = sampler.new_state(sampling, (5,))
         for token in stayed.new_ids:
-            resumed.take(token)
-        ours, theirs = chooser.choose(random_logits(base, step).expand(2, -1), [stayed, resumed], [None, None])
+            resumed.append(token)
+        ours, theirs = sampler.sample(random_logits(base, step).expand(2, -1), [stayed, resumed], [None, None])
         assert ours == theirs
-        stayed.take(ours.id)
+        stayed.append(ours.id)
 
 
 @pytest.mark.parametrize(
@@ -243,20 +243,20 @@ def test_a_row_that_is_made_again_stands_where_it_stood(base, chooser):
         ('{"type": "string", "pattern": "(?=a)b"}', "json_schema cannot be followed: regex parse error"),
     ],
 )
-def test_a_bad_schema_is_one_sentence(chooser, schema, why):
+def test_a_bad_schema_is_one_sentence(sampler, schema, why):
     with pytest.raises(ConfigError, match=why) as caught:
-        chooser.new_row(SamplingConfig(json_schema=schema), ())
+        sampler.new_state(SamplingConfig(json_schema=schema), ())
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-def test_half_a_character_is_no_choice(chooser):
+def test_half_a_character_is_no_choice(sampler):
     with pytest.raises(ConfigError, match=r"choice\[0\] holds half of a surrogate pair"):
-        chooser.new_row(SamplingConfig(choice=("\ud83d",)), ())
+        sampler.new_state(SamplingConfig(choice=("\ud83d",)), ())
 
 
 def test_a_tokenizer_that_spells_no_bytes_is_refused(tiny_llama):
     with pytest.raises(ConfigError, match="base 'tiny-llama': llguidance cannot read its tokenizer"):
-        Chooser(tiny_llama).new_row(SamplingConfig(choice=("w7",)), ())
+        Sampler(tiny_llama).new_state(SamplingConfig(choice=("w7",)), ())
 
 
 def test_a_tokenizer_without_special_tokens_is_read(base):
@@ -265,7 +265,7 @@ def test_a_tokenizer_without_special_tokens_is_read(base):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)))
     bare = freeze_base(build_model("llama", vocab_size=len(tokenizer), eos_token_id=None), tokenizer)
     bare = dataclasses.replace(bare, stop_ids=())
-    row = Chooser(bare).new_row(SamplingConfig(choice=("yes", "no")), ())
+    row = Sampler(bare).new_state(SamplingConfig(choice=("yes", "no")), ())
     ids, has_ended = answer(bare, row)
     assert has_ended and bare.decode(ids) in ("yes", "no")
 
@@ -274,7 +274,7 @@ def test_without_llguidance_the_extra_is_named(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)
     with pytest.raises(MissingDependencyError, match=r"softprompt\[guided\]"):
-        Chooser(base).new_row(SamplingConfig(choice=("yes",)), ())
+        Sampler(base).new_state(SamplingConfig(choice=("yes",)), ())
 
 
 def test_the_tokenizer_is_read_once_and_only_when_asked(base, monkeypatch):
@@ -283,19 +283,19 @@ def test_the_tokenizer_is_read_once_and_only_when_asked(base, monkeypatch):
     read = []
     real = llguidance.hf.from_tokenizer
     monkeypatch.setattr(llguidance.hf, "from_tokenizer", lambda *a, **k: read.append(1) or real(*a, **k))
-    chooser = Chooser(base)
-    chooser.new_row(SamplingConfig(), ())
+    sampler = Sampler(base)
+    sampler.new_state(SamplingConfig(), ())
     assert not read
     for _ in range(3):
-        chooser.new_row(SamplingConfig(choice=("yes",)), ())
+        sampler.new_state(SamplingConfig(choice=("yes",)), ())
     assert read == [1]
 
 
-def test_a_grammar_that_fails_on_the_way_fails_its_row(base, chooser):
-    rows = [chooser.new_row(SamplingConfig(choice=("yes", "no"), temperature=t), ()) for t in (0.0, 1.0, 0.0)]
+def test_a_grammar_that_fails_on_the_way_fails_its_row(base, sampler):
+    rows = [sampler.new_state(SamplingConfig(choice=("yes", "no"), temperature=t), ()) for t in (0.0, 1.0, 0.0)]
     for row in rows[:2]:
-        row.take(base.encode("x")[0])  # no way on from here
-    found = chooser.choose(random_logits(base, 0).expand(3, -1), rows, [0] * 3)
+        row.append(base.encode("x")[0])  # no way on from here
+    found = sampler.sample(random_logits(base, 0).expand(3, -1), rows, [0] * 3)
     assert found[:2] == [None, None] and found[2] is not None
     assert not any(row.is_complete for row in rows)
 
@@ -304,13 +304,13 @@ def test_a_grammar_is_compiled_once_and_every_row_starts_at_its_beginning(base, 
     compiled = []
     compile_now = LLMatcher.grammar_from_regex
     monkeypatch.setattr(LLMatcher, "grammar_from_regex", lambda text: compiled.append(text) or compile_now(text))
-    own = Chooser(base)
+    own = Sampler(base)
     sampling = SamplingConfig(choice=CHOICES, temperature=1.0, seed=3)
-    found = [answer(base, own.new_row(sampling, base.encode("It is")), chooser=own) for _ in range(3)]
+    found = [answer(base, own.new_state(sampling, base.encode("It is")), sampler=own) for _ in range(3)]
     assert len(compiled) == 1 and found[0][1] and found[0] == found[1] == found[2]
     for number in range(64):
-        own.new_row(SamplingConfig(choice=(f"other {number}",)), ())
-    assert answer(base, own.new_row(sampling, base.encode("It is")), chooser=own) == found[0]
+        own.new_state(SamplingConfig(choice=(f"other {number}",)), ())
+    assert answer(base, own.new_state(sampling, base.encode("It is")), sampler=own) == found[0]
     assert len(compiled) == 66  # the first was forgotten in the meantime
 
 
@@ -319,9 +319,9 @@ def test_a_grammar_that_another_salt_has_compiled_is_compiled_again(base, monkey
     compiled = []
     compile_now = LLMatcher.grammar_from_regex
     monkeypatch.setattr(LLMatcher, "grammar_from_regex", lambda text: compiled.append(text) or compile_now(text))
-    own = Chooser(base)
+    own = Sampler(base)
     for salt in ("alice", "alice", "bob", "alice"):
-        own.new_row(SamplingConfig(choice=CHOICES), (), salt=salt)
+        own.new_state(SamplingConfig(choice=CHOICES), (), salt=salt)
     assert len(compiled) == 2
 
 
@@ -344,10 +344,10 @@ HOSTILE_SCHEMAS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_SCHEMAS)
-def test_a_schema_that_cannot_be_compiled_is_refused_with_the_reason(chooser, name):
+def test_a_schema_that_cannot_be_compiled_is_refused_with_the_reason(sampler, name):
     schema, why = HOSTILE_SCHEMAS[name]
     with pytest.raises(ConfigError, match=f"^json_schema cannot be followed: .*{why}") as caught:
-        chooser.new_row(SamplingConfig(json_schema=json.dumps(schema)), ())
+        sampler.new_state(SamplingConfig(json_schema=json.dumps(schema)), ())
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -367,9 +367,9 @@ ODD = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from(["type", "properties", "$defs", "$ref", "items", "anyOf", "allOf"]), ODD))
-def test_any_schema_is_followed_or_refused_in_a_sentence(base, chooser, schema):
+def test_any_schema_is_followed_or_refused_in_a_sentence(base, sampler, schema):
     try:
-        row = chooser.new_row(SamplingConfig(json_schema=json.dumps(schema)), ())
+        row = sampler.new_state(SamplingConfig(json_schema=json.dumps(schema)), ())
     except ConfigError as error:
         row, refusal = None, str(error)
     if row is None:
@@ -378,17 +378,17 @@ def test_any_schema_is_followed_or_refused_in_a_sentence(base, chooser, schema):
     for step in range(6):
         if row.is_complete:
             return
-        (found,) = chooser.choose(random_logits(base, step), [row], [None])
+        (found,) = sampler.sample(random_logits(base, step), [row], [None])
         if found is None:
             assert row.problem is not None
             return
-        row.take(found.id)
+        row.append(found.id)
 
 
-def test_a_schema_that_is_nested_too_deeply_is_refused(chooser):
+def test_a_schema_that_is_nested_too_deeply_is_refused(sampler):
     schema = '{"items": ' * 121 + "{}" + "}" * 121
     with pytest.raises(ConfigError, match="json_schema is nested more than 120 levels deep; make it flatter"):
-        chooser.new_row(SamplingConfig(json_schema=schema), ())
+        sampler.new_state(SamplingConfig(json_schema=schema), ())
 
 
 def test_a_schema_that_grows_too_large_on_the_way_fails_its_request_with_the_reason(base):
@@ -398,7 +398,7 @@ def test_a_schema_that_grows_too_large_on_the_way_fails_its_request_with_the_rea
         generate(base, [Request(base.encode("It is"), sampling=sampling)])
 
 
-def test_an_object_is_closed_unless_it_says_otherwise(base, chooser):
+def test_an_object_is_closed_unless_it_says_otherwise(base, sampler):
     """Each may write `{"b": 1}` where it is open, and only the open one does."""
     closed = {"type": "object", "properties": {"a": {"type": "integer"}}}
     nested = {"type": "array", "items": closed, "minItems": 1}
@@ -414,10 +414,10 @@ def test_an_object_is_closed_unless_it_says_otherwise(base, chooser):
         ({"properties": {"properties": closed}}, '{"properties": {"b": 1}}', False),
         ({"enum": [{"properties": {"type": "integer"}}]}, '{"properties": {"type": "integer"}}', True),
     ):
-        assert spells(base, chooser, schema, text) == is_allowed, (schema, text)
+        assert spells(base, sampler, schema, text) == is_allowed, (schema, text)
 
 
-def test_an_integer_has_at_most_fifteen_digits_unless_it_says_otherwise(base, chooser):
+def test_an_integer_has_at_most_fifteen_digits_unless_it_says_otherwise(base, sampler):
     fifteen, sixteen = "9" * 15, "1" + "0" * 15
     for schema, text, is_allowed in (
         ({"type": "integer"}, fifteen, True),
@@ -428,16 +428,16 @@ def test_an_integer_has_at_most_fifteen_digits_unless_it_says_otherwise(base, ch
         ({"type": "integer", "minimum": 10**16}, "1" + "0" * 16, True),
         ({"type": "integer", "enum": [10**15]}, sixteen, True),
     ):
-        assert spells(base, chooser, schema, text) == is_allowed, (schema, text)
+        assert spells(base, sampler, schema, text) == is_allowed, (schema, text)
 
 
-def spells(base, chooser, schema, text):
+def spells(base, sampler, schema, text):
     """Whether the guide lets this text be written, and end there."""
-    guide = chooser.new_row(SamplingConfig(json_schema=json.dumps(schema)), ()).guide
+    guide = sampler.new_state(SamplingConfig(json_schema=json.dumps(schema)), ()).guide
     for token in base.encode(text):
         if not guide.allowed(base.vocab_size)[token]:
             return False
-        guide.take(token)
+        guide.append(token)
     return bool(guide.allowed(base.vocab_size)[list(base.stop_ids)].any()) or guide.is_complete
 
 

@@ -13,7 +13,6 @@ from support.engine_runs import (
     asked,
     assert_alike,
     assert_empty,
-    attend_in_torch,
     kv_bytes,
     run_out,
     samplings,
@@ -56,20 +55,20 @@ def neighbours():
     )
 
 
+RUNNERS = st.sampled_from(["auto", "torch"])
+
+
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from(FAMILIES), st.sampled_from(list(MINE)), neighbours(), st.integers(0, 5), st.booleans())
-def test_no_neighbour_changes_my_answer(family, way, others, my_step, in_torch):
+@given(st.sampled_from(FAMILIES), st.sampled_from(list(MINE)), neighbours(), st.integers(0, 5), RUNNERS)
+def test_no_neighbour_changes_my_answer(family, way, others, my_step, runner):
     (mine, truth), ledger, number = mine_and_its_answer(family, way), Ledger(), None
-    with pytest.MonkeyPatch.context() as patch:
-        if in_torch:
-            attend_in_torch(patch)
-        engine = Engine(build(family), EngineConfig(max_step_tokens=8))
+    engine = Engine(build(family), EngineConfig(max_step_tokens=8), runner=runner)
     coming = [(step, Request(ids, prompt_of(family, length), wishes)) for length, ids, wishes, step in others]
     for now in range(100):
         number = engine.add(mine) if now == my_step else number
         for request in [request for step, request in coming if step == now]:
             engine.add(request)
-        ledger.take(engine.step())
+        ledger.record(engine.step())
         if number in ledger.ends:
             break
     engine.close()
@@ -87,7 +86,7 @@ def test_my_seed_gives_my_answer_after_giving_my_memory_back(family, way):
     numbers, ledger = [engine.add(request) for request in [*older, mine]], Ledger()
     while not engine.stats().num_preemptions:
         was_answering = bool(ledger.tokens[numbers[-1]])
-        ledger.take(engine.step())
+        ledger.record(engine.step())
     assert was_answering
     assert numbers[-1] in [row.owner.id for row in engine.scheduler.waiting]
     assert_alike(run_out(engine, ledger).answers(numbers[-1])[0], truth)

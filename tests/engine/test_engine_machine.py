@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.engine_runs import Ledger, assert_text_true, assert_true, attend_in_torch, kv_bytes, run_out, samplings
+from support.engine_runs import Ledger, assert_text_true, assert_true, kv_bytes, run_out, samplings
 from support.tiny_bases import build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
@@ -67,7 +67,7 @@ def requests():
 class Crowd(RuleBasedStateMachine):
     """One engine with little memory, a clock that moves when told, and everybody's wishes."""
 
-    family = "llama"
+    family, runner = "llama", "auto"
     num_preemptions = num_finished = num_aborted = num_hits = 0  # over all examples of a run
 
     def __init__(self):
@@ -77,7 +77,7 @@ class Crowd(RuleBasedStateMachine):
             max_rows=5, max_step_tokens=8, max_waiting=MAX_WAITING,
             kv_bytes=kv_bytes(self.base, MOST_POSITIONS), prefix_bytes=kv_bytes(self.base, 100),
         )  # fmt: skip
-        self.engine = Engine(self.base, config, clock=lambda: self.now)
+        self.engine = Engine(self.base, config, runner=self.runner, clock=lambda: self.now)
         self.admitted, self.asked, self.deadlines = {}, set(), {}
 
     @initialize(coming=st.lists(requests(), min_size=6, max_size=MAX_WAITING))
@@ -104,7 +104,7 @@ class Crowd(RuleBasedStateMachine):
     def step(self, count):
         for _ in range(count):
             events = self.engine.step()
-            self.ledger.take(events)
+            self.ledger.record(events)
             assert all(self.deadlines.get(event.request, self.now + 1) > self.now or isinstance(event, Aborted)
                        for event in events)  # fmt: skip
             self.engine.check_integrity()
@@ -126,9 +126,9 @@ class Crowd(RuleBasedStateMachine):
         self.engine.check_integrity()
         stats = self.engine.stats()
         assert stats.num_finished + stats.num_aborted + stats.num_failed == len(self.ledger.ends)
-        for shelf in self.engine.runners.memory.shelves.values():
-            for pair in shelf.store.tensors.values():
-                assert not any(part[len(shelf.places) :].any() for part in pair), "something was left behind"
+        for bucket in self.engine.runners.kv_cache.buckets.values():
+            for pair in bucket.buffer.tensors.values():
+                assert not any(part[len(bucket.slots) :].any() for part in pair), "something was left behind"
 
     def teardown(self):
         run_out(self.engine, self.ledger)
@@ -161,9 +161,9 @@ class Crowd(RuleBasedStateMachine):
         type(self).num_hits += stats.num_prefix_hits
 
 
-def run_crowd(family, num_examples, num_rules):
+def run_crowd(family, num_examples, num_rules, runner="auto"):
     """Over all examples everything has to have happened."""
-    crowd = type("CrowdOf" + family, (Crowd,), {"family": family})
+    crowd = type("CrowdOf" + family, (Crowd,), {"family": family, "runner": runner})
     chosen = settings(
         max_examples=num_examples, stateful_step_count=num_rules, deadline=None, suppress_health_check=list(HealthCheck)
     )
@@ -176,9 +176,8 @@ def test_whatever_a_crowd_does_every_id_ends_once_and_nothing_is_left():
     run_crowd("llama", num_examples=30, num_rules=25)
 
 
-def test_whatever_a_crowd_does_without_the_compiled_attention_every_id_ends_once(monkeypatch):
-    attend_in_torch(monkeypatch)
-    run_crowd("bloom", num_examples=30, num_rules=25)
+def test_whatever_a_crowd_does_without_the_compiled_attention_every_id_ends_once():
+    run_crowd("bloom", num_examples=30, num_rules=25, runner="torch")
 
 
 @pytest.mark.slow

@@ -38,27 +38,27 @@ def num_misses(engine, base, prompt):
     return engine.stats().num_prefix_misses - before
 
 
-def test_what_is_kept_does_not_go_and_what_is_let_go_does():
+def test_a_reserved_entry_is_evicted_only_after_its_release():
     cache = PrefixCache(10 * 48)
-    assert cache.keep(b"a", 4 * 48)
+    assert cache.reserve(b"a", 4 * 48)
     for key in (b"a", b"b", b"c", b"d"):
         cache.put(key, states(4))
         cache.check_integrity()
     assert b"a" in cache and b"b" not in cache and b"d" in cache
-    cache.let_go(b"a")
+    cache.release(b"a")
     cache.put(b"e", states(4))
     assert b"a" not in cache
 
 
-def test_no_more_than_half_of_the_budget_is_kept():
+def test_reserved_entries_take_at_most_half_of_the_budget():
     cache = PrefixCache(10 * 48)
-    assert cache.keep(b"a", 3 * 48)
-    assert not cache.keep(b"b", 3 * 48)
-    assert cache.keep(b"b", 2 * 48)
-    assert cache.keep(b"a", 3 * 48)  # again: nothing more is taken
-    cache.let_go(b"b")
-    cache.let_go(b"b")
-    assert cache.keep(b"c", 2 * 48)
+    assert cache.reserve(b"a", 3 * 48)
+    assert not cache.reserve(b"b", 3 * 48)
+    assert cache.reserve(b"b", 2 * 48)
+    assert cache.reserve(b"a", 3 * 48)  # again: nothing more is taken
+    cache.release(b"b")
+    cache.release(b"b")
+    assert cache.reserve(b"c", 2 * 48)
     cache.check_integrity()
 
 
@@ -107,11 +107,12 @@ def test_answers_of_pinned_prompts_are_true(tiny_llama):
         assert_true(tiny_llama, request, answer)
 
 
-def test_where_nothing_is_held_a_pin_is_let_be(tiny_llama, monkeypatch):
-    monkeypatch.setattr("softprompt.engine.model_runner._facts", lambda base, forward: (64, 0, "not today"))
-    engine = Engine(tiny_llama, EngineConfig(prefix_bytes=0))
-    engine.pin(prompts(tiny_llama, 1)[0])
+def test_a_pin_has_no_bound_where_sequences_run_one_at_a_time(tiny_llama):
+    engine, (prompt,) = Engine(tiny_llama, EngineConfig(prefix_bytes=0), runner="eager"), prompts(tiny_llama, 1)
+    engine.pin(prompt)
     engine.check_integrity()
+    with pytest.raises(MemoryLimitError, match="unpin another"):
+        Engine(tiny_llama, EngineConfig(prefix_bytes=0)).pin(prompt)
 
 
 async def pin_and_unpin(base):

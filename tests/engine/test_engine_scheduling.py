@@ -12,13 +12,13 @@ from support.tiny_bases import build_base, random_ids
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Aborted, Engine, Finished, Tokens
-from softprompt.engine.scheduler import WaitingRows
+from softprompt.engine.scheduler import FairQueue
 from softprompt.errors import MemoryLimitError, QueueFullError
 
 
 def served(engine):
     """Tokens that each client was served so far, as the queue counts them."""
-    return Counter(engine.scheduler.waiting._service)
+    return Counter(engine.scheduler.waiting.service)
 
 
 def of(client, base, seed=0, length=8, num_new=8, **more):
@@ -30,11 +30,11 @@ def test_a_flood_does_not_keep_others_waiting(tiny_llama):
     engine, ledger = Engine(tiny_llama, EngineConfig(max_rows=4)), Ledger()
     flood = [engine.add(of("flood", tiny_llama, seed)) for seed in range(60)]
     for _ in range(20):
-        ledger.take(engine.step())
+        ledger.record(engine.step())
     others, before = [engine.add(of("other", tiny_llama, seed)) for seed in range(6)], served(engine)
     num_before = sum(number in ledger.ends for number in flood)
     while not all(number in ledger.ends for number in others):
-        ledger.take(engine.step())
+        ledger.record(engine.step())
     num_meanwhile = sum(number in ledger.ends for number in flood) - num_before
     assert num_meanwhile <= 6 + 2 * 4  # as many, and what was running at the start and is at the end
     one = 8 + 7 + 2 * 8  # a request: 8 read, 8 chosen, 7 of them run
@@ -63,7 +63,7 @@ def test_nobody_saves_up_a_claim_while_away(tiny_llama):
     for seed in range(12):
         engine.add(of("busy", tiny_llama, seed))
     while sum(isinstance(end, Finished) for end in ledger.ends.values()) < 7:
-        ledger.take(engine.step())
+        ledger.record(engine.step())
     back = [engine.add(of("away", tiny_llama, seed)) for seed in range(4)]
     order = [number for number in run_out(engine, ledger).ends if number in back]
     behind = list(ledger.ends)[7:]
@@ -74,9 +74,9 @@ def test_nobody_saves_up_a_claim_while_away(tiny_llama):
 
 def test_lower_priorities_go_first_whoever_asks(tiny_llama):
     engine = Engine(tiny_llama, EngineConfig(max_rows=1))
-    wishes = [("a", 1), ("a", 0), ("b", 2), ("b", -1), ("c", 0), ("a", -1)]
-    numbers = [engine.add(of(client, tiny_llama, num_new=2, priority=priority)) for client, priority in wishes]
-    ended = [wishes[numbers.index(number)][1] for number in run_out(engine).ends]
+    commands = [("a", 1), ("a", 0), ("b", 2), ("b", -1), ("c", 0), ("a", -1)]
+    numbers = [engine.add(of(client, tiny_llama, num_new=2, priority=priority)) for client, priority in commands]
+    ended = [commands[numbers.index(number)][1] for number in run_out(engine).ends]
     assert ended == sorted(ended)
 
 
@@ -90,7 +90,7 @@ def test_one_that_waits_can_be_given_up(tiny_llama):
     engine = Engine(tiny_llama, EngineConfig(max_rows=1))
     first, second, third = (engine.add(of("a", tiny_llama, seed)) for seed in range(3))
     ledger = Ledger()
-    ledger.take(engine.step())
+    ledger.record(engine.step())
     engine.abort(second)
     ends = run_out(engine, ledger).ends
     assert ends[second] == Aborted(second, "asked")
@@ -108,12 +108,12 @@ def test_deadlines_hold_while_waiting_and_while_running(tiny_llama):
     )
     ledger = Ledger()
     for _ in range(3):
-        ledger.take(engine.step())
+        ledger.record(engine.step())
     now[0] = 103.0
-    ledger.take(engine.step())
+    ledger.record(engine.step())
     assert ledger.ends == {waiting: Aborted(waiting, "deadline")}
     now[0] = 105.0
-    ledger.take(engine.step())
+    ledger.record(engine.step())
     assert ledger.ends[running] == Aborted(running, "deadline")
     assert isinstance(run_out(engine, ledger).ends[patient], Finished)
     assert engine.stats().num_aborted == 2
@@ -122,14 +122,14 @@ def test_deadlines_hold_while_waiting_and_while_running(tiny_llama):
 def test_more_than_may_wait_are_refused_and_can_come_again(tiny_llama):
     engine, ledger = Engine(tiny_llama, EngineConfig(max_rows=1, max_waiting=2)), Ledger()
     engine.add(of(None, tiny_llama))
-    ledger.take(engine.step())
+    ledger.record(engine.step())
     engine.add(of(None, tiny_llama))
     engine.add(of(None, tiny_llama))
     with pytest.raises(QueueFullError, match="2 requests wait already"):
         engine.add(of(None, tiny_llama))
     engine.check_integrity()
     while engine.stats().num_waiting == 2:
-        ledger.take(engine.step())
+        ledger.record(engine.step())
     engine.add(of(None, tiny_llama))
     assert len(run_out(engine, ledger).ends) == 4
 
@@ -213,7 +213,7 @@ def test_rows_that_gave_their_memory_back_are_not_starved_by_newcomers(tiny_llam
         if step % 2 == 0:
             engine.add(of(clients[seed % len(clients)], tiny_llama, seed, 10, 10))
             seed += 1
-        ledger.take(engine.step())
+        ledger.record(engine.step())
         if victim in ledger.ends:
             break
     assert engine.stats().num_preemptions > 0
@@ -232,16 +232,16 @@ class Waiter:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("apcx"), st.sampled_from("abc"), st.integers(-1, 1), st.integers(0, 30))))
-def test_the_queue_is_what_a_sorted_list_would_be(wishes):
+def test_the_queue_is_what_a_sorted_list_would_be(commands):
     """a: add, p: pop and run it, c: charge one that runs, x: one that waits or runs goes."""
-    queue, waiting, running, service = WaitingRows(), [], [], {}
-    for number, (what, client, priority, amount) in enumerate(wishes):
+    queue, waiting, running, service = FairQueue(), [], [], {}
+    for number, (what, client, priority, amount) in enumerate(commands):
         here = {row.client for row in waiting + running}
         if what == "a":
             row = Waiter(number, client, priority)
             if client not in here:
                 service[client] = max(service.get(client, 0), min((service[other] for other in here), default=0))
-            queue.enter(row)
+            queue.add(row)
             waiting.append(row)
         elif what == "p" and waiting:
             heads = [min((r for r in waiting if r.client == c), key=order) for c in {r.client for r in waiting}]
@@ -257,12 +257,16 @@ def test_the_queue_is_what_a_sorted_list_would_be(wishes):
             row = (waiting + running)[amount % len(waiting + running)]
             if row in waiting:
                 queue.remove(row)
-            queue.leave(row)
+            queue.end(row)
             (waiting if row in waiting else running).remove(row)
             if not waiting + running:
                 service.clear()
         assert len(queue) == len(waiting) and set(queue) == set(waiting)
-    assert set(queue._num_rows) == {row.client for row in waiting + running}
+    for row in waiting + running:
+        if row in waiting:
+            queue.remove(row)
+        queue.end(row)
+    queue.assert_empty()
 
 
 def order(row):

@@ -71,7 +71,7 @@ def runners_of(base: Base, forward: Forward) -> tuple[str, str]:
     training = (
         "packed" if forward.packing.carrier else "one row at a time" if forward.max_batchable_length == 0 else "padded"
     )
-    if Engine(base).runners.is_held:
+    if Engine(base).runners.is_batchable:
         return training, "together"
     return training, "one row at a time" + ("" if forward.cache != "none" else ", without a cache")
 

@@ -42,7 +42,7 @@ def test_layers_that_share_keys_and_values_are_exact(kind, shared_layers):
 
 
 def test_layers_that_share_keys_and_values_count_in_the_memory_of_rows(shared_layers):
-    memory = Engine(base_of("gemma3n_text")).runners.memory
+    memory = Engine(base_of("gemma3n_text")).runners.kv_cache
     num_layers, num_key_heads, width, num_bytes = 4, 2, 4, 4
     assert memory.bytes_per_position == num_layers * 2 * num_key_heads * width * num_bytes
 

@@ -192,7 +192,7 @@ def test_a_prompt_is_renamed_pinned_and_shared(ann, bob, admin, server, tiny_lla
 
 def test_a_pin_beyond_the_engines_memory_is_refused(ann, server, tiny_llama):
     upload(ann, "long", made_prompt(tiny_llama, 14, length=90))
-    per_position = server.engine.runners.memory.bytes_per_position
+    per_position = server.engine.runners.kv_cache.bytes_per_position
     assert 90 * per_position * 2 < 30_000 < 90 * per_position * 4
     upload(ann, "longer", made_prompt(tiny_llama, 15, length=91))
     assert ann.patch("/v1/prompts/long", json={"pinned": True}).status_code == 200

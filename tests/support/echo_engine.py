@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from softprompt.engine.request import Aborted, Answer, Finished, Tokens
+from softprompt.engine import Aborted, Answer, Finished, Tokens
 from softprompt.errors import DataError, QueueFullError
 
 

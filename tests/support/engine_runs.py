@@ -23,9 +23,8 @@ from softprompt.engine import (
     Terminal,
     TokenLogProb,
     Tokens,
-    model_runner,
 )
-from softprompt.engine.kv_cache import Place, Shelf
+from softprompt.engine.kv_cache import CapacityBucket, Slot
 from softprompt.engine.model_runner import bytes_per_position
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
@@ -36,15 +35,15 @@ NEAR_TIE = 1e-4  # nats between two candidates, of which either may come
 
 
 class Ledger:
-    """All events of one engine: each request ends once, and what was told piece by piece is the answer."""
+    """All events of one engine: each request ends once, and its pieces are the answer."""
 
     def __init__(self) -> None:
         self.ends: dict[int, Terminal] = {}
         self.tokens: dict[int, list[Tokens]] = defaultdict(list)  # of requests that have not ended
-        self.texts: dict[int, tuple[TokenLogProb | None, ...]] = {}  # what was told of them
+        self.texts: dict[int, tuple[TokenLogProb | None, ...]] = {}  # their log-probabilities
         self.num_tokens = 0
 
-    def take(self, events: Sequence[Event]) -> None:
+    def record(self, events: Sequence[Event]) -> None:
         for event in events:
             assert event.request not in self.ends, "an event behind the end"
             if isinstance(event, Tokens):
@@ -52,14 +51,14 @@ class Ledger:
                 self.num_tokens += len(event.ids)
                 continue
             if isinstance(event, PromptLogprobs):
-                assert event.request not in self.texts and not self.tokens[event.request], "told twice, or late"
+                assert event.request not in self.texts and not self.tokens[event.request], "they came twice, or late"
                 self.texts[event.request] = event.log_probs
                 continue
             self.ends[event.request] = event
-            told = self.tokens.pop(event.request, [])
+            pieces = self.tokens.pop(event.request, [])
             if isinstance(event, Finished):
                 for choice, answer in enumerate(event.answers):
-                    _check_told([tokens for tokens in told if tokens.choice == choice], answer)
+                    _check_pieces([tokens for tokens in pieces if tokens.choice == choice], answer)
 
     def answers(self, request: int) -> tuple[Answer, ...]:
         end = self.ends[request]
@@ -67,19 +66,19 @@ class Ledger:
         return end.answers
 
 
-def _check_told(told: Sequence[Tokens], answer: Answer) -> None:
-    assert tuple(token for tokens in told for token in tokens.ids) == answer.ids
-    assert "".join(tokens.text for tokens in told) == answer.text
-    assert [tokens.end for tokens in told] == [None] * (len(told) - 1) + [answer]
-    assert tuple(each.log_prob for tokens in told for each in tokens.log_probs) == answer.log_probs
-    assert all(each.id == token for tokens in told for each, token in zip(tokens.log_probs, tokens.ids, strict=False))
+def _check_pieces(pieces: Sequence[Tokens], answer: Answer) -> None:
+    assert tuple(token for tokens in pieces for token in tokens.ids) == answer.ids
+    assert "".join(tokens.text for tokens in pieces) == answer.text
+    assert [tokens.end for tokens in pieces] == [None] * (len(pieces) - 1) + [answer]
+    assert tuple(each.log_prob for tokens in pieces for each in tokens.log_probs) == answer.log_probs
+    assert all(each.id == token for tokens in pieces for each, token in zip(tokens.log_probs, tokens.ids, strict=False))
 
 
 def run_out(engine: Engine, ledger: Ledger | None = None, on_step: Callable[[Engine], None] | None = None) -> Ledger:
-    """Step until nobody is left; the engine must then be as empty as a new one."""
+    """Step until every request has ended; the engine must then be as empty as a new one."""
     ledger = ledger or Ledger()
     while engine.has_work:
-        ledger.take(engine.step())
+        ledger.record(engine.step())
         engine.check_integrity()
         if on_step is not None:
             on_step(engine)
@@ -88,14 +87,11 @@ def run_out(engine: Engine, ledger: Ledger | None = None, on_step: Callable[[Eng
 
 
 def assert_empty(engine: Engine) -> None:
-    """Nothing is held for anybody any more."""
+    """No request has left anything behind."""
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.kv_bytes_in_use) == (0, 0, 0)
-    assert engine.runners.prefixes.num_pins == 0
-    assert engine.runners.plain.num_bytes == 0
-    waiting = engine.scheduler.waiting
-    assert not list(waiting) and not waiting._heaps and not waiting._service and not waiting._num_rows
-    assert not engine.runners.held._promised and not engine._has_deadline and not engine._given_up
+    assert not engine.has_work
+    engine.check_integrity()
 
 
 def answers(
@@ -114,11 +110,6 @@ def asked(
     """A request that reports its log-probabilities; `prompt` is the length of a random one, or one."""
     found = SoftPrompt(random_prompt(base, prompt, seed=prompt)) if isinstance(prompt, int) else prompt
     return Request(ids, found, SamplingConfig(max_new_tokens=num_new, **settings), num_log_probs=0)
-
-
-def attend_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines made from now on do without the compiled attention, as on a machine that has no compiler."""
-    monkeypatch.setattr(model_runner, "has_native_attention", lambda device, dtype: False)
 
 
 def kv_bytes(base: Base, num_positions: int) -> int:
@@ -158,17 +149,17 @@ def true_log_probs(base: Base, request: Request, prompt: Tensor | None = None) -
 def assert_text_true(
     base: Base, request: Request, found: Sequence[TokenLogProb | None], prompt: Tensor | None = None
 ) -> None:
-    """What was told of a text is the slow truth's: one plain forward over the whole row, to 1e-5."""
+    """Prompt log-probabilities are the slow truth's: one plain forward over the whole row, to 1e-5."""
     truth = true_log_probs(base, request, prompt)
     assert len(found) == len(truth) == len(request.ids)
-    for place, (token, ours, row) in enumerate(zip(request.ids, found, truth, strict=True)):
-        assert (ours is None) == (row is None), place
+    for pos, (token, ours, row) in enumerate(zip(request.ids, found, truth, strict=True)):
+        assert (ours is None) == (row is None), pos
         if row is None:
             continue
-        assert ours.id == token and ours.log_prob == pytest.approx(float(row[token]), abs=1e-5), place
+        assert ours.id == token and ours.log_prob == pytest.approx(float(row[token]), abs=1e-5), pos
         best = row.topk(request.num_text_log_probs).values.tolist()
-        assert [nats for _, nats in ours.alternatives] == pytest.approx(best, abs=1e-5), place
-        assert all(nats == pytest.approx(float(row[i]), abs=1e-5) for i, nats in ours.alternatives), place
+        assert [nats for _, nats in ours.alternatives] == pytest.approx(best, abs=1e-5), pos
+        assert all(nats == pytest.approx(float(row[i]), abs=1e-5) for i, nats in ours.alternatives), pos
 
 
 def assert_alike(ours: Answer, theirs: Answer) -> None:
@@ -204,9 +195,9 @@ def samplings() -> st.SearchStrategy[SamplingConfig]:
     )
 
 
-def take_out_without_copying(shelf: Shelf, place: Place) -> None:
-    """What a careless `Shelf.take_out` would be: who moves up does not bring what it holds."""
-    last, freed = shelf.places.pop(), len(shelf.places)
-    if last is not place:
-        shelf.places[place.row], last.row = last, place.row
-    shelf.store.clear(freed)
+def free_without_copying(bucket: CapacityBucket, slot: Slot) -> None:
+    """`CapacityBucket.free` with a fault: the row that moves does not bring its keys and values."""
+    last, freed = bucket.slots.pop(), len(bucket.slots)
+    if last is not slot:
+        bucket.slots[slot.row], last.row = last, slot.row
+    bucket.buffer.clear(freed)

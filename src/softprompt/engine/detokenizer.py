@@ -1,4 +1,4 @@
-"""The text of an answer as it becomes printable, token by token; knows neither requests nor tensors.
+"""The text of an answer, token by token, as far as it can be printed. Knows neither requests nor tensors.
 
 All pieces together are `Base.decode_after` of the whole answer, cut before the first stop string. A token costs the
 same however long the text and the answer are: only a window of ids is decoded, the first few of the text (where
@@ -25,16 +25,16 @@ _GROWTH = 8  # ids by which the window may grow before it is cut again
 _LONGEST_LEAD = 32  # ids searched at the start for something printed
 
 
-class AnswerText:
-    """What of an answer may be printed: no part of a character, and nothing of a stop string or of its beginning."""
+class Detokenizer:
+    """What of an answer may be printed: no part of a character, no part of a stop string."""
 
     def __init__(self, base: Base, text_ids: Sequence[int], stop: Sequence[str] = (), min_new_tokens: int = 0) -> None:
         self.stopped_by: str | None = None  # the first stop string; of two that begin together the shorter one
-        self._growing = _GrowingText(base, text_ids)
+        self._decoder = _IncrementalDecoder(base, text_ids)
         self._stop = tuple(stop)
         self._num_unchecked = min_new_tokens  # tokens to come whose text is not searched for stop strings
-        self._held = ""  # certain, but perhaps the beginning of a stop string
-        self._num_ignored = 0  # characters of what is held in which no stop string may end
+        self._undecided = ""  # certain, but perhaps the beginning of a stop string
+        self._num_ignored = 0  # undecided characters in which no stop string may end
         self._pieces: list[str] = []
 
     @property
@@ -42,35 +42,35 @@ class AnswerText:
         """All that was printed so far."""
         return "".join(self._pieces)
 
-    def add(self, token: int) -> str:
-        """What can be printed now; nothing any more once a stop string was found.
+    def append(self, token: int) -> str:
+        """What can be printed now; nothing after a stop string was found.
 
         As in vLLM, a stop string counts when it ends behind the text of the first `min_new_tokens` tokens.
         """
         if self.stopped_by is not None:
             return ""
-        self._held += self._growing.add(token)
+        self._undecided += self._decoder.append(token)
         if self._num_unchecked > 0:
             self._num_unchecked -= 1
-            self._num_ignored = len((self._held + self._growing.rest).rstrip(_BROKEN))
+            self._num_ignored = len((self._undecided + self._decoder.rest).rstrip(_BROKEN))
         elif (stop_pos := self._find_stop()) is not None:
-            return self._print((self._held + self._growing.rest)[:stop_pos])
-        return self._print(self._held[: len(self._held) - self._num_begun()])
+            return self._print((self._undecided + self._decoder.rest)[:stop_pos])
+        return self._print(self._undecided[: len(self._undecided) - self._num_begun()])
 
     def finish(self) -> str:
-        """What was still held back, when the answer has ended."""
-        rest, self._growing.rest = self._growing.rest, ""
-        return "" if self.stopped_by is not None else self._print(self._held + rest)
+        """The undecided rest, when the answer has ended."""
+        rest, self._decoder.rest = self._decoder.rest, ""
+        return "" if self.stopped_by is not None else self._print(self._undecided + rest)
 
     def _print(self, piece: str) -> str:
-        self._held = self._held[len(piece) :]
+        self._undecided = self._undecided[len(piece) :]
         self._num_ignored = max(0, self._num_ignored - len(piece))
         self._pieces.append(piece)
         return piece
 
     def _find_stop(self) -> int | None:
         """Where the first stop string begins in what is not printed yet, certain or not."""
-        unprinted = self._held + self._growing.rest
+        unprinted = self._undecided + self._decoder.rest
         starts = [unprinted.find(stop, max(0, self._num_ignored - len(stop) + 1)) for stop in self._stop]
         found = [(start, len(stop), stop) for start, stop in zip(starts, self._stop, strict=True) if start >= 0]
         if not found:
@@ -79,8 +79,8 @@ class AnswerText:
         return start
 
     def _num_begun(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        return max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        """Length of the longest end of the undecided text that begins a stop string."""
+        return max((_overlap(self._undecided, stop) for stop in self._stop), default=0)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -88,7 +88,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
-class _GrowingText:
+class _IncrementalDecoder:
     """The text of ids behind a text, split into what is certain and the rest, which later ids may change."""
 
     def __init__(self, base: Base, text_ids: Sequence[int]) -> None:
@@ -103,7 +103,7 @@ class _GrowingText:
         self._num_bytes = 0  # byte tokens in the run that is open
         self._longest = len(self._ids) + _GROWTH
 
-    def add(self, token: int) -> str:
+    def append(self, token: int) -> str:
         """The text that has become certain."""
         before, self._ids = self._ids, [*self._ids, token]
         start, new = self._new_text()

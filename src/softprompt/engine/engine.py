@@ -7,18 +7,18 @@ One thread owns an engine; `softprompt.engine.AsyncEngine` is for all others. Kn
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 
 import torch
-from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.config import EngineConfig
-from softprompt.engine.detokenizer import AnswerText
+from softprompt.engine.detokenizer import Detokenizer
 from softprompt.engine.kv_cache import is_out_of_memory
-from softprompt.engine.model_runner import Runners, make_runners
-from softprompt.engine.prefix_cache import shared_beginnings
-from softprompt.engine.prompt_logprobs import new_report, report_texts
+from softprompt.engine.model_runner import RunnerKind, Runners, make_runners
+from softprompt.engine.prefix_cache import prefix_keys, prompt_key
+from softprompt.engine.prompt_logprobs import extend_prompt_logprobs, new_prompt_logprobs
 from softprompt.engine.request import (
     DEFAULT_SAMPLING,
     Aborted,
@@ -30,9 +30,9 @@ from softprompt.engine.request import (
     Request,
     check_request,
 )
-from softprompt.engine.sampler import Chooser, Chosen
+from softprompt.engine.sampler import SampledToken, Sampler
 from softprompt.engine.scheduler import Plan, Scheduler
-from softprompt.engine.sequence import Admitted, Row, take_token
+from softprompt.engine.sequence import RequestState, Sequence
 from softprompt.engine.stats import Counts, EngineStats
 from softprompt.errors import MemoryLimitError, QueueFullError
 from softprompt.families import Forward, forward_of
@@ -49,26 +49,33 @@ class Engine:
         *,
         forward: Forward | None = None,
         arrange: bool = True,
+        runner: RunnerKind = "auto",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`arrange`: get ready for many requests: keep the weights a second time, as this processor reads them
-        fastest, where it gains, and take the memory for keys and values of short rows now."""
+        """`arrange`: prepare for many requests: keep the weights a second time, as this processor reads them fastest,
+        where it gains, and allocate the memory for keys and values of short answers now.
+
+        `runner`: "auto" runs answers as fast as the base allows, "torch" without the compiled attention, "eager" one
+        at a time through transformers' own forward.
+        """
         self.base = base
         self.config = config or EngineConfig()
         self.forward = forward or forward_of(base)
-        self.runners: Runners = make_runners(base, self.forward, self.config, arrange)
-        self.scheduler = Scheduler(self.runners.max_rows, self.runners.max_step_tokens, self.runners.num_reading_steps)
+        self.runners: Runners = make_runners(base, self.forward, self.config, arrange, runner)
+        self.scheduler = Scheduler(
+            self.runners.max_sequences, self.runners.max_step_tokens, self.runners.num_prefill_steps
+        )
         self.counts = Counts()
-        self._chooser = Chooser(base)
+        self._sampler = Sampler(base)
         self._clock = clock
-        self._alive: dict[int, Admitted] = {}
-        self._has_deadline: dict[int, float] = {}
-        self._given_up: dict[int, AbortReason] = {}
+        self._alive: dict[int, RequestState] = {}
+        self._deadlines: dict[int, float] = {}
+        self._aborted: dict[int, AbortReason] = {}
         self._next_id = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would bring something."""
+        """Whether a request has not ended."""
         return bool(self._alive)
 
     @property
@@ -76,30 +83,10 @@ class Engine:
         """How this base runs, and why not faster, for people."""
         return self.runners.notes
 
-    def add(self, request: Request) -> int:
-        """Admit a request; its id.
-
-        Raises LengthError, PromptError, DataError or ConfigError where it cannot be answered, MemoryLimitError where
-        it is longer than the memory for keys and values, and QueueFullError where too many wait.
-        """
-        self.check(request)
-        if self.config.max_waiting is not None and len(self.scheduler.waiting) >= self.config.max_waiting:
-            raise QueueFullError(f"{self.config.max_waiting} requests wait already; try again later")
-        deadline = None if request.timeout_s is None else self._clock() + request.timeout_s
-        admitted = Admitted(self._next_id, request, deadline)
-        admitted.rows = [self._new_row(admitted, choice) for choice in range(request.num_choices)]
-        self._next_id += 1
-        self._alive[admitted.id] = admitted
-        if deadline is not None:
-            self._has_deadline[admitted.id] = deadline
-        for row in admitted.rows:
-            self.scheduler.enter(row)
-        return admitted.id
-
     def check(self, request: Request) -> None:
         """Raise what `add` would raise for this request, but for guides and a full queue. Any thread may call it."""
         check_request(self.base, request)
-        if not self.runners.of(request).can_ever_hold(request.max_length):
+        if not self.runners.select(request).can_ever_fit(request.max_length):
             raise MemoryLimitError(
                 f"{request.max_length} positions are more than the engine's memory for keys and values holds; raise "
                 "kv_bytes or ask for fewer new tokens",
@@ -112,165 +99,193 @@ class Engine:
         Raises ConfigError where the guide cannot be followed, and MissingDependencyError without llguidance.
         """
         if request.sampling is not None:
-            self._chooser.prepare(request.sampling, request.cache_salt)
+            self._sampler.prepare(request.sampling, request.cache_salt)
+
+    def add(self, request: Request) -> int:
+        """Admit a request; its id.
+
+        Raises LengthError, PromptError, DataError or ConfigError where it cannot be answered, MemoryLimitError where
+        it is longer than the memory for keys and values, and QueueFullError where too many wait.
+        """
+        self.check(request)
+        if self.config.max_waiting is not None and len(self.scheduler.waiting) >= self.config.max_waiting:
+            raise QueueFullError(f"{self.config.max_waiting} requests wait already; try again later")
+        deadline = None if request.timeout_s is None else self._clock() + request.timeout_s
+        state = RequestState(self._next_id, request)
+        state.sequences = [self._new_sequence(state, choice) for choice in range(request.num_choices)]
+        self._next_id += 1
+        self._alive[state.id] = state
+        if deadline is not None:
+            self._deadlines[state.id] = deadline
+        for sequence in state.sequences:
+            self.scheduler.add(sequence)
+        return state.id
 
     def abort(self, request: int) -> None:
-        """Give a request up; the next step says so. One that has ended, or never was, is let be."""
+        """End a request: the next step emits Aborted. Does nothing for one that has ended, or never was."""
         if request in self._alive:
-            self._given_up.setdefault(request, "asked")
+            self._aborted.setdefault(request, "asked")
 
     def pin(self, prompt: SoftPrompt) -> None:
-        """Once computed, a soft prompt's keys and values are never given up for others', until `unpin`.
+        """Once computed, a soft prompt's keys and values are never evicted for others', until `unpin`.
 
         Raises MemoryLimitError where pinned ones would take more than half of `prefix_bytes`.
         """
-        if not self.runners.pin(prompt):
+        cache = self.runners.prefix_cache
+        num_bytes = prompt.num_virtual_tokens * self.runners.kv_cache.bytes_per_position
+        if self.runners.is_batchable and not cache.reserve(prompt_key(prompt), num_bytes):
             raise MemoryLimitError(
                 f"{prompt.num_virtual_tokens} virtual tokens more would take over half of the memory for prefixes "
-                f"({self.runners.prefixes.budget_bytes:,} bytes); unpin another prompt, or raise prefix_bytes"
+                f"({cache.budget_bytes:,} bytes); unpin another prompt, or raise prefix_bytes"
             )
 
     def unpin(self, prompt: SoftPrompt) -> None:
-        """They may be given up again. One that is not pinned is let be."""
-        self.runners.unpin(prompt)
+        """Undo `pin`; does nothing for a prompt that is not pinned."""
+        self.runners.prefix_cache.release(prompt_key(prompt))
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward, and what came of it."""
-        events = self._give_up()
+        """Abort what was asked, plan, run one forward, and sample; the events of all that."""
+        events = self._end_aborted()
         plan = self.scheduler.plan()
         if plan:
             self.counts.num_steps += 1
             return events + self._run(plan)
         if self._alive and not self.scheduler.running:  # the machine has less memory than the engine was allowed
-            next_one = min(self.scheduler.waiting, key=lambda row: row.owner.id)
-            events += self._fail({next_one.owner}, "out of memory: there is none for its keys and values")
+            oldest = min(self.scheduler.waiting, key=lambda sequence: sequence.owner.id)
+            events += self._fail({oldest.owner}, "out of memory: there is none for its keys and values")
         return events
 
     def stats(self) -> EngineStats:
-        """Figures as they stand."""
         return self.counts.with_state(self.scheduler, self.runners)
 
     @torch.inference_mode()
     def close(self) -> None:
-        """Forget everything that is running, without a word."""
-        for admitted in list(self._alive.values()):
-            self._drop(admitted)
-        self._given_up.clear()
+        """Drop all requests without emitting events."""
+        for state in list(self._alive.values()):
+            self._drop(state)
+        self._aborted.clear()
 
     def check_integrity(self) -> None:
-        """Every row is in one place, and memory and pins are what rows hold. Raises AssertionError."""
-        rows = [row for admitted in self._alive.values() for row in admitted.rows if row.answer is None]
+        """Every sequence waits or runs, memory and pins are those of running ones, and without requests nothing is
+        left. Raises AssertionError."""
+        alive = [each for state in self._alive.values() for each in state.sequences if each.answer is None]
         running, waiting = self.scheduler.running, list(self.scheduler.waiting)
-        assert len(rows) == len(running) + len(waiting) and set(rows) == {*running, *waiting}
+        assert len(alive) == len(running) + len(waiting) and set(alive) == {*running, *waiting}
+        assert self._deadlines.keys() <= self._alive.keys() and self._aborted.keys() <= self._alive.keys()
         self.runners.check_integrity(running)
+        if not self._alive:
+            self.scheduler.waiting.assert_empty()
 
-    def _new_row(self, owner: Admitted, choice: int) -> Row:
+    def _new_sequence(self, owner: RequestState, choice: int) -> Sequence:
         request = owner.request
         sampling = request.sampling or DEFAULT_SAMPLING
-        runner = self.runners.of(request)
-        row = Row(
+        runner = self.runners.select(request)
+        is_batched = runner is self.runners.batched
+        is_repeated = request.num_choices > 1
+        keys = prefix_keys(request.prompt, request.ids, is_repeated, request.cache_salt) if is_batched else []
+        return Sequence(
             owner=owner,
             choice=choice,
             runner=runner,
-            choosing=self._chooser.new_row(sampling, request.ids, choice, request.cache_salt),
-            text=AnswerText(self.base, request.ids, sampling.stop, sampling.min_new_tokens),
+            sampling=self._sampler.new_state(sampling, request.ids, choice, request.cache_salt),
+            detokenizer=Detokenizer(self.base, request.ids, sampling.stop, sampling.min_new_tokens),
             ids=list(request.ids),
-            text_log_probs=new_report(request) if choice == 0 else None,
+            prefix_keys=keys,
+            prompt_log_probs=new_prompt_logprobs(request) if choice == 0 else None,
         )
-        if runner is self.runners.held:
-            is_asked_again = request.num_choices > 1
-            row.keys = shared_beginnings(request.prompt, request.ids, is_asked_again, request.cache_salt)
-        return row
 
     def _run(self, plan: Plan) -> list[Event]:
-        """The step's forward, and one token for every row that was run to its end."""
+        """The step's forward, and one token for every sequence that was run to its end."""
         try:
-            hidden, telling = self.runners.run(plan)
-            unsound = report_texts(self.base, self.forward, telling) if telling else []
-            rows = [row for row, _ in plan if row.remaining == 0]
-            is_at_end = torch.tensor([row.remaining == 0 for row, _ in plan], device=hidden.device)
-            chosen = self._choose(hidden[is_at_end], rows) if rows else []
+            hidden, prompt_states = self.runners.run(plan)
+            has_nan = extend_prompt_logprobs(self.base, self.forward, prompt_states) if prompt_states else []
+            is_due = [sequence.remaining == 0 for sequence, _ in plan]
+            due = [sequence for sequence, _ in plan if sequence.remaining == 0]
+            sampled = self._sample(hidden[torch.tensor(is_due, device=hidden.device)], due) if due else []
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return self._fail({row.owner for row, _ in plan}, f"out of memory: {error}")
-        for row, count in plan:
-            self.scheduler.waiting.charge(row, count, row.remaining == 0)
+            return self._fail({sequence.owner for sequence, _ in plan}, f"out of memory: {error}")
+        for sequence, count in plan:
+            self.scheduler.waiting.charge(sequence, count, sequence.remaining == 0)
             self.counts.num_read_tokens += count
-        return self._fail_unsound(unsound) + self._take(rows, chosen)
+        return self._fail_for_nan(has_nan) + self._append(due, sampled)
 
-    def _choose(self, hidden: Tensor, rows: list[Row]) -> list[Chosen | None]:
-        wanted = [row.request.num_log_probs for row in rows]
-        return self._chooser.choose(self.forward.logits(hidden), [row.choosing for row in rows], wanted)
+    def _sample(self, hidden: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken | None]:
+        num_log_probs = [sequence.request.num_log_probs for sequence in sequences]
+        states = [sequence.sampling for sequence in sequences]
+        return self._sampler.sample(self.forward.logits(hidden), states, num_log_probs)
 
-    def _take(self, rows: list[Row], chosen: list[Chosen | None]) -> list[Event]:
+    def _append(self, sequences: list[Sequence], sampled: list[SampledToken | None]) -> list[Event]:
         events: list[Event] = []
-        for row, choice in zip(rows, chosen, strict=True):
-            if row.owner.id not in self._alive:
+        for sequence, token in zip(sequences, sampled, strict=True):
+            if sequence.owner.id not in self._alive:
                 continue  # it failed together with another choice of its request
-            if choice is None:
-                events += self._fail_stuck(row, row.choosing.problem)
+            if token is None:
+                events += self._fail_without_token(sequence)
                 continue
             self.counts.num_new_tokens += 1
-            if row.text_log_probs is not None:
-                events.append(PromptLogprobs(row.owner.id, tuple(row.text_log_probs)))
-                row.text_log_probs = None
-            events.append(take_token(self.base, row, choice))
-            if row.answer is not None:
-                self.scheduler.leave(row)
-                events += self._finish(row.owner)
+            if sequence.prompt_log_probs is not None:
+                events.append(PromptLogprobs(sequence.owner.id, tuple(sequence.prompt_log_probs)))
+                sequence.prompt_log_probs = None
+            events.append(sequence.append_token(token.id, token.log_prob, token.alternatives))
+            if sequence.answer is not None:
+                self.scheduler.remove(sequence)
+                events += self._finish(sequence.owner)
         return events
 
-    def _finish(self, admitted: Admitted) -> list[Event]:
-        """The terminal event of a request whose last choice has ended."""
-        answers = [row.answer for row in admitted.rows if row.answer is not None]
-        if len(answers) < len(admitted.rows):
+    def _finish(self, state: RequestState) -> list[Event]:
+        """The terminal event, if the request's last choice has ended."""
+        answers = [sequence.answer for sequence in state.sequences if sequence.answer is not None]
+        if len(answers) < len(state.sequences):
             return []
-        first = admitted.rows[0]
-        num_cached = max(0, (first.num_cached or 0) - first.num_virtual)
-        end = Finished(admitted.id, tuple(answers), len(admitted.request.ids), first.num_virtual, num_cached)
-        self._forget(admitted)
+        request = state.request
+        num_cached = max(0, (state.sequences[0].num_cached or 0) - request.num_virtual)
+        self._forget(state)
         self.counts.num_finished += 1
-        return [end]
+        return [Finished(state.id, tuple(answers), len(request.ids), request.num_virtual, num_cached)]
 
-    def _fail_stuck(self, row: Row, problem: str | None) -> list[Event]:
-        """No token could be chosen: its guide says why, or the base computes NaN."""
-        return self._fail_unsound([row]) if problem is None else self._fail({row.owner}, problem, is_request_fault=True)
+    def _fail_without_token(self, sequence: Sequence) -> list[Event]:
+        """No token could be sampled: the guide has the reason, or the base computes NaN."""
+        problem = sequence.sampling.problem
+        if problem is None:
+            return self._fail_for_nan([sequence])
+        return self._fail({sequence.owner}, problem, is_request_fault=True)
 
-    def _fail_unsound(self, rows: Sequence[Row]) -> list[Event]:
+    def _fail_for_nan(self, sequences: SequenceOf[Sequence]) -> list[Event]:
         why = f"base {self.base.name!r} computes NaN in {self.base.dtype}; load it in float32 or bfloat16"
-        return self._fail({row.owner for row in rows}, why)
+        return self._fail({sequence.owner for sequence in sequences}, why)
 
-    def _fail(self, owners: Iterable[Admitted], why: str, *, is_request_fault: bool = False) -> list[Event]:
+    def _fail(self, owners: Iterable[RequestState], why: str, *, is_request_fault: bool = False) -> list[Event]:
         events: list[Event] = []
-        for admitted in sorted(owners, key=lambda owner: owner.id):
-            self._drop(admitted)
+        for state in sorted(owners, key=lambda owner: owner.id):
+            self._drop(state)
             self.counts.num_failed += 1
-            events.append(Failed(admitted.id, why, is_request_fault))
+            events.append(Failed(state.id, why, is_request_fault))
         return events
 
-    def _give_up(self) -> list[Event]:
-        """Requests that were aborted, or whose time is over."""
-        now = self._clock() if self._has_deadline else 0.0
-        for request, deadline in self._has_deadline.items():
+    def _end_aborted(self) -> list[Event]:
+        """Drop requests that were aborted, or whose time is over."""
+        now = self._clock() if self._deadlines else 0.0
+        for request, deadline in self._deadlines.items():
             if deadline <= now:
-                self._given_up.setdefault(request, "deadline")
+                self._aborted.setdefault(request, "deadline")
         events: list[Event] = []
-        for request, reason in self._given_up.items():
+        for request, reason in self._aborted.items():
             self._drop(self._alive[request])
             self.counts.num_aborted += 1
             events.append(Aborted(request, reason))
-        self._given_up.clear()
+        self._aborted.clear()
         return events
 
-    def _drop(self, admitted: Admitted) -> None:
-        for row in admitted.rows:
-            if row.answer is None:
-                self.scheduler.leave(row)
-        self._forget(admitted)
+    def _drop(self, state: RequestState) -> None:
+        for sequence in state.sequences:
+            if sequence.answer is None:
+                self.scheduler.remove(sequence)
+        self._forget(state)
 
-    def _forget(self, admitted: Admitted) -> None:
-        del self._alive[admitted.id]
-        self._has_deadline.pop(admitted.id, None)
-        admitted.rows.clear()  # they know their owner: a circle would wait for the garbage collector
+    def _forget(self, state: RequestState) -> None:
+        del self._alive[state.id]
+        self._deadlines.pop(state.id, None)
+        state.sequences.clear()  # they refer to it: a circle would wait for the garbage collector

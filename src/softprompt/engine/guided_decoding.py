@@ -1,8 +1,11 @@
-"""Answers that must be one of a list or satisfy a JSON schema, by llguidance's grammars over the base's own tokens.
+"""Guided decoding: answers that must be one of a list or satisfy a JSON schema, by llguidance's grammars.
 
-Token by token a guide says which ids may follow. White space between a JSON text's parts is that of `json.dumps`; a
-schema may free it: `"x-guidance": {"whitespace_flexible": true}`. Compiling is bounded by llguidance's limits and safe
-in any thread; what proves too large only on the way ends its row with the reason.
+For each token, a guide lists the ids that are allowed. White space between a JSON text's parts is that of `json.dumps`;
+a schema may free it: `"x-guidance": {"whitespace_flexible": true}`. llguidance's limits bound compiling, which any
+thread may do; a grammar that proves too large only during an answer fails its request with the reason.
+
+Schemas are read with closed objects and bounded integers, so that small models end: the JSON Schema standard lets an
+object without `additionalProperties` have any others, and an integer any number of digits. What a schema sets counts.
 """
 
 from __future__ import annotations
@@ -26,17 +29,17 @@ if TYPE_CHECKING:
 from collections.abc import Iterator
 from typing import Any
 
-# As json.dumps writes it: a model that may put spaces wherever JSON allows them may put nothing else.
+# As json.dumps writes it: a model that may put spaces wherever JSON allows them may never put anything else.
 _WRITTEN: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _JSON_BYTES = frozenset(b'{}[]":,+-.0123456789eEtrufalsn')
-_KEPT = 64  # grammars
-_MOST_LEXER_STATES = 2**16  # of one answer, some 300 bytes each; llguidance's own limit is four times that
-_PLAIN = {"NoExtensionBias": "no text satisfies it"}  # llguidance's words, and ours
+_MAX_GRAMMARS = 64  # grammars
+_MAX_LEXER_STATES = 2**16  # of one answer, some 300 bytes each; llguidance's own limit is four times that
+_REWORDED = {"NoExtensionBias": "no text satisfies it"}  # llguidance's message: ours
 _LONGEST_REASON = 200  # characters of llguidance's message that are passed on
 
 
 class Guide:
-    """Where one answer stands in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, matcher: LLMatcher, num_tokens: int, ending_ids: Sequence[int], forbidden_ids: Sequence[int]):
         self._matcher = matcher
@@ -47,9 +50,9 @@ class Guide:
         self._is_stuck = False
 
     def allowed(self, width: int) -> NDArray[np.bool_]:
-        """Which ids [width] may follow; an end only where the grammar is satisfied, ids without a token never.
+        """Which ids [width] are allowed next: an end only where the grammar is satisfied, ids without a token never.
 
-        None at all when llguidance gives up on the grammar.
+        All false when llguidance gives up on the grammar.
         """
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
@@ -61,7 +64,7 @@ class Guide:
         self._is_stuck = not flags.any()
         return flags
 
-    def take(self, token: int) -> None:
+    def append(self, token: int) -> None:
         if token in self._ending_ids:
             self._has_ended = True
         else:
@@ -69,7 +72,7 @@ class Guide:
 
     @property
     def problem(self) -> str | None:
-        """Why nothing may follow, where nothing may though the grammar is not satisfied."""
+        """Why no token is allowed although the grammar is not satisfied; None otherwise."""
         if not self._is_stuck:
             return None
         reason = _short(self._matcher.get_error()) or "nothing may follow"
@@ -81,8 +84,8 @@ class Guide:
         return self._has_ended or (self._matcher.is_stopped() and not self._matcher.is_error())
 
 
-class Guides:
-    """Makes the guides of one base; its tokenizer is read once, by the first of them."""
+class GuideCache:
+    """The guides of one base, compiled once; its tokenizer is read for the first of them."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -94,7 +97,7 @@ class Guides:
         self._lock = threading.Lock()  # of what is compiled; never while something is being compiled
         self._reading = threading.Lock()  # of the tokenizer
 
-    def guide_of(self, sampling: SamplingConfig, ending_ids: Sequence[int], salt: str | None = None) -> Guide | None:
+    def new_guide(self, sampling: SamplingConfig, ending_ids: Sequence[int], salt: str | None = None) -> Guide | None:
         """A fresh guide, or None where the settings ask for none. Compiled ones are shared within a salt alone.
 
         Raises ConfigError for a grammar that cannot be used or that this base cannot spell, and
@@ -110,7 +113,7 @@ class Guides:
         with self._lock:
             self._compiled[key] = matcher  # compiling may take a while, copying takes none
             self._compiled.move_to_end(key)
-            if len(self._compiled) > _KEPT:
+            if len(self._compiled) > _MAX_GRAMMARS:
                 self._compiled.popitem(last=False)
         return Guide(matcher.deep_copy(), tokenizer.vocab_size, ending_ids, (tokenizer.eos_token, *self._base.stop_ids))
 
@@ -135,7 +138,7 @@ class Guides:
         if sampling.json_schema is None:
             self._check_spelling("choice", frozenset(b"".join(_utf8(text) for text in sampling.choice)))
             return LLMatcher.grammar_from_regex("|".join(map(_as_regex, sampling.choice)))
-        schema = read_schema(sampling.json_schema)
+        schema = bounded_schema(sampling.json_schema)
         self._check_spelling("json_schema", _JSON_BYTES | set(_utf8(json.dumps(schema, ensure_ascii=False))))
         return LLMatcher.grammar_from_json_schema(json.dumps({} if schema is True else schema), defaults=_WRITTEN)
 
@@ -177,7 +180,7 @@ def _tokenizer_of(base: Base) -> LLTokenizer:
 def _limits() -> LLParserLimits:
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_lexer_states=_MOST_LEXER_STATES)
+    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES)
 
 
 def _as_regex(text: str) -> str:
@@ -193,10 +196,8 @@ def _short(reason: str) -> str:
     sentence = " ".join(reason.split("<state>")[0].split("; consider")[0].split())
     is_long = len(sentence) > _LONGEST_REASON
     half = _LONGEST_REASON // 2
-    return _PLAIN.get(sentence, f"{sentence[:half]} ... {sentence[-half:]}" if is_long else sentence)
+    return _REWORDED.get(sentence, f"{sentence[:half]} ... {sentence[-half:]}" if is_long else sentence)
 
-
-# --
 
 Schema = dict[str, Any] | bool  # Any: JSON
 LARGEST_INTEGER = 10**15 - 1
@@ -213,8 +214,8 @@ _OPENING = ("additionalProperties", "unevaluatedProperties", "patternProperties"
 _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 
-def read_schema(text: str) -> Schema:
-    """The schema with its defaults. Raises ConfigError for a text that is none."""
+def bounded_schema(text: str) -> Schema:
+    """The schema with our defaults. Raises ConfigError for a text that is no schema."""
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -252,7 +253,7 @@ def _rewritten(schema: dict[str, Any], is_closing: bool) -> dict[str, Any]:
 
 
 def _names_all(schema: dict[str, Any]) -> bool:
-    """Whether its `properties` are all that the object is meant to have."""
+    """Whether `properties` are meant to be all that the object has."""
     named, required = schema.get("properties"), schema.get("required")
     if not isinstance(named, dict) or any(key in schema for key in _OPENING):
         return False
@@ -286,7 +287,7 @@ def _all(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _combines(schema: dict[str, Any]) -> bool:
-    """Whether several schemas describe one object: each closed, they would leave nothing."""
+    """Whether several schemas describe one object: each closed, no object would satisfy all."""
     several = schema.get("allOf")
     has_own = "properties" in schema and any(key in schema for key in _COMBINING)
     return has_own or (isinstance(several, list) and len(several) > 1)
@@ -299,7 +300,7 @@ def _is_integer(schema: dict[str, Any]) -> bool:
 
 
 def _missing_bounds(schema: dict[str, Any]) -> dict[str, int]:
-    """The default limits on the sides that have none, where they leave something between."""
+    """The default limits on the sides that have none, where an integer lies between."""
     given = [schema[key] for key in _BOUNDS if isinstance(schema.get(key), int | float)]
     if any(abs(bound) >= LARGEST_INTEGER for bound in given):
         return {}

@@ -1,7 +1,8 @@
-"""Where the keys and values of running rows lie: stores of a few capacities, within a budget.
+"""Keys and values of the running sequences: slots in buffers of a few capacities, within a budget.
 
-A row lies in the smallest store that it fits into and moves up when it outgrows it. A row that leaves is replaced by
-the last one of its store, so that the rows in use are always the first ones. Knows nothing of requests or tokens.
+A sequence has a slot in the smallest bucket that it fits into and moves to a larger one when it outgrows it. When a
+slot is freed, the last row of its buffer moves into it, so that the rows in use are always the first ones. Knows
+nothing of requests or tokens.
 """
 
 from __future__ import annotations
@@ -14,153 +15,151 @@ import torch
 from softprompt.families import KVBuffer
 
 _STEP = 64  # positions; a product over fewer is not faster
-_PREPARED = 2  # capacities
+_NUM_PREALLOCATED = 2  # capacities
 _SMALL_PART = 8  # of the budget: an eighth
 _GROWTH = 1.5  # from one capacity to the next, at most
 
 
 @dataclass(eq=False)
-class Place:
-    """Where one row lies."""
+class Slot:
+    """The row of a buffer that one sequence has."""
 
-    shelf: Shelf
+    bucket: CapacityBucket
     row: int
-    length: int = 0  # positions that are held
+    length: int = 0  # positions whose keys and values are there
 
 
-class Shelf:
-    """One store and who lies where in it."""
+class CapacityBucket:
+    """One buffer and its slots, in the order of its rows."""
 
     def __init__(self, capacity: int) -> None:
-        self.store = KVBuffer(0, capacity)
-        self.places: list[Place] = []
+        self.buffer = KVBuffer(0, capacity)
+        self.slots: list[Slot] = []
 
     @property
     def num_positions(self) -> int:
-        return self.store.num_rows * self.store.capacity
+        return self.buffer.num_rows * self.buffer.capacity
 
-    def put(self) -> Place:
-        assert len(self.places) < self.store.num_rows
-        self.places.append(Place(self, len(self.places)))
-        return self.places[-1]
+    def allocate(self) -> Slot:
+        assert len(self.slots) < self.buffer.num_rows
+        self.slots.append(Slot(self, len(self.slots)))
+        return self.slots[-1]
 
-    def take_out(self, place: Place) -> None:
-        """The last row takes the place of the one that leaves. Nothing of it stays behind for the next one."""
-        last, freed = self.places.pop(), len(self.places)
-        if last is not place:
-            self.store.clear(place.row)
-            self.store.copy_row(freed, self.store, place.row, last.length)
-            self.places[place.row] = last
-            last.row = place.row
-        self.store.clear(freed)
+    def free(self, slot: Slot) -> None:
+        """The last row moves into the freed one. Nothing stays behind for the next sequence."""
+        last, freed = self.slots.pop(), len(self.slots)
+        if last is not slot:
+            self.buffer.clear(slot.row)
+            self.buffer.copy_row(freed, self.buffer, slot.row, last.length)
+            self.slots[slot.row] = last
+            last.row = slot.row
+        self.buffer.clear(freed)
 
 
-class KeyValueMemory:
-    """The stores of one engine."""
+class KVCache:
+    """The buffers of one engine."""
 
     def __init__(self, budget_bytes: int, bytes_per_position: int, max_length: int) -> None:
         self.budget_positions = budget_bytes // bytes_per_position
         self.bytes_per_position = bytes_per_position
         self.capacities = capacities(max_length)
-        self.shelves: dict[int, Shelf] = {}
+        self.buckets: dict[int, CapacityBucket] = {}
 
     @property
     def num_bytes(self) -> int:
-        """What the stores take, in use or not."""
+        """Size of all buffers, in use or not."""
         return self._num_positions() * self.bytes_per_position
 
     @property
     def num_bytes_in_use(self) -> int:
-        places = (place for shelf in self.shelves.values() for place in shelf.places)
-        return sum(place.shelf.store.capacity for place in places) * self.bytes_per_position
+        used = sum(len(bucket.slots) * bucket.buffer.capacity for bucket in self.buckets.values())
+        return used * self.bytes_per_position
 
-    def prepare(self, sample: KVBuffer, num_rows: int) -> None:
-        """Take the memory of so many rows in the smallest stores now, where that is a small part of the budget.
+    def preallocate(self, sample: KVBuffer, num_rows: int) -> None:
+        """Make `num_rows` rows in the smallest buckets now, where that is a small part of the budget.
 
-        Memory that is taken in mid-answer holds a step up for as long as several take. `sample` knows the modules.
+        Memory that is allocated in mid-answer delays a step as long as several take. `sample` has the attention
+        modules.
         """
-        for capacity in self.capacities[:_PREPARED]:
+        for capacity in self.capacities[:_NUM_PREALLOCATED]:
             positions = self._num_positions() + num_rows * capacity
-            if capacity not in self.shelves and positions <= self.budget_positions // _SMALL_PART:
-                _prepare(self._shelf(capacity), sample, num_rows)
+            if capacity not in self.buckets and positions <= self.budget_positions // _SMALL_PART:
+                _preallocate(self._bucket(capacity), sample, num_rows)
 
-    def can_ever_hold(self, length: int) -> bool:
-        """Whether one row of that many positions fits into the empty memory."""
-        return self._capacity(length) <= self.budget_positions
+    def can_ever_fit(self, length: int) -> bool:
+        """Whether one sequence of that many positions fits into the empty cache. Any thread may ask."""
+        return self.capacities[bisect_left(self.capacities, length)] <= self.budget_positions
 
-    def place(self, length: int) -> Place | None:
-        """A place for a row of `length` positions; None where there is no memory for it now."""
-        shelf = self._shelf(self._capacity(length))
-        return shelf.put() if self._has_room(shelf) else None
+    def allocate(self, length: int) -> Slot | None:
+        """A slot for `length` positions; None where there is no memory for it now."""
+        bucket = self._bucket(self.capacities[bisect_left(self.capacities, length)])
+        return bucket.allocate() if self._has_free_row(bucket) else None
 
-    def grow(self, place: Place, length: int) -> bool:
-        """Make room for `length` positions in a row; False where there is no memory for it now."""
-        if length <= place.shelf.store.capacity:
+    def grow(self, slot: Slot, length: int) -> bool:
+        """Extend a slot to `length` positions; False where there is no memory for it now."""
+        if length <= slot.bucket.buffer.capacity:
             return True
-        moved = self.place(length)
-        if moved is None:
+        larger = self.allocate(length)
+        if larger is None:
             return False
-        old = place.shelf
-        old.store.copy_row(place.row, moved.shelf.store, moved.row, place.length)
-        old.take_out(place)
-        place.shelf, place.row = moved.shelf, moved.row
-        place.shelf.places[place.row] = place
+        old = slot.bucket
+        old.buffer.copy_row(slot.row, larger.bucket.buffer, larger.row, slot.length)
+        old.free(slot)
+        slot.bucket, slot.row = larger.bucket, larger.row
+        slot.bucket.slots[slot.row] = slot
         return True
 
-    def release(self, place: Place) -> None:
-        place.shelf.take_out(place)
+    def free(self, slot: Slot) -> None:
+        slot.bucket.free(slot)
 
     def check_integrity(self) -> None:
-        """Every place lies where its store says, and the budget holds. Raises AssertionError."""
+        """Every slot is the row that it names, and the budget is kept. Raises AssertionError."""
         assert self._num_positions() <= self.budget_positions
-        for shelf in self.shelves.values():
-            for row, place in enumerate(shelf.places):
-                assert place.shelf is shelf and place.row == row and place.length <= shelf.store.capacity
-            assert len(shelf.places) <= shelf.store.num_rows
+        for bucket in self.buckets.values():
+            for row, slot in enumerate(bucket.slots):
+                assert slot.bucket is bucket and slot.row == row and slot.length <= bucket.buffer.capacity
+            assert len(bucket.slots) <= bucket.buffer.num_rows
 
-    def _capacity(self, length: int) -> int:
-        return self.capacities[bisect_left(self.capacities, length)]
-
-    def _shelf(self, capacity: int) -> Shelf:
-        if capacity not in self.shelves:
-            self.shelves[capacity] = Shelf(capacity)
-        return self.shelves[capacity]
+    def _bucket(self, capacity: int) -> CapacityBucket:
+        if capacity not in self.buckets:
+            self.buckets[capacity] = CapacityBucket(capacity)
+        return self.buckets[capacity]
 
     def _num_positions(self) -> int:
-        return sum(shelf.num_positions for shelf in self.shelves.values())
+        return sum(bucket.num_positions for bucket in self.buckets.values())
 
-    def _has_room(self, shelf: Shelf) -> bool:
-        """Make a free row in a store: doubled where the budget allows, else one more, at the cost of unused rows."""
-        used, rows = len(shelf.places), shelf.store.num_rows
+    def _has_free_row(self, bucket: CapacityBucket) -> bool:
+        """Make one where needed: twice as many rows where the budget allows, else one more, taken from unused rows."""
+        used, rows = len(bucket.slots), bucket.buffer.num_rows
         if used < rows:
             return True
         for wanted in (max(1, 2 * rows), rows + 1):
-            if self._num_positions() + (wanted - rows) * shelf.store.capacity <= self.budget_positions:
-                return _resized(shelf.store, wanted)
-        return self._take_from_others(shelf)
+            if self._num_positions() + (wanted - rows) * bucket.buffer.capacity <= self.budget_positions:
+                return _resized(bucket.buffer, wanted)
+        return self._take_from_others(bucket)
 
-    def _take_from_others(self, shelf: Shelf) -> bool:
-        for other in self.shelves.values():
-            if other is not shelf and other.store.num_rows > len(other.places):
-                _resized(other.store, len(other.places))
-        if self._num_positions() + shelf.store.capacity > self.budget_positions:
+    def _take_from_others(self, bucket: CapacityBucket) -> bool:
+        for other in self.buckets.values():
+            if other is not bucket and other.buffer.num_rows > len(other.slots):
+                _resized(other.buffer, len(other.slots))
+        if self._num_positions() + bucket.buffer.capacity > self.budget_positions:
             return False
-        return _resized(shelf.store, shelf.store.num_rows + 1)
+        return _resized(bucket.buffer, bucket.buffer.num_rows + 1)
 
 
-def _prepare(shelf: Shelf, sample: KVBuffer, num_rows: int) -> None:
-    """Nothing where the machine has less memory than the budget allows."""
+def _preallocate(bucket: CapacityBucket, sample: KVBuffer, num_rows: int) -> None:
+    """Does nothing where the machine has less memory than the budget allows."""
     try:
-        shelf.store = sample.like(num_rows, shelf.store.capacity)
+        bucket.buffer = sample.like(num_rows, bucket.buffer.capacity)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
 
 
-def _resized(store: KVBuffer, num_rows: int) -> bool:
+def _resized(buffer: KVBuffer, num_rows: int) -> bool:
     """False where the machine has less memory than the budget allows."""
     try:
-        store.resize(num_rows)
+        buffer.resize(num_rows)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -1,11 +1,16 @@
-"""How the rows of one base run: the fast way where it passes its test, the slow one for all others."""
+"""How the sequences of one base run: batched over one KV cache where the base passes a self-test, else one at a time.
+
+The self-test compares, on a few tokens, sequences over cached keys and values with one plain forward on concatenated
+embeddings. A wrong soft prompt has to fail it, or the comparison says nothing.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,10 +18,11 @@ from torch import Tensor
 
 from softprompt.base import Base, free_bytes
 from softprompt.config import EngineConfig
-from softprompt.engine.kv_cache import KeyValueMemory
-from softprompt.engine.prefix_cache import Key, Prefix, PrefixCache, shared_beginnings
+from softprompt.engine.kv_cache import KVCache
+from softprompt.engine.prefix_cache import Key, Prefix, PrefixCache
 from softprompt.engine.request import Request
-from softprompt.engine.sequence import Ran, Row, Runner
+from softprompt.engine.scheduler import Plan
+from softprompt.engine.sequence import ModelRunner, RunnerOutput, Sequence
 from softprompt.families import (
     Forward,
     KVBuffer,
@@ -26,136 +32,336 @@ from softprompt.families import (
     cached_batch,
     has_native_attention,
 )
-from softprompt.prompt import SoftPrompt
 from softprompt.splice import TokenSpan, embed_spans
 
 _LOG = logging.getLogger(__name__)
 _KV_SHARE, _PREFIX_SHARE = 0.5, 0.125  # of the free memory
-_MAX_ROWS = {"cpu": 32}
-_MAX_ROWS_ELSEWHERE = 256
-_STEP_TOKENS = {"cpu": 64}  # more gain nothing on a CPU, and make everybody wait
+_MAX_SEQUENCES = {"cpu": 32}
+_MAX_SEQUENCES_ELSEWHERE = 256
+_STEP_TOKENS = {"cpu": 64}  # more gain nothing on a CPU, and delay every sequence
 _STEP_TOKENS_ELSEWHERE = 2_048
-_READING_STEPS = {"cpu": 8}  # of a short text, where somebody answers: here each token more makes a step longer
+_PREFILL_STEPS = {"cpu": 8}  # of a short text beside decoding sequences: here each token makes a step longer
+_MIN_PENDING = 32  # positions: a shorter prefix is computed twice sooner than a sequence waits a step for it
 
-Facts = tuple[int, int, str | None]  # bytes of one position, of a row besides, and why rows cannot run together
-_FACTS: WeakKeyDictionary[Forward, Facts] = WeakKeyDictionary()  # found out once per base
+RunnerKind = Literal["auto", "torch", "eager"]  # what the base allows; without compiled attention; one at a time
 
 
 @dataclass(frozen=True)
 class Runners:
-    """Both ways, their memory, and the limits that hold for them together."""
+    """Both runners, their memory, and the limits of both together."""
 
-    held: Runner
-    plain: Runner
-    memory: KeyValueMemory
-    prefixes: PrefixCache
-    is_held: bool  # whether the fast way passed its test
-    held_up_to: float  # positions: a longer row runs by itself
-    max_rows: int
+    batched: BatchedRunner
+    eager: EagerRunner
+    kv_cache: KVCache
+    prefix_cache: PrefixCache
+    is_batchable: bool  # whether the batched runner passed its test
+    max_batchable_length: float  # positions; a longer sequence runs by itself
+    max_sequences: int
     max_step_tokens: int
-    num_reading_steps: int
+    num_prefill_steps: int
     notes: tuple[str, ...]
 
-    def of(self, request: Request) -> Runner:
-        """Which of the two runs a request."""
-        return self.held if self.is_held and request.max_length <= self.held_up_to else self.plain
+    def select(self, request: Request) -> ModelRunner:
+        """The runner of a request."""
+        is_batched = self.is_batchable and request.max_length <= self.max_batchable_length
+        return self.batched if is_batched else self.eager
 
-    def run(self, plan: Sequence[tuple[Row, int]]) -> Ran:
-        """What a step's rows give, in their order."""
-        parts = {
-            runner: [number for number, (row, _) in enumerate(plan) if row.runner is runner]
-            for runner in (self.held, self.plain)
-        }
-        ran = [runner.run([plan[number] for number in own]) for runner, own in parts.items() if own]
-        order = torch.tensor([number for own in parts.values() for number in own])
-        last = torch.cat([part.last for part in ran])
-        return Ran(last[order.argsort().to(last.device)], [pair for part in ran for pair in part.telling])
+    def run(self, plan: Plan) -> RunnerOutput:
+        """What a step's sequences give, in their order."""
+        numbers: dict[ModelRunner, list[int]] = {}
+        for number, (sequence, _) in enumerate(plan):
+            numbers.setdefault(sequence.runner, []).append(number)
+        if len(numbers) == 1:
+            return next(iter(numbers)).run(plan)
+        outputs = [runner.run([plan[number] for number in own]) for runner, own in numbers.items()]
+        order = torch.tensor([number for own in numbers.values() for number in own])
+        last = torch.cat([output.last for output in outputs])
+        return RunnerOutput(
+            last[order.argsort().to(last.device)], [pair for output in outputs for pair in output.prompt_states]
+        )
 
-    def pin(self, prompt: SoftPrompt) -> bool:
-        """Whether the prompt's keys and values stay from when they come; where rows run alone none are held."""
-        num_bytes = prompt.num_virtual_tokens * self.memory.bytes_per_position
-        return not self.is_held or self.prefixes.keep(_key(prompt), num_bytes)
-
-    def unpin(self, prompt: SoftPrompt) -> None:
-        """They may go again."""
-        self.prefixes.let_go(_key(prompt))
-
-    def check_integrity(self, running: Sequence[Row]) -> None:
-        """Memory and pins are what the running rows hold. Raises AssertionError."""
-        self.memory.check_integrity()
-        self.prefixes.check_integrity()
-        places = [place for shelf in self.memory.shelves.values() for place in shelf.places]
-        assert {id(place) for place in places} == {id(row.place) for row in running if row.place is not None}
-        assert all(row.place is None or row.place.length == row.computed for row in running)
-        assert self.prefixes.num_pins == sum(row.prefix is not None for row in running)
+    def check_integrity(self, running: SequenceOf[Sequence]) -> None:
+        """Slots, pins and pending prefixes are those of the running sequences. Raises AssertionError."""
+        self.kv_cache.check_integrity()
+        self.prefix_cache.check_integrity()
+        slots = [slot for bucket in self.kv_cache.buckets.values() for slot in bucket.slots]
+        assert {id(slot) for slot in slots} == {id(each.slot) for each in running if each.slot is not None}
+        assert all(each.slot is None or each.slot.length == each.computed for each in running)
+        assert self.prefix_cache.num_pins == sum(each.prefix is not None for each in running)
+        pending = {key: each for each in running for _, key in each.pending_prefixes}
+        assert self.batched.pending_prefixes == pending
+        assert self.eager.num_bytes == 0 or any(each.runner is self.eager for each in running)
 
 
-def _key(prompt: SoftPrompt) -> Key:
-    """What the beginning of a row goes by that has nothing but the soft prompt in it."""
-    (_, key), *_ = shared_beginnings(prompt, (0,))
-    return key
+def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bool, kind: RunnerKind) -> Runners:
+    """Both runners of one base, tested, with the memory that the machine allows where `config` does not say.
 
-
-def make_runners(base: Base, forward: Forward, config: EngineConfig, arrange: bool) -> Runners:
-    """Both ways for one base, tested, with the memory that the machine allows where `config` does not say.
-
-    `arrange`: for many requests, with weights and memory made ready for them.
+    `prepack`: for many requests, with weights repacked and memory allocated in advance.
     """
-    if arrange:
-        _arrange(base, forward)
+    if prepack:
+        _prepack(base, forward)
     free = free_bytes(base.device)
     kv_bytes = config.kv_bytes or int(free * _KV_SHARE)
     prefix_bytes = int(free * _PREFIX_SHARE) if config.prefix_bytes is None else config.prefix_bytes
-    per_position, per_row, problem = _facts(base, forward)
-    memory, prefixes = KeyValueMemory(kv_bytes, per_position, base.max_length), PrefixCache(prefix_bytes)
+    cost = _memory_cost(base, forward, kind)
+    kv_cache = KVCache(kv_bytes, cost.bytes_per_position, base.max_length)
+    prefix_cache = PrefixCache(prefix_bytes)
     device = base.device.type
-    max_rows = config.max_rows or _MAX_ROWS.get(device, _MAX_ROWS_ELSEWHERE)
-    if arrange and problem is None:
-        memory.prepare(sample_store(base, forward), max_rows)
+    max_sequences = config.max_rows or _MAX_SEQUENCES.get(device, _MAX_SEQUENCES_ELSEWHERE)
+    if prepack and cost.problem is None:
+        kv_cache.preallocate(_sample_buffer(base, forward), max_sequences)
     return Runners(
-        held=HeldRunner(base, forward, memory, prefixes),
-        plain=PlainRunner(base, forward, kv_bytes, per_position, per_row),
-        memory=memory,
-        prefixes=prefixes,
-        is_held=problem is None,
-        held_up_to=math.inf if forward.max_batchable_length is None else forward.max_batchable_length,
-        max_rows=max_rows,
+        batched=BatchedRunner(base, forward, kv_cache, prefix_cache, compiled=kind != "torch"),
+        eager=EagerRunner(base, forward, kv_bytes, cost),
+        kv_cache=kv_cache,
+        prefix_cache=prefix_cache,
+        is_batchable=cost.problem is None,
+        max_batchable_length=math.inf if forward.max_batchable_length is None else forward.max_batchable_length,
+        max_sequences=max_sequences,
         max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
-        num_reading_steps=_READING_STEPS.get(device, 1),
-        notes=("answers run together over held keys and values" if problem is None else problem,),
+        num_prefill_steps=_PREFILL_STEPS.get(device, 1),
+        notes=("answers run batched over cached keys and values" if cost.problem is None else cost.problem,),
     )
 
 
-def _facts(base: Base, forward: Forward) -> Facts:
-    if forward not in _FACTS:
-        problem = why_not_held(base, forward)
-        if problem is not None:
-            _LOG.warning("base %r: answers run one row at a time, which is slow: %s", base.name, problem)
-            per_position = bytes_per_position(base, forward)
-            _FACTS[forward] = (per_position, bytes_per_row(base, forward, per_position), problem)
-        else:  # a layer that shares another's keys and values holds them too, which a cache does not show
-            _FACTS[forward] = (sample_store(base, forward).num_bytes(), 0, None)
-    return _FACTS[forward]
-
-
-def _arrange(base: Base, forward: Forward) -> None:
+def _prepack(base: Base, forward: Forward) -> None:
     """Keep the weights as this processor reads them fastest, where there is memory for it."""
     needed = forward.bytes_to_prepack(both_ways=False)
     if needed and needed < free_bytes(base.device) * _KV_SHARE:
         forward.prepack(both_ways=False)
 
 
+class BatchedRunner:
+    """Sequences of any lengths and soft prompts in one forward over a KV cache, which start from cached prefixes."""
+
+    supports_chunked_prefill = True
+
+    def __init__(
+        self, base: Base, forward: Forward, kv_cache: KVCache, prefix_cache: PrefixCache, compiled: bool = True
+    ) -> None:
+        self.base = base
+        self.forward = forward
+        self.kv_cache = kv_cache
+        self.prefix_cache = prefix_cache
+        self.pending_prefixes: dict[Key, Sequence] = {}  # which sequence is computing each
+        self._is_compiled = compiled and has_native_attention(base.device, base.dtype)
+
+    def can_ever_fit(self, length: int) -> bool:
+        return self.kv_cache.can_ever_fit(length)
+
+    def should_wait_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether the longest prefix in sight is one that another sequence is computing, and worth waiting for."""
+        for length, key in reversed(_usable_keys(sequence)):
+            if key in self.prefix_cache:
+                return False
+            if key in self.pending_prefixes and length >= _MIN_PENDING:
+                return True
+        return False
+
+    def start(self, sequence: Sequence) -> bool:
+        slot = self.kv_cache.allocate(sequence.length + 1)
+        if slot is None:
+            return False
+        sequence.slot = slot
+        keys = _usable_keys(sequence)
+        sequence.prefix = self.prefix_cache.pin([key for _, key in reversed(keys)]) if keys else None
+        if sequence.prefix is not None:
+            sequence.computed = min(sequence.prefix.length, sequence.max_reusable_tokens)
+            slot.bucket.buffer.write(slot.row, sequence.prefix.states, sequence.computed)
+            slot.length = sequence.computed
+        if sequence.num_cached is None:  # what a preempted sequence finds again is its own
+            sequence.num_cached = sequence.computed
+        self._announce_prefixes(sequence)
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        assert sequence.slot is not None
+        return self.kv_cache.grow(sequence.slot, sequence.length + 1)
+
+    def stop(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.kv_cache.free(sequence.slot)
+        if sequence.prefix is not None:
+            self.prefix_cache.unpin(sequence.prefix)
+        for _, key in sequence.pending_prefixes:
+            self.pending_prefixes.pop(key, None)
+        sequence.slot, sequence.prefix, sequence.computed, sequence.pending_prefixes = None, None, 0, []
+
+    def run(self, plan: Plan) -> RunnerOutput:
+        chunks = [_chunk(sequence, count) for sequence, count in plan]
+        order = batch_order(chunks)
+        spans = [_span(*plan[number]) for number in order]
+        batch = cached_batch([chunks[number] for number in order], self.base.device, self._is_compiled)
+        hidden = self.forward.packed_hidden_states(*embed_spans(self.base, spans), batch)
+        ends = _ends(chunks, order)
+        prompt_states = [
+            (sequence, hidden[int(ends[number]) + 1 - count :][sequence.with_prompt_logprobs(count)])
+            for number, (sequence, count) in enumerate(plan)
+            if sequence.wants_prompt_logprobs
+        ]
+        for sequence, count in plan:
+            sequence.computed += count
+            assert sequence.slot is not None
+            sequence.slot.length = sequence.computed
+            if sequence.pending_prefixes:
+                self._store_prefixes(sequence)
+        return RunnerOutput(hidden[ends.to(hidden.device)], prompt_states)
+
+    def _announce_prefixes(self, sequence: Sequence) -> None:
+        """The prefixes it will compute for others: its soft prompt, and the longest that was requested before."""
+        keys = sequence.prefix_keys
+        wanted = [(length, key) for length, key in keys if length == sequence.num_virtual]
+        texts = [(length, key) for length, key in keys if length > sequence.num_virtual]
+        wanted += [pair for pair in texts if self.prefix_cache.was_requested(pair[1])][-1:]
+        sequence.pending_prefixes = [
+            pair for pair in wanted if pair[0] > sequence.computed and self._should_compute(*pair)
+        ]
+        self.pending_prefixes.update((key, sequence) for _, key in sequence.pending_prefixes)
+
+    def _should_compute(self, length: int, key: Key) -> bool:
+        """True if no sequence has or is computing this prefix and it fits the cache; others must never wait for one
+        that cannot be stored."""
+        fits = length * self.kv_cache.bytes_per_position <= self.prefix_cache.budget_bytes
+        return fits and key not in self.prefix_cache and key not in self.pending_prefixes
+
+    def _store_prefixes(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        for length, key in [pair for pair in sequence.pending_prefixes if pair[0] <= sequence.computed]:
+            states = sequence.slot.bucket.buffer.read(sequence.slot.row, length)
+            self.prefix_cache.put(key, Prefix(states, length))
+            self.pending_prefixes.pop(key, None)
+            sequence.pending_prefixes.remove((length, key))
+
+
+def _usable_keys(sequence: Sequence) -> list[tuple[int, Key]]:
+    """Of the prefixes that it may start from. A sequence with prompt log-probabilities runs its text itself."""
+    if not sequence.wants_prompt_logprobs:
+        return sequence.prefix_keys
+    return [pair for pair in sequence.prefix_keys if pair[0] <= sequence.max_reusable_tokens + 1]
+
+
+def _ends(chunks: SequenceOf[QueryChunk], order: SequenceOf[int]) -> Tensor:
+    """Where each chunk ends in a forward that runs them in that order."""
+    ends = torch.empty(len(chunks), dtype=torch.long)
+    ends[torch.tensor(order)] = torch.tensor([chunks[number].num_tokens for number in order]).cumsum(0) - 1
+    return ends
+
+
+def _span(sequence: Sequence, count: int) -> TokenSpan:
+    prompt = sequence.request.prompt
+    return TokenSpan(None if prompt is None else prompt.tensor, sequence.ids, sequence.computed, count)
+
+
+def _chunk(sequence: Sequence, count: int) -> QueryChunk:
+    slot = sequence.slot
+    assert slot is not None
+    return QueryChunk(slot.bucket.buffer, slot.row, sequence.computed, count)
+
+
+class EagerRunner:
+    """One sequence at a time through transformers' own forward and cache, on concatenated embeddings: slow, and right
+    for every base. For bases that fail the batched runner's test, and for a sequence so long that its positions depend
+    on the rest of the batch.
+
+    Each sequence has a cache of its own, and reserves all the memory that it may come to need. A base without a usable
+    cache runs the whole sequence for every token.
+    """
+
+    def __init__(self, base: Base, forward: Forward, budget_bytes: int, cost: MemoryCost) -> None:
+        self.base = base
+        self.forward = forward
+        self.budget_bytes = budget_bytes
+        self.cost = cost
+        self.num_bytes = 0
+        is_fixed = forward.max_batchable_length is None  # else a whole text's positions are not those of its parts
+        self.supports_chunked_prefill = is_fixed and forward.supports_chunked_prefill
+
+    def can_ever_fit(self, length: int) -> bool:
+        return self.cost.of(length) <= self.budget_bytes
+
+    def should_wait_for_prefix(self, sequence: Sequence) -> bool:
+        return False
+
+    def start(self, sequence: Sequence) -> bool:
+        needed = self.cost.of(sequence.max_length)
+        if self.num_bytes + needed > self.budget_bytes:
+            return False
+        self.num_bytes += needed
+        sequence.model_cache = self.forward.new_cache()
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        return True
+
+    def stop(self, sequence: Sequence) -> None:
+        self.num_bytes -= self.cost.of(sequence.max_length)
+        sequence.model_cache, sequence.computed = None, 0
+
+    def run(self, plan: Plan) -> RunnerOutput:
+        last: list[Tensor] = []
+        prompt_states: list[tuple[Sequence, Tensor]] = []
+        for sequence, count in plan:
+            wanted = sequence.with_prompt_logprobs(count) if sequence.wants_prompt_logprobs else None
+            hidden = self._run_one(sequence, count)
+            last.append(hidden[-1])
+            if wanted is not None:
+                prompt_states.append((sequence, hidden[wanted]))
+        return RunnerOutput(torch.stack(last), prompt_states)
+
+    def _run_one(self, sequence: Sequence, count: int) -> Tensor:
+        """Hidden states [count, D]."""
+        prompt = sequence.request.prompt
+        first = sequence.computed if sequence.model_cache is not None else 0
+        sequence.computed += count
+        span = TokenSpan(None if prompt is None else prompt.tensor, sequence.ids, first, sequence.computed - first)
+        embeds_SH, positions_S = embed_spans(self.base, [span])
+        mask = torch.ones(1, sequence.computed, dtype=torch.long, device=embeds_SH.device)
+        return self.forward.hidden_states(embeds_SH[None], mask, positions_S[None], sequence.model_cache)[0, -count:]
+
+
+@dataclass(frozen=True)
+class MemoryCost:
+    """Bytes that keys and values take, and whether they can be batched."""
+
+    bytes_per_position: int
+    bytes_per_sequence: int = 0  # however short it is: the states of recurrent layers
+    problem: str | None = None  # why sequences cannot be batched
+
+    def of(self, length: int) -> int:
+        """Bytes of one sequence."""
+        return self.bytes_per_sequence + length * self.bytes_per_position
+
+
+_COSTS: WeakKeyDictionary[Forward, MemoryCost] = WeakKeyDictionary()  # measured once per base
 _NUM_MEASURED = 4  # tokens whose cache is measured
 
 
+def _memory_cost(base: Base, forward: Forward, kind: RunnerKind) -> MemoryCost:
+    if kind == "eager":
+        return _eager_cost(base, forward, "answers run one at a time, as the engine was asked to run them")
+    if forward not in _COSTS:
+        problem = why_not_batched(base, forward)
+        if problem is not None:
+            _LOG.warning("base %r: answers run one row at a time, which is slow: %s", base.name, problem)
+            _COSTS[forward] = _eager_cost(base, forward, problem)
+        else:  # a layer that shares another's keys and values has its own here, which a model's cache does not show
+            _COSTS[forward] = MemoryCost(_sample_buffer(base, forward).num_bytes())
+    return _COSTS[forward]
+
+
+def _eager_cost(base: Base, forward: Forward, problem: str) -> MemoryCost:
+    per_position = bytes_per_position(base, forward)
+    return MemoryCost(per_position, bytes_per_sequence(base, forward, per_position), problem)
+
+
 def bytes_per_position(base: Base, forward: Forward) -> int:
-    """Bytes of all keys and values of one position, read off one forward."""
+    """Bytes of all keys and values of one position, measured on one forward."""
     cache = _cache_after(base, forward, _NUM_MEASURED)
     return max(1, cache.bytes_of_keys_and_values() // _NUM_MEASURED) if cache is not None else 1
 
 
-def bytes_per_row(base: Base, forward: Forward, per_position: int) -> int:
-    """Bytes that a row takes however short it is: the states of recurrent layers."""
+def bytes_per_sequence(base: Base, forward: Forward, per_position: int) -> int:
+    """Bytes that a sequence takes however short it is."""
     cache = _cache_after(base, forward, _NUM_MEASURED)
     return max(0, cache.num_bytes() - per_position * _NUM_MEASURED) if cache is not None else 0
 
@@ -169,200 +375,7 @@ def _cache_after(base: Base, forward: Forward, num_tokens: int) -> ModelCache | 
     return cache
 
 
-# --
-
-_WORTH_WAITING = 32  # positions of a beginning: computing fewer twice is quicker than waiting a step for them
-
-
-class HeldRunner:
-    """The fast way: a `Runner` over `KeyValueMemory`, with the beginnings of rows in a `PrefixCache`."""
-
-    reads_in_pieces = True
-
-    def __init__(self, base: Base, forward: Forward, memory: KeyValueMemory, prefixes: PrefixCache) -> None:
-        self.base = base
-        self.forward = forward
-        self.memory = memory
-        self.prefixes = prefixes
-        self._promised: dict[Key, Row] = {}
-        self._has_light = has_native_attention(base.device, base.dtype)
-
-    def can_ever_hold(self, length: int) -> bool:
-        return self.memory.can_ever_hold(length)
-
-    def is_worth_waiting(self, row: Row) -> bool:
-        """The longest beginning that somebody computes now, unless a longer one is there already."""
-        for length, key in reversed(_useful(row)):
-            if key in self.prefixes:
-                return False
-            if key in self._promised and length >= _WORTH_WAITING:
-                return True
-        return False
-
-    def start(self, row: Row) -> bool:
-        place = self.memory.place(row.length + 1)
-        if place is None:
-            return False
-        row.place = place
-        keys = _useful(row)
-        row.prefix = self.prefixes.pin([key for _, key in reversed(keys)]) if keys else None
-        if row.prefix is not None:
-            row.computed = min(row.prefix.length, row.most_taken)
-            place.shelf.store.write(place.row, row.prefix.states, row.computed)
-            place.length = row.computed
-        if row.num_cached is None:  # what a preempted row finds again is its own
-            row.num_cached = row.computed
-        self._promise(row)
-        return True
-
-    def make_room(self, row: Row) -> bool:
-        assert row.place is not None
-        return self.memory.grow(row.place, row.length + 1)
-
-    def stop(self, row: Row) -> None:
-        assert row.place is not None
-        self.memory.release(row.place)
-        if row.prefix is not None:
-            self.prefixes.unpin(row.prefix)
-        for _, key in row.promises:
-            self._promised.pop(key, None)
-        row.place, row.prefix, row.computed, row.promises = None, None, 0, []
-
-    def run(self, pieces: Sequence[tuple[Row, int]]) -> Ran:
-        placed = [_piece(row, count) for row, count in pieces]
-        order = batch_order(placed)
-        spans = [_span(*pieces[number]) for number in order]
-        held = cached_batch([placed[number] for number in order], self.base.device, self._has_light)
-        hidden = self.forward.packed_hidden_states(*embed_spans(self.base, spans), held)
-        ends = _ends(placed, order)
-        telling = [
-            (row, hidden[int(ends[number]) + 1 - count :][row.telling(count)])
-            for number, (row, count) in enumerate(pieces)
-            if row.is_reporting
-        ]
-        for row, count in pieces:
-            row.computed += count
-            assert row.place is not None
-            row.place.length = row.computed
-            if row.promises:
-                self._keep_promises(row)
-        return Ran(hidden[ends.to(hidden.device)], telling)
-
-    def _promise(self, row: Row) -> None:
-        """What the row will leave to others: its soft prompt, and the longest beginning that was asked for before."""
-        wanted = [(length, key) for length, key in row.keys if length == row.num_virtual]
-        texts = [(length, key) for length, key in row.keys if length > row.num_virtual]
-        seen = [pair for pair in texts if self.prefixes.was_seen(pair[1])]
-        wanted += seen[-1:]
-        row.promises = [pair for pair in wanted if pair[0] > row.computed and self._is_wanted(*pair)]
-        self._promised.update((key, row) for _, key in row.promises)
-
-    def _is_wanted(self, length: int, key: Key) -> bool:
-        """Nobody has it or promised it, and it can be kept: nobody shall wait for what cannot."""
-        can_be_kept = length * self.memory.bytes_per_position <= self.prefixes.budget_bytes
-        return can_be_kept and key not in self.prefixes and key not in self._promised
-
-    def _keep_promises(self, row: Row) -> None:
-        assert row.place is not None
-        for length, key in [pair for pair in row.promises if pair[0] <= row.computed]:
-            states = row.place.shelf.store.read(row.place.row, length)
-            self.prefixes.put(key, Prefix(states, length))
-            self._promised.pop(key, None)
-            row.promises.remove((length, key))
-
-
-def _useful(row: Row) -> list[tuple[int, Key]]:
-    """Beginnings that may spare it work: one that reports on its text runs the text itself."""
-    return [pair for pair in row.keys if pair[0] <= row.most_taken + 1] if row.is_reporting else row.keys
-
-
-def _ends(placed: Sequence[QueryChunk], order: Sequence[int]) -> Tensor:
-    """Where each piece ends in a forward that runs them in that order."""
-    ends = torch.empty(len(placed), dtype=torch.long)
-    ends[torch.tensor(order)] = torch.tensor([placed[number].num_tokens for number in order]).cumsum(0) - 1
-    return ends
-
-
-def _span(row: Row, count: int) -> TokenSpan:
-    prompt = row.request.prompt
-    return TokenSpan(None if prompt is None else prompt.tensor, row.ids, row.computed, count)
-
-
-def _piece(row: Row, count: int) -> QueryChunk:
-    assert row.place is not None
-    return QueryChunk(row.place.shelf.store, row.place.row, row.computed, count)
-
-
-# --
-
-
-class PlainRunner:
-    """The slow way: a `Runner` in which each row has a cache of its own, and all the memory it may come to need.
-
-    `bytes_per_row`: of the states that a row has however short it is.
-    """
-
-    def __init__(
-        self, base: Base, forward: Forward, budget_bytes: int, bytes_per_position: int, bytes_per_row: int = 0
-    ) -> None:
-        self.base = base
-        self.forward = forward
-        self.budget_bytes = budget_bytes
-        self.bytes_per_position = bytes_per_position
-        self.bytes_per_row = bytes_per_row
-        self.num_bytes = 0
-        is_fixed = forward.max_batchable_length is None  # else a whole text's positions are not those of its parts
-        self.reads_in_pieces = is_fixed and forward.supports_chunked_prefill
-
-    def can_ever_hold(self, length: int) -> bool:
-        return self._bytes(length) <= self.budget_bytes
-
-    def is_worth_waiting(self, row: Row) -> bool:
-        return False
-
-    def start(self, row: Row) -> bool:
-        needed = self._bytes(row.longest)
-        if self.num_bytes + needed > self.budget_bytes:
-            return False
-        self.num_bytes += needed
-        row.cache = self.forward.new_cache()
-        return True
-
-    def make_room(self, row: Row) -> bool:
-        return True
-
-    def stop(self, row: Row) -> None:
-        self.num_bytes -= self._bytes(row.longest)
-        row.cache, row.computed = None, 0
-
-    def run(self, pieces: Sequence[tuple[Row, int]]) -> Ran:
-        last: list[Tensor] = []
-        telling: list[tuple[Row, Tensor]] = []
-        for row, count in pieces:
-            which = row.telling(count) if row.is_reporting else None
-            hidden = self._run_one(row, count)
-            last.append(hidden[-1])
-            if which is not None:
-                telling.append((row, hidden[which]))
-        return Ran(torch.stack(last), telling)
-
-    def _run_one(self, row: Row, count: int) -> Tensor:
-        """Hidden states [count, D]."""
-        prompt = row.request.prompt
-        first = row.computed if row.cache is not None else 0
-        row.computed += count
-        span = TokenSpan(None if prompt is None else prompt.tensor, row.ids, first, row.computed - first)
-        embeds_SH, positions_S = embed_spans(self.base, [span])
-        mask = torch.ones(1, row.computed, dtype=torch.long, device=embeds_SH.device)
-        return self.forward.hidden_states(embeds_SH[None], mask, positions_S[None], row.cache)[0, -count:]
-
-    def _bytes(self, length: int) -> int:
-        return self.bytes_per_row + length * self.bytes_per_position
-
-
-# --
-
-_IDS = (3, 1, 4, 1, 5, 9)
+_TEST_IDS = (3, 1, 4, 1, 5, 9)
 _NUM_VIRTUAL = 3
 _CAPACITY = 16
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # relative; some families compute softmax in float32
@@ -370,56 +383,56 @@ _TOLERANCE_16_BIT = 0.1
 
 
 @torch.inference_mode()
-def why_not_held(base: Base, forward: Forward) -> str | None:
-    """Why rows of this base have to run one at a time; None where they need not."""
+def why_not_batched(base: Base, forward: Forward) -> str | None:
+    """Why sequences of this base have to run one at a time; None where they need not."""
     if forward.packing.carrier is None:
         return forward.packing.note
-    ids = tuple(token % base.vocab_size for token in _IDS)
-    right, wrong = (_some_prompt(base, seed) for seed in (1, 2))
+    ids = tuple(token % base.vocab_size for token in _TEST_IDS)
+    right, wrong = (_random_prompt(base, seed) for seed in (1, 2))
     try:
-        held = _held_logits(base, forward, right, ids)
-    except Exception as error:  # whatever a model that nobody knew does with rows that it does not understand
+        found = _cached_logits(base, forward, right, ids)
+    except Exception as error:  # an unknown model may raise anything for a batch that it does not understand
         return f"{type(error).__name__}: {error}".split("\n")[0]
-    if not _is_close(held, _plain_logits(base, forward, right, ids)):
-        return "held rows failed their test on this base: its answers differ"
-    if _is_close(held, _plain_logits(base, forward, wrong, ids)):
-        return "held rows could not be tested on this base: it answers alike whatever the soft prompt"
+    if not _is_close(found, _plain_logits(base, forward, right, ids)):
+        return "batched sequences failed their test on this base: its answers differ"
+    if _is_close(found, _plain_logits(base, forward, wrong, ids)):
+        return "batched sequences could not be tested on this base: it answers alike whatever the soft prompt"
     return None
 
 
 @torch.inference_mode()
-def sample_store(base: Base, forward: Forward) -> KVBuffer:
-    """A store that one token of the base has been written to, so that it knows the attention modules."""
-    store = KVBuffer(1, 1)
-    _hidden(base, forward, TokenSpan(None, (0,), 0, 1), store, 0)
-    return store
+def _sample_buffer(base: Base, forward: Forward) -> KVBuffer:
+    """A buffer of one token, which has the base's attention modules."""
+    buffer = KVBuffer(1, 1)
+    _hidden(base, forward, TokenSpan(None, (0,), 0, 1), buffer, 0)
+    return buffer
 
 
-def _some_prompt(base: Base, seed: int) -> Tensor:
+def _random_prompt(base: Base, seed: int) -> Tensor:
     """[P, H], of the size of the base's embeddings."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(_NUM_VIRTUAL, base.hidden_size, generator=generator) * base.embedding_rms
 
 
-def _held_logits(base: Base, forward: Forward, prompt: Tensor, ids: tuple[int, ...]) -> Tensor:
-    """Logits [V] behind the last id, of a row whose soft prompt comes from another."""
-    store = KVBuffer(2, _CAPACITY)
-    _run(base, forward, TokenSpan(prompt, ids[:1], 0, _NUM_VIRTUAL + 1), store, 1)
-    store.write(0, store.read(1, _NUM_VIRTUAL), _NUM_VIRTUAL)
+def _cached_logits(base: Base, forward: Forward, prompt: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Logits [V] behind the last id, of a row whose soft prompt was run in another and whose text is read in chunks."""
+    buffer = KVBuffer(2, _CAPACITY)
+    _run(base, forward, TokenSpan(prompt, ids[:1], 0, _NUM_VIRTUAL + 1), buffer, 1)
+    buffer.write(0, buffer.read(1, _NUM_VIRTUAL), _NUM_VIRTUAL)
     half, last = len(ids) // 2, len(ids) - 1
-    _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL, half), store, 0)
-    _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL + half, last - half), store, 0)
-    return _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL + last, 1), store, 0)
+    _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL, half), buffer, 0)
+    _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL + half, last - half), buffer, 0)
+    return _run(base, forward, TokenSpan(prompt, ids, _NUM_VIRTUAL + last, 1), buffer, 0)
 
 
-def _run(base: Base, forward: Forward, span: TokenSpan, store: KVBuffer, row: int) -> Tensor:
-    return forward.logits(_hidden(base, forward, span, store, row)[-1:])[0]
+def _run(base: Base, forward: Forward, span: TokenSpan, buffer: KVBuffer, row: int) -> Tensor:
+    return forward.logits(_hidden(base, forward, span, buffer, row)[-1:])[0]
 
 
-def _hidden(base: Base, forward: Forward, span: TokenSpan, store: KVBuffer, row: int) -> Tensor:
-    pieces = [QueryChunk(store, row, span.first, span.length)]
-    rows = cached_batch(pieces, base.device, has_native_attention(base.device, base.dtype))
-    return forward.packed_hidden_states(*embed_spans(base, [span]), rows)
+def _hidden(base: Base, forward: Forward, span: TokenSpan, buffer: KVBuffer, row: int) -> Tensor:
+    chunks = [QueryChunk(buffer, row, span.first, span.length)]
+    batch = cached_batch(chunks, base.device, has_native_attention(base.device, base.dtype))
+    return forward.packed_hidden_states(*embed_spans(base, [span]), batch)
 
 
 def _plain_logits(base: Base, forward: Forward, prompt: Tensor, ids: tuple[int, ...]) -> Tensor:

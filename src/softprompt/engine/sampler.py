@@ -1,11 +1,16 @@
-"""The next token of B rows, each under settings of its own.
+"""Samples the next token of B rows, each under its own settings, and reports log-probabilities.
 
-In this order on float32 logits: the base's sequence biases, bias, repetition, presence and frequency penalties, no end
+On float32 logits, in this order: the base's sequence biases, bias, repetition, presence and frequency penalties, no end
 before the minimum, the base's rules on tokens, the guide; then the likeliest at temperature 0, else temperature, top-k,
-top-p, min-p and a draw. Rows are grouped by what they need, and every reduction stays inside its row, so an answer does
+top-p, min-p and a draw. Rows are grouped by sampling mode, and every reduction stays inside its row, so an answer does
 not depend on its neighbours.
 
-B rows, N rows of one group, V vocabulary, W width of the scores: a whole number of blocks, larger than V.
+A draw takes the first token, in order of id, whose cumulative probability exceeds one uniform number. The number
+depends only on the answer's seed and on how many tokens it has: an answer that is preempted and resumed, or runs in
+another batch, draws the same. No global generator is read or moved.
+
+B rows, N rows of one group, V vocabulary, W width of the scores (a whole number of
+blocks, larger than V), C candidates, K blocks of S columns.
 """
 
 from __future__ import annotations
@@ -23,119 +28,116 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
-from softprompt.engine.guided_decoding import Guides
+from softprompt.engine.guided_decoding import GuideCache
 from softprompt.engine.logits_processors import (
-    ChoosingRow,
-    RowRules,
-    Touched,
+    LogitEdits,
+    SamplingState,
+    TokenRules,
     add_sequence_biases,
+    apply_penalties,
     ending_ids,
-    forbid,
-    penalise,
+    forbid_tokens,
 )
 from softprompt.engine.top_k_top_p import (
     BLOCK,
     Doubles,
     Filters,
-    filters_of,
+    candidates,
+    exp_sums,
     has_top_k,
-    in_view,
-    kept,
-    masses,
+    keep_mask,
+    new_filters,
     running_sums,
 )
-from softprompt.errors import ConfigError
 
-Way = Literal["greedy", "all", "filtered", "nucleus"]
+Alternatives = tuple[tuple[int, float], ...]
+Ids = NDArray[np.int64]
+SamplingMode = Literal["greedy", "all", "filtered", "nucleus"]
 
-_SLAB = {"cpu": 2**20}  # scores that are worked on at a time: what stays in a processor's cache
+_SLAB = {"cpu": 2**20}  # scores processed at a time: as many as stay in a processor's cache
 _LARGEST_SLAB = 2**24
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """One row's next token; log-probabilities are nats under the raw distribution, where they were asked for."""
+class SampledToken:
+    """One row's next token; log-probabilities are nats under the raw distribution, where they are wanted."""
 
     id: int
     log_prob: float | None = None
     alternatives: Alternatives = ()  # (id, nats) of the likeliest, best first
 
 
-class Chooser:
-    """Chooses for the rows of one base; it keeps no state of theirs."""
+class Sampler:
+    """Samples for the rows of one base, and keeps no state of theirs."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._guides = Guides(base)
+        self._guides = GuideCache(base)
 
-    def new_row(
+    def new_state(
         self, sampling: SamplingConfig, text_ids: Sequence[int], choice_index: int = 0, salt: str | None = None
-    ) -> ChoosingRow:
+    ) -> SamplingState:
         """The state of one answer that has no token yet. Its guide is compiled once for all answers with that salt.
 
-        Raises ConfigError for a bias on an id that the base does not have or a guide that cannot be followed, and
+        `request.check_request` has judged the settings. Raises ConfigError for a guide that cannot be followed, and
         MissingDependencyError for a guide without llguidance.
         """
-        for token, _ in sampling.logit_bias:
-            if not 0 <= token < self._base.vocab_size:
-                raise ConfigError(f"logit_bias names token {token}; base {self._base.name!r} has 0 to "
-                                  f"{self._base.vocab_size - 1}")  # fmt: skip
         ending, rules = ending_ids(self._base, sampling), self._base.rules
-        return ChoosingRow(
+        return SamplingState(
             sampling=sampling,
-            text_ids=tuple(text_ids),
             seed=sampling.seed + choice_index,
-            touched=Touched(sampling, text_ids, ending, max(sampling.min_new_tokens, rules.min_new(len(text_ids)))),
-            guide=self._guides.guide_of(sampling, ending, salt),
-            rules=RowRules(rules, text_ids, sampling.max_new_tokens) if rules.has_token_rules else None,
+            ending_ids=ending,
+            edits=LogitEdits(sampling, text_ids, ending, max(sampling.min_new_tokens, rules.min_new(len(text_ids)))),
+            guide=self._guides.new_guide(sampling, ending, salt),
+            rules=TokenRules(rules, text_ids, sampling.max_new_tokens) if rules.has_token_rules else None,
         )
 
     def prepare(self, sampling: SamplingConfig, salt: str | None = None) -> None:
-        """Compile the guide that rows with these settings need, ahead of `new_row` and in any thread.
+        """Compile the guide that these settings need, ahead of `new_state` and in any thread.
 
-        Raises what `new_row` raises for a guide.
+        Raises what `new_state` raises.
         """
-        self._guides.guide_of(sampling, (), salt)
+        self._guides.new_guide(sampling, (), salt)
 
     @torch.inference_mode()
-    def choose(
-        self, logits_BV: Tensor, rows: Sequence[ChoosingRow], num_log_probs: Sequence[int | None]
-    ) -> list[Chosen | None]:
-        """What each row takes next; the logits and the rows stay as they are.
+    def sample(
+        self, logits_BV: Tensor, rows: Sequence[SamplingState], num_log_probs: Sequence[int | None]
+    ) -> list[SampledToken | None]:
+        """The next token of each row; logits and states stay as they are.
 
-        `num_log_probs` is how many alternatives a row wants reported beside its token's log-probability, None for no
-        report. None comes back for a row from which nothing can be chosen: its logits are NaN or infinite, or its
+        `num_log_probs` is how many alternatives a row wants beside its token's log-probability, None for no
+        log-probabilities. The result is None for a row without a possible token: its logits are NaN or infinite, or its
         settings forbid every token.
         """
         logits_BV = logits_BV.float() if logits_BV.dtype is torch.float64 else logits_BV
-        ids = _chosen_ids(logits_BV, rows)
-        asked = [b for b, (token, num) in enumerate(zip(ids, num_log_probs, strict=True)) if None not in (token, num)]
-        reports = dict(_reports(logits_BV, asked, ids, num_log_probs))
-        return [None if token is None else Chosen(token, *reports.get(b, ())) for b, token in enumerate(ids)]
+        ids = _sampled_ids(logits_BV, rows)
+        wanted = [b for b, (token, num) in enumerate(zip(ids, num_log_probs, strict=True)) if None not in (token, num)]
+        found = dict(_logprobs(logits_BV, wanted, ids, num_log_probs))
+        return [None if token is None else SampledToken(token, *found.get(b, ())) for b, token in enumerate(ids)]
 
 
-def _chosen_ids(logits_BV: Tensor, rows: Sequence[ChoosingRow]) -> list[int | None]:
-    values, likeliest = first_peak(logits_BV)
+def _sampled_ids(logits_BV: Tensor, rows: Sequence[SamplingState]) -> list[int | None]:
+    values, likeliest = blockwise_argmax(logits_BV)
     is_sound = torch.isfinite(values).tolist()
     ids: list[int | None] = [i if fine else None for i, fine in zip(likeliest.tolist(), is_sound, strict=True)]
-    groups: dict[Way, list[int]] = defaultdict(list)
+    groups: dict[SamplingMode, list[int]] = defaultdict(list)
     for position, row in enumerate(rows):
         if is_sound[position] and not row.is_plain:
-            groups[_way(row.sampling, logits_BV.shape[1])].append(position)
-    for way, members in groups.items():
+            groups[_sampling_mode(row.sampling, logits_BV.shape[1])].append(position)
+    for mode, members in groups.items():
         for slab in _slabs(members, logits_BV):
-            found = _choose_alike(way, logits_BV, [rows[position] for position in slab], slab)
+            found = _sample_group(mode, logits_BV, [rows[position] for position in slab], slab)
             for position, token in zip(slab, found, strict=True):
                 ids[position] = token
     return ids
 
 
-def _way(sampling: SamplingConfig, vocab_size: int) -> Way:
+def _sampling_mode(sampling: SamplingConfig, vocab_size: int) -> SamplingMode:
     if sampling.temperature == 0:
         return "greedy"
     has_k = has_top_k(sampling, vocab_size)
     if sampling.top_p < 1 and not has_k:
-        return "nucleus"  # what it keeps depends on the mass of all
+        return "nucleus"  # which tokens stay depends on the probabilities of all
     return "filtered" if has_k or sampling.min_p else "all"
 
 
@@ -144,34 +146,34 @@ def _slabs(members: list[int], logits_BV: Tensor) -> Iterator[list[int]]:
     return (members[start : start + step] for start in range(0, len(members), step))
 
 
-def _choose_alike(
-    way: Way, logits_BV: Tensor, rows: Sequence[ChoosingRow], positions: Sequence[int]
+def _sample_group(
+    mode: SamplingMode, logits_BV: Tensor, rows: Sequence[SamplingState], positions: Sequence[int]
 ) -> list[int | None]:
-    """The ids of rows that need the same; None where every token is forbidden."""
+    """The ids of rows with one sampling mode; None where every token is forbidden."""
     scores_NW = _scores(logits_BV, rows, positions)
-    peaks, likeliest = first_peak(scores_NW)
+    peaks, likeliest = blockwise_argmax(scores_NW)
     peaks_N, ids_N = peaks.cpu().numpy(), likeliest.cpu().numpy()
-    if way != "greedy":
+    if mode != "greedy":
         temperatures_N = np.array([row.sampling.temperature for row in rows], dtype=np.float32)
         with np.errstate(all="ignore"):
             drawing = np.flatnonzero(np.isfinite(peaks_N / temperatures_N))  # the others' temperature is as good as 0
         if len(drawing):
             scores_NW = scores_NW if len(drawing) == len(rows) else scores_NW[drawing.tolist()]
             scores_NW.div_(torch.from_numpy(temperatures_N[drawing]).to(scores_NW.device)[:, None])
-            ids_N[drawing] = _drawn(way, scores_NW, [rows[number] for number in drawing.tolist()], logits_BV.shape[1])
+            ids_N[drawing] = _drawn(mode, scores_NW, [rows[number] for number in drawing.tolist()], logits_BV.shape[1])
     return [int(i) if peak > -math.inf else None for i, peak in zip(ids_N, peaks_N, strict=True)]
 
 
-def _scores(logits_BV: Tensor, rows: Sequence[ChoosingRow], positions: Sequence[int]) -> Tensor:
-    """[N, W] in float32, all that comes before the temperature done; the columns behind the vocabulary are -inf."""
+def _scores(logits_BV: Tensor, rows: Sequence[SamplingState], positions: Sequence[int]) -> Tensor:
+    """[N, W] in float32 after all steps before the temperature; the columns behind the vocabulary are -inf."""
     vocab_size = logits_BV.shape[1]
     width = (vocab_size // BLOCK + 1) * BLOCK
     scores_NW = torch.empty(len(rows), width, device=logits_BV.device)
     scores_NW[:, :vocab_size] = logits_BV if len(rows) == len(logits_BV) else logits_BV[list(positions)]
     add_sequence_biases(scores_NW, rows)
-    if any(row.is_penalised for row in rows):
-        penalise(scores_NW, rows, vocab_size)
-    forbid(scores_NW, rows)
+    if any(row.has_edits for row in rows):
+        apply_penalties(scores_NW, rows, vocab_size)
+    forbid_tokens(scores_NW, rows)
     for number, row in enumerate(rows):
         if row.guide is not None:
             allowed = torch.from_numpy(row.guide.allowed(width)).to(scores_NW.device)
@@ -180,27 +182,24 @@ def _scores(logits_BV: Tensor, rows: Sequence[ChoosingRow], positions: Sequence[
     return scores_NW
 
 
-def _drawn(way: Way, scores_NW: Tensor, rows: Sequence[ChoosingRow], vocab_size: int) -> Ids:
+def _drawn(mode: SamplingMode, scores_NW: Tensor, rows: Sequence[SamplingState], vocab_size: int) -> Ids:
     uniforms_N: Doubles = np.array([uniform(row.seed, len(row.new_ids)) for row in rows])
-    if way == "all":
+    if mode == "all":
         return draw_from_all(scores_NW, uniforms_N)
-    masses_N = masses(scores_NW) if way == "nucleus" else np.ones(len(rows))
-    return draw_from_kept(scores_NW, filters_of([row.sampling for row in rows], vocab_size), masses_N, uniforms_N)
+    exp_sums_N = exp_sums(scores_NW) if mode == "nucleus" else np.ones(len(rows))
+    return draw_from_candidates(
+        scores_NW, new_filters([row.sampling for row in rows], vocab_size), exp_sums_N, uniforms_N
+    )
 
 
-def _reports(
-    logits_BV: Tensor, asked: list[int], ids: Sequence[int | None], num_log_probs: Sequence[int | None]
+def _logprobs(
+    logits_BV: Tensor, wanted: list[int], ids: Sequence[int | None], num_log_probs: Sequence[int | None]
 ) -> Iterator[tuple[int, tuple[float, Alternatives]]]:
     """(row, its token's log-probability and alternatives) of the rows that want them."""
-    for slab in _slabs(asked, logits_BV):
-        chosen = [token for token in (ids[position] for position in slab) if token is not None]
-        yield from zip(slab, report(logits_BV[slab], chosen, [num_log_probs[position] or 0 for position in slab]),
+    for slab in _slabs(wanted, logits_BV):
+        tokens = [token for token in (ids[position] for position in slab) if token is not None]
+        yield from zip(slab, logprobs(logits_BV[slab], tokens, [num_log_probs[position] or 0 for position in slab]),
                        strict=True)  # fmt: skip
-
-
-# --
-
-Ids = NDArray[np.int64]
 
 
 def uniform(seed: int, step: int) -> float:
@@ -222,47 +221,47 @@ def draw_from_all(scores_NW: Tensor, uniforms_N: Doubles) -> Ids:
     return block_N * BLOCK + _first_above(inside_NS, targets_N - before_N)
 
 
-def draw_from_kept(scores_NW: Tensor, filters: Filters, masses_N: Doubles, uniforms_N: Doubles) -> Ids:
-    """An id of each row among those that its filters keep; `masses_N` as `in_view` wants it."""
-    view_NC, ids_NC = in_view(scores_NW, filters, masses_N)
-    weights_NC = np.exp(view_NC - view_NC.max(axis=1, keepdims=True))
-    sums_NC = running_sums(weights_NC * kept(view_NC, filters, masses_N))
-    places_N = _first_above(sums_NC, uniforms_N * sums_NC[:, -1])
-    drawn: Ids = np.take_along_axis(ids_NC, places_N[:, None], axis=1)[:, 0]
+def draw_from_candidates(scores_NW: Tensor, filters: Filters, exp_sums_N: Doubles, uniforms_N: Doubles) -> Ids:
+    """An id of each row among those that its filters keep; `exp_sums_N` as `candidates` needs them."""
+    candidates_NC, ids_NC = candidates(scores_NW, filters, exp_sums_N)
+    weights_NC = np.exp(candidates_NC - candidates_NC.max(axis=1, keepdims=True))
+    sums_NC = running_sums(weights_NC * keep_mask(candidates_NC, filters, exp_sums_N))
+    columns_N = _first_above(sums_NC, uniforms_N * sums_NC[:, -1])
+    drawn: Ids = np.take_along_axis(ids_NC, columns_N[:, None], axis=1)[:, 0]
     return drawn
 
 
 def _first_above(sums_NC: Doubles, targets_N: Doubles) -> Ids:
-    """The first column whose sum exceeds the target; where rounding leaves none, the last that adds anything."""
+    """The first column whose sum exceeds the target; where rounding leaves none, the last that adds to the sum."""
     rows = zip(sums_NC, targets_N, strict=True)
-    places = [min(sums.searchsorted(target, "right"), sums.searchsorted(sums[-1])) for sums, target in rows]
-    return np.array(places, dtype=np.int64)
+    columns = [min(sums.searchsorted(target, "right"), sums.searchsorted(sums[-1])) for sums, target in rows]
+    return np.array(columns, dtype=np.int64)
 
 
-# --
+def blockwise_argmax(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value [B] of each row and its first id [B]; an arbitrary id where the value is NaN.
 
-
-def first_peak(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value [B] of each row and its first id [B]; an arbitrary id where the value is NaN."""
+    Through the maxima of blocks: a maximum alone is many times faster than one with its index, in bfloat16 above all.
+    """
     width = scores_BV.shape[1]
-    peaks_BK = block_peaks(scores_BV)
-    values = peaks_BK.amax(-1, keepdim=True)
-    start = _first(peaks_BK == values) * BLOCK
+    maxima_BK = block_maxima(scores_BV)
+    values = maxima_BK.amax(-1, keepdim=True)
+    start = _first(maxima_BK == values) * BLOCK
     columns = (start + torch.arange(BLOCK, device=scores_BV.device)).clamp_(max=width - 1)
-    place = _first(scores_BV.gather(1, columns) == values)
-    return values[:, 0], columns.gather(1, place)[:, 0]
+    column = _first(scores_BV.gather(1, columns) == values)
+    return values[:, 0], columns.gather(1, column)[:, 0]
 
 
-def block_peaks(scores_BV: Tensor) -> Tensor:
+def block_maxima(scores_BV: Tensor) -> Tensor:
     """The largest of each block [B, K]; the last block may be short."""
     width = scores_BV.shape[1]
     whole = width - width % BLOCK
-    peaks_BK = scores_BV[:, :whole].view(len(scores_BV), whole // BLOCK, BLOCK).amax(-1)
-    return peaks_BK if whole == width else torch.cat([peaks_BK, scores_BV[:, whole:].amax(-1, keepdim=True)], dim=1)
+    maxima_BK = scores_BV[:, :whole].view(len(scores_BV), whole // BLOCK, BLOCK).amax(-1)
+    return maxima_BK if whole == width else torch.cat([maxima_BK, scores_BV[:, whole:].amax(-1, keepdim=True)], dim=1)
 
 
-def best_first(log_probs_NV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
-    """The likeliest (id, nats) of each row, as many as its count, best first and the lower id first where equal."""
+def top_logprobs(log_probs_NV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The likeliest (id, nats) of each row, `counts` of them, best first and the lower id first where equal."""
     width = min(2 * max(counts) + 16, log_probs_NV.shape[1])
     if max(counts) == 0:
         return [()] * len(counts)
@@ -275,7 +274,7 @@ def best_first(log_probs_NV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[
 def _in_order(
     log_probs_V: Tensor, values_C: NDArray[np.float32], ids_C: NDArray[np.int64], count: int
 ) -> tuple[tuple[int, float], ...]:
-    if count and values_C[-1] == values_C[count - 1]:  # there may be more of that value than were looked at
+    if count and values_C[-1] == values_C[count - 1]:  # there may be more of that value
         ids_C = (log_probs_V >= float(values_C[-1])).nonzero()[:, 0].cpu().numpy()
         values_C = log_probs_V.cpu().numpy()[ids_C]
     order = np.lexsort((ids_C, -values_C))[:count]
@@ -287,14 +286,9 @@ def _first(flags_BN: Tensor) -> Tensor:
     return flags_BN.to(torch.uint8).argmax(-1, keepdim=True)
 
 
-# --
-
-Alternatives = tuple[tuple[int, float], ...]
-
-
-def report(logits_NV: Tensor, ids: Sequence[int], counts: Sequence[int]) -> list[tuple[float, Alternatives]]:
-    """Each id's nats under its row of raw logits, in float32, and (id, nats) of so many likeliest, best first."""
+def logprobs(logits_NV: Tensor, ids: Sequence[int], counts: Sequence[int]) -> list[tuple[float, Alternatives]]:
+    """Each id's nats under its row of raw logits, in float32, and the likeliest (id, nats), best first."""
     log_probs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
     chosen = torch.tensor(ids, device=logits_NV.device)
     values = log_probs_NV.gather(1, chosen[:, None])[:, 0].tolist()
-    return list(zip(values, best_first(log_probs_NV, counts), strict=True))
+    return list(zip(values, top_logprobs(log_probs_NV, counts), strict=True))

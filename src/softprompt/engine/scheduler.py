@@ -1,8 +1,9 @@
-"""What the next step runs. It decides and moves no tensor; memory is asked for through each row's runner.
+"""Which sequences the next step runs, and how many positions of each. Moves no tensor; memory is asked for through each
+sequence's runner.
 
-Rows that are answering always get their one token, so that nobody stalls; texts are read in the tokens that are left,
-in pieces where they are long. Where every token makes a step longer, a short text is read over a few steps, too.
-When memory is short the youngest row gives its own back and waits again.
+Sequences that are decoding always get their one token, so that none stalls; the rest of the step's budget goes to texts
+that are read in, in chunks where they are long. Where every token makes a step longer, a short text is read over a few
+steps, too. When memory is short the youngest sequence is preempted: it frees its memory and waits again.
 """
 
 from __future__ import annotations
@@ -12,174 +13,180 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from softprompt.engine.sequence import Row
+from softprompt.engine.sequence import Sequence
 
-_FEW_POSITIONS = 16  # up to so many take a CPU hardly longer than one: the weights come from memory
-_IDLE_FACTOR = 8  # where nobody is answering, a step may read so many times as much
-Plan = list[tuple[Row, int]]  # rows of the step, and how many positions each runs
+_FEW_POSITIONS = 16  # a CPU runs up to so many in hardly more time than one: loading the weights takes longest
+_IDLE_FACTOR = 8  # where no sequence is decoding, a step may read so many times as much
+_NEW_TOKEN_COST = 2  # times that of a token which is read
+
+Plan = list[tuple[Sequence, int]]  # sequences of the step, and how many positions each runs
 
 
 class Scheduler:
-    """Rows waiting and running."""
+    """The waiting and the running sequences."""
 
-    def __init__(self, max_rows: int, max_step_tokens: int, num_reading_steps: int = 1) -> None:
-        """A text may be read over `num_reading_steps` steps for the sake of those who are answering."""
-        self.max_rows = max_rows
+    def __init__(self, max_sequences: int, max_step_tokens: int, num_prefill_steps: int = 1) -> None:
+        """A text may be read over `num_prefill_steps` steps, so that decoding sequences wait less."""
+        self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
-        self.num_reading_steps = num_reading_steps
-        self.waiting = WaitingRows()
-        self.running: list[Row] = []  # the oldest first
+        self.num_prefill_steps = num_prefill_steps
+        self.waiting = FairQueue()
+        self.running: list[Sequence] = []  # the oldest first
         self.num_preemptions = 0
 
-    def enter(self, row: Row) -> None:
-        self.waiting.enter(row)
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.add(sequence)
 
-    def leave(self, row: Row) -> None:
-        """A row has ended, or is given up."""
-        if row in self.running:
-            self.running.remove(row)
-            row.runner.stop(row)
-        elif row.answer is None:
-            self.waiting.remove(row)
-        self.waiting.leave(row)
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended, or was aborted."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            sequence.runner.stop(sequence)
+        elif sequence.answer is None:
+            self.waiting.remove(sequence)
+        self.waiting.end(sequence)
 
     def plan(self) -> Plan:
-        """The rows of the next step. Empty only where nothing is running or can start."""
-        was_short = self._make_room()
-        plan = [(row, 1) for row in self.running if row.is_answering]
+        """The next step. Empty only where no sequence is running or can start."""
+        was_short = self._grow_or_preempt()
+        plan = [(sequence, 1) for sequence in self.running if sequence.is_decoding]
         budget = self._budget(len(plan))
-        for row in self.running:
-            if not row.is_answering and budget.left > 0:
-                plan.append((row, budget.take(row)))
-        return plan if was_short and plan else plan + self._admitted(budget)
+        for sequence in self.running:
+            if not sequence.is_decoding and budget.left > 0:
+                plan.append((sequence, budget.spend(sequence)))
+        return plan if was_short and plan else plan + self._started(budget)
 
-    def _budget(self, num_answering: int) -> _Budget:
-        left = self.max_step_tokens * (1 if num_answering else _IDLE_FACTOR)
-        calm = max(num_answering, _FEW_POSITIONS - num_answering) if num_answering else left
-        return _Budget(left, calm, self.num_reading_steps)
+    def _budget(self, num_decoding: int) -> _PrefillBudget:
+        left = self.max_step_tokens * (1 if num_decoding else _IDLE_FACTOR)
+        cheap = max(num_decoding, _FEW_POSITIONS - num_decoding) if num_decoding else left
+        return _PrefillBudget(left, cheap, self.num_prefill_steps)
 
-    def _make_room(self) -> bool:
-        """Memory for the next token of every answering row, the oldest first; whether somebody had to give way."""
+    def _grow_or_preempt(self) -> bool:
+        """Memory for the next token of every decoding sequence, the oldest first; whether any was preempted for it."""
         was_short = False
-        for row in list(self.running):
-            while row in self.running and row.is_answering and not row.runner.make_room(row):
+        for sequence in list(self.running):
+            while sequence in self.running and sequence.is_decoding and not sequence.runner.grow(sequence):
                 was_short = True
-                self._preempt(next(other for other in reversed(self.running) if other.runner is row.runner))
+                self._preempt(next(other for other in reversed(self.running) if other.runner is sequence.runner))
         return was_short
 
-    def _preempt(self, row: Row) -> None:
-        self.running.remove(row)
-        row.runner.stop(row)
-        self.waiting.push(row)
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.runner.stop(sequence)
+        self.waiting.push(sequence)
         self.num_preemptions += 1
 
-    def _admitted(self, budget: _Budget) -> Plan:
+    def _started(self, budget: _PrefillBudget) -> Plan:
         plan: Plan = []
-        later: list[Row] = []
-        while budget.left > 0 and len(self.waiting) and len(self.running) < self.max_rows:
-            row = self.waiting.pop()
-            if row.is_behind_report or row.runner.is_worth_waiting(row):
-                later.append(row)
+        postponed: list[Sequence] = []
+        while budget.left > 0 and len(self.waiting) and len(self.running) < self.max_sequences:
+            sequence = self.waiting.pop()
+            if sequence.waits_for_prompt_logprobs or sequence.runner.should_wait_for_prefix(sequence):
+                postponed.append(sequence)
                 continue
-            if not row.runner.start(row):
-                later.append(row)
+            if not sequence.runner.start(sequence):
+                postponed.append(sequence)
                 break
-            self.running.append(row)
-            plan.append((row, budget.take(row)))
-        for row in later:
-            self.waiting.push(row)
+            self.running.append(sequence)
+            plan.append((sequence, budget.spend(sequence)))
+        for sequence in postponed:
+            self.waiting.push(sequence)
         return plan
 
 
 @dataclass
-class _Budget:
-    """What one step may read of texts."""
+class _PrefillBudget:
+    """Tokens of texts that one step may read."""
 
     left: int
-    calm: int  # so many do not make the step much longer
+    cheap: int  # so many do not make the step much longer
     num_steps: int
 
-    def take(self, row: Row) -> int:
-        """How many positions a row runs: within what is calm, or else as many as its text may take steps for."""
-        least = max(self.calm, ceil(row.length / self.num_steps))
-        count = min(row.remaining, self.left, least) if row.runner.reads_in_pieces else row.remaining
+    def spend(self, sequence: Sequence) -> int:
+        """How many positions a sequence runs: the cheap ones, or more where its text must not take more steps."""
+        wanted = max(self.cheap, ceil(sequence.length / self.num_steps))
+        is_chunked = sequence.runner.supports_chunked_prefill
+        count = min(sequence.remaining, self.left, wanted) if is_chunked else sequence.remaining
         self.left -= count
-        self.calm -= count
+        self.cheap -= count
         return count
 
 
-# --
-
-_GENERATED = 2  # a token chosen weighs as much as so many read
-
-Entry = tuple[int, int, int, Row]  # priority, request, choice
+_Entry = tuple[int, int, int, Sequence]  # priority, request, choice
 
 
-class WaitingRows:
-    """Rows that have no memory yet, or had to give theirs back."""
+class FairQueue:
+    """Sequences without memory: by priority, then the client that was served least, then the oldest request.
+
+    Service is counted in tokens, by the virtual token counter of Sheng et al. (2401.00588): a client that comes back
+    starts level with the least served client that is there, so that absence saves up no claim.
+    """
 
     def __init__(self) -> None:
-        self._heaps: dict[str | None, list[Entry]] = {}
-        self._service: dict[str | None, float] = {}
-        self._num_rows: dict[str | None, int] = {}  # of each client, waiting or running
+        self._heaps: dict[str | None, list[_Entry]] = {}
+        self.service: dict[str | None, float] = {}  # tokens that each client was served
+        self._num_sequences: dict[str | None, int] = {}  # of each client, waiting or running
 
     def __len__(self) -> int:
         return sum(len(heap) for heap in self._heaps.values())
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Sequence]:
         return (entry[-1] for heap in self._heaps.values() for entry in heap)
 
-    def enter(self, row: Row) -> None:
-        """A new row."""
-        client = row.request.client
-        if not self._num_rows.get(client):
-            self._lift(client)
-        self._num_rows[client] = self._num_rows.get(client, 0) + 1
-        self.push(row)
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence."""
+        client = sequence.request.client
+        if not self._num_sequences.get(client):
+            self._catch_up(client)
+        self._num_sequences[client] = self._num_sequences.get(client, 0) + 1
+        self.push(sequence)
 
-    def leave(self, row: Row) -> None:
-        """A row has ended, wherever it was."""
-        client = row.request.client
-        self._num_rows[client] -= 1
-        if not self._num_rows[client]:
-            del self._num_rows[client]
-            self._forget()
+    def end(self, sequence: Sequence) -> None:
+        """A sequence has ended, waiting or running."""
+        client = sequence.request.client
+        self._num_sequences[client] -= 1
+        if not self._num_sequences[client]:
+            del self._num_sequences[client]
+            self._forget_absent()
 
-    def push(self, row: Row) -> None:
-        entry = (row.request.priority, row.owner.id, row.choice, row)
-        heapq.heappush(self._heaps.setdefault(row.request.client, []), entry)
+    def push(self, sequence: Sequence) -> None:
+        entry = (sequence.request.priority, sequence.owner.id, sequence.choice, sequence)
+        heapq.heappush(self._heaps.setdefault(sequence.request.client, []), entry)
 
-    def pop(self) -> Row:
-        """The next row."""
-        client = min(self._heaps, key=lambda name: self._claim(name))
-        row = heapq.heappop(self._heaps[client])[-1]
+    def pop(self) -> Sequence:
+        client = min(self._heaps, key=self._priority)
+        sequence = heapq.heappop(self._heaps[client])[-1]
         if not self._heaps[client]:
             del self._heaps[client]
-        return row
+        return sequence
 
-    def remove(self, row: Row) -> None:
-        client = row.request.client
-        kept = [entry for entry in self._heaps[client] if entry[-1] is not row]
-        heapq.heapify(kept)
-        self._heaps[client] = kept
-        if not kept:
+    def remove(self, sequence: Sequence) -> None:
+        client = sequence.request.client
+        heap = [entry for entry in self._heaps[client] if entry[-1] is not sequence]
+        heapq.heapify(heap)
+        self._heaps[client] = heap
+        if not heap:
             del self._heaps[client]
 
-    def charge(self, row: Row, num_read: int, num_chosen: int) -> None:
-        """Tokens that were run for a row, and chosen."""
-        client = row.request.client
-        self._service[client] = self._service.get(client, 0.0) + num_read + _GENERATED * num_chosen
+    def charge(self, sequence: Sequence, num_read: int, num_new: int) -> None:
+        """Count tokens that were run for a sequence, and sampled."""
+        client = sequence.request.client
+        self.service[client] = self.service.get(client, 0.0) + num_read + _NEW_TOKEN_COST * num_new
 
-    def _claim(self, client: str | None) -> tuple[int, float, int, int]:
+    def assert_empty(self) -> None:
+        """Nothing is left of any sequence or client. Raises AssertionError."""
+        assert not self._heaps and not self.service and not self._num_sequences
+
+    def _priority(self, client: str | None) -> tuple[int, float, int, int]:
         priority, request, choice, _ = self._heaps[client][0]
-        return priority, self._service.get(client, 0.0), request, choice
+        return priority, self.service.get(client, 0.0), request, choice
 
-    def _lift(self, client: str | None) -> None:
-        least = min((self._service.get(other, 0.0) for other in self._num_rows), default=0.0)
-        self._service[client] = max(self._service.get(client, 0.0), least)
+    def _catch_up(self, client: str | None) -> None:
+        least = min((self.service.get(other, 0.0) for other in self._num_sequences), default=0.0)
+        self.service[client] = max(self.service.get(client, 0.0), least)
 
-    def _forget(self) -> None:
-        """Clients that are away and have had no more than those that are here lose nothing by being forgotten."""
-        least = min((self._service.get(client, 0.0) for client in self._num_rows), default=float("inf"))
-        for client in [name for name, had in self._service.items() if name not in self._num_rows and had <= least]:
-            del self._service[client]
+    def _forget_absent(self) -> None:
+        """Clients without sequences that were served no more than the others lose nothing by being forgotten."""
+        least = min((self.service.get(client, 0.0) for client in self._num_sequences), default=float("inf"))
+        for client in [name for name, had in self.service.items() if name not in self._num_sequences and had <= least]:
+            del self.service[client]

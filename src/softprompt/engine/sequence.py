@@ -1,42 +1,39 @@
-"""One row object per answer that is being generated, and one object per request that owns its rows."""
+"""A sequence is one answer that is being generated, a request's state owns one sequence per choice."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from softprompt.base import Base
-from softprompt.engine.detokenizer import AnswerText
-from softprompt.engine.kv_cache import Place
-from softprompt.engine.logits_processors import ChoosingRow
+from softprompt.engine.detokenizer import Detokenizer
+from softprompt.engine.kv_cache import Slot
+from softprompt.engine.logits_processors import SamplingState
 from softprompt.engine.prefix_cache import Key, Prefix
 from softprompt.engine.request import Answer, FinishReason, Request, TokenLogProb, Tokens
-from softprompt.engine.sampler import Chosen
 from softprompt.families import ModelCache
 
 
 @dataclass(eq=False)
-class Row:
-    """One answer on its way. Its positions are [soft prompt, text, answer so far]."""
+class Sequence:
+    """One answer from its request's admission to its end. Its positions are [soft prompt, text, answer so far]."""
 
-    owner: Admitted
+    owner: RequestState
     choice: int
-    runner: Runner
-    choosing: ChoosingRow
-    text: AnswerText
+    runner: ModelRunner
+    sampling: SamplingState
+    detokenizer: Detokenizer
     ids: list[int]  # of the text and the answer
-    keys: list[tuple[int, Key]] = field(default_factory=list)  # beginnings that may be shared: positions and key
-    computed: int = 0  # positions whose keys and values are held
-    num_cached: int | None = None  # of them when it first started: from the prefix cache
-    place: Place | None = None
-    cache: ModelCache | None = None
-    prefix: Prefix | None = None  # pinned: what it came from
-    promises: list[tuple[int, Key]] = field(default_factory=list)  # beginnings that it will leave to others
+    prefix_keys: list[tuple[int, Key]] = field(default_factory=list)  # lengths and keys of prefixes it may share
+    computed: int = 0  # positions whose keys and values are in memory
+    num_cached: int | None = None  # positions taken from the prefix cache when it first started
+    slot: Slot | None = None  # in the KV cache, while it runs batched
+    model_cache: ModelCache | None = None  # while it runs by itself
+    prefix: Prefix | None = None  # pinned: the one that it started from
+    pending_prefixes: list[tuple[int, Key]] = field(default_factory=list)  # prefixes it is computing for others
     log_probs: list[TokenLogProb] = field(default_factory=list)
-    text_log_probs: list[TokenLogProb | None] | None = None  # of the text so far, until told; None: not asked for
+    prompt_log_probs: list[TokenLogProb | None] | None = None  # of the text so far; None: not wanted, or sent
     answer: Answer | None = None  # when it has ended
 
     @property
@@ -45,8 +42,7 @@ class Row:
 
     @property
     def num_virtual(self) -> int:
-        prompt = self.request.prompt
-        return 0 if prompt is None else prompt.num_virtual_tokens
+        return self.owner.request.num_virtual
 
     @property
     def length(self) -> int:
@@ -54,9 +50,9 @@ class Row:
         return self.num_virtual + len(self.ids)
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Positions it may come to have."""
-        return self.num_virtual + len(self.request.ids) + self.choosing.sampling.max_new_tokens
+        return self.owner.request.max_length
 
     @property
     def new_ids(self) -> list[int]:
@@ -64,135 +60,121 @@ class Row:
 
     @property
     def remaining(self) -> int:
-        """Positions to run before its next token can be chosen."""
+        """Positions to run before its next token can be sampled."""
         return self.length - self.computed
 
     @property
-    def is_answering(self) -> bool:
+    def is_decoding(self) -> bool:
         """Only its newest token is left to run."""
         return self.remaining == 1 and len(self.ids) > len(self.request.ids)
 
     @property
-    def is_reporting(self) -> bool:
-        """Whether log-probabilities of its text are still to be found."""
-        return self.text_log_probs is not None and len(self.text_log_probs) < len(self.request.ids)
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its text are still to be computed."""
+        return self.prompt_log_probs is not None and len(self.prompt_log_probs) < len(self.request.ids)
 
     @property
-    def is_behind_report(self) -> bool:
-        """Whether another choice's row has yet to report on their text."""
-        return self.choice > 0 and self.owner.rows[0].text_log_probs is not None
+    def waits_for_prompt_logprobs(self) -> bool:
+        """Whether the request's first sequence has yet to compute those of their text."""
+        return self.choice > 0 and self.owner.sequences[0].prompt_log_probs is not None
 
     @property
-    def most_taken(self) -> int:
-        """Positions that it may take from others; it runs those that tell of a token itself."""
-        return self._first_telling if self.is_reporting else self.length - 1
+    def max_reusable_tokens(self) -> int:
+        """Positions that it may take from the prefix cache; those that prompt log-probabilities need it runs itself."""
+        return self._first_with_logprob if self.wants_prompt_logprobs else self.length - 1
 
-    def telling(self, count: int) -> slice:
-        """Which of the next `count` positions tell of the text's next tokens, where it is reporting."""
-        behind_text = self.num_virtual + len(self.request.ids) - 1
-        return slice(self._first_telling - self.computed, max(0, min(count, behind_text - self.computed)))
+    def with_prompt_logprobs(self, count: int) -> slice:
+        """Which of the next `count` positions predict tokens of its text whose log-probabilities are wanted."""
+        last = self.num_virtual + len(self.request.ids) - 1
+        return slice(self._first_with_logprob - self.computed, max(0, min(count, last - self.computed)))
+
+    def append_token(
+        self, token: int, log_prob: float | None, alternatives: tuple[tuple[int, float], ...] = ()
+    ) -> Tokens:
+        """Append a sampled token, or end the answer with it; the event for it."""
+        if self.request.is_text_only:
+            return self._end("length", (), "", None)
+        reported = None if log_prob is None else TokenLogProb(token, log_prob, alternatives)
+        self.sampling.append(token)
+        if token in self.sampling.ending_ids:
+            return self._end("stop", (), self.detokenizer.finish(), token, reported)
+        self.ids.append(token)
+        text = self.detokenizer.append(token)
+        if reported is not None:
+            self.log_probs.append(reported)
+        if self.detokenizer.stopped_by is not None:
+            return self._end("stop", (token,), text, self.detokenizer.stopped_by)
+        if self.sampling.is_complete:
+            return self._end("stop", (token,), text + self.detokenizer.finish(), None)
+        if self.length == self.max_length:
+            return self._end("length", (token,), text + self.detokenizer.finish(), None)
+        return self._tokens((token,), text)
 
     @property
-    def _first_telling(self) -> int:
-        """The position before the first token of the text that was not reported on."""
-        assert self.text_log_probs is not None
-        return self.num_virtual + len(self.text_log_probs) - 1
+    def _first_with_logprob(self) -> int:
+        """The position before the text's first token whose log-probability is wanted and not there yet."""
+        assert self.prompt_log_probs is not None
+        return self.num_virtual + len(self.prompt_log_probs) - 1
+
+    def _end(
+        self,
+        reason: FinishReason,
+        ids: tuple[int, ...],
+        text: str,
+        stopped_by: str | int | None,
+        end_log_prob: TokenLogProb | None = None,
+    ) -> Tokens:
+        log_probs = tuple(token.log_prob for token in self.log_probs)
+        text_so_far = self.detokenizer.text
+        self.answer = Answer(tuple(self.new_ids), text_so_far, reason, log_probs, stopped_by, end_log_prob)
+        return self._tokens(ids, text)
+
+    def _tokens(self, ids: tuple[int, ...], text: str) -> Tokens:
+        log_probs = (self.log_probs[-1],) if ids and self.log_probs else ()
+        return Tokens(self.owner.id, self.choice, ids, text, log_probs, self.answer)
 
 
 @dataclass(eq=False)
-class Admitted:
-    """One request from its admission to its one terminal event."""
+class RequestState:
+    """One request from its admission to its terminal event."""
 
     id: int  # rises with every admission
     request: Request
-    deadline: float | None  # by the engine's clock
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def is_answered(self) -> bool:
-        return all(row.answer is not None for row in self.rows)
+    sequences: list[Sequence] = field(default_factory=list)
 
 
-class Ran(NamedTuple):
-    """Hidden states that a step gave."""
+class RunnerOutput(NamedTuple):
+    """Hidden states of one step."""
 
-    last: Tensor  # [pieces, D]: of the last position of each
-    telling: list[tuple[Row, Tensor]]  # [N, D]: of what `Row.telling` names, for rows that report on their texts
+    last: Tensor  # [number of sequences, D]: of the last position of each
+    prompt_states: list[tuple[Sequence, Tensor]]  # [N, D]: of `Sequence.with_prompt_logprobs`, where those are wanted
 
 
-class Runner(Protocol):
-    """How rows run: together over held keys and values, or one at a time through plain transformers."""
+class ModelRunner(Protocol):
+    """How sequences run: batched over a KV cache, or one at a time through plain transformers."""
 
-    reads_in_pieces: bool  # whether a text may be read over several steps
+    supports_chunked_prefill: bool  # whether a text may be read over several steps
 
-    def can_ever_hold(self, length: int) -> bool:
-        """Whether a row of that many positions fits into the memory at all."""
+    def can_ever_fit(self, length: int) -> bool:
+        """Whether a sequence of that many positions fits into the memory at all. Any thread may ask."""
         ...
 
-    def is_worth_waiting(self, row: Row) -> bool:
-        """Whether what the row begins with is just being computed by another."""
+    def should_wait_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether another sequence is just computing a prefix that this one could start from."""
         ...
 
-    def start(self, row: Row) -> bool:
-        """Memory for the positions that a row has and one more; False where there is none now."""
+    def start(self, sequence: Sequence) -> bool:
+        """Allocate memory for the positions that a sequence has and one more; False where there is none now."""
         ...
 
-    def make_room(self, row: Row) -> bool:
-        """Memory for one more position; False where there is none now."""
+    def grow(self, sequence: Sequence) -> bool:
+        """Allocate memory for one more position; False where there is none now."""
         ...
 
-    def stop(self, row: Row) -> None:
-        """Give back all that `start` gave."""
+    def stop(self, sequence: Sequence) -> None:
+        """Free all that `start` and `grow` allocated."""
         ...
 
-    def run(self, pieces: Sequence[tuple[Row, int]]) -> Ran:
-        """Run so many positions of each row."""
+    def run(self, plan: list[tuple[Sequence, int]]) -> RunnerOutput:
+        """Run so many positions of each sequence."""
         ...
-
-
-# --
-
-
-def take_token(base: Base, row: Row, chosen: Chosen) -> Tokens:
-    """Grow the row by a token, or end it; what there is to tell of it."""
-    if row.request.is_text_only:
-        return _end(row, "length", (), "", None)
-    log_prob = None if chosen.log_prob is None else TokenLogProb(chosen.id, chosen.log_prob, chosen.alternatives)
-    if _is_stop(base, row, chosen.id):
-        row.choosing.take(chosen.id)
-        return _end(row, "stop", (), row.text.finish(), chosen.id, log_prob)
-    row.choosing.take(chosen.id)
-    row.ids.append(chosen.id)
-    piece = row.text.add(chosen.id)
-    if log_prob is not None:
-        row.log_probs.append(log_prob)
-    if row.text.stopped_by is not None:
-        return _end(row, "stop", (chosen.id,), piece, row.text.stopped_by)
-    if row.choosing.is_complete:
-        return _end(row, "stop", (chosen.id,), piece + row.text.finish(), None)
-    if len(row.new_ids) == row.choosing.sampling.max_new_tokens:
-        return _end(row, "length", (chosen.id,), piece + row.text.finish(), None)
-    return _tokens(row, (chosen.id,), piece)
-
-
-def _is_stop(base: Base, row: Row, token: int) -> bool:
-    sampling = row.choosing.sampling
-    return token in sampling.stop_ids or (token in base.stop_ids and not sampling.ignore_eos)
-
-
-def _end(
-    row: Row,
-    reason: FinishReason,
-    ids: tuple[int, ...],
-    piece: str,
-    stopped_by: str | int | None,
-    end_log_prob: TokenLogProb | None = None,
-) -> Tokens:
-    log_probs = tuple(token.log_prob for token in row.log_probs)
-    row.answer = Answer(tuple(row.new_ids), row.text.text, reason, log_probs, stopped_by, end_log_prob)
-    return _tokens(row, ids, piece)
-
-
-def _tokens(row: Row, ids: tuple[int, ...], piece: str) -> Tokens:
-    log_probs = (row.log_probs[-1],) if ids and row.log_probs else ()
-    return Tokens(row.owner.id, row.choice, ids, piece, log_probs, row.answer)

@@ -10,21 +10,21 @@ from softprompt.engine.scheduler import Scheduler
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Counts since the engine was made, and its state now."""
+    """Counts since the engine was made, and its present state."""
 
     num_steps: int
     num_read_tokens: int  # positions run: virtual ones, texts, answers
-    num_new_tokens: int  # chosen
+    num_new_tokens: int  # sampled
     num_finished: int  # requests
     num_aborted: int
     num_failed: int
-    num_preemptions: int  # rows that had to give their memory back for a while
-    num_running: int  # rows
+    num_preemptions: int  # sequences that had to free their memory for a while
+    num_running: int  # sequences
     num_waiting: int
-    kv_bytes: int  # keys and values of rows: what the stores take
+    kv_bytes: int  # size of the KV cache's buffers
     kv_bytes_in_use: int
-    kv_bytes_limit: int  # what they may take
-    prefix_bytes: int  # keys and values of beginnings
+    kv_bytes_limit: int
+    prefix_bytes: int  # size of the prefix cache
     num_prefixes: int
     num_prefix_hits: int
     num_prefix_misses: int
@@ -42,16 +42,17 @@ class Counts:
     num_failed: int = 0
 
     def with_state(self, scheduler: Scheduler, runners: Runners) -> EngineStats:
+        kv_cache, prefix_cache = runners.kv_cache, runners.prefix_cache
         return EngineStats(
             **asdict(self),
             num_preemptions=scheduler.num_preemptions,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            kv_bytes=runners.memory.num_bytes,
-            kv_bytes_in_use=runners.memory.num_bytes_in_use,
-            kv_bytes_limit=runners.memory.budget_positions * runners.memory.bytes_per_position,
-            prefix_bytes=runners.prefixes.num_bytes,
-            num_prefixes=len(runners.prefixes),
-            num_prefix_hits=runners.prefixes.num_hits,
-            num_prefix_misses=runners.prefixes.num_misses,
+            kv_bytes=kv_cache.num_bytes,
+            kv_bytes_in_use=kv_cache.num_bytes_in_use,
+            kv_bytes_limit=kv_cache.budget_positions * kv_cache.bytes_per_position,
+            prefix_bytes=prefix_cache.num_bytes,
+            num_prefixes=len(prefix_cache),
+            num_prefix_hits=prefix_cache.num_hits,
+            num_prefix_misses=prefix_cache.num_misses,
         )

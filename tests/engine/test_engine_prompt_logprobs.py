@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import lru_cache
-from weakref import WeakKeyDictionary
 
 import pytest
 from support.engine_runs import (
@@ -11,7 +10,6 @@ from support.engine_runs import (
     asked,
     assert_text_true,
     assert_true,
-    attend_in_torch,
     kv_bytes,
     run_out,
     true_log_probs,
@@ -19,7 +17,7 @@ from support.engine_runs import (
 from support.tiny_bases import FAMILIES, OTHERS, build_base, random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
-from softprompt.engine import Engine, Failed, PromptLogprobs, Request, Tokens, model_runner, prompt_logprobs
+from softprompt.engine import Engine, Failed, PromptLogprobs, Request, Tokens, prompt_logprobs
 from softprompt.errors import ConfigError
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt
@@ -75,11 +73,10 @@ def test_they_are_true_alone_and_beside_others(family, max_step_tokens):
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
-def test_they_are_true_where_attention_is_torchs(family, monkeypatch):
-    attend_in_torch(monkeypatch)
+def test_prompt_logprobs_without_the_compiled_attention_are_true(family):
     base = build(family)
     request = told(base, 20, 9)
-    (text,), _ = read_all(base, [request], EngineConfig(max_step_tokens=3))
+    (text,), _ = read_all(base, [request], engine=Engine(base, EngineConfig(max_step_tokens=3), runner="torch"))
     assert_text_true(base, request, text)
 
 
@@ -135,24 +132,23 @@ def test_those_that_report_wait_for_a_soft_prompt_but_for_nobodys_text():
 @pytest.mark.parametrize("family", ALL)
 def test_rows_that_give_their_memory_back_tell_each_token_once(family, monkeypatch):
     base, tokens = build(family), []
-    report = prompt_logprobs.report
+    logprobs = prompt_logprobs.logprobs
 
     def counted(logits, ids, counts):
         tokens.extend(ids)
-        return report(logits, ids, counts)
+        return logprobs(logits, ids, counts)
 
-    monkeypatch.setattr(prompt_logprobs, "report", counted)
+    monkeypatch.setattr(prompt_logprobs, "logprobs", counted)
     older = [asked(base, random_ids(5, seed), None, 60, ignore_eos=True) for seed in range(2)]
     mine = told(base, 60, 14, num_new=3)
     engine = Engine(base, EngineConfig(kv_bytes=kv_bytes(base, 260), prefix_bytes=0, max_step_tokens=1))
-    ledger, lengths = Ledger(), []
+    ledger, lengths = Ledger(), [0]
     for request in older:
         engine.add(request)
     number = engine.add(mine)
 
     def watch(engine):
-        row = engine._alive[number].rows[0] if number in engine._alive else None
-        lengths.append(0 if row is None or row not in engine.scheduler.waiting else len(row.text_log_probs or ()))
+        lengths.extend(len(each.prompt_log_probs or ()) for each in engine.scheduler.waiting if each.owner.id == number)
 
     run_out(engine, ledger, watch)
     assert engine.stats().num_preemptions > 0
@@ -163,12 +159,11 @@ def test_rows_that_give_their_memory_back_tell_each_token_once(family, monkeypat
 
 
 @pytest.mark.parametrize("max_step_tokens", [3, 64])
-def test_a_base_whose_rows_run_one_at_a_time_tells_them_too(max_step_tokens, monkeypatch):
+def test_prompt_logprobs_of_sequences_that_run_one_at_a_time_are_true(max_step_tokens):
     base = build_base("llama")
-    monkeypatch.setattr(model_runner, "_FACTS", WeakKeyDictionary())
-    monkeypatch.setattr(model_runner, "why_not_held", lambda base, forward: "it is Monday")
     requests = mixed(base)[:7]
-    found, _ = read_all(base, requests, EngineConfig(max_step_tokens=max_step_tokens))
+    engine = Engine(base, EngineConfig(max_step_tokens=max_step_tokens), runner="eager")
+    found, _ = read_all(base, requests, engine=engine)
     for request, text in zip(requests, found, strict=True):
         if request.num_text_log_probs is not None:
             assert_text_true(base, request, text)
@@ -190,15 +185,12 @@ def test_neighbours_have_the_same_bits(family):
     assert ask(None) == ask(3)
 
 
-@pytest.mark.parametrize("is_held", [True, False])
-def test_several_choices_are_told_once_and_before_any_of_their_tokens(is_held, monkeypatch):
+@pytest.mark.parametrize("runner", ["auto", "eager"])
+def test_prompt_logprobs_of_several_choices_come_once_and_before_any_of_their_tokens(runner):
     base = build_base("llama")
-    if not is_held:
-        monkeypatch.setattr(model_runner, "_FACTS", WeakKeyDictionary())
-        monkeypatch.setattr(model_runner, "why_not_held", lambda base, forward: "it is Monday")
     sampling = SamplingConfig(max_new_tokens=5, temperature=0.9, ignore_eos=True)
     request = replace(told(base, 30, 9), num_choices=3, sampling=sampling)
-    engine, events = Engine(base, EngineConfig(max_step_tokens=8)), []
+    engine, events = Engine(base, EngineConfig(max_step_tokens=8), runner=runner), []
     engine.add(request)
     while engine.has_work:
         events += engine.step()
@@ -230,7 +222,7 @@ def test_large_vocabularies_go_in_blocks(monkeypatch):
         return logits(forward, hidden)
 
     monkeypatch.setattr(Forward, "logits", watched)
-    monkeypatch.setattr(prompt_logprobs, "_MOST_SCORES", 4 * base.vocab_size + 1)
+    monkeypatch.setattr(prompt_logprobs, "_MAX_LOGITS", 4 * base.vocab_size + 1)
     request = told(base, 30, 9, num_new=1)
     (text,), _ = read_all(base, [request])
     assert sizes == [4] * 7 + [2, 1]
@@ -240,13 +232,13 @@ def test_large_vocabularies_go_in_blocks(monkeypatch):
 def test_a_text_with_nan_fails_its_request_and_nobody_elses(monkeypatch):
     base = build("llama")
     good, engine, ledger = told(base, 9, 3), Engine(base), Ledger()
-    report = prompt_logprobs.report
+    logprobs = prompt_logprobs.logprobs
 
     def broken(logits, ids, counts):
-        found = report(logits, ids, counts)
+        found = logprobs(logits, ids, counts)
         return [(float("nan") if token == 42 else value, tops) for token, (value, tops) in zip(ids, found, strict=True)]
 
-    monkeypatch.setattr(prompt_logprobs, "report", broken)
+    monkeypatch.setattr(prompt_logprobs, "logprobs", broken)
     bad = engine.add(replace(good, ids=(*random_ids(9, 5), 42, 7)))
     numbers = [engine.add(replace(good, ids=tuple(i for i in good.ids if i != 42)))]
     run_out(engine, ledger)

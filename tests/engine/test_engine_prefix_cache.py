@@ -13,7 +13,7 @@ from torch import nn
 
 from softprompt.config import EngineConfig
 from softprompt.engine import Engine
-from softprompt.engine.prefix_cache import BLOCK, Prefix, PrefixCache, shared_beginnings
+from softprompt.engine.prefix_cache import BLOCK, Prefix, PrefixCache, prefix_keys
 from softprompt.prompt import SoftPrompt
 
 MODULE = nn.Identity()
@@ -59,15 +59,15 @@ class Cache(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def unpin(self, which):
         key = self.pinned.pop(which % len(self.pinned))
-        self.cache.unpin(self.cache._entries[key])
+        self.cache.unpin(self.cache.entries[key])
 
     @invariant()
     def is_as_the_dict_says(self):
         self.cache.check_integrity()
-        assert list(self.cache._entries) == list(self.known)
+        assert list(self.cache.entries) == list(self.known)
         assert self.cache.num_bytes == 48 * sum(self.known.values()) <= BUDGET
         assert self.cache.num_pins == len(self.pinned)
-        assert all(entry.pins == self.pinned.count(key) for key, entry in self.cache._entries.items())
+        assert all(entry.pins == self.pinned.count(key) for key, entry in self.cache.entries.items())
 
 
 def test_the_least_recently_used_go_first_and_pins_stay():
@@ -97,8 +97,7 @@ def test_rows_share_a_key_exactly_where_their_prompt_first_tokens_and_salt_are_t
     (first_prompt, *_, salt), (second_prompt, *_, other_salt) = one, other
     first, second = (random_ids(num_common) + random_ids(side[1], seed) for seed, side in enumerate((one, other)))
     keys, others = (
-        dict(shared_beginnings(prompt, ids, again, salt))
-        for ids, (prompt, _, again, salt) in ((first, one), (second, other))
+        dict(prefix_keys(prompt, ids, again, salt)) for ids, (prompt, _, again, salt) in ((first, one), (second, other))
     )
     num_virtual = 0 if first_prompt is None else 3
     is_same = first_prompt is second_prompt or {first_prompt, second_prompt} == {PROMPTS[1], SAME}
@@ -111,11 +110,11 @@ def test_rows_share_a_key_exactly_where_their_prompt_first_tokens_and_salt_are_t
 
 def test_beginnings_are_the_soft_prompt_and_whole_blocks_and_never_the_last_token():
     ids = random_ids(2 * BLOCK)
-    assert [length for length, _ in shared_beginnings(None, ids)] == [BLOCK]
-    assert [length for length, _ in shared_beginnings(PROMPTS[1], ids)] == [3, 3 + BLOCK]
-    assert [length for length, _ in shared_beginnings(PROMPTS[1], ids, True)] == [3, 3 + BLOCK, 2 + 2 * BLOCK]
-    assert [length for length, _ in shared_beginnings(PROMPTS[1], ids[:1], True)] == [3]
-    assert shared_beginnings(None, ids[:1], True) == []
+    assert [length for length, _ in prefix_keys(None, ids)] == [BLOCK]
+    assert [length for length, _ in prefix_keys(PROMPTS[1], ids)] == [3, 3 + BLOCK]
+    assert [length for length, _ in prefix_keys(PROMPTS[1], ids, True)] == [3, 3 + BLOCK, 2 + 2 * BLOCK]
+    assert [length for length, _ in prefix_keys(PROMPTS[1], ids[:1], True)] == [3]
+    assert prefix_keys(None, ids[:1], True) == []
 
 
 def test_what_the_engine_keeps_is_as_large_as_it_says(tiny_llama):
@@ -124,7 +123,10 @@ def test_what_the_engine_keeps_is_as_large_as_it_says(tiny_llama):
     for request in requests:
         answers(tiny_llama, [request], engine=engine)
     kept = [
-        part for entry in engine.runners.prefixes._entries.values() for pair in entry.states.values() for part in pair
+        part
+        for entry in engine.runners.prefix_cache.entries.values()
+        for pair in entry.states.values()
+        for part in pair
     ]
     assert engine.stats().prefix_bytes == sum(part.untyped_storage().nbytes() for part in kept)
     assert engine.stats().prefix_bytes == kv_bytes(tiny_llama, 9 + (9 + 32))
@@ -139,7 +141,7 @@ def test_few_bytes_for_prefixes_mean_misses_and_the_same_answers(tiny_llama):
             assert_true(tiny_llama, request, answer)
     assert engine.stats().num_prefixes == 2
     assert [prompt in (3, 4) for prompt in range(5)] == [
-        shared_beginnings(prompt, (5,))[0][1] in engine.runners.prefixes for prompt in prompts
+        prefix_keys(prompt, (5,))[0][1] in engine.runners.prefix_cache for prompt in prompts
     ]
 
 

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from softprompt.base import load_base
-from softprompt.engine.detokenizer import AnswerText
+from softprompt.engine.detokenizer import Detokenizer
 
 WORDS = "Once upon a time, a café in Zürich sold naïve 😀 and 👨‍👩‍👧 to 東京; two  spaces\n\nand two lines. สวัสดี"
 MODELS = Path(__file__).resolve().parents[3] / "shared" / "data" / "models"
@@ -138,12 +138,12 @@ def truth(base, before, ids, stop=(), min_new_tokens=0):
 
 def printed(base, before, ids, stop=(), min_new_tokens=0):
     """The same, piece by piece."""
-    answer, pieces = AnswerText(base, before, stop, min_new_tokens), []
+    answer, pieces = Detokenizer(base, before, stop, min_new_tokens), []
     for count, token in enumerate(ids, 1):
-        pieces.append(answer.add(token))
+        pieces.append(answer.append(token))
         assert answer.text == "".join(pieces)
         if answer.stopped_by is not None:
-            assert [answer.add(token), answer.finish(), answer.text] == ["", "", "".join(pieces)]
+            assert [answer.append(token), answer.finish(), answer.text] == ["", "", "".join(pieces)]
             return answer.text, count, answer.stopped_by
     pieces.append(answer.finish())
     assert [answer.finish(), answer.text] == ["", "".join(pieces)]
@@ -228,9 +228,9 @@ def test_the_text_of_each_token_alone_is_not_the_truth(name, before, text):
 def test_nothing_is_held_back_but_the_last_character(name):
     base = base_of(name)
     ids = base.encode(WORDS) or tuple(range(3, 90))
-    answer = AnswerText(base, ids)
+    answer = Detokenizer(base, ids)
     for count, token in enumerate(ids * 2, 1):
-        answer.add(token)
+        answer.append(token)
         held = base.decode_after(ids, (ids * 2)[:count])[len(answer.text) :]
         assert held in ("", "\ufffd")
 
@@ -246,8 +246,8 @@ def letter_of(byte):
 def test_broken_bytes_do_not_hold_text_back(name, broken):
     base = base_of(name)
     ids = ids_of(base, *(letter_of(byte) for byte in broken)) * 50
-    answer = AnswerText(base, base.encode("Once"))
-    pieces = [answer.add(token) for token in ids]
+    answer = Detokenizer(base, base.encode("Once"))
+    pieces = [answer.append(token) for token in ids]
     assert len(answer.text) >= len(base.decode(ids)) - 1
     assert max(map(len, pieces)) <= 2
     assert answer.text + answer.finish() == base.decode(ids)
@@ -255,9 +255,9 @@ def test_broken_bytes_do_not_hold_text_back(name, broken):
 
 def test_a_run_of_bytes_is_printed_when_it_ends():
     base = base_of("byte fallback")
-    answer = AnswerText(base, (1,))
+    answer = Detokenizer(base, (1,))
     ids = [*bytes_of(base, "日本"), *ids_of(base, "▁time", "▁a")]
-    assert [answer.add(token) for token in ids] == [""] * 6 + ["日本 time", " a"]
+    assert [answer.append(token) for token in ids] == [""] * 6 + ["日本 time", " a"]
 
 
 def test_one_wrong_byte_breaks_the_whole_run_before_any_of_it_is_printed():
@@ -271,9 +271,9 @@ def test_a_long_run_of_bytes_is_printed_in_whole_characters(before):
     """No end of the run in sight: whole characters come, at the latest every few, and all are the decoder's."""
     base = base_of("byte fallback")
     text = "สวัสดี😀é日本" * 10
-    answer, pieces = AnswerText(base, base.encode(before)), []
+    answer, pieces = Detokenizer(base, base.encode(before)), []
     for token in [*bytes_of(base, text), *ids_of(base, "▁time")]:
-        pieces.append(answer.add(token))
+        pieces.append(answer.append(token))
         assert "\ufffd" not in pieces[-1]
     assert "".join(pieces) == text + " time"
     assert max(map(len, pieces)) <= 17
@@ -336,9 +336,9 @@ def test_the_work_per_token_grows_with_neither_the_answer_nor_the_text(name, ids
     counts = {}
     for length in (60, 600):
         tokenizer = Counting(base.tokenizer)
-        answer = AnswerText(dataclasses.replace(base, tokenizer=tokenizer), [1, *base.encode("w5"), *ids * length])
+        answer = Detokenizer(dataclasses.replace(base, tokenizer=tokenizer), [1, *base.encode("w5"), *ids * length])
         for token in ids * length:
-            answer.add(token)
+            answer.append(token)
         counts[length] = sum(tokenizer.counts) / length / len(ids)
         assert max(tokenizer.counts) <= 96
     assert counts[600] < 1.2 * counts[60]
@@ -377,9 +377,9 @@ def test_of_two_stop_strings_that_begin_together_the_shorter_is_named():
 
 def test_the_beginning_of_a_stop_string_is_held_until_it_is_none():
     base = base_of("words")
-    answer = AnswerText(base, [9], ("w6 w7 w8",))
-    assert [answer.add(token) for token in [5, 6, 7, 6, 7, 9]] == [" w5", " ", "", "w6 w7 ", "", "w6 w7 w9"]
-    assert [answer.add(token) for token in [6, 7]] == [" ", ""]
+    answer = Detokenizer(base, [9], ("w6 w7 w8",))
+    assert [answer.append(token) for token in [5, 6, 7, 6, 7, 9]] == [" w5", " ", "", "w6 w7 ", "", "w6 w7 w9"]
+    assert [answer.append(token) for token in [6, 7]] == [" ", ""]
     assert [answer.finish(), answer.finish()] == ["w6 w7", ""]
 
 

@@ -18,9 +18,8 @@ from transformers import (
 )
 
 from softprompt.config import SamplingConfig
-from softprompt.engine.sampler import Chooser, best_first, first_peak, uniform
-from softprompt.engine.top_k_top_p import filters_of, in_view, kept, masses
-from softprompt.errors import ConfigError
+from softprompt.engine.sampler import Sampler, blockwise_argmax, top_logprobs, uniform
+from softprompt.engine.top_k_top_p import candidates, exp_sums, keep_mask, new_filters
 
 WIDE = 3000  # several blocks and a rest
 TEXT, ANSWER = (5, 7, 7, 40, 3), (7, 50, 50, 50, 9)
@@ -65,15 +64,15 @@ def contested_logits(rows, seed=0, vocab=WIDE, dtype=torch.float32):
     return (logits - 2 * (torch.arange(rows)[:, None] % 2)).to(dtype)
 
 
-def new_row(base, choice_index=0, text_ids=TEXT, answer=ANSWER, **chosen):
-    row = Chooser(base).new_row(SamplingConfig(**chosen), text_ids, choice_index)
+def new_state(base, choice_index=0, text_ids=TEXT, answer=ANSWER, **chosen):
+    row = Sampler(base).new_state(SamplingConfig(**chosen), text_ids, choice_index)
     for token in answer:
-        row.take(token)
+        row.append(token)
     return row
 
 
-def choose(base, logits, rows, num_log_probs=None):
-    return Chooser(base).choose(logits, rows, num_log_probs or [None] * len(rows))
+def sample(base, logits, rows, num_log_probs=None):
+    return Sampler(base).sample(logits, rows, num_log_probs or [None] * len(rows))
 
 
 def slow_scores(logits_V, sampling, text_ids, new_ids, stop_ids):
@@ -106,10 +105,10 @@ def slow_warped(scores, sampling):
     return scores
 
 
-def slow_choice(logits_V, row, choice_index=0, stop_ids=(EOS,)):
+def slow_choice(logits_V, row, choice_index=0, stop_ids=(EOS,), row_text=TEXT):
     """The id, or the two ids between which the draw falls when it falls within 1e-6 of the edge."""
     sampling = row.sampling
-    scores = slow_scores(logits_V, sampling, row.text_ids, row.new_ids, stop_ids)
+    scores = slow_scores(logits_V, sampling, row_text, row.new_ids, stop_ids)
     if sampling.temperature == 0:
         return {int(scores.argmax())}
     sums = torch.softmax(slow_warped(scores, sampling)[0].double(), dim=-1).cumsum(-1)
@@ -121,35 +120,35 @@ def slow_choice(logits_V, row, choice_index=0, stop_ids=(EOS,)):
 @pytest.mark.parametrize("chosen", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_setting_alone_is_transformers_own(base, chosen, dtype):
-    rows = [new_row(base, **{"seed": seed, **chosen}) for seed in range(24)]
+    rows = [new_state(base, **{"seed": seed, **chosen}) for seed in range(24)]
     logits = contested_logits(24, dtype=dtype)
     for row, logits_V in zip(rows, logits, strict=True):
-        (found,) = choose(base, logits_V[None], [row])
+        (found,) = sample(base, logits_V[None], [row])
         assert found.id in slow_choice(logits_V, row)
 
 
 def test_unlike_rows_in_one_batch_are_each_as_alone(base):
-    rows = [new_row(base, choice_index=i, **chosen) for i in (0, 1) for chosen in SETTINGS]
+    rows = [new_state(base, choice_index=i, **chosen) for i in (0, 1) for chosen in SETTINGS]
     wanted = [(None, 0, 3)[number % 3] for number in range(len(rows))]
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         logits = contested_logits(len(rows), 1, dtype=dtype)
-        together = choose(base, logits, rows, wanted)
+        together = sample(base, logits, rows, wanted)
         for number, row in enumerate(rows):
             assert together[number].id in slow_choice(logits[number], row, choice_index=number // len(SETTINGS))
-            assert together[number] == choose(base, logits[number : number + 1], [row], [wanted[number]])[0]
+            assert together[number] == sample(base, logits[number : number + 1], [row], [wanted[number]])[0]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_company_changes_no_bit_whatever_the_order_and_the_threads(base, threads):
     vocab = 70_000  # beyond what one thread gets of a reduction
-    rows = [new_row(base, choice_index=i, **chosen) for i, chosen in enumerate(SETTINGS)]
+    rows = [new_state(base, choice_index=i, **chosen) for i, chosen in enumerate(SETTINGS)]
     logits, wanted = contested_logits(len(rows), 2, vocab, torch.bfloat16), [4] * len(rows)
     torch.set_num_threads(threads)
     try:
-        together = choose(base, logits, rows, wanted)
-        alone = [choose(base, logits[n : n + 1], [row], [4])[0] for n, row in enumerate(rows)]
+        together = sample(base, logits, rows, wanted)
+        alone = [sample(base, logits[n : n + 1], [row], [4])[0] for n, row in enumerate(rows)]
         order = list(reversed(range(len(rows))))
-        turned = choose(base, logits[order], [rows[n] for n in order], wanted)
+        turned = sample(base, logits[order], [rows[n] for n in order], wanted)
     finally:
         torch.set_num_threads(1)
     assert together == alone == turned[::-1]
@@ -183,11 +182,11 @@ def sampling_settings(draw):
 def test_any_settings_are_transformers_own(tiny_llama, chosen, new_ids, vocab, grid, seed):
     logits = contested_logits(len(chosen), seed, vocab) * 3
     logits = logits if grid is None else (logits / grid).round() * grid  # many equal ones
-    rows = [Chooser(tiny_llama).new_row(sampling, TEXT) for sampling in chosen]
+    rows = [Sampler(tiny_llama).new_state(sampling, TEXT) for sampling in chosen]
     for row in rows:
         for token in new_ids:
-            row.take(token)
-    for logits_V, row, found in zip(logits, rows, choose(tiny_llama, logits, rows), strict=True):
+            row.append(token)
+    for logits_V, row, found in zip(logits, rows, sample(tiny_llama, logits, rows), strict=True):
         assert found.id in slow_choice(logits_V, row)
 
 
@@ -204,9 +203,9 @@ def test_the_kept_are_those_of_transformers_warpers(vocab, scale, dtype):
     wide = (vocab // 512 + 1) * 512
     logits = torch.full((len(chosen), wide), -torch.inf)
     logits[:, :vocab] = random_logits(len(chosen), vocab, vocab, scale, dtype).float()
-    filters = filters_of(chosen, vocab)
-    view, ids = in_view(logits, filters, masses(logits))
-    stays = kept(view, filters, masses(logits)) & (view > -np.inf)
+    filters = new_filters(chosen, vocab)
+    view, ids = candidates(logits, filters, exp_sums(logits))
+    stays = keep_mask(view, filters, exp_sums(logits)) & (view > -np.inf)
     for number, sampling in enumerate(chosen):
         theirs = set(slow_warped(logits[number : number + 1], sampling)[0].isfinite().nonzero()[:, 0].tolist())
         ours = set(ids[number][stays[number]].tolist())
@@ -218,24 +217,24 @@ def test_the_kept_are_those_of_transformers_warpers(vocab, scale, dtype):
 def test_of_equal_tokens_on_the_edge_of_top_p_the_first_stay(base):
     logits = torch.full((1, WIDE), -50.0)
     logits[0, [10, 200, 1500, 2900]] = 1.0
-    rows = [new_row(base, seed=seed, temperature=1.0, top_p=0.75) for seed in range(100)]
-    assert {found.id for found in choose(base, logits.expand(100, -1), rows)} == {10, 200, 1500}
+    rows = [new_state(base, seed=seed, temperature=1.0, top_p=0.75) for seed in range(100)]
+    assert {found.id for found in sample(base, logits.expand(100, -1), rows)} == {10, 200, 1500}
     assert TopPLogitsWarper(0.75)(None, logits).isfinite().sum() == 3
 
 
 def test_a_neighbours_counts_or_another_temperature_would_show(base):
     """Controls: the truth above tells these apart."""
     logits = random_logits(40, 5)
-    own = [new_row(base, seed=i, temperature=1.0, frequency_penalty=2.0) for i in range(40)]
-    found = choose(base, logits, own)
+    own = [new_state(base, seed=i, temperature=1.0, frequency_penalty=2.0) for i in range(40)]
+    found = sample(base, logits, own)
     others = {
-        "temperature": [new_row(base, seed=i, temperature=1.1, frequency_penalty=2.0) for i in range(40)],
+        "temperature": [new_state(base, seed=i, temperature=1.1, frequency_penalty=2.0) for i in range(40)],
         "counts": [
-            new_row(base, seed=i, answer=(f.id,) * 5, temperature=1.0, frequency_penalty=2.0)
+            new_state(base, seed=i, answer=(f.id,) * 5, temperature=1.0, frequency_penalty=2.0)
             for i, f in enumerate(found)
         ],
-        "step": [new_row(base, seed=i, answer=ANSWER[1:], temperature=1.0, frequency_penalty=2.0) for i in range(40)],
-        "seed": [new_row(base, seed=i + 1, temperature=1.0, frequency_penalty=2.0) for i in range(40)],
+        "step": [new_state(base, seed=i, answer=ANSWER[1:], temperature=1.0, frequency_penalty=2.0) for i in range(40)],
+        "seed": [new_state(base, seed=i + 1, temperature=1.0, frequency_penalty=2.0) for i in range(40)],
     }
     assert all(f.id in slow_choice(logits[i], own[i]) for i, f in enumerate(found))
     for what, rows in others.items():
@@ -246,12 +245,12 @@ def test_penalties_see_what_they_should(base):
     logits = torch.zeros(4, WIDE)
     logits[:, 40], logits[:, 50], logits[:, 60] = 3.0, 2.5, 2.0  # in the text, in the answer, in neither
     rows = [
-        new_row(base),
-        new_row(base, repetition_penalty=2.0),
-        new_row(base, presence_penalty=1.0),
-        new_row(base, repetition_penalty=2.0, answer=()),
+        new_state(base),
+        new_state(base, repetition_penalty=2.0),
+        new_state(base, presence_penalty=1.0),
+        new_state(base, repetition_penalty=2.0, answer=()),
     ]
-    assert [found.id for found in choose(base, logits, rows)] == [40, 60, 40, 50]
+    assert [found.id for found in sample(base, logits, rows)] == [40, 60, 40, 50]
 
 
 @pytest.mark.parametrize(
@@ -270,8 +269,8 @@ def test_draws_come_as_often_as_they_are_likely(base, chosen):
     draws = [
         found.id
         for step in range(4)
-        for found in choose(
-            base, logits.expand(1000, -1), [new_row(base, i, answer=(9,) * step, **chosen) for i in range(1000)]
+        for found in sample(
+            base, logits.expand(1000, -1), [new_state(base, i, answer=(9,) * step, **chosen) for i in range(1000)]
         )
     ]
     likely = torch.softmax(slow_warped(logits, SamplingConfig(**chosen))[0].double(), dim=-1).numpy()
@@ -291,37 +290,37 @@ def test_the_numbers_are_uniform_and_depend_on_seed_and_step_alone():
 
 def test_seeds_go_to_the_end_and_behind_it(base):
     logits = random_logits(1, 4, scale=0.5).expand(40, -1)
-    last = [new_row(base, i, temperature=1.0, seed=2**63 - 1) for i in range(40)]
-    first = [new_row(base, i, temperature=1.0) for i in range(40)]
-    ids = [[found.id for found in choose(base, logits, rows)] for rows in (last, first)]
+    last = [new_state(base, i, temperature=1.0, seed=2**63 - 1) for i in range(40)]
+    first = [new_state(base, i, temperature=1.0) for i in range(40)]
+    ids = [[found.id for found in sample(base, logits, rows)] for rows in (last, first)]
     assert ids[0] != ids[1] and len(set(ids[0])) > 20
     assert all(i in slow_choice(logits[0], last[n], n) for n, i in enumerate(ids[0]))
 
 
 def test_choice_i_of_a_seed_is_choice_0_of_that_seed_and_i(base):
     logits = random_logits(1, 6)
-    pair = [new_row(base, 3, temperature=1.5, seed=4), new_row(base, 0, temperature=1.5, seed=7)]
+    pair = [new_state(base, 3, temperature=1.5, seed=4), new_state(base, 0, temperature=1.5, seed=7)]
     assert pair[0].seed == pair[1].seed == 7
-    assert choose(base, logits, pair[:1]) == choose(base, logits, pair[1:])
+    assert sample(base, logits, pair[:1]) == sample(base, logits, pair[1:])
 
 
 def test_a_row_that_is_made_again_goes_on_as_if_it_had_stayed(base):
     logits = random_logits(12, 7)
     chosen = {"temperature": 1.0, "repetition_penalty": 1.4, "frequency_penalty": 0.5, "min_new_tokens": 8}
-    stayed = new_row(base, answer=(), **chosen)
+    stayed = new_state(base, answer=(), **chosen)
     for step in range(12):
-        resumed = new_row(base, answer=tuple(stayed.new_ids), **chosen)
-        (ours,), (theirs,) = (choose(base, logits[step : step + 1], [row]) for row in (stayed, resumed))
+        resumed = new_state(base, answer=tuple(stayed.new_ids), **chosen)
+        (ours,), (theirs,) = (sample(base, logits[step : step + 1], [row]) for row in (stayed, resumed))
         assert ours == theirs
-        stayed.take(ours.id)
+        stayed.append(ours.id)
 
 
 def test_choosing_changes_neither_logits_nor_rows_nor_any_generator(base):
-    rows = [new_row(base, **chosen) for chosen in SETTINGS]
+    rows = [new_state(base, **chosen) for chosen in SETTINGS]
     logits = random_logits(len(rows), 8)
     kept_logits, torchs, numpys = logits.clone(), torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    first = choose(base, logits, rows, [2] * len(rows))
-    assert choose(base, logits, rows, [2] * len(rows)) == first
+    first = sample(base, logits, rows, [2] * len(rows))
+    assert sample(base, logits, rows, [2] * len(rows)) == first
     assert torch.equal(logits, kept_logits) and [tuple(row.new_ids) for row in rows] == [ANSWER] * len(rows)
     assert torch.equal(torch.random.get_rng_state(), torchs)
     assert (np.random.get_state()[1] == numpys).all()
@@ -331,10 +330,10 @@ def test_choosing_changes_neither_logits_nor_rows_nor_any_generator(base):
 def test_log_probs_are_raw_and_in_order(base, dtype):
     logits = random_logits(6, 9, dtype=dtype)
     rows = [
-        new_row(base, temperature=2.0, top_k=50, repetition_penalty=2.0, min_new_tokens=9, seed=i) for i in range(6)
+        new_state(base, temperature=2.0, top_k=50, repetition_penalty=2.0, min_new_tokens=9, seed=i) for i in range(6)
     ]
     truth = torch.log_softmax(logits.float(), dim=-1)
-    for number, found in enumerate(choose(base, logits, rows, [0, 1, 5, WIDE, None, 20])):
+    for number, found in enumerate(sample(base, logits, rows, [0, 1, 5, WIDE, None, 20])):
         wanted = (0, 1, 5, WIDE, None, 20)[number]
         if wanted is None:
             assert (found.log_prob, found.alternatives) == (None, ())
@@ -346,17 +345,17 @@ def test_log_probs_are_raw_and_in_order(base, dtype):
 
 def test_equal_alternatives_come_in_order_of_id():
     log_probs = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0] + [0.5] * 95])
-    assert [i for i, _ in best_first(log_probs, [5])[0]] == [1, 2, 4, 5, 6]
+    assert [i for i, _ in top_logprobs(log_probs, [5])[0]] == [1, 2, 4, 5, 6]
 
 
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
 def test_a_row_without_numbers_fails_alone(base, spoilt):
-    rows = [new_row(base, **chosen) for chosen in SETTINGS for _ in (0, 1)]
+    rows = [new_state(base, **chosen) for chosen in SETTINGS for _ in (0, 1)]
     logits = random_logits(len(rows), 10)
     wanted = [1] * len(rows)
-    sound = choose(base, logits, rows, wanted)
+    sound = sample(base, logits, rows, wanted)
     logits[::2, 77] = spoilt
-    found = choose(base, logits, rows, wanted)
+    found = sample(base, logits, rows, wanted)
     assert found[::2] == [None] * len(SETTINGS)
     assert found[1::2] == sound[1::2]
 
@@ -364,17 +363,17 @@ def test_a_row_without_numbers_fails_alone(base, spoilt):
 def test_nothing_left_to_choose_is_none_and_a_forced_token_is_chosen(base):
     logits = torch.full((3, WIDE), -torch.inf)
     logits[:, [4, EOS]] = 0.0
-    rows = [new_row(base, logit_bias=((4, -torch.inf),), min_new_tokens=9, temperature=t) for t in (0.0, 1.0)] + [
-        new_row(base, logit_bias=((EOS, torch.inf),), temperature=1.0)
+    rows = [new_state(base, logit_bias=((4, -torch.inf),), min_new_tokens=9, temperature=t) for t in (0.0, 1.0)] + [
+        new_state(base, logit_bias=((EOS, torch.inf),), temperature=1.0)
     ]
-    found = choose(base, logits, rows)
+    found = sample(base, logits, rows)
     assert found[:2] == [None, None] and found[2].id == EOS
 
 
 def test_a_temperature_next_to_nothing_is_greedy(base):
     logits = random_logits(3, 11)
-    rows = [new_row(base, temperature=t, top_p=0.9) for t in (1e-45, 1e-38, 1.0)]
-    found = choose(base, logits, rows)
+    rows = [new_state(base, temperature=t, top_p=0.9) for t in (1e-45, 1e-38, 1.0)]
+    found = sample(base, logits, rows)
     assert [f.id for f in found[:2]] == logits[:2].argmax(-1).tolist()
     assert found[2].id in slow_choice(logits[2], rows[2])
 
@@ -383,21 +382,15 @@ def test_a_temperature_next_to_nothing_is_greedy(base):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_peak_is_argmax(vocab, dtype):
     logits = random_logits(20, vocab, vocab, dtype=dtype).round()  # many equal ones
-    values, ids = first_peak(logits)
+    values, ids = blockwise_argmax(logits)
     assert ids.tolist() == [int((row == row.max()).nonzero()[0]) for row in logits]
     assert torch.equal(values, logits.amax(-1))
 
 
 def test_ids_that_the_logits_do_not_reach_are_left_alone(base):
-    row = new_row(base, text_ids=(5, 2999), answer=(2998,), repetition_penalty=2.0, logit_bias=((2997, torch.inf),))
+    row = new_state(base, text_ids=(5, 2999), answer=(2998,), repetition_penalty=2.0, logit_bias=((2997, torch.inf),))
     logits = random_logits(1, 12, 100)
     logits[0, 5] = 20.0
     expected = logits[0].clone()
     expected[5] /= 2
-    assert choose(base, logits, [row])[0].id == int(expected.argmax())
-
-
-@pytest.mark.parametrize("token", [-1, WIDE])
-def test_a_bias_on_no_token_is_refused(base, token):
-    with pytest.raises(ConfigError, match=f"token {token}; base 'tiny-llama' has 0 to {WIDE - 1}"):
-        new_row(base, logit_bias=((token, 1.0),))
+    assert sample(base, logits, [row])[0].id == int(expected.argmax())
