@@ -173,8 +173,8 @@ class TestTextInTextOut:
     @pytest.mark.parametrize(
         ("inputs", "said"),
         [
-            ("w5 w6", "{name} is 'w5 w6'; it must be a list, ['w5 w6'] say"),
-            ({"text": "w5"}, "{name} is {{'text': 'w5'}}; it must be a list, [{{'text': 'w5'}}] say"),
+            ("w5 w6", "{name} is 'w5 w6'; it must be a list, for example ['w5 w6']"),
+            ({"text": "w5"}, "{name} is {{'text': 'w5'}}; it must be a list, for example [{{'text': 'w5'}}]"),
             ([5], "item 1 of {name} is a int, 5; give a text"),
             (["w5", "\ud83d"], "item 2 of {name} holds half of a surrogate pair, which is no text"),
         ],

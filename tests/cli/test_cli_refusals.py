@@ -200,7 +200,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("count", [95, 96, 5000])
     def test_more_virtual_tokens_than_positions_are_refused(self, train, count):
-        assert "no room for text" in train(virtual_tokens=count)
+        assert "no text fits" in train(virtual_tokens=count)
 
     def test_a_word_for_a_number_is_refused(self, train):
         assert train(rows="many") == "rows is 'many'; it must be a whole number"

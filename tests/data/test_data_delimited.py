@@ -59,7 +59,7 @@ def test_a_tsv_with_commas_is_read_by_them(read):
 def test_a_separator_that_does_not_fit_every_row_is_refused_by_line(refusal):
     assert refusal("a.csv", "text;label\na;b\nc;d;e\n") == (
         "a.csv: its first line has no commas and looks separated by ';', but line 3 has 3 cells where it has 2; "
-        "say what separates the cells: --delimiter"
+        "give the separator of the cells with --delimiter"
     )
 
 

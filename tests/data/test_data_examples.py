@@ -85,7 +85,7 @@ def test_nothing_left_is_one_sentence(byte_base):
 
 
 def test_no_room_for_text_is_refused(llama_base):
-    with pytest.raises(LengthError, match="max_length is 1 tokens; it leaves no room for text"):
+    with pytest.raises(LengthError, match="max_length is 1 tokens; no text fits behind the soft prompt"):
         build_examples(llama_base, rows_from_texts(["a"]), eos=True, max_length=1)
 
 

@@ -44,7 +44,7 @@ def test_messages_go_through_the_form_they_meet(byte_base):
         (None, {"fields": {"text": "a"}}, "fields 'text' need a template, but the bare base has no template"),
         (None, {"messages": []}, "messages is empty"),
         (None, {"messages": [{"role": "user"}]}, "messages, message 1 .user. has content that is no string"),
-        (FORM, {"messages": [{"role": "system", "content": "a"}]}, "messages hold no user message"),
+        (FORM, {"messages": [{"role": "system", "content": "a"}]}, "messages has no user message"),
         (InputForm(kind="template", template="{a}{b}", completion="{c}"), {"messages": USER}, "fills one field, but"),
     ],
 )

@@ -50,7 +50,7 @@ def test_a_row_without_a_learned_turn_is_skipped_and_a_set_of_them_refused(byte_
 
 def test_marks_that_are_not_one_for_each_turn_bear_no_weights(byte_base):
     twice = MARKED.replace("{{ message['content'] }}<|end|>{% endg", "{% endgeneration %}{% generation %}x{% endg", 1)
-    with pytest.raises(DataError, match="row 1 of records: the chat template marks 4 stretches for 2 turns"):
+    with pytest.raises(DataError, match="row 1 of records: the chat template marks 4 spans for 2 turns"):
         made(with_template(byte_base, twice), chat(said("a", weight=0), said("b")))
 
 
@@ -73,10 +73,10 @@ REFUSED = {
     "tools": ({**chat(said("a")), "tools": [{"type": "function"}]}, "has the key 'tools': tools and their calls"),
     "functions": ({**chat(said("a")), "functions": [{}]}, "has the key 'functions'"),
     "parallel tool calls": ({**chat(said("a")), "parallel_tool_calls": False}, "has the key 'parallel_tool_calls'"),
-    "a row's weight": ({**chat(said("a")), "weight": 0}, "has 'weight' = 0, which would choose what is learned"),
-    "a row's mask": ({**chat(said("a")), "loss_mask": [0, 1]}, "has 'loss_mask' = [0, 1], which would choose"),
-    "a pair's weight": ({"prompt": "a", "completion": "b", "weight": 0}, "has 'weight' = 0, which would choose"),
-    "a text's train": ({"text": "a", "train": "false"}, "has 'train' = 'false', which would choose"),
+    "a row's weight": ({**chat(said("a")), "weight": 0}, "has 'weight' = 0, which would select what is learned"),
+    "a row's mask": ({**chat(said("a")), "loss_mask": [0, 1]}, "has 'loss_mask' = [0, 1], which would select"),
+    "a pair's weight": ({"prompt": "a", "completion": "b", "weight": 0}, "has 'weight' = 0, which would select"),
+    "a text's train": ({"text": "a", "train": "false"}, "has 'train' = 'false', which would select"),
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def chat_ids(base: Base, messages: Sequence[Message], where: str) -> ChatIds:
     text, spans = _marked_spans(base, guarded, where) if _has_marks(base) else _turn_spans(base, guarded, where)
     if not spans:
         raise DataError(
-            f"{where}: the tokenizer's chat template writes the assistant's turns so that they cannot be told apart; "
+            f"{where}: the tokenizer's chat template writes the assistant's turns so that they cannot be located; "
             "mark them with {% generation %} in the template"
         )
     ids: tuple[int, ...] = _leading_ids(base)
@@ -142,8 +142,8 @@ def _marked_spans(base: Base, messages: Sequence[Message], where: str) -> tuple[
         return text, [span for span in spans if span.end > span.start]
     if len(spans) != len(turns):
         raise DataError(
-            f"{where}: the chat template marks {len(spans):,} stretches for {len(turns):,} turns of the assistant, so "
-            'nobody can say which of them a "weight": 0 means; leave the weights out'
+            f"{where}: the chat template marks {len(spans):,} spans for {len(turns):,} turns of the assistant, so "
+            'it is unknown which of them a "weight": 0 excludes; leave the weights out'
         )
     learned = [span for span, turn in zip(spans, turns, strict=True) if is_learned(turn)]
     return text, [span for span in learned if span.end > span.start]

@@ -1,8 +1,8 @@
-"""Rows to examples to batches: what is read, what it says as text, which of its tokens count, and which step sees it.
+"""Rows to examples to batches: reading data, rendering it as text, encoding it with its targets, ordering it in steps.
 
-This room knows files, columns, tokenizers and token ids. It knows no soft prompt, no tensor and no loss: a caller takes
-the soft prompt's length off `max_length`, and `plan_epoch` deals in integers. The text of a row is exactly the text in
-its file; control tokens written inside it are text.
+This package knows files, columns, tokenizers and token ids. It knows no soft prompt, no tensor and no loss: callers
+subtract the soft prompt's length from `max_length`, and `plan_epoch` works on integers. The text of a row is exactly
+the text in its file; control tokens written inside it are text.
 """
 
 import warnings

@@ -16,7 +16,7 @@ from softprompt.data.template_budget import Span
 from softprompt.data.tokens import ChatTokenizer, IncrementalIds, chat_tokenizer, common_length
 from softprompt.errors import DataError
 
-MOST_RERENDER_STEPS = 2**24  # of rendering the turns of one conversation again, each with all before it
+MOST_RERENDER_STEPS = 2**24  # template steps spent on rendering the turns of one conversation again
 
 
 class ChatIds(NamedTuple):
@@ -29,10 +29,10 @@ class ChatIds(NamedTuple):
 
 
 def chat_ids(base: Base, messages: Sequence[Message], where: str, max_ids: int | None = None) -> ChatIds:
-    """Ids and targets of a whole conversation; of one longer than `max_ids` more than so many, but maybe not all.
+    """Ids and targets of a conversation. One longer than `max_ids` may be cut, but not to `max_ids` or fewer.
 
-    Where the template marks `{% generation %}`, the marks are the targets; elsewhere what each turn of the assistant
-    adds to its generation prompt. Turns of weight 0 are no targets.
+    Where the template marks `{% generation %}`, the marked text is the target; elsewhere it is what each turn of the
+    assistant adds to its generation prompt. Turns of weight 0 are not targets.
     Raises DataError, opening with `where`, where the template refuses the messages or hides the assistant's words.
     """
     tokenizer = chat_tokenizer(base, where)
@@ -49,7 +49,7 @@ def chat_ids(base: Base, messages: Sequence[Message], where: str, max_ids: int |
             break
     if not has_spans:
         raise DataError(
-            f"{where}: the tokenizer's chat template writes the assistant's turns so that they cannot be told apart; "
+            f"{where}: the tokenizer's chat template writes the assistant's turns so that they cannot be located; "
             "mark them with {% generation %} in the template"
         )
     return _chat_ids(tokenizer, spans, tuple(incremental.ids), mask, is_cut)
@@ -60,8 +60,8 @@ def chat_prompt_ids(
 ) -> tuple[int, ...]:
     """Ids of a conversation that the assistant is to continue, generation prompt included.
 
-    Of one longer than `max_ids` more than so many, but maybe not all. Raises DataError where the template refuses the
-    messages.
+    One longer than `max_ids` may be cut, but not to `max_ids` or fewer. Raises DataError where the template refuses
+    the messages.
     """
     tokenizer = chat_tokenizer(base, where)
     rendered = tokenizer.template.render(tokenizer.escaped(messages, where), where, generation_prompt=True)
@@ -69,7 +69,7 @@ def chat_prompt_ids(
 
 
 def _segments(spans: Iterator[Span]) -> Iterator[tuple[int, int, bool]]:
-    """Context and targets in turn: start, end, whether it counts."""
+    """Context and targets alternately: start, end, whether it is a target."""
     done = 0
     for span in spans:
         yield done, span.start, False
@@ -95,7 +95,7 @@ def _chat_ids(tokenizer: ChatTokenizer, spans: _Spans, ids: tuple[int, ...], mas
 
 
 class _MarkedSpans:
-    """What `{% generation %}` marks."""
+    """The spans that the template marks with `{% generation %}`."""
 
     def __init__(self, tokenizer: ChatTokenizer, messages: Sequence[Message], where: str) -> None:
         rendered = tokenizer.template.render(tokenizer.escaped(messages, where), where)
@@ -103,8 +103,8 @@ class _MarkedSpans:
         turns = [message for message in messages if message["role"] == "assistant"]
         if not all(map(is_learned, turns)) and len(rendered.marks) != len(turns):
             raise DataError(
-                f"{where}: the chat template marks {len(rendered.marks):,} stretches for {len(turns):,} turns of the "
-                'assistant, so nobody can say which of them a "weight": 0 means; leave the weights out'
+                f"{where}: the chat template marks {len(rendered.marks):,} spans for {len(turns):,} turns of the "
+                'assistant, so it is unknown which of them a "weight": 0 excludes; leave the weights out'
             )
         is_left_out = [not is_learned(turn) for turn in turns]
         self._spans = [
@@ -121,11 +121,11 @@ class _MarkedSpans:
 
 
 class _TurnSpans:
-    """Where a template without marks writes the turns that are learned.
+    """The spans of the turns to learn, for a template without marks.
 
-    A turn begins where the conversation before it with a generation prompt ends, and ends where the conversation up to
-    it does. What these are is read off one rendering where its trace tells it; else they are rendered, for each turn
-    again, up to a bound.
+    A turn begins where the conversation before it, with a generation prompt, ends; it ends where the conversation up to
+    and including it ends. Both are derived from one rendering if its trace allows it; otherwise they are rendered again
+    for each turn, up to a bound.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, messages: Sequence[Message], where: str) -> None:
@@ -136,7 +136,7 @@ class _TurnSpans:
         self.text = self._whole.text
         self._prompted = self._last_generation_prompt()
         same = 0 if self._prompted is None else common_length(self.text, self._prompted.text)
-        self._num_shared_prompted = same  # characters that the last opening shares with the whole
+        self._num_shared_prompted = same  # characters of the last generation prompt's rendering that the whole has too
         self._num_rerender_steps = 0
 
     def each(self) -> Iterator[Span]:
@@ -146,10 +146,10 @@ class _TurnSpans:
         return next(span for index in reversed(self._learned) if (span := self._span(index)) is not None)
 
     def _span(self, index: int) -> Span | None:
-        """Where a turn stands in the whole conversation.
+        """The span of a turn in the whole conversation.
 
         None where a template writes it, or what comes before it, differently once more turns follow (some drop the
-        reasoning of all turns but the last): then nobody can say what inference would have seen.
+        reasoning of all turns but the last): then its text is not what inference would have seen.
         """
         yield_point()
         length_before = sum(self._prefix(index)) if index else 0
@@ -163,7 +163,7 @@ class _TurnSpans:
         return Span(start, self._tokenizer.without_trailing_space(self.text, start, end))
 
     def _prefix(self, count: int) -> tuple[int, int]:
-        """Of the first messages alone: characters that they share with the whole, and how many more they have."""
+        """For the first `count` messages alone: how many characters match the whole, and how many follow those."""
         known = self._whole.trace.first(count)
         if known is None:
             text = self._rerender(count).text
@@ -174,7 +174,7 @@ class _TurnSpans:
         return end + more, len(rest) - more
 
     def _generation_prompt_end(self, index: int) -> int:
-        """Characters that the conversation before a turn, with a generation prompt, shares with the whole."""
+        """How many characters of the conversation before a turn, with a generation prompt, match the whole."""
         known = self._prompted.trace.first(index) if self._prompted is not None and index else None
         if known is None:
             return common_length(self.text, self._generation_prompt(index))
@@ -196,13 +196,13 @@ class _TurnSpans:
             return None
         try:
             return self._render(self._learned[-1], generation_prompt=True)
-        except DataError:  # the turns before it come first, and tell their own problem
+        except DataError:  # an earlier turn raises its own error first
             return None
 
     def _rerender(self, count: int, generation_prompt: bool = False) -> RenderedChat:
         if self._num_rerender_steps > MOST_RERENDER_STEPS:
             raise DataError(
-                f"{self._where}: the tokenizer's chat template may write a turn in another way when others follow, so "
+                f"{self._where}: the tokenizer's chat template may write a turn differently when others follow, so "
                 f"each of {len(self._learned):,} turns has to be rendered with all before it, which takes too long; "
                 "split the conversation"
             )

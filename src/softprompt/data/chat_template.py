@@ -1,11 +1,11 @@
-"""A chat template as a function from messages to text that ends: Jinja as transformers sets it up, within bounds.
+"""Chat templates: Jinja as transformers configures it, rendered within a budget so that every rendering ends.
 
-A template is data that comes with a base, and what it is given comes from clients. So each rendering has a budget of
-steps and of characters in proportion to its messages: loops, calls, filters and whatever makes text longer is counted
-before it is done. Results are those of `transformers.utils.chat_template_utils.render_jinja_template`.
+A template is data that comes with a base, and its input comes from clients. So each rendering has a budget of steps and
+characters in proportion to its messages: loops, calls, filters and whatever lengthens text are charged before they run.
+Results equal those of `transformers.utils.chat_template_utils.render_jinja_template`.
 
-A rendering can be traced: where in the text each message was first asked for. That tells what the template writes for
-the first messages alone, without rendering them again; see `Trace`.
+A rendering can be traced: at which character each message was first read. From that follows what the template writes
+for the first messages alone, without rendering them again; see `Trace`.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class RenderedChat(NamedTuple):
     """A conversation as text."""
 
     text: str
-    marks: list[Span]  # what `{% generation %}` blocks wrote
+    marks: list[Span]  # written by `{% generation %}` blocks
     trace: Trace
-    num_steps: int  # what it took
+    num_steps: int  # charged to the budget
 
 
 class ChatTemplate:
-    """The source of a template with the special tokens that it may write."""
+    """A template's source with the special tokens that it may write."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:  # Any: text, or a list of texts
         self.source = source
@@ -68,9 +68,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], where: str, *, generation_prompt: bool = False, is_traced: bool = True
     ) -> RenderedChat:
-        """The messages as text. A trace costs a little, and tells nothing where it is not asked for.
+        """The messages as text. Without `is_traced` the trace is empty, and rendering a little faster.
 
-        Raises DataError, opening with `where`, where the template refuses, fails or does not end."""
+        Raises DataError, opening with `where`, where the template refuses, fails or does not end.
+        """
         budget = Budget(messages)
         try:
             return self._rendered(budget, messages, generation_prompt, is_traced)
@@ -89,7 +90,7 @@ class ChatTemplate:
         given: object = Watched(plain, budget.log, 0) if is_traced and compiled.plain_loops else plain
         try:
             text = self._text(template, budget, given, generation_prompt)
-        except Exception as error:  # perhaps because what the messages are used for cannot be watched
+        except Exception as error:  # perhaps from a use of the messages that `Watched` does not support
             if given is plain or isinstance(error, BudgetError) or error is budget.interruption:
                 raise
             budget.restart()
@@ -125,7 +126,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment for chat templates, made for one rendering, with what that may cost."""
+    """transformers' environment for chat templates, for one rendering with its budget."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -133,7 +134,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols])
         self.budget = budget
         self.finalize = self._written
-        self.concat = self._concatenated  # type: ignore[assignment]  # Jinja's way to join what a block wrote
+        self.concat = self._concatenated  # type: ignore[assignment]  # how Jinja joins a block's output
         self.filters["tojson"] = _to_json
         known: Any = self.filters, self.tests  # Any: Jinja has them as dicts of "function"
         filters, tests = (MeteredFunctions(each, budget) for each in known)
@@ -182,7 +183,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.budget.check_length(size)
         return "".join(known)
 
-    # What `_Bounded` writes into a template:
+    # Called by what `_Bounded` inserts into a template:
 
     def begins(self, loop: int) -> bool:
         self.budget.charge()
@@ -214,7 +215,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}`: what the assistant says, noted while it is written."""
+    """`{% generation %}`: marks the text of the assistant while it is written."""
 
     tags = {"generation"}  # noqa: RUF012  # as Jinja has it
 
@@ -252,7 +253,7 @@ def _now(pattern: str) -> str:
 
 
 class _Dictionaries:
-    """`dict` without the class behind it."""
+    """`dict` without access to the class."""
 
     def __call__(self, *args: Any, **named: Any) -> dict[Any, Any]:  # Any: a template's own
         return dict(*args, **named)
@@ -262,7 +263,7 @@ class _Dictionaries:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Without underscored names, which could reach into Python."""
+    """A namespace without names that begin with _, which could reach into Python."""
 
     def __init__(*args: Any, **named: Any) -> None:  # Any: a template's own
         self, rest = args[0], args[1:]
@@ -282,7 +283,7 @@ def _check_public(name: object) -> None:
 
 
 def _plain(value: Any) -> Any:  # Any: what a row holds
-    """JSON's types alone: nothing that a template is given has methods of its own."""
+    """JSON types only, so that a template never gets an object with methods of its own."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, bool, int, float):
@@ -299,7 +300,7 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def _plain_message(message: Message) -> dict[str, Any]:  # Any: as above
-    """Reasoning under all of the names that templates read it by; `weight` is no business of theirs."""
+    """A message with its reasoning under every name that templates use, and without `weight`, which is ours."""
     plain = {key: _plain(value) for key, value in message.items() if key != "weight"}
     text = next((plain[key] for key in _REASONING_KEYS if plain.get(key) is not None), None)
     return plain if text is None else {"thinking": text, **plain, "reasoning_content": text}
@@ -309,7 +310,7 @@ def _plain_message(message: Message) -> dict[str, Any]:  # Any: as above
 
 
 class _Compiled(NamedTuple):
-    """A template's code, and its loops that a trace can be read by."""
+    """A template's code, and the loops that a trace can be derived from."""
 
     code: CodeType
     plain_loops: frozenset[int]
@@ -325,8 +326,8 @@ def _compile(source: str) -> _Compiled:
 
 
 class _Bounded(NodeTransformer):
-    """Every loop, copy and comparison of a template pays for itself. Loops are numbered in the order of the text; those
-    that no trace is read by are all -1.
+    """Makes every loop, copy and comparison of a template charge the budget. Loops are numbered in source order; those
+    that no trace is derived from are all -1.
     """
 
     def __init__(self, environment: _Environment, traced: frozenset[int]) -> None:

@@ -1,7 +1,7 @@
-"""Which form a data set takes, and from which columns: decided once, from the settings and the columns there are.
+"""The form of a data set and the columns that it reads: decided once, from the settings and the columns.
 
-Where no setting says it, the columns do if they are clear: chat messages, a prompt with its completion, a text with
-its label, one text. What was guessed, and which columns are not used, is said before anything is trained.
+Without settings, unambiguous column names decide: chat messages, a prompt with its completion, a text with its label,
+one text. Notes report a guess and unused columns before training starts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _USUAL_TEXT = "text"
 _USUAL_MESSAGES = "messages"
 _USUAL_PAIR = ("prompt", "completion")
 _USUAL_LABELS = ("label_text", "label")  # words before numbers, where a set has both
-_NAMED = 8  # columns, or labels, that a note names at most
+_NAMED = 8  # columns, or labels, that a note lists at most
 
 
 class SourceTable(NamedTuple):
@@ -37,7 +37,7 @@ class SourceTable(NamedTuple):
     source: str
     columns: tuple[str, ...]
     records: Sequence[Mapping[str, Any]]  # Any: cells are checked when they are asked for
-    notes: tuple[str, ...] = ()  # what the user should know about how it was read
+    notes: tuple[str, ...] = ()  # for the user: how it was read
 
 
 class FormChoice(NamedTuple):
@@ -50,10 +50,10 @@ class FormChoice(NamedTuple):
 
 
 def rows_of(table: SourceTable, config: DataConfig, form: InputForm | None = None) -> Rows:
-    """All rows of a table in the form that the settings ask for, else in `form`, only the needed columns kept.
+    """All rows of a table in the form of the settings, else in `form`, with only the needed columns.
 
-    Raises DataError for an empty table, a column it does not have or one that would choose what is learned, and where
-    several columns may be meant.
+    Raises DataError for an empty table, a missing column, a column that would select what is learned, and where several
+    columns are possible.
     """
     if not table.records:
         raise DataError(f"{table.source} has no rows; there is nothing to learn from")
@@ -72,7 +72,7 @@ def rows_of(table: SourceTable, config: DataConfig, form: InputForm | None = Non
 
 
 def choose_form(table: SourceTable, config: DataConfig, form: InputForm | None = None) -> FormChoice:
-    """As the settings ask; else as `form` reads this table; else as its columns are called."""
+    """By the settings; else by `form`; else by the names of the columns."""
     if config.template is not None and config.completion is not None:
         return _template_choice(table, typed_text(config.template), typed_text(config.completion))
     if config.messages_column is not None:
@@ -85,7 +85,7 @@ def choose_form(table: SourceTable, config: DataConfig, form: InputForm | None =
 
 
 def _fitted(table: SourceTable, form: InputForm) -> FormChoice:
-    """The table in a form that other rows have, or a prompt was trained in."""
+    """The form of other rows, or of a trained prompt, applied to this table."""
     if form.template is not None and form.completion is not None:
         return _template_choice(table, form.template, form.completion)
     if form.kind == "chat" and _USUAL_MESSAGES in table.columns:
@@ -109,7 +109,7 @@ def _guessed(table: SourceTable) -> FormChoice:
 
 
 def _label_choice(table: SourceTable, text: str | None, label: str) -> FormChoice:
-    """A text and, behind the name of the label's column, its label."""
+    """A template of the text and, after the name of the label's column, its label."""
     for name in (label,) if text is None else (text, label):
         _require_column(table, name)
     text = text if text is not None else _text_column(table, but=label)
@@ -149,7 +149,7 @@ def _require_column(table: SourceTable, column: str) -> None:
 
 
 def _text_column(table: SourceTable, but: str | None = None) -> str:
-    """The column called `text`, or the only one of text: numbers beside it are none, though a CSV has them as text."""
+    """The column called `text`, or the only text column; numbers do not count, though in a CSV they are text."""
     names = [name for name in table.columns if name != but]
     usual = [name for name in names if name == _USUAL_TEXT] or [n for n in names if n.strip().lower() == _USUAL_TEXT]
     if usual:
@@ -176,7 +176,7 @@ def _holds_numbers(table: SourceTable, name: str) -> bool:
 
 
 def _labels(table: SourceTable, name: str) -> tuple[str, ...]:
-    """The distinct cells, where all are words or whole numbers and so few that they are a closed set."""
+    """The distinct cells, if all are words or whole numbers and few enough to be a closed set."""
     cells = _cells(table, name)
     if not all(isinstance(cell, str) or is_whole_number(cell) for cell in cells):
         return ()
@@ -192,12 +192,12 @@ def _unused(table: SourceTable, choice: FormChoice) -> str | None:
     names = [name for name in table.columns if name not in choice.needed]
     if not names:
         return None
-    said = f"columns not used: {_listed(names)}"
+    note = f"columns not used: {_listed(names)}"
     label = next((name for usual in _USUAL_LABELS for name in names if name.strip().lower() == usual), None)
     labels = () if label is None else _labels(table, label)
     if not labels or choice.form.kind != "plain":
-        return said
-    return f"{said} (--label-column {label} learns the {len(labels)} labels {_listed(labels)})"
+        return note
+    return f"{note} (--label-column {label} learns the {len(labels)} labels {_listed(labels)})"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
-"""Rows to examples to batches: token ids with their targets, cut to the maximum length; what the user is shown of them;
-and which rows make up which step.
+"""Rows to examples to batches: token ids with their targets, cut to the maximum length; the report for the user;
+the rows of each step.
 
-`softprompt.types.Example` defines what a target is, `softprompt.data.tokens` where a completion begins. `plan_epoch` is
+`softprompt.types.Example` defines the targets, `softprompt.data.tokens` where a completion begins. `plan_epoch` is
 a pure function of integers: it knows no tokens, tensors or ranks.
 """
 
@@ -9,118 +9,106 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from softprompt.base import Base
 from softprompt.compute_share import yield_point
-from softprompt.data.chat import chat_ids
+from softprompt.data.chat import ChatIds, chat_ids
 from softprompt.data.rows import Rows, RowText, labelled_form, render_rows, text_hash
 from softprompt.data.tokens import completion_ids, first_ids
 from softprompt.errors import DataError, EncodingError, LengthError
-from softprompt.types import DataReport, Example, ExampleSet, FormKind
+from softprompt.types import DataReport, Example, ExampleSet
 
 
-class _Ids(NamedTuple):
-    """A row's ids, and whether the length limit took some."""
-
-    ids: tuple[int, ...]
-    target_mask: tuple[bool, ...]
-    num_special: int
-    has_eos: bool
-    is_truncated: bool
-
-
-class _Limits(NamedTuple):
-    eos: bool  # the end is taught
-    eos_ids: tuple[int, ...]  # what is added at the end: EOS, or nothing where it is not taught or not known
-    max_length: int  # tokens, BOS and EOS included
+class _Encoded(NamedTuple):
+    example: Example
+    is_truncated: bool  # the length limit cut some ids off
 
 
 def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> ExampleSet:
     """The rows as examples of at most `max_length` ids each (the soft prompt not counted).
 
-    EOS is supervised if `eos` and the base has one. A row without anything to learn is skipped and reported; a longer
+    EOS is a target if `eos` and the base has one. A row without anything to learn is skipped and reported; a longer
     one is cut, gets no EOS and is reported.
-    Raises DataError, naming the row, for one that cannot be used, and where no row is left; LengthError where
-    `max_length` leaves no room for text.
+    Raises DataError, naming the row, for one that cannot be used, and where no row is left; LengthError where BOS
+    alone fills `max_length`.
     """
     if max_length <= len(base.bos_ids):
-        raise LengthError(f"max_length is {max_length} tokens; it leaves no room for text behind the soft prompt")
-    written = render_rows(rows)
-    limits = _Limits(eos, (base.eos_id,) if eos and base.eos_id is not None else (), max_length)
-    results = [_tokenised(base, row, limits, rows, i) for i, row in enumerate(written)]
-    examples = [_example(base, rows, i, result) for i, result in enumerate(results) if any(result.target_mask)]
+        raise LengthError(f"max_length is {max_length} tokens; no text fits behind the soft prompt")
+    texts = render_rows(rows)
+    encoder = _Encoder(base, rows, eos, max_length)
+    encoded = [encoder.encode(position, text) for position, text in enumerate(texts)]
+    examples = [row.example for row in encoded if any(row.example.target_mask)]
+    for example in examples:
+        _check_ids(base, rows, example)
     if not examples:
-        raise DataError(_nothing_left(rows, any(result.is_truncated for result in results), max_length))
+        raise DataError(_nothing_left(rows, any(row.is_truncated for row in encoded), max_length))
     return ExampleSet(
         examples=tuple(examples),
-        form=labelled_form(rows.form, written),
-        report=_report(base, rows, results, examples),
-        data_hash=text_hash(written),
+        form=labelled_form(rows.form, texts),
+        report=_report(base, rows, encoded, examples),
+        data_hash=text_hash(texts),
     )
 
 
-def _tokenised(base: Base, row: RowText, limits: _Limits, rows: Rows, position: int) -> _Ids:
-    where = rows.where(position)
-    try:
-        return _TOKENISERS[rows.form.kind](base, row, limits, where)
-    except EncodingError as error:
-        raise DataError(f"{where}: {error}") from error
+class _Encoder:
+    """Encodes the rows of one source, each within the same limits."""
 
+    def __init__(self, base: Base, rows: Rows, eos: bool, max_length: int) -> None:
+        self._base, self._rows, self._max_length = base, rows, max_length
+        self._teaches_end = eos
+        self._eos_ids = (base.eos_id,) if eos and base.eos_id is not None else ()
 
-def _plain(base: Base, row: RowText, limits: _Limits, where: str) -> _Ids:
-    return _fitted(
-        base, (), () if row.is_empty else tuple(first_ids(base.encode, row.text, limits.max_length + 1)), limits
-    )
+    def encode(self, position: int, text: RowText) -> _Encoded:
+        """Raises DataError, naming the row, for text that the tokenizer or its chat template refuses."""
+        base, kind, row = self._base, self._rows.form.kind, self._rows.indices[position]
+        where = self._rows.where(position)
+        yield_point()
+        try:
+            if text.is_empty:
+                return self._fit(row, (), ())
+            if kind == "chat":
+                return self._fit_chat(row, chat_ids(base, text.messages, where, self._max_length))
+            if kind == "template":
+                return self._fit(row, base.encode(text.prompt), completion_ids(base, text.prompt, text.text))
+            return self._fit(row, (), tuple(first_ids(base.encode, text.text, self._max_length + 1)))
+        except EncodingError as error:
+            raise DataError(f"{where}: {error}") from error
 
+    def _fit(self, row: int, context: tuple[int, ...], target: tuple[int, ...]) -> _Encoded:
+        """BOS, context, targets, EOS. Where they do not fit, EOS is dropped, then the context's start, then the
+        targets' end.
 
-def _template(base: Base, row: RowText, limits: _Limits, where: str) -> _Ids:
-    if row.is_empty:
-        return _fitted(base, (), (), limits)
-    return _fitted(base, base.encode(row.prompt), completion_ids(base, row.prompt, row.text), limits)
+        The context keeps its end, because a template's last words ("\\nSentiment:") contain the question.
+        """
+        bos, eos = self._base.bos_ids, self._eos_ids if target else ()
+        max_ids = self._max_length - len(bos)
+        is_truncated = len(context) + len(target) + len(eos) > max_ids
+        if is_truncated:
+            target, eos = target[:max_ids], ()
+            context = context[max(0, len(context) + len(target) - max_ids) :]
+        mask = (False,) * (len(bos) + len(context)) + (True,) * (len(target) + len(eos))
+        ids = bos + context + target + eos
+        return _Encoded(
+            Example(ids=ids, target_mask=mask, num_special=len(bos), has_eos=bool(eos), row=row), is_truncated
+        )
 
-
-def _fitted(base: Base, context: tuple[int, ...], target: tuple[int, ...], limits: _Limits) -> _Ids:
-    """BOS, context, targets, EOS. Where they do not fit, EOS goes, then the context's start, then the targets' end.
-
-    The context keeps its end, because a template's last words ("\\nSentiment:") say what is asked.
-    """
-    yield_point()
-    special, end = base.bos_ids, limits.eos_ids if target else ()
-    room = limits.max_length - len(special)
-    is_truncated = len(context) + len(target) + len(end) > room
-    if is_truncated:
-        target, end = target[:room], ()
-        context = context[max(0, len(context) + len(target) - room) :]
-    before = len(special) + len(context)
-    mask = (False,) * before + (True,) * (len(target) + len(end))
-    return _Ids(special + context + target + end, mask, len(special), bool(end), is_truncated)
-
-
-def _chat(base: Base, row: RowText, limits: _Limits, where: str) -> _Ids:
-    """Cut at the end. Turns end as the template ends them; EOS is added only behind a last turn that has no end."""
-    if row.is_empty:
-        return _fitted(base, (), (), limits)
-    yield_point()
-    ids, mask, num_special, end_id = chat_ids(base, row.messages, where, limits.max_length)
-    ends = {*base.stop_ids, base.eos_id, end_id}
-    if not limits.eos:  # neither between the turns nor at the end
-        mask = tuple(counted and token not in ends for token, counted in zip(ids, mask, strict=True))
-    elif ids[-1] not in ends:
-        ids, mask = ids + limits.eos_ids, mask + (True,) * len(limits.eos_ids)
-    is_truncated = len(ids) > limits.max_length
-    length = _target_length(mask[: limits.max_length])
-    ids, mask = ids[:length], mask[:length]
-    has_eos = limits.eos and bool(ids) and ids[-1] in ends
-    return _Ids(ids, mask, min(num_special, length), has_eos, is_truncated)
-
-
-_TOKENISERS: dict[FormKind, Callable[[Base, RowText, _Limits, str], _Ids]] = {
-    "plain": _plain,
-    "template": _template,
-    "chat": _chat,
-}
+    def _fit_chat(self, row: int, chat: ChatIds) -> _Encoded:
+        """Cut at the end. Turns end as the template ends them; EOS is added only to a last turn without an end."""
+        yield_point()
+        ids, mask = chat.ids, chat.target_mask
+        ends = {*self._base.stop_ids, self._base.eos_id, chat.end_id}
+        if not self._teaches_end:  # neither between the turns nor at the end
+            mask = tuple(counted and token not in ends for token, counted in zip(ids, mask, strict=True))
+        elif ids[-1] not in ends:
+            ids, mask = ids + self._eos_ids, mask + (True,) * len(self._eos_ids)
+        is_truncated = len(ids) > self._max_length
+        length = _target_length(mask[: self._max_length])
+        ids, mask = ids[:length], mask[:length]
+        has_eos = self._teaches_end and bool(ids) and ids[-1] in ends
+        special = min(chat.num_special, length)
+        return _Encoded(Example(ids=ids, target_mask=mask, num_special=special, has_eos=has_eos, row=row), is_truncated)
 
 
 def _target_length(mask: Sequence[bool]) -> int:
@@ -128,22 +116,15 @@ def _target_length(mask: Sequence[bool]) -> int:
     return max((index + 1 for index, counted in enumerate(mask) if counted), default=0)
 
 
-def _example(base: Base, rows: Rows, position: int, result: _Ids) -> Example:
-    yield_point()
-    largest = max(result.ids)
+def _check_ids(base: Base, rows: Rows, example: Example) -> None:
+    """Raises DataError, naming the row, for an id that the base does not embed."""
+    largest = max(example.ids)
     if largest >= base.vocab_size:
         token = base.tokenizer.convert_ids_to_tokens(largest)
         raise DataError(
-            f"{rows.where(position)}: token {token!r} has id {largest:,}, but base {base.name!r} embeds ids below "
-            f"{base.vocab_size:,}; the tokenizer belongs to another model"
+            f"row {example.row + 1:,} of {rows.source}: token {token!r} has id {largest:,}, but base {base.name!r} "
+            f"embeds ids below {base.vocab_size:,}; the tokenizer belongs to another model"
         )
-    return Example(
-        ids=result.ids,
-        target_mask=result.target_mask,
-        num_special=result.num_special,
-        has_eos=result.has_eos,
-        row=rows.indices[position],
-    )
 
 
 def _nothing_left(rows: Rows, is_truncated: bool, max_length: int) -> str:
@@ -158,14 +139,14 @@ def _nothing_left(rows: Rows, is_truncated: bool, max_length: int) -> str:
     return f"{rows.source}: all {len(rows):,} rows are empty ({what}); there is nothing to learn from"
 
 
-def _report(base: Base, rows: Rows, results: Sequence[_Ids], examples: Sequence[Example]) -> DataReport:
+def _report(base: Base, rows: Rows, encoded: Sequence[_Encoded], examples: Sequence[Example]) -> DataReport:
     lengths = [len(example.ids) for example in examples]
     return DataReport(
         source=rows.source,
         num_read=len(rows),
         num_used=len(examples),
-        empty_rows=tuple(i for i, result in zip(rows.indices, results, strict=True) if not any(result.target_mask)),
-        truncated_rows=tuple(i for i, result in zip(rows.indices, results, strict=True) if result.is_truncated),
+        empty_rows=tuple(row.example.row for row in encoded if not any(row.example.target_mask)),
+        truncated_rows=tuple(row.example.row for row in encoded if row.is_truncated),
         num_tokens=sum(lengths),
         num_targets=sum(sum(example.target_mask) for example in examples),
         min_tokens=min(lengths),
@@ -175,11 +156,11 @@ def _report(base: Base, rows: Rows, results: Sequence[_Ids], examples: Sequence[
     )
 
 
-SOFT_PROMPT = "[soft prompt]"  # stands for the virtual tokens, whose number the data does not know
-_OPEN, _CLOSE = "⟦", "⟧"  # around what training counts
+SOFT_PROMPT = "[soft prompt]"  # a placeholder: the data does not know the number of virtual tokens
+_OPEN, _CLOSE = "⟦", "⟧"  # around targets
 _SHOWN_ROWS = 5
 _SHOWN_CHARACTERS = 600
-_CONTEXT_IDS = 32  # that a stretch is decoded behind
+_CONTEXT_IDS = 32  # decoded before a span, and cut off again
 
 
 def report_lines(report: DataReport) -> list[str]:
@@ -198,7 +179,7 @@ def report_lines(report: DataReport) -> list[str]:
 
 
 def show_example(base: Base, example: Example) -> str:
-    """An example's text behind a placeholder for the soft prompt, special tokens shown, targets in ⟦ ⟧."""
+    """An example's text behind a placeholder for the soft prompt, with special tokens, targets in ⟦ ⟧."""
     shown = SOFT_PROMPT
     done = 0
     for counted, group in itertools.groupby(example.target_mask):
@@ -210,7 +191,7 @@ def show_example(base: Base, example: Example) -> str:
 
 
 def _text_between(base: Base, ids: Sequence[int], start: int, end: int) -> str:
-    """Decoded behind some of what stands before it: many tokenizers drop the space of whatever they are given first."""
+    """Decoded with some preceding ids: many tokenizers drop the leading space of a text."""
     first = max(0, start - _CONTEXT_IDS)
     before, both = _decode(base, ids[first:start]), _decode(base, ids[first:end])
     return both[len(before) :] if both.startswith(before) else _decode(base, ids[start:end])
@@ -243,7 +224,7 @@ def plan_epoch(
     lengths: Sequence[int],  # tokens of each row
     *,
     batch_rows: int,
-    batch_tokens: int | None = None,  # tokens per batch at most, pads not counted; takes the place of batch_rows
+    batch_tokens: int | None = None,  # tokens per batch at most, pads not counted; replaces batch_rows
     seed: int,
     epoch: int,
 ) -> list[list[int]]:
@@ -261,11 +242,11 @@ def plan_epoch(
 
 def _cut_by_tokens(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
-    room = 0
+    tokens_left = 0
     for position in order:
-        if not batches or lengths[position] > room:
+        if not batches or lengths[position] > tokens_left:
             batches.append([])
-            room = batch_tokens
+            tokens_left = batch_tokens
         batches[-1].append(position)
-        room -= lengths[position]
+        tokens_left -= lengths[position]
     return batches

@@ -22,7 +22,7 @@ Input = str | Mapping[str, str] | Sequence[Mapping[str, Any]]  # Any: a message,
 
 
 def form_ids(base: Base, form: InputForm | None, item: Input, *, max_ids: int | None = None) -> tuple[int, ...]:
-    """Ids of one input as the form has it, BOS included; `form` is None for the bare base.
+    """Ids of one input in the form, BOS included; `form` is None for the bare base.
 
     Raises DataError for an input that does not suit the form.
     """
@@ -38,10 +38,10 @@ def form_ids(base: Base, form: InputForm | None, item: Input, *, max_ids: int | 
 
 
 def template_text(form: InputForm, item: Input) -> str:
-    """One input through the form's template: what stands before the completion. Raises DataError as `form_ids` does."""
+    """One input in the form's template: the text before the completion. Raises DataError as `form_ids` does."""
     if isinstance(item, Mapping):
         return prompt_text(form, item)
-    text = item if isinstance(item, str) else _last_said(read_messages(item, "messages", for_training=False))
+    text = item if isinstance(item, str) else _last_user_text(read_messages(item, "messages", for_training=False))
     return prompt_text(form, _only_field(form, text))
 
 
@@ -58,7 +58,7 @@ def input_ids(
 
     `form` is None for the bare base. Messages go through the chat template where the form is chat or the base is bare;
     else the last user message goes through the form: its template, or raw for a prompt trained on plain text.
-    Of an input that is longer than `max_ids`, more than so many are given, but maybe not all: the rest is not read.
+    An input longer than `max_ids` may be cut, but not to `max_ids` or fewer: the rest is not tokenised.
     Raises DataError where not exactly one input is given, or it does not suit the form.
     """
     given = [name for name, value in (("text", text), ("fields", fields), ("messages", messages)) if value is not None]
@@ -66,12 +66,12 @@ def input_ids(
         raise DataError(f"an input is one of text, fields or messages; given: {', '.join(given) or 'none'}")
     if messages is not None:
         return _message_ids(base, form, read_messages(messages, "messages", for_training=False), max_ids)
-    written = text if text is not None else prompt_text(form, fields or {})
-    return (*base.bos_ids, *first_ids(base.encode, written, None if max_ids is None else max_ids + 1))
+    whole = text if text is not None else prompt_text(form, fields or {})
+    return (*base.bos_ids, *first_ids(base.encode, whole, None if max_ids is None else max_ids + 1))
 
 
 def prompt_text(form: InputForm | None, fields: Mapping[str, str]) -> str:
-    """The form's template with its fields filled: what stands before the completion.
+    """The form's template with its fields filled: the text before the completion.
 
     Raises DataError where the form has no template, or a field is missing, unknown or no string.
     """
@@ -95,14 +95,14 @@ def _message_ids(
         raise DataError("messages is empty; give at least one message")
     if form is None or form.kind == "chat":
         return chat_prompt_ids(base, messages, max_ids=max_ids)
-    return form_ids(base, form, _last_said(messages), max_ids=max_ids)
+    return form_ids(base, form, _last_user_text(messages), max_ids=max_ids)
 
 
-def _last_said(messages: Sequence[Message]) -> str:
-    said: list[str] = [message["content"] for message in messages if message["role"] == "user"]
-    if not said:
-        raise DataError("messages hold no user message, and this prompt's form takes the last one as its text")
-    return said[-1]
+def _last_user_text(messages: Sequence[Message]) -> str:
+    texts: list[str] = [message["content"] for message in messages if message["role"] == "user"]
+    if not texts:
+        raise DataError("messages has no user message, and this prompt's form uses the last one as its text")
+    return texts[-1]
 
 
 def _only_field(form: InputForm, text: str) -> dict[str, str]:
@@ -121,13 +121,13 @@ def _listed(names: Mapping[str, str] | Sequence[str]) -> str:
 
 
 def input_list(inputs: Iterable[Any], name: str, *, also: tuple[type, ...] = ()) -> list[Any]:  # Any: checked here
-    """The inputs, each of them of a kind that can be answered, or one of `also`.
+    """The inputs, each of them of a kind that can be answered, or of a kind in `also`.
 
-    Raises DataError for one input in the place of a list, of which each letter or field would be answered, and for an
-    input that is nothing of the kind.
+    Raises DataError for one input instead of a list, of which each letter or field would be answered, and for an item
+    of another kind.
     """
     if isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable):
-        raise DataError(f"{name} is {shortened(inputs)}; it must be a list, [{shortened(inputs, 30)}] say")
+        raise DataError(f"{name} is {shortened(inputs)}; it must be a list, for example [{shortened(inputs, 30)}]")
     return [_checked(item, f"item {number:,} of {name}", also) for number, item in enumerate(inputs, start=1)]
 
 

@@ -1,7 +1,7 @@
-"""Chat messages as values: what a row must hold to be a conversation, and which of its turns are learned.
+"""Chat messages as values: what makes a row a conversation, and which of its turns are learned.
 
-OpenAI's `weight` on an assistant's message says whether the turn is learned (1, the default) or only context (0). Every
-other key that would choose what is learned, or bring tools, is refused: nothing of it may be dropped in silence.
+OpenAI's `weight` on an assistant's message makes the turn learned (1, the default) or context only (0). Every other key
+that would select what is learned, or define tools, is refused: none is ignored silently.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from softprompt.types import FormKind
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-Message = Mapping[str, Any]  # Any: "role" and "content" are strings, other keys are the chat template's own business
+Message = Mapping[str, Any]  # Any: "role" and "content" are strings, other keys are passed to the chat template
 
-# What a message may hold beside role, content and weight: what chat templates write, and facts that change nothing.
+# Allowed beside role, content and weight: keys that chat templates read, and metadata that changes nothing.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _HARMLESS_KEYS = frozenset({
     "name", *_REASONING_KEYS, "id", "uuid", "index", "turn", "turn_identifier", "timestamp", "time", "date", "created",
@@ -31,16 +31,16 @@ _SELECTING_KEYS = frozenset({
     "train_on_prompt", "train_on_responses", "training", "training_mask", "trainable", "is_trainable", "learn",
     "target_mask", "attention_mask", "sample_weight", "example_weight", "ignore", "skip",
 })  # fmt: skip
-_LEARNED_VALUES = ("", "1", "1.0", "true", "yes")  # typed in a table: they ask for what happens anyway
+_LEARNED_VALUES = ("", "1", "1.0", "true", "yes")  # as typed in a table: they select the default
 _LONGEST_SHOWN = 60
-MESSAGES_PER_YIELD = 100  # that are read before whoever waits for this thread gets a turn
+MESSAGES_PER_YIELD = 100  # read between two yield points
 
 
 def read_messages(cell: object, where: str, *, for_training: bool = True) -> tuple[Message, ...]:
     """A conversation from a cell or a request; keys without a value are dropped, and so is a weight of 1.
 
-    Raises DataError, opening with `where`, for a message without a known role, with content that is no string or with
-    a key that would go unheeded, and, for training, for calls of tools and where the assistant never speaks.
+    Raises DataError, opening with `where`, for a message without a known role, with content that is not a string or
+    with a key that would be ignored, and, for training, for tool calls and where there is no turn of the assistant.
     """
     if not isinstance(cell, Sequence) or isinstance(cell, (str, bytes)):
         raise DataError(f"{where}: messages must be a list of {{role, content}}, not a {type(cell).__name__}")
@@ -53,20 +53,20 @@ def read_messages(cell: object, where: str, *, for_training: bool = True) -> tup
 
 
 def is_learned(message: Message) -> bool:
-    """Whether the message is a turn of the assistant that is a target, and not context alone."""
+    """Whether the message is a turn of the assistant that is a target, not only context."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def reserved_columns(columns: Iterable[object], read: Collection[str]) -> list[Any]:
-    """The columns, of those that a form does not read, whose names say that they choose what is learned."""
+    """The columns not in `read` whose names are reserved: they would select what is learned, or define tools."""
     return [name for name in columns if name not in read and str(name).lower() in {*_SELECTING_KEYS, *_TOOL_KEYS}]
 
 
 def check_row_keys(record: Mapping[str, Any], read: Collection[str], kind: FormKind, where: str) -> None:
-    """Raises DataError, opening with `where`, for a column that would choose what is learned or bring tools.
+    """Raises DataError, opening with `where`, for a column that would select what is learned or define tools.
 
     `read` are the columns that the form reads: those are text, whatever their name. Outside of chats a column called
-    `weight` or `loss` may well be a measurement, so there only values that switch learning off are refused.
+    `weight` or `loss` may well be a measurement, so there only values that disable learning are refused.
     """
     for key in reserved_columns(record, read):
         value = record[key]
@@ -76,7 +76,7 @@ def check_row_keys(record: Mapping[str, Any], read: Collection[str], kind: FormK
             if kind == "chat":
                 raise DataError(f"{where} has the key {key!r}: {_NO_TOOLS}")
         elif not _means_learned(value) and (kind == "chat" or _means_not_learned(value)):
-            raise DataError(f"{where} has {key!r} = {_shown(value)}, which would choose what is learned and is not "
+            raise DataError(f"{where} has {key!r} = {_shown(value)}, which would select what is learned and is not "
                             f"supported; {_HINTS[kind == 'chat']}")  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def _check_keys(message: Message, where: str, for_training: bool) -> None:
         name = str(key)
         if name in ("role", "content", "weight") or name in _HARMLESS_KEYS or name.endswith("_id"):
             continue
-        if name == "tool_calls" and not for_training:  # the template's business; whoever asks sees that it writes them
+        if name == "tool_calls" and not for_training:  # for the template to write
             continue
         if name in _TOOL_KEYS:
             raise DataError(f"{where} has {name!r}: {_NO_TOOLS}")
@@ -140,7 +140,7 @@ def _without_default_weight(message: dict[str, Any], where: str) -> dict[str, An
 
 
 def _is_absent(value: object) -> bool:
-    """What readers make of a key that is not given: None, NaN (in a table of numbers), an empty list or object."""
+    """How readers represent a missing key: None, NaN (in a table of numbers), an empty list or object."""
     if isinstance(value, (list, tuple, dict)):
         return not value
     return value is None or (isinstance(value, float) and value != value)

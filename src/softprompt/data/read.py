@@ -28,10 +28,10 @@ from softprompt.types import InputForm
 
 
 def read_rows(config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None) -> Rows:
-    """The rows that the settings ask for: the first `rows`, after a shuffle by `seed` if asked; no part held out.
+    """The rows of the settings: the first `rows`, after a shuffle by `seed` if requested; nothing is held out.
 
-    Where the settings name no columns, the rows are written in `form`, a prompt's say, else as the columns' names
-    suggest; `notes` of the rows say what was guessed and which columns are not used.
+    Where the settings name no columns, the rows have the form `form`, for example a prompt's, else the one that the
+    columns' names suggest; `notes` of the rows report a guess and unused columns.
     Raises DataError where the source is missing, broken, empty or lacks a column; ConfigError for settings that
     contradict each other.
     """
@@ -45,7 +45,7 @@ def read_all_rows(config: DataConfig, *, offline: bool = False, form: InputForm 
 
 
 def row_order(num_rows: int, config: DataConfig, seed: int) -> list[int]:
-    """The order in which rows are taken."""
+    """The positions of the rows in the order of use."""
     order = list(range(num_rows))
     if config.shuffle:
         random.Random(f"rows:{seed}").shuffle(order)
@@ -53,7 +53,7 @@ def row_order(num_rows: int, config: DataConfig, seed: int) -> list[int]:
 
 
 def rows_from_texts(texts: Iterable[str], *, source: str = "texts") -> Rows:
-    """Rows of plain text. Raises DataError where there are none, and for one text in the place of several."""
+    """Rows of plain text. Raises DataError where there are none, and for one text instead of several."""
     records = records_of(texts)
     for number, record in enumerate(records, start=1):
         if list(record) != [TEXT]:
@@ -71,7 +71,7 @@ def rows_from_records(
     completion: str | None = None,
     messages_column: str | None = None,
 ) -> Rows:
-    """Rows from dictionaries, or from what holds some: a `datasets.Dataset`, a DataFrame. Columns as in DataConfig.
+    """Rows from dictionaries, or from a container of rows: a `datasets.Dataset`, a DataFrame. Columns as in DataConfig.
 
     Raises as `read_rows` does.
     """
@@ -87,9 +87,9 @@ def rows_from_records(
 
 
 def as_rows(data: Rows | Iterable[Any], form: InputForm | None = None) -> Rows:  # Any: as above
-    """Rows as they are; else of texts, dictionaries, a DataFrame or a data set, in `form` or as their columns suggest.
+    """Rows unchanged; else rows of texts, dictionaries, a DataFrame or a data set, in `form` or by their columns.
 
-    Raises DataError for what is no set of rows: one text, a dictionary, numbers.
+    Raises DataError for anything else: one text, a dictionary, numbers.
     """
     return data if isinstance(data, Rows) else _rows_of_records(records_of(data), DataConfig(data="the data"), form)
 
@@ -103,7 +103,7 @@ _DEFAULT_SPLIT = "train"
 
 
 def read_parquet(path: Path) -> list[Record]:
-    """Records of a Parquet file. Raises DataError where it is none."""
+    """Records of a Parquet file. Raises DataError where it cannot be read."""
     with _datasets_library(str(path)) as datasets, tempfile.TemporaryDirectory() as cache:
         return _stored_records(datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True))
 
@@ -124,20 +124,20 @@ def read_saved_folder(folder: Path, split: str | None) -> list[Record]:
 
 
 def read_hub_set(name: str, subset: str | None, split: str | None, *, offline: bool) -> list[Record]:
-    """Records of one split of a Hub data set. Raises DataError where it cannot be had."""
+    """Records of one split of a Hub data set. Raises DataError where it cannot be loaded."""
     with _datasets_library(f"Hub data set {name!r}") as datasets, _no_network(datasets) if offline else nullcontext():
         return _stored_records(datasets.load_dataset(name, subset, split=split or _DEFAULT_SPLIT))
 
 
 def _stored_records(dataset: Any) -> list[Record]:  # Any: a datasets.Dataset, which has no types
-    """Cells as stored: nothing decoded, so that an image column next to the text needs no image library."""
+    """Cells as stored, not decoded, so that an image column next to the text needs no image library."""
     stored: list[Record] = dataset.with_format("arrow")[:].to_pylist()
     return stored
 
 
 @contextmanager
 def _no_network(datasets: Any) -> Iterator[None]:
-    """Only these two switches keep both libraries off the network; `local_files_only` still asks the Hub first."""
+    """Only these two settings keep both libraries off the network; `local_files_only` still sends a request first."""
     from huggingface_hub import constants
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
@@ -150,7 +150,7 @@ def _no_network(datasets: Any) -> Iterator[None]:
 
 @contextmanager
 def _datasets_library(what: str) -> Iterator[Any]:  # Any: the datasets module, which has no types
-    """The library, silent, with its errors as one sentence."""
+    """The library without progress bars and logs, its errors as one sentence."""
     import datasets
 
     shows_bars = not datasets.utils.are_progress_bars_disabled()
@@ -161,7 +161,7 @@ def _datasets_library(what: str) -> Iterator[Any]:  # Any: the datasets module, 
         yield datasets
     except DataError:
         raise
-    except Exception as error:  # the library lets through pyarrow's, fsspec's and the Hub client's errors alike
+    except Exception as error:  # errors of pyarrow, fsspec and the Hub client pass through the library
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(f"{what} cannot be read: {reason[:300] or type(error).__name__}") from error
     finally:
@@ -187,7 +187,7 @@ _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 def read_table(config: DataConfig, *, offline: bool = False) -> SourceTable:
     """Columns and records of a file, a folder or a Hub data set.
 
-    Raises DataError where there is nothing at that place, or it cannot be read.
+    Raises DataError where nothing is there, or it cannot be read.
     """
     path = Path(config.data).expanduser()
     if path.is_dir():
@@ -237,7 +237,7 @@ def _read_folder(folder: Path, config: DataConfig) -> SourceTable:
 
 
 def _files_of_split(folder: Path, files: Sequence[Path], split: str | None) -> list[Path]:
-    """Files whose name has the split as a word ("train-00000.parquet"); without a split asked for or named, all."""
+    """Files whose name has the split as a word ("train-00000.parquet"); else all."""
     wanted = split or "train"
     chosen = [path for path in files if wanted in re.split(r"[^A-Za-z]+", path.stem)]
     if not chosen and split is not None:
@@ -245,13 +245,13 @@ def _files_of_split(folder: Path, files: Sequence[Path], split: str | None) -> l
     return chosen or list(files)
 
 
-TEXT = "text"  # the column of texts that have none
+TEXT = "text"  # the column of texts without columns
 
 
 def records_of(data: Iterable[Any]) -> list[Record]:  # Any: checked here
-    """One record per row; a text in a row's place is a record {"text": text}.
+    """One record per row; a text instead of a row is a record {"text": text}.
 
-    Raises DataError, with what to give instead, for what is no set of rows.
+    Raises DataError, with what to give instead, for anything else than rows.
     """
     _refuse_no_rows(data)
     return [_record(item, number) for number, item in enumerate(_items(data), start=1)]
@@ -265,7 +265,7 @@ def _refuse_no_rows(data: object) -> None:
         )
     if isinstance(data, Mapping):
         kind, first = type(data).__name__, shortened(next(iter(data), "train"))
-        hint = f"one of its splits, [{first}] say" if kind.endswith("DatasetDict") else "a list of them, one per row"
+        hint = f"one of its splits, like [{first}]" if kind.endswith("DatasetDict") else "a list of them, one per row"
         raise DataError(f"the data is a {kind} with {first}; give {hint}")
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise DataError(f"the data is a {type(data).__name__}; give texts, dictionaries, a DataFrame or a data set")

@@ -72,7 +72,7 @@ def require_fields(template: str, columns: Iterable[str], where: str = "") -> No
 
 
 def known_columns(wanted: str, columns: Iterable[str]) -> str:
-    """What there is instead of the wanted column, the nearest name first: the end of an error message."""
+    """The end of an error message: the columns there are, the nearest name first."""
     names = list(columns)
     near = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], n=1)
     listed = f"the columns are {', '.join(map(repr, names))}" if names else "there are no columns"
@@ -92,12 +92,12 @@ class Rows:
 
     __repr__ = brief_repr
 
-    records: tuple[Mapping[str, Any], ...]  # Any: a cell may hold whatever the file held, until it is asked for
+    records: tuple[Mapping[str, Any], ...]  # Any: cells are checked when they are read
     indices: tuple[int, ...]  # zero-based index in the source, one per record
     source: str  # file, folder or Hub id, for messages and for the run's record
     form: InputForm
     column: str | None = None  # the text or messages column; None where the form's template names the columns
-    notes: tuple[str, ...] = ()  # what the user should know about how they were read: columns not used, a guess
+    notes: tuple[str, ...] = ()  # for the user: unused columns, a guess
 
     def __len__(self) -> int:
         return len(self.records)
@@ -117,17 +117,17 @@ class Rows:
         return self.select(positions)
 
     def where(self, position: int) -> str:
-        """How a message names a row: counted from 1, a header not counted."""
+        """The name of a row in messages: counted from 1, the header not counted."""
         return f"row {self.indices[position] + 1:,} of {self.source}"
 
 
 class RowText(NamedTuple):
     """One row as text."""
 
-    text: str = ""  # what is learned: the plain text or the completion
-    prompt: str = ""  # kind "template": what stands before the completion
+    text: str = ""  # the target: the plain text or the completion
+    prompt: str = ""  # kind "template": the text before the completion
     messages: tuple[Message, ...] = ()  # kind "chat"
-    is_empty: bool = False  # nothing to learn: no text, no completion, no learned word of the assistant
+    is_empty: bool = False  # no target: no text, no completion, no learned turn of the assistant
 
     @property
     def key(self) -> str:
@@ -142,12 +142,12 @@ def render_row(rows: Rows, position: int) -> RowText:
     a chat.
     """
     yield_point()
-    written = _written(rows, position)
+    text = _row_text(rows, position)
     try:
-        (written.key if written.messages else f"{written.prompt}{written.text}").encode()
+        (text.key if text.messages else f"{text.prompt}{text.text}").encode()
     except UnicodeEncodeError:
         raise DataError(f"{rows.where(position)} holds half of a surrogate pair, which is no text") from None
-    return written
+    return text
 
 
 def render_rows(rows: Rows) -> list[RowText]:
@@ -160,39 +160,39 @@ def rows_hash(rows: Rows) -> str:
     return text_hash(render_rows(rows))
 
 
-def text_hash(written: Sequence[RowText]) -> str:
-    """sha256 (hex) of rows already written as text, in order."""
+def text_hash(texts: Sequence[RowText]) -> str:
+    """sha256 (hex) of rendered rows, in order."""
     digest = hashlib.sha256()
-    for row in written:
+    for row in texts:
         digest.update(row.key.encode() + b"\n")
     return digest.hexdigest()
 
 
 def is_missing(cell: object) -> bool:
-    """None and NaN are what readers make of an empty cell."""
+    """True for None and NaN, which readers make of an empty cell."""
     return cell is None or (isinstance(cell, float) and cell != cell)
 
 
-def _written(rows: Rows, position: int) -> RowText:
+def _row_text(rows: Rows, position: int) -> RowText:
     record, form = rows.records[position], rows.form
     if form.kind == "template":
-        return _write_template(rows, position)
+        return _render_template(rows, position)
     assert rows.column is not None, form
     cell = record.get(rows.column)
     if form.kind == "chat":
         messages = () if is_missing(cell) else read_messages(cell, rows.where(position))
-        spoken = any(message["content"].strip() for message in messages if is_learned(message))
-        return RowText(messages=messages, is_empty=not spoken)
+        has_words = any(message["content"].strip() for message in messages if is_learned(message))
+        return RowText(messages=messages, is_empty=not has_words)
     text = _text_cell(cell, rows, position, rows.column)
     return RowText(text=text, is_empty=not text.strip())
 
 
 def is_whole_number(cell: object) -> bool:
-    """True of a label that is a number: Python's or numpy's, but no truth value."""
+    """True for Python's and numpy's integers, but not for booleans."""
     return isinstance(cell, Integral) and not isinstance(cell, bool)
 
 
-def _write_template(rows: Rows, position: int) -> RowText:
+def _render_template(rows: Rows, position: int) -> RowText:
     prompt, completion = rows.form.template, rows.form.completion
     assert prompt is not None and completion is not None, rows.form
     in_prompt = _fields(rows, position, prompt)
@@ -242,21 +242,21 @@ def _digits(cell: Any, rows: Rows, position: int, name: str) -> str:  # Any: a w
 
 
 MAX_LABELS = 50  # distinct completions; more than that is free text
-MIN_ROWS_PER_LABEL = 2  # on average
+MIN_ROWS_PER_LABEL = 2  # mean over the labels
 
 
 def labels_of(completions: Sequence[str]) -> tuple[str, ...]:
-    """The distinct completions, sorted, where they look like a closed set of labels; else nothing."""
+    """The distinct completions, sorted, if they look like a closed set of labels; else none."""
     distinct = sorted(set(completions))
     is_closed_set = 2 <= len(distinct) <= MAX_LABELS and len(completions) >= MIN_ROWS_PER_LABEL * len(distinct)
     return tuple(distinct) if is_closed_set else ()
 
 
-def labelled_form(form: InputForm, written: Sequence[RowText]) -> InputForm:
-    """The form with the labels that these rows show; labels already there are kept."""
+def labelled_form(form: InputForm, texts: Sequence[RowText]) -> InputForm:
+    """The form with the labels of these rows, unless it has labels already."""
     if form.kind != "template" or form.labels:
         return form
-    return replace(form, labels=labels_of([row.text for row in written if not row.is_empty]))
+    return replace(form, labels=labels_of([row.text for row in texts if not row.is_empty]))
 
 
 def with_labels(rows: Rows) -> Rows:

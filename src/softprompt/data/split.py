@@ -1,7 +1,7 @@
-"""Which rows are trained on, which choose the checkpoint, and which only compare ever reads.
+"""Splits rows into training, validation (selects the checkpoint) and test (read by `compare` only).
 
-Held-out rows are never in training, by index or by text: a row whose text also stands among the training rows is not
-held out. Test rows are not validation rows either.
+Held-out rows are never in training, by index or by text: a row whose text is also among the training rows is not held
+out. Test rows are not validation rows either.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Split:
     __repr__ = brief_repr
 
     train: Rows
-    validation: Rows | None  # chooses the checkpoint
+    validation: Rows | None  # selects the checkpoint
     test: Rows | None  # read by compare only
 
 
 class _SplitRequest(NamedTuple):
-    """What `--validation` or `--test` asks for: one of the three."""
+    """The value of `--validation` or `--test`: one of the three."""
 
     num_rows: int | None = None
     share: float | None = None  # of the rows, between 0 and 1
@@ -42,12 +42,12 @@ class _SplitRequest(NamedTuple):
 
 
 def split_rows(config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None) -> Split:
-    """Read the data once and part it; the same settings and seed give the same rows.
+    """Read the data once and split it; the same settings and seed give the same rows.
 
-    `rows` takes the first N for training (after `shuffle`). `validation` and, where training would take every row,
-    `test` are drawn from those rows by seed; otherwise test rows are the ones behind them, in order.
-    `form` is as with `read_rows`.
-    Raises DataError as that does and where a part would be empty; ConfigError for a part that cannot be meant.
+    `rows` selects the first N for training (after `shuffle`). `validation` and, where training would use every row,
+    `test` are drawn from those rows by seed; otherwise the test rows are those after them, in order. `form` is as in
+    `read_rows`.
+    Raises DataError as that does and where a split would be empty; ConfigError for a value that is not valid.
     """
     validation, test = (_split_request(name, getattr(config, name)) for name in ("validation", "test"))
     splitter = _Splitter(read_all_rows(config, offline=offline, form=form), config, seed)
@@ -66,27 +66,27 @@ def split_rows(config: DataConfig, *, seed: int = 0, offline: bool = False, form
 
 
 def held_out_record(rows: Rows) -> dict[str, Any]:  # Any: JSON for the run's record
-    """What a run keeps of its test rows: source, zero-based indices, sha256 of their text."""
+    """The record of a run's test rows: source, zero-based indices, sha256 of their text."""
     return {"source": rows.source, "indices": list(rows.indices), "hash": rows_hash(rows)}
 
 
 class _Splitter:
-    """The positions of one source, dealt out to the three parts."""
+    """Assigns the positions of one source to the three splits."""
 
     def __init__(self, rows: Rows, config: DataConfig, seed: int) -> None:
         order = row_order(len(rows), config, seed)
-        taken = len(order) if config.rows is None else config.rows
+        num_rows = len(order) if config.rows is None else config.rows
         self.rows = rows
         self.seed = seed
-        self.takes_all = config.rows is None
-        self.train, self.rest = order[:taken], order[taken:]
+        self.uses_all = config.rows is None
+        self.train, self.rest = order[:num_rows], order[num_rows:]
         self.validation: list[int] = []
         self.test: list[int] = []
         self._keys: dict[int, str | None] = {}
 
     def hold_out_test(self, part: _SplitRequest) -> None:
         wanted = _num_rows(part, len(self.rows), "test")
-        if self.takes_all:
+        if self.uses_all:
             self.test = self._draw("test", wanted)
             return
         self.test = self.behind(wanted)
@@ -100,7 +100,7 @@ class _Splitter:
         self.validation = self._draw("validation", _num_rows(part, len(self.train), "validation"))
 
     def behind(self, count: int) -> list[int]:
-        """The first rows that training did not take, without empty ones and without text seen in another part."""
+        """The first rows after the training rows, without empty ones and without text that another split has."""
         if not self.rest:
             return []
         seen = {None, *(self._key(position) for position in (*self.train, *self.validation))}
@@ -111,7 +111,7 @@ class _Splitter:
         return self.rows.select(positions) if positions else None
 
     def _draw(self, name: str, count: int) -> list[int]:
-        """Rows taken out of training, by seed: from those whose text occurs once, so that none stays behind in it."""
+        """Move rows out of training, drawn by seed from those whose text occurs once, so that no copy stays in it."""
         keys = [self._key(position) for position in self.train]
         counts: dict[str | None, int] = {None: 2}
         for key in keys:
@@ -159,7 +159,7 @@ def _num_rows(part: _SplitRequest, available: int, name: str) -> int:
 
 
 def _read_part(config: DataConfig, part: _SplitRequest | None, train: Rows, offline: bool) -> Rows | None:
-    """A part that is a file of its own, read from the columns that the training rows came from."""
+    """A split in a file of its own, read from the same columns as the training rows."""
     if part is None or part.file is None:
         return None
     kind, column = train.form.kind, train.column

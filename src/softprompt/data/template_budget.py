@@ -1,4 +1,4 @@
-"""What one rendering of a chat template may cost: steps and characters, counted before they are spent."""
+"""The budget of one rendering of a chat template: steps and characters, charged before they are spent."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from softprompt.data.template_trace import ReadLog
 
 _STEPS, _STEPS_PER_MESSAGE = 300_000, 300
 _CHARACTERS, _CHARACTERS_PER_MESSAGE, _GROWTH = 2**20, 1_000, 16  # a template may write a message's words several times
-_STEP_CHARACTERS, _STEP_ITEMS = 64, 16  # that are copied or searched in about the time of a step
+_STEP_CHARACTERS, _STEP_ITEMS = 64, 16  # copied or searched in about the time of one step
 _BREATH_STEPS = 5_000
 _MOST_BITS = 10_000  # of a whole number
 
 
 class Span(NamedTuple):
-    """A stretch of a rendered conversation."""
+    """A span of a rendered conversation."""
 
     start: int  # characters
     end: int
@@ -30,14 +30,14 @@ class BudgetError(Exception):
 
 
 class Budget:
-    """What one rendering has done so far, and may do."""
+    """What one rendering has used so far, and its limits."""
 
     def __init__(self, messages: Sequence[Message] = ()) -> None:
         size = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
         self._most_steps = _STEPS + _STEPS_PER_MESSAGE * len(messages) + size // 2
         self.most_characters = _CHARACTERS + _CHARACTERS_PER_MESSAGE * len(messages) + _GROWTH * size
         self.num_steps, self._next_breath = 0, _BREATH_STEPS
-        self.interruption: Exception | None = None  # raised by whoever stops this thread's work
+        self.interruption: Exception | None = None  # raised at a yield point to stop this thread
         self.log = ReadLog(len(messages))
         self.restart()
 
@@ -70,7 +70,7 @@ class Budget:
             raise BudgetError(f"it makes more than {self.most_characters:,} characters of these messages")
 
     def charge_value(self, value: object) -> int:
-        """Characters that a value takes as text, at least; each of them is paid for."""
+        """Charge for a value as text; returns the characters that it has at least."""
         total, rest = 0, [value]
         while rest:
             each = rest.pop()
@@ -89,7 +89,7 @@ class Budget:
         return total
 
     def as_list(self, value: object) -> object:
-        """A list of what an iterator gives, whose size can be known."""
+        """The items of an iterator as a list, whose size is known; other values as they are."""
         return self._listed(value) if isinstance(value, Iterator) else value
 
     def _listed(self, items: Iterator[object]) -> list[object]:
@@ -100,14 +100,14 @@ class Budget:
         return found
 
     def charge_scan(self, value: object) -> None:
-        """Pays for walking over a value, not into it."""
+        """Charge for a pass over a value, but not into its items."""
         if isinstance(value, str):
             self.charge_copy(len(value))
         elif isinstance(value, (list, tuple, set, frozenset, dict, range)):
             self.charge(1 + len(value) // _STEP_ITEMS)
 
 
-# What looks at values without turning them into text, and what gives a text that is no longer than its own.
+# Functions that inspect values without making text of them, and functions whose text is no longer than their input.
 _LOOKING = frozenset({
     "length", "count", "first", "last", "list", "map", "select", "reject", "selectattr", "rejectattr", "default", "d",
     "items", "attr", "random", "reverse", "defined", "undefined", "none", "boolean", "false", "true", "mapping",
@@ -121,12 +121,12 @@ _SHORTENING = frozenset({
 })  # fmt: skip
 _WIDE = frozenset({"center", "ljust", "rjust", "zfill", "indent", "batch", "slice", "tojson", "expandtabs", "wordwrap"})
 _FORMATTING = frozenset({"format", "format_map"})
-JINJAS_OWN = ("_loop_vars", "_block_vars")  # what it passes to every call
+JINJAS_OWN = ("_loop_vars", "_block_vars")  # passed by Jinja to every call
 LONG_NUMBER = re.compile(r"\d{6}")
 
 
 def check_growth(budget: Budget, name: str, values: Sequence[Any]) -> None:  # Any: a template's own
-    """Pays for a filter, a test or a method, by what it is called on and with."""
+    """Charge for a filter, a test or a method, by its arguments."""
     if name in _LOOKING or (name in _SHORTENING and all(isinstance(value, str) for value in values)):
         for value in values:
             budget.charge_scan(value)
@@ -152,14 +152,14 @@ def _length(value: Any) -> int:  # Any: a template's own
 
 
 def _check_format(budget: Budget, pattern: str, sizes: Sequence[int], numbers: Sequence[int]) -> None:
-    """Fields that are very wide, or many of something long."""
+    """Refuse very wide fields, and many fields of long values."""
     if LONG_NUMBER.search(pattern) or max(numbers, default=0) >= 10**5:
         raise BudgetError("it formats text to a width of more than 100,000 characters")
     budget.check_length(len(pattern) + (pattern.count("%") + pattern.count("{")) * (sum(sizes) + 10**5 // 64))
 
 
 class MeteredFunctions(dict[str, Callable[..., Any]]):  # Any: Jinja's own filters and tests
-    """Filters or tests that pay for what they do."""
+    """Filters or tests that charge the budget when they are called."""
 
     def __init__(self, known: Mapping[str, Callable[..., Any]], budget: Budget) -> None:  # Any: as above
         super().__init__(known)

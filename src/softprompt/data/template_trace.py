@@ -1,9 +1,9 @@
-"""What a rendering tells of the renderings of its first messages alone.
+"""Derives, from one rendering of a conversation, the renderings of its first messages alone.
 
-A template is watched while it writes a conversation: when it looks at which message, and how much it has written by
-then. Until it asks for message k, it does what it does for the first k messages alone. Where it asks between two turns
-of its one loop over the messages, it would there leave the loop and write the rest, which is known where the rest
-cannot depend on what the loop has done. Everything else is unknown, and has to be rendered.
+Each access of a template to a message is logged with the number of characters written by then. Until it reads message
+k, it does what it would do for the first k messages alone. Where that read lies between two iterations of its only loop
+over the messages, it would leave the loop there and write the rest; the rest is known if it cannot depend on what the
+loop did. Every other case is unknown and has to be rendered.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from jinja2 import nodes
 
-_READS, _READS_PER_MESSAGE = 1_000, 30  # that are noted
+_READS, _READS_PER_MESSAGE = 1_000, 30  # logged at most
 
 
 class _Read(NamedTuple):
-    """One look at the messages, or one turn of a loop."""
+    """One access to the messages, or one iteration of a loop."""
 
     kind: str  # begins or ends: a loop's body; next or last: an iterator; item: one message; all: how many there are
     number: int  # of the loop, of the iterator, or of the message
@@ -26,7 +26,7 @@ class _Read(NamedTuple):
 
 
 class ReadLog:
-    """What a template looks at, in the order of time."""
+    """The accesses of a template to the messages, in order."""
 
     def __init__(self, num_messages: int) -> None:
         self._most = _READS + _READS_PER_MESSAGE * num_messages
@@ -39,7 +39,7 @@ class ReadLog:
         self._num_iterators = 0
 
     def note(self, kind: str, number: int, message: int = -1) -> None:
-        """A log that grows long is of no use, and is emptied for good."""
+        """Add an entry. A log that exceeds its limit is of no use: it is emptied and stays empty."""
         if not self._is_full:
             self.reads.append(_Read(kind, number, self.position, message))
             if len(self.reads) > self._most:
@@ -51,7 +51,7 @@ class ReadLog:
 
 
 class Watched:
-    """The list of messages, noting what a template looks at. It fails at whatever it cannot note."""
+    """The list of messages, logging each access. It raises TypeError for a use that it cannot log."""
 
     def __init__(self, items: list[dict[str, Any]], log: ReadLog, offset: int) -> None:  # Any: a template's own
         self._items, self._log, self._offset = items, log, offset  # the offset of the first among all messages
@@ -110,7 +110,7 @@ class Watched:
 
 
 class Trace:
-    """Where a rendered conversation has what its first messages alone are written as."""
+    """The rendering of the first messages alone, as a part of a whole rendering and a rest."""
 
     def __init__(self, text: str, log: ReadLog, loops: frozenset[int], num_messages: int) -> None:
         """`loops` are those of `plain_loops`."""
@@ -120,7 +120,7 @@ class Trace:
         self._read(log.reads, loops, num_messages)
 
     def first(self, num_messages: int) -> tuple[int, str] | None:
-        """What the first messages alone are written as: so much of this text, and the rest. None where unknown."""
+        """The rendering of the first messages alone: how much of the whole text, and what follows. None if unknown."""
         end = self._ends.get(num_messages)
         return None if end is None else (end, self._rest)
 
@@ -150,7 +150,7 @@ class Trace:
 
 
 def _loop_and_iterator(reads: Sequence[_Read]) -> tuple[int, int]:
-    """The iterator that came to the end last, and the loop that it drives."""
+    """The iterator that was exhausted last, and the loop that it drives."""
     iterator = next((read.number for read in reversed(reads) if read.kind == "last"), -1)
     has_begun = False
     for read in reads:
@@ -166,7 +166,7 @@ _LAZY_FILTERS = ("select", "reject", "selectattr", "rejectattr")
 
 
 def plain_loops(tree: nodes.Template) -> frozenset[int]:
-    """The loops over the messages that run once, straight into the text, and that what comes behind cannot know of."""
+    """The loops over the messages that run once, at the top level, and that nothing after them can depend on."""
     order = list(_in_order(tree))
     loops = [node for node in order if isinstance(node, nodes.For)]
     names = _Names(tree, order)
@@ -180,12 +180,12 @@ def _in_order(node: nodes.Node) -> Iterator[nodes.Node]:
 
 
 class _Names:
-    """Where a template gives names a value."""
+    """The assignments of a template."""
 
     def __init__(self, tree: nodes.Template, order: Sequence[nodes.Node]) -> None:
         self._order = order
         self._place = {id(node): index for index, node in enumerate(order)}
-        self._straight = {id(node) for node in _straight(tree)}  # done once at most, and not within a block
+        self._straight = {id(node) for node in _straight(tree)}  # executed at most once, and not within a block
         self._stores: dict[str, list[nodes.Node]] = {}
         for node in order:
             for name in _stored_names(node):
@@ -207,7 +207,7 @@ class _Names:
         )
 
     def _is_lazy(self, node: nodes.Node, seen: frozenset[str]) -> bool:
-        """Whether the messages come out of an expression one by one, as they are asked for."""
+        """Whether an expression yields the messages lazily, one by one."""
         if isinstance(node, nodes.Name):
             values = self._assigned(node.name)
             if node.name in seen:
@@ -228,7 +228,7 @@ class _Names:
         )
 
     def _is_constant(self, name: str, start: int, seen: frozenset[str]) -> bool:
-        """Whether a name means from `start` on what it meant there: set before, and to no thing that can change."""
+        """Whether a name keeps its value from `start` on: it was set before, and to an immutable value."""
         values = self._assigned(name)
         if values is None or name in seen:
             return values is not None
@@ -242,7 +242,7 @@ class _Names:
         return True
 
     def _assigned(self, name: str) -> list[nodes.Assign] | None:
-        """The plain assignments to a name; None where it gets values in other ways too."""
+        """The plain assignments to a name; None if it is set in other ways too."""
         stores = self._stores.get(name, [])
         values = [self._values[id(node)] for node in stores if id(node) in self._values]
         return values if len(values) == len(stores) else None

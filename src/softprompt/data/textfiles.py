@@ -24,20 +24,20 @@ from softprompt.errors import DataError
 Record = dict[str, Any]  # Any: JSON and Parquet cells are checked when they are asked for
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what Excel's "Unicode text" begins with
-_PLAIN_ENDINGS = (".txt", ".text")  # which may well be about web pages
-_WEB_PAGE = ("<!doctype html", "<html")  # what is downloaded in a file's place
-_MOST_DIGITS = 4_300  # of a whole number that Python reads
+_PLAIN_ENDINGS = (".txt", ".text")  # whose text may be about web pages
+_WEB_PAGE = ("<!doctype html", "<html")  # often downloaded instead of a file
+_MOST_DIGITS = 4_300  # of a whole number that Python parses
 
 
 class FileRecords(NamedTuple):
-    """What a file holds, and what the user should know about how it was read."""
+    """The records of a file, and notes for the user on how it was read."""
 
     records: list[Record]
     notes: tuple[str, ...] = ()
 
 
 class RepeatedKeyError(ValueError):
-    """A JSON object has a key twice, of which a reader would drop one."""
+    """A JSON object has a key twice: parsing would drop one value."""
 
 
 class LongLineError(ValueError):
@@ -47,7 +47,7 @@ class LongLineError(ValueError):
 def read_text(path: Path) -> str:
     """A file's text: UTF-8 with or without a byte order mark, or UTF-16 with one.
 
-    Raises DataError naming the line of a wrong byte, and for what is no text at all.
+    Raises DataError naming the line of a wrong byte, and for content that is not text.
     """
     raw = path.read_bytes()
     encoding = "utf-16" if raw.startswith(_UTF16_MARKS) else "utf-8-sig"
@@ -74,17 +74,17 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def read_json(path: Path) -> list[Record]:
-    """Records of a JSON list of objects, or of JSON lines; a string in an object's place is a record {"text": string}.
+    """Records of a JSON list of objects, or of JSON lines; a string instead of an object is a record {"text": string}.
 
-    Raises DataError naming the line that is no JSON, or no object.
+    Raises DataError naming the line that is not JSON or not an object.
     """
     text = read_text(path)
     items = _json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
-    return [_object(path, place, item) for place, item in items]
+    return [_object(path, position, item) for position, item in items]
 
 
 def load_json(text: str) -> Any:  # Any: whatever JSON holds
-    """The value; a whole number of more digits than Python reads is those digits as text.
+    """The value; a whole number of more digits than Python reads becomes its digits as text.
 
     Raises json.JSONDecodeError, RepeatedKeyError, or RecursionError where it is nested too deeply.
     """
@@ -92,7 +92,7 @@ def load_json(text: str) -> Any:  # Any: whatever JSON holds
         return json.loads(text, object_pairs_hook=_without_repeats)
     except (json.JSONDecodeError, RepeatedKeyError):
         raise
-    except ValueError:  # only then, since it takes longer
+    except ValueError:  # slower, so only then
         return json.loads(text, object_pairs_hook=_without_repeats, parse_int=_whole_number)
 
 
@@ -150,8 +150,8 @@ def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         items = load_json(text)
     except (ValueError, RecursionError) as error:
-        place = f", line {error.lineno:,}" if isinstance(error, json.JSONDecodeError) else ""
-        raise _broken_json(path, place, error) from error
+        position = f", line {error.lineno:,}" if isinstance(error, json.JSONDecodeError) else ""
+        raise _broken_json(path, position, error) from error
     yield from ((f"item {number:,}", item) for number, item in enumerate(items, start=1))
 
 
@@ -162,16 +162,16 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         yield f"line {line.number:,}", line.value
 
 
-def _broken_json(path: Path, place: str, error: Exception) -> DataError:
+def _broken_json(path: Path, position: str, error: Exception) -> DataError:
     what_to_do = "keep one" if isinstance(error, RepeatedKeyError) else "give one object per line, or a list of objects"
-    return DataError(f"{path}{place} {json_problem(error)}; {what_to_do}")
+    return DataError(f"{path}{position} {json_problem(error)}; {what_to_do}")
 
 
-def _object(path: Path, place: str, item: Any) -> Record:
+def _object(path: Path, position: str, item: Any) -> Record:
     if isinstance(item, str):
         return {"text": item}
     if not isinstance(item, dict):
-        raise DataError(f"{path}, {place} is a {type(item).__name__}; give objects with named columns")
+        raise DataError(f"{path}, {position} is a {type(item).__name__}; give objects with named columns")
     return item
 
 
@@ -188,8 +188,8 @@ class _CsvRow(NamedTuple):
 
 
 def read_delimited(path: Path, *, usual: str, delimiter: str | None = None) -> FileRecords:
-    """Records of a file with a header line. `usual` is the delimiter that its ending stands for, `delimiter` what the
-    user says; else the first line shows it, and a note says so.
+    """Records of a file with a header line. `usual` is the delimiter of its ending, `delimiter` the user's; without
+    one, the first line decides, and a note reports it.
 
     Raises DataError for a line with more or fewer cells than the header, a broken quotation, or a name given twice.
     """
@@ -205,7 +205,7 @@ def read_delimited(path: Path, *, usual: str, delimiter: str | None = None) -> F
 
 
 def _found(path: Path, text: str, usual: str) -> str:
-    """The delimiter of a file: the usual one, or where the first line does not have it, another that it has.
+    """The delimiter of a file: the usual one or, if the first line lacks it, another that it contains.
 
     Raises DataError where that does not fit the rows: they would be read as one column.
     """
@@ -222,12 +222,12 @@ def _found(path: Path, text: str, usual: str) -> str:
         return other
     raise DataError(
         f"{path}: its first line has no {_shown(usual)} and looks separated by {_shown(other)}, but line {odd.line:,} "
-        f"has {len(odd.cells)} cells where it has {width}; say what separates the cells: --delimiter"
+        f"has {len(odd.cells)} cells where it has {width}; give the separator of the cells with --delimiter"
     )
 
 
 def _first_rows(text: str, delimiter: str) -> list[_CsvRow]:
-    """As many as can be read."""
+    """The first rows, up to a broken one."""
     rows: list[_CsvRow] = []
     with _long_cells():
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -238,7 +238,7 @@ def _first_rows(text: str, delimiter: str) -> list[_CsvRow]:
                 if len(rows) > _CHECKED_ROWS:
                     break
         except csv.Error:
-            pass  # told when the whole file is read
+            pass  # reported when the whole file is read
     return rows
 
 
@@ -269,7 +269,7 @@ def _tsv(path: Path, text: str) -> FileRecords:
 
 
 def _quoted(path: Path, text: str) -> list[_CsvRow] | None:
-    """The rows of a file that a CSV writer made: written again as it writes them, they are the same text."""
+    """The rows of a file that a CSV writer made, recognised by writing them again: the text is the same."""
     try:
         rows = _csv_rows(path, text, "\t")
     except DataError:
@@ -315,7 +315,7 @@ def _shown(delimiter: str) -> str:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """The csv module refuses cells above 128 KiB unless told otherwise."""
+    """Lift the csv module's limit of 128 KiB on a cell."""
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield

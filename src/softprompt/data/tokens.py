@@ -23,12 +23,12 @@ from softprompt.data.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
 from softprompt.data.messages import MESSAGES_PER_YIELD, Message
 from softprompt.errors import DataError, EncodingError
 
-_USUAL_CHARACTERS = 8  # of a token, at most, in most texts
-_UNSURE_IDS = 64  # at the end of a beginning; the rest of the text may change them
+_USUAL_CHARACTERS = 8  # per token, at most, in most texts
+_UNSURE_IDS = 64  # at the end of a cut text; the rest of the text may change them
 _PROBE = "x"
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BREAK = "\ufdd0"  # a Unicode noncharacter: keeps a control token in a message from being read as one
-_SEARCHED = 2**16  # characters of a piece
+_SEARCHED = 2**16  # characters searched between two yield points
 # Texts that do not fuse with what follows them; more than one, because any of them may fuse with something.
 _ANCHORS = ("\n", ".", "a", "1", ")")
 
@@ -43,35 +43,35 @@ def completion_ids(base: Base, prompt: str, completion: str) -> tuple[int, ...]:
 
 
 def label_ids(base: Base, prompt: str, label: str) -> tuple[int, ...]:
-    """Ids whose summed log-likelihood after `prompt` is the label's: as trained, EOS excluded."""
+    """Ids of a label after `prompt`, as in training but without EOS."""
     return completion_ids(base, prompt, label)
 
 
 def continuation_ids(base: Base, text: str) -> tuple[int, ...]:
-    """Ids of a text in the middle of another: without the space that some tokenizers put before a text's start."""
+    """Ids of a text in the middle of another: without the space that some tokenizers add at the start of a text."""
     if not adds_space(base):
         return base.encode(text)
     for anchor in _ANCHORS:
         anchor_ids = base.encode(anchor)
         both_ids = base.encode(anchor + text)
-        # An anchor that the tokenizer drops or takes for a space shields nothing.
+        # An anchor that the tokenizer drops or encodes as a space does not help.
         if anchor_ids and anchor_ids != base.encode(" ") and both_ids[: len(anchor_ids)] == anchor_ids:
             return both_ids[len(anchor_ids) :]
     return base.encode(text)
 
 
 def adds_space(base: Base) -> bool:
-    """True where a text's first word is tokenised as if a space stood before it (SentencePiece, add_prefix_space)."""
+    """True if the first word of a text is tokenised as if a space preceded it (SentencePiece, add_prefix_space)."""
     try:
         return base.encode("\n" + _PROBE) != base.encode("\n") + base.encode(_PROBE)
-    except EncodingError:  # a tokenizer of words that has no such word, and so no space within one
+    except EncodingError:  # a word-level tokenizer without that word
         return False
 
 
 def first_ids(encode: Callable[[str], Sequence[int]], text: str, count: int | None) -> Sequence[int]:
-    """The ids of a text's beginning, at least `count` of them; all of them where it has no more, or for None.
+    """At least the first `count` ids of a text; all of them if it has no more, or if `count` is None.
 
-    Of a text that is much longer, the rest is not read.
+    The rest of a much longer text is not tokenised.
     """
     num_characters = _USUAL_CHARACTERS * ((count or 0) + _UNSURE_IDS)
     while count is not None and num_characters < len(text):
@@ -84,7 +84,7 @@ def first_ids(encode: Callable[[str], Sequence[int]], text: str, count: int | No
 
 
 def common_length(first: str, second: str) -> int:
-    """Characters that two texts begin with alike."""
+    """The length of the longest common prefix."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -96,24 +96,24 @@ def common_length(first: str, second: str) -> int:
 
 
 class IncrementalIds:
-    """The ids of a text that grows by stretches, the ids of each behind those of the stretches before it.
+    """The ids of a text that grows by segments.
 
-    A stretch's ids are what the joined text adds; where joining changes ids that are there, the stretch is tokenised
-    alone. Nothing is read twice: behind a control token of the template the ids are settled, whatever follows.
+    The ids of a segment are those that the joined text adds; where joining changes earlier ids, the segment is
+    tokenised alone. Nothing is tokenised twice: ids up to a control token of the template are final, whatever follows.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, text: str, max_ids: int | None) -> None:
         self._tokenizer, self._text, self._max_ids = tokenizer, text, max_ids
         self.ids = list(tokenizer.leading_ids)
         self._first_break = text.find(_BREAK)
-        self._is_broken = False  # a message so far holds a control token
+        self._is_broken = False  # a message so far contains the text of a control token
         self._restart()
 
     def _restart(self) -> None:
-        self._anchor = 0  # characters whose ids are settled
+        self._anchor = 0  # characters whose ids are final
         self._num_settled = len(self._tokenizer.leading_ids)
         self._control = ""  # the control token that they end with
-        self._is_apart = False  # the joined text's settled ids are other ones
+        self._is_apart = False  # the joined text's final ids differ from ours
 
     def add(self, start: int, end: int) -> None:
         yield_point()
@@ -140,14 +140,14 @@ class IncrementalIds:
         )
 
     def _joined(self, end: int) -> list[int]:
-        """The joined text's ids behind the settled ones."""
+        """The ids of the joined text after the final ones."""
         text, min_ids = self._text[self._anchor : end], self._num_wanted(self._num_settled)
         if self._is_broken:
             return self._tokenizer.segments_ids(text, at_start=not self._anchor, min_ids=min_ids)
         return self._tokenizer.own_ids(text, min_ids, behind=self._control)
 
     def _settle(self, end: int, joined: Sequence[int]) -> None:
-        """Move on behind the last control token, where the tokenizer has seen all of them that are there."""
+        """Make the ids up to the last control token final, if the tokenizer recognised every control token."""
         controls = self._tokenizer.controls
         matches = list(controls.found_in(self._text, self._anchor, end))
         found = [index for index, token in enumerate(joined) if token in controls.known_ids]
@@ -174,7 +174,7 @@ class ControlTokens(NamedTuple):
     longest: int  # characters
 
     def found_in(self, text: str, start: int = 0, end: int | None = None) -> Iterator[re.Match[str]]:
-        """Where they stand. A long text is searched in pieces: meanwhile nothing else runs in this process."""
+        """Their matches. A long text is searched in pieces, because a search holds the interpreter's lock."""
         last = len(text) if end is None else end
         while self.pattern is not None and start < last:
             piece_end = start + _SEARCHED
@@ -203,13 +203,13 @@ class ControlTokens(NamedTuple):
 
 
 class ChatTokenizer:
-    """How a base's conversations are written and tokenised."""
+    """Renders and tokenises the conversations of one base."""
 
     def __init__(self, base: Base, template: ChatTemplate) -> None:
         self.base, self.template = base, template
         self.controls = control_tokens(base.tokenizer, template.source)
         self.has_marks = _GENERATION_MARK.search(template.source) is not None
-        # A template of the tokenizer's own writes BOS itself, as text; before the default one it is added.
+        # The tokenizer's own template writes BOS itself, as text; with the default template it is added.
         self.leading_ids = () if base.tokenizer.chat_template else base.bos_ids
 
     def escaped(self, messages: Sequence[Message], where: str) -> list[Message]:
@@ -234,7 +234,7 @@ class ChatTokenizer:
         )
 
     def own_ids(self, text: str, min_ids: int | None, behind: str = "") -> list[int]:
-        """Ids as the tokenizer gives them behind a control token, `min_ids` of them at least."""
+        """Ids as the tokenizer itself gives them after the control token `behind`, at least `min_ids` of them."""
         tokenizer, first = _own_tokenizer(self.base.tokenizer), 1 if behind else 0
 
         def read(part: str) -> Sequence[int]:
@@ -243,7 +243,7 @@ class ChatTokenizer:
         return list(first_ids(read, text, min_ids))
 
     def segments_ids(self, text: str, *, at_start: bool, min_ids: int | None) -> list[int]:
-        """Ids with the template's control tokens cut out first and everything between them tokenised as text."""
+        """Ids of a text that is split at the template's control tokens first; everything between them is text."""
         ids: list[int] = []
         done = 0
         for match in self.controls.found_in(text):
@@ -264,14 +264,14 @@ class ChatTokenizer:
 
     @cached_property
     def _starts_anew(self) -> bool:
-        """Whether a text behind a control token is tokenised as the beginning of a text (and gets its space)."""
+        """Whether text after a control token is tokenised as the start of a text (and gets its space)."""
         tokens = self.base.tokenizer.added_tokens_decoder.values()
         control = next((token.content for token in tokens if token.special), None)
         if control is None:
             return False
         try:
             return tuple(self.own_ids(_PROBE, None, behind=control)) == self.base.encode(_PROBE)
-        except EncodingError:  # a tokenizer of words that has no such word
+        except EncodingError:  # a word-level tokenizer without that word
             return False
 
     def ending(self, text: str) -> int | None:
@@ -280,12 +280,12 @@ class ChatTokenizer:
         return self.controls.ids.get(next(ends, ""))
 
     def without_trailing_space(self, text: str, start: int, end: int) -> int:
-        """The end of a turn, without the line break that a template writes behind its end token: never generated."""
+        """The end of a turn without the line break after its end token, which is never generated."""
         shorter = start + len(text[start:end].rstrip())
         return shorter if text.endswith(tuple(self.controls.ids), start, shorter) else end
 
     def is_settled(self, control: str) -> bool:
-        """Whether nothing behind a control token changes that it is read as one."""
+        """Whether a control token is recognised as one whatever follows it."""
         return control in _settled_controls(self.base.tokenizer, self.template.source)
 
 
@@ -314,7 +314,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> Control
 
 
 def _one_of(tokens: Sequence[str]) -> str:
-    """A pattern of sorted tokens, of which it takes the longest. What they begin with alike is looked at once."""
+    """A pattern that matches the longest of the sorted tokens; common prefixes are factored out."""
     if len(tokens) == 1:
         return re.escape(tokens[0])
     shared = common_length(tokens[0], tokens[-1])
@@ -338,7 +338,7 @@ def _settled_controls(tokenizer: PreTrainedTokenizerBase, template: str) -> froz
 
 @lru_cache(maxsize=4)
 def _own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that reads control tokens. Reading them or not is a switch inside a tokenizer; with one for each of the
-    two ways no thread ever turns the switch under another.
+    """A copy that recognises control tokens. That is a mutable setting of a tokenizer: with one tokenizer for each
+    value, no thread changes the setting under another.
     """
     return copy.deepcopy(tokenizer)
