@@ -16,7 +16,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import select
-from support.app_server import served
+from support.app_server import open_to_all, served
 
 from softprompt.errors import DatabaseError
 from softprompt.server.app import create_app
@@ -45,8 +45,8 @@ def files(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Files
 
 
 @pytest.fixture(scope="module")
-def app(files: Files) -> FastAPI:
-    return create_app((files,), (router,))
+def app(files: Files, database: Database) -> FastAPI:
+    return create_app((files, *open_to_all(database)), (router,))
 
 
 @pytest.fixture(scope="module")

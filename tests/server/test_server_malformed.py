@@ -107,7 +107,7 @@ def test_what_is_not_json(http: httpx2.Client, content: bytes, message: str) -> 
 
 def test_a_body_that_does_not_say_what_it_is(http: httpx2.Client) -> None:
     told = error(http.post("/take", content=b"{}", headers={"content-type": "text/plain"}))
-    assert told["message"] == "the body is not said to be JSON; send it with Content-Type: application/json"
+    assert told["message"] == "the body's Content-Type is not JSON; send Content-Type: application/json"
 
 
 def test_a_querys_fields_and_codes(http: httpx2.Client) -> None:

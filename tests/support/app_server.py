@@ -22,10 +22,14 @@ from softprompt.base import Base
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.engine import AsyncEngine, EngineStats
 from softprompt.prompt import SoftPrompt
+from softprompt.server.clients.keys import KeyCache, Limits
+from softprompt.server.clients.quotas import Amounts, Quotas
+from softprompt.server.clients.rate_limits import RateLimiter
 from softprompt.server.dependencies import dependency_of
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
+from softprompt.server.state.database import Database
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,11 @@ def served(app: FastAPI) -> Iterator[str]:
         server.should_exit = True
         thread.join(30)
         listener.close()
+
+
+def open_to_all(database: Database) -> tuple[KeyCache, RateLimiter, Quotas]:
+    """What an app that is put together in a test needs to know its clients: no keys, no limits, no quotas."""
+    return KeyCache(database, asks=False), RateLimiter(Limits()), Quotas(Limits(), lambda owner: Amounts())
 
 
 def words(ids: tuple[int, ...]) -> str:

@@ -33,7 +33,7 @@ from softprompt.server.prompts.routes import router
 from softprompt.server.state.database import Database
 from softprompt.storage.save import adapter_to_bytes
 from softprompt.types import PromptRecord
-from support.app_server import served
+from support.app_server import open_to_all, served
 from support.tiny_bases import random_prompt
 
 
@@ -124,7 +124,8 @@ def prompt_server(
         database.close()
 
     config = ServerConfig(state=str(state))
-    app = create_app((base, config, database, registry, watched, pins, Hub(base, **hub)), (router,), lifespan)
+    dependencies = (base, config, database, registry, watched, pins, Hub(base, **hub), *open_to_all(database))
+    app = create_app(dependencies, (router,), lifespan)
     app.dependency_overrides[auth.current_client] = _told_client
     app.post("/stream")(_streaming(registry, running))
     with served(app) as url:

@@ -21,12 +21,6 @@ def dependency_of(app: FastAPI, kind: type[Shared]) -> Shared:
     return found
 
 
-def dependency_if_any(app: FastAPI, kind: type[Shared]) -> Shared | None:
-    """The app's object of that type, or None."""
-    found: Shared | None = app.state.dependencies.get(kind)
-    return found
-
-
 def dependency(kind: type[Shared]) -> Any:  # Any: a FastAPI dependency
     """A FastAPI dependency on the app's object of that type."""
 

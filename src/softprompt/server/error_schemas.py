@@ -1,4 +1,4 @@
-"""What routes may answer instead, for the API's description: OpenAI's envelope of an error, by status."""
+"""The error responses of routes, for the API's description: OpenAI's envelope, by status."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ Responses = dict[int | str, dict[str, Any]]  # Any: as FastAPI has it
 _EXAMPLE: JsonDict = {"error": {"message": "there is no model 'quots'; did you mean 'quotes'?",
                                 "type": "not_found_error", "param": "model", "code": "model_not_found"}}  # fmt: skip
 _MEANINGS = {
-    400: "Something in the request cannot be meant; the message says what.",
+    400: "Something in the request is invalid; the message says what.",
     401: "No API key, or one that is wrong or revoked.",
-    403: "The key may not do this, or keeps as much as it may; another page's `Origin`, or a foreign `Host`, where no "
-    "keys are asked for.",
-    404: "There is none, or none that the key may know of.",
+    403: "The key may not do this, or its quota is full; without keys, an `Origin` or `Host` other than this server's.",
+    404: "There is none, or none that the key may see.",
     408: "The answer took longer than the server allows, or the body came too slowly.",
-    409: "It cannot be done as things stand: the name is taken, or another thing needs it.",
+    409: "A conflict: the name is taken, or something else still uses it.",
     413: "The body or a file of it is too large.",
     429: "Over one of the key's limits; try again after `Retry-After` seconds.",
     500: "The server has failed; its log says why.",
-    503: "Too many requests wait, the server is being stopped, or its database does not answer; try again after "
+    503: "Too many requests wait, the server is stopping, or its database does not answer; try again after "
     "`Retry-After` seconds.",
     507: "No space is left on the server's disk; nothing was kept.",
 }

@@ -1,21 +1,24 @@
-"""Errors as OpenAI's API tells them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's envelope, {"error": {"message", "type", "param", "code"}}, and what our own mean over HTTP."""
 
 from __future__ import annotations
 
 import errno
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 from softprompt import errors
 
 
 @dataclass
 class ApiError(Exception):
-    """What a client is told instead of an answer."""
+    """An error response."""
 
     status: int
     message: str  # what was wrong, the value, what to do
-    code: str | None = None  # for programs, "model_not_found" say
+    code: str | None = None  # for programs, such as "model_not_found"
     param: str | None = None  # the field of the request
     retry_after_s: float | None = None
 
@@ -25,22 +28,35 @@ class ApiError(Exception):
         return _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def envelope(self) -> dict[str, Any]:
-        """The answer's body. Whatever a message echoes, no client gets a long one back."""
-        param = None if self.param is None else errors.truncated(self.param, _LONGEST_PARAM)
-        message = errors.truncated(self.message, _LONGEST_MESSAGE)
+        """The response's body. Whatever a message quotes, it is short and encodable."""
+        param = None if self.param is None else encodable(errors.truncated(self.param, _LONGEST_PARAM))
+        message = encodable(errors.truncated(self.message, _LONGEST_MESSAGE))
         return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
     @classmethod
     def of(cls, error: errors.SoftpromptError) -> ApiError:
-        """What an error of ours means to a client."""
+        """What one of our own errors means to a client."""
         if any(isinstance(each, OSError) and each.errno in _NO_SPACE for each in (error, error.__cause__)):
             return cls(507, "the server has no space left; nothing was kept", "no_space")
-        if isinstance(error, errors.DatabaseError):  # where it is, and why it fails, is the operator's business
+        if isinstance(error, errors.DatabaseError):  # its address and its failure are for the operator's eyes only
             return cls(503, "the server's database does not answer; try again", "database_unavailable", None, 1.0)
         for kind, status, code in _STATUSES:
             if isinstance(error, kind):
                 return cls(status, str(error), code, error.param, 1.0 if status == 503 else None)
         return cls(500, "the server has failed; its log says why")
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The response of a route; in middleware, `await error_response(error)(scope, receive, send)`."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.envelope(), error.status, headers)
+
+
+def encodable(text: str) -> str:
+    """Text that UTF-8 can hold: half a surrogate pair is written as `\\ud800`."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _LONGEST_MESSAGE, _LONGEST_PARAM = 2_000, 100  # characters

@@ -13,7 +13,7 @@ from softprompt.config import ServerConfig
 from softprompt.errors import ConfigError
 from softprompt.server.clients.keys import Client, KeyCache, has_keys
 from softprompt.server.clients.rate_limits import RateLimiter, count_request
-from softprompt.server.dependencies import dependency_if_any
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
 from softprompt.server.state.database import Database
 
@@ -23,12 +23,10 @@ _BEARER = HTTPBearer(auto_error=False, description="An API key, sp-...; where th
 async def current_client(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 ) -> Client:
-    ring = dependency_if_any(request.app, KeyCache)  # without one no keys are asked for
-    client = Client() if ring is None else await ring.client(credentials.credentials if credentials else None)
+    keys = dependency_of(request.app, KeyCache)
+    client = await keys.client(credentials.credentials if credentials else None)
     request.state.client = client  # the log and the traces name it
-    limiter = dependency_if_any(request.app, RateLimiter)
-    if limiter is not None:
-        count_request(request.scope, limiter, client)
+    count_request(request.scope, dependency_of(request.app, RateLimiter), client)
     return client
 
 

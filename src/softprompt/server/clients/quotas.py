@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from fastapi import Depends, Request
-
 from softprompt.config import ServerConfig
 from softprompt.server.clients.keys import Client, Limits
-from softprompt.server.dependencies import dependency_if_any
+from softprompt.server.dependencies import dependency
 from softprompt.server.errors import ApiError
 
 
@@ -142,9 +140,4 @@ def _check(limits: Limits, used: Amounts, wanted: Amounts) -> None:
             raise ApiError(403, f"{why}; delete some, or ask the server's operator for more", "quota_exceeded")
 
 
-def _quotas(request: Request) -> Quotas:
-    return dependency_if_any(request.app, Quotas) or Quotas(Limits(), lambda owner: Amounts())  # an app may have none
-
-
-QuotasDep = Annotated[Quotas, Depends(_quotas)]
-"""The app's quotas, for its routes."""
+QuotasDep = Annotated[Quotas, dependency(Quotas)]

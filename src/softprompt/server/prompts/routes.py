@@ -20,7 +20,7 @@ from softprompt.server.clients.keys import Client
 from softprompt.server.clients.quotas import Amounts, Quotas, QuotasDep
 from softprompt.server.dependencies import dependency
 from softprompt.server.error_schemas import error_responses
-from softprompt.server.errors import ApiError
+from softprompt.server.errors import ApiError, encodable
 from softprompt.server.prompts.adapter_import import Hub, read_folder, read_upload, upload_limits
 from softprompt.server.prompts.library_watcher import LibraryWatcher
 from softprompt.server.prompts.model import LIBRARY, Alias, Model, Target
@@ -41,7 +41,6 @@ from softprompt.server.prompts.schemas import (
     prompt_out,
 )
 from softprompt.server.prompts.upload import checked, is_form, read_form, read_json
-from softprompt.server.validation_errors import encodable
 from softprompt.storage.library import NAME
 
 router = APIRouter(tags=["prompts"], responses=error_responses(400, 401, 429, 503))

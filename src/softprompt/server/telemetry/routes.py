@@ -11,7 +11,7 @@ import logging
 from importlib.metadata import version
 from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from softprompt.engine import AsyncEngine
 from softprompt.errors import DatabaseError
 from softprompt.server.clients.auth import CurrentAdmin
-from softprompt.server.dependencies import dependency, dependency_if_any
+from softprompt.server.dependencies import dependency
 from softprompt.server.error_schemas import Responses, error_responses
 from softprompt.server.lifecycle import Lifecycle
 from softprompt.server.state.database import Database
@@ -28,6 +28,7 @@ from softprompt.server.telemetry.metrics import Collectors, Metrics
 router = APIRouter(tags=["running"])
 _log = logging.getLogger(__name__)
 
+DatabaseDep = Annotated[Database, dependency(Database)]
 TheEngine = Annotated[AsyncEngine, dependency(AsyncEngine)]
 LifecycleDep = Annotated[Lifecycle, dependency(Lifecycle)]
 MetricsDep = Annotated[Metrics, dependency(Metrics)]
@@ -90,12 +91,12 @@ async def health(engine: TheEngine) -> JSONResponse:
 
 
 @router.get("/ready", summary="Does the server take requests?", responses=_STATUS)
-async def ready(request: Request, engine: TheEngine, lifecycle: LifecycleDep) -> JSONResponse:
+async def ready(engine: TheEngine, lifecycle: LifecycleDep, database: DatabaseDep) -> JSONResponse:
     """503 also while the server is being stopped and answers what it has begun, and where its database's file is
     another than when it started."""
     stopping = "the server is being stopped" if lifecycle.is_draining else None
     stopped = None if engine.is_working else "the engine has stopped"
-    return _status(stopping or stopped or _lost_database(dependency_if_any(request.app, Database)))
+    return _status(stopping or stopped or _lost_database(database))
 
 
 @router.get("/metrics", summary="Collectors for Prometheus", response_class=Response,
@@ -106,10 +107,9 @@ async def metrics(admin: CurrentAdmin, metrics: MetricsDep, figures: CollectorsD
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def _lost_database(database: Database | None) -> str | None:
+def _lost_database(database: Database) -> str | None:
     try:
-        if database is not None:
-            database.check()
+        database.check()
     except DatabaseError as error:
         _log.error("not ready: %s", error)
         return "the database's file was replaced or removed"
