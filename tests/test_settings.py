@@ -23,6 +23,7 @@ from softprompt.config import (
     Start,
     TrainConfig,
     check_start_stays,
+    make_config,
 )
 from softprompt.errors import ConfigError
 from softprompt.evaluation import ScoreConfig
@@ -228,3 +229,8 @@ def test_further_training_keeps_its_start_and_its_length_alike_as_flag_and_over_
         assert str(caught.value).startswith(sentence)
         assert caught.value.param == next(iter(given))
     check_start_stays({"virtual_tokens": 3, "epochs": 2}, 3, "'coach'")
+
+
+def test_the_former_way_to_make_a_config_still_works_and_names_the_new_one():
+    with pytest.warns(DeprecationWarning, match=r"TrainConfig\(\*\*settings\)"):
+        assert make_config(TrainConfig, {"seed": 3}) == TrainConfig(seed=3)

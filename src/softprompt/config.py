@@ -7,13 +7,14 @@ No torch here: `softprompt --help` reads this module.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
 from softprompt.errors import ConfigError, shortened
-from softprompt.settings import check_types, option, require, required, settings_class, typed_text
+from softprompt.settings import ConfigT, check_types, option, require, required, settings_class, typed_text
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
@@ -384,3 +385,9 @@ NOTEBOOK_PRESET: Mapping[str, Any] = {
 }
 # What --preset sets among the flags of `train`; the notebook ran in float32.
 PRESETS: Mapping[str, Mapping[str, Any]] = {"notebook": {**NOTEBOOK_PRESET, "dtype": "float32"}}
+
+
+def make_config(kind: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:
+    """The former way to make a config of loose settings; its class checks their names itself."""
+    warnings.warn(f"make_config is now {kind.__name__}(**settings)", DeprecationWarning, stacklevel=2)
+    return kind(**settings)

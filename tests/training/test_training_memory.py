@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softprompt.base import free_bytes, free_memory
+from softprompt.base import device, free_bytes
 from softprompt.config import TrainConfig
 from softprompt.errors import MemoryLimitError
 from softprompt.training import SliceDone, memory, train
@@ -63,7 +63,7 @@ def test_the_least_of_machine_group_and_own_limit_counts(monkeypatch, tmp_path):
     limit, usage = tmp_path / "limit", tmp_path / "usage"
     limit.write_text("5000000\n")
     usage.write_text("3000000\n")
-    monkeypatch.setattr(free_memory, "_CGROUPS", (("/no/such/file", "/no/such/file"), (str(limit), str(usage))))
+    monkeypatch.setattr(device, "CGROUP_FILES", (("/no/such/file", "/no/such/file"), (str(limit), str(usage))))
     assert free_bytes(cpu) == 2_000_000
     limit.write_text("max\n")
     assert free_bytes(cpu) > 2_000_000

@@ -65,7 +65,7 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-_CGROUPS = (
+CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
@@ -86,7 +86,7 @@ def _free_address_space() -> int:
 
 
 def _free_in_cgroup() -> int:
-    for limit_file, usage_file in _CGROUPS:
+    for limit_file, usage_file in CGROUP_FILES:
         try:
             limit, usage = Path(limit_file).read_text().strip(), int(Path(usage_file).read_text())
         except (OSError, ValueError):
