@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.family_configs import each_of
 from support.slow_truth import assert_same_answer, plain_greedy
 from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 
@@ -37,7 +38,7 @@ def transformers_answer(base, request, penalty=1.0):
     return [token for token in out[0].tolist() if token not in base.stop_ids]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", each_of([*FAMILIES, *OTHERS]))
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_mixed_prompts_in_one_batch_equal_the_slow_loop_and_each_alone(family, penalty):
     base = build_base(family)
@@ -51,7 +52,7 @@ def test_mixed_prompts_in_one_batch_equal_the_slow_loop_and_each_alone(family, p
         assert_same_answer(alone.ids, alone.log_probs, truth, base.stop_ids)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_of(FAMILIES))
 def test_greedy_answers_equal_transformers_generate_on_concatenated_embeddings(family):
     base = build_base(family)
     requests = mixed_requests(base)
@@ -59,8 +60,8 @@ def test_greedy_answers_equal_transformers_generate_on_concatenated_embeddings(f
         assert list(answer.ids) == transformers_answer(base, request)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_go_as_far_as_the_positions_do(family):
+@pytest.mark.parametrize("family", each_of(FAMILIES))
+def test_an_answer_may_use_every_position_of_the_base(family):
     base = build_base(family)
     request = Request(random_ids(20, 1), SoftPrompt(random_prompt(base, 64)))
     sampling = SamplingConfig(max_new_tokens=LIMIT - 84, min_new_tokens=LIMIT - 84)
@@ -68,7 +69,7 @@ def test_answers_go_as_far_as_the_positions_do(family):
     assert len(answer.ids) == LIMIT - 84
 
 
-def test_the_wrong_prompt_no_prompt_and_a_shuffled_prompt_answer_otherwise(tiny_llama):
+def test_answers_of_a_wrong_a_shuffled_and_no_prompt_differ(tiny_llama):
     ids, right = random_ids(4, 1), random_prompt(tiny_llama, 5, seed=1)
     prompts = [right, random_prompt(tiny_llama, 5, seed=2), right.flip(0)]
     requests = [Request(ids, SoftPrompt(prompt)) for prompt in prompts] + [Request(ids)]
@@ -81,7 +82,7 @@ def test_the_wrong_prompt_no_prompt_and_a_shuffled_prompt_answer_otherwise(tiny_
 
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
-def test_generate_on_bare_embeddings_does_not_see_the_texts_ids(tiny_llama):
+def test_transformers_penalty_on_embeddings_misses_the_ids_of_the_text(tiny_llama):
     """Why the reference above is a loop by hand: transformers' own penalty on embeddings misses the text."""
     requests = mixed_requests(tiny_llama)
     ours = generate(tiny_llama, requests, SamplingConfig(max_new_tokens=NUM_NEW, repetition_penalty=3.0))

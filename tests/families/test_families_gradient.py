@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.family_configs import each_of
 from support.slow_truth import TOLERANCE, TrueDouble, plain_nats, relative_error
 from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 
@@ -40,7 +41,7 @@ def true_step(base, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", each_of([*FAMILIES, *OTHERS]))
 def test_loss_and_gradient_equal_plain_concatenation(family, dtype):
     base = build_base(family, dtype=dtype)
     assert forward_of(base).packing.carrier, forward_of(base).packing.note
@@ -48,8 +49,8 @@ def test_loss_and_gradient_equal_plain_concatenation(family, dtype):
         check_every_split(base, forward_of(base), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_padded_rows_have_the_same_loss_and_gradient(family):
+@pytest.mark.parametrize("family", each_of([*FAMILIES, *OTHERS]))
+def test_loss_and_gradient_of_padded_rows_equal_plain_concatenation(family):
     """The way of a base that cannot run packed rows."""
     base = build_base(family, dtype=torch.float64)
     with TrueDouble():
@@ -67,9 +68,9 @@ def check_every_split(base, forward, tolerance):
             assert relative_error(ours.grad, truth) < tolerance
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_of(FAMILIES))
 @pytest.mark.parametrize("micro_batch_rows", [2, 5])
-def test_checkpointing_changes_no_bit(family, micro_batch_rows):
+def test_activation_checkpointing_changes_no_bit_of_a_gradient(family, micro_batch_rows):
     base = build_base(family)
     kept, run_again = fresh_prompts(base), fresh_prompts(base)
     list(accumulate_gradient(base, forward_of(base), kept, training_rows(), micro_batch_rows))

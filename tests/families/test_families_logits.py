@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.family_configs import each_of
 from support.slow_truth import TOLERANCE, plain_logits, relative_error
 from support.tiny_bases import FAMILIES, LIMIT, OTHERS, VOCAB, build_base, random_ids, random_prompt
 
@@ -41,7 +42,7 @@ def batch_logits(base, rows, prompts, align="left"):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", each_of([*FAMILIES, *OTHERS]))
 def test_logits_equal_plain_concatenation_in_both_alignments(family, dtype):
     base = build_base(family, dtype=dtype)
     prompts = prompts_of(base)
@@ -54,15 +55,15 @@ def test_logits_equal_plain_concatenation_in_both_alignments(family, dtype):
             assert relative_error(ours, truth) < tolerance, (align, row)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_of(FAMILIES))
 def test_the_head_runs_apart_from_the_backbone(family):
     base = build_base(family)
     assert base.model.config.model_type in TESTED_FAMILIES
     assert forward_of(base).backbone is not base.model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_prompt_another_prompt_and_a_shuffled_prompt_are_far_off(family):
+@pytest.mark.parametrize("family", each_of(FAMILIES))
+def test_logits_of_a_wrong_a_shuffled_and_no_prompt_are_far_off(family):
     base = build_base(family)
     prompt, other = random_prompt(base, 5, seed=1), random_prompt(base, 5, seed=2)
     ids = random_ids(6)
@@ -73,8 +74,8 @@ def test_no_prompt_another_prompt_and_a_shuffled_prompt_are_far_off(family):
         assert relative_error(wrong[-6:], truth) > 0.02
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_neighbours_tokens_change_nothing_for_me(family):
+@pytest.mark.parametrize("family", each_of(FAMILIES))
+def test_the_tokens_of_a_neighbour_change_no_bit_of_a_padded_row(family):
     base = build_base(family)
     prompts = prompts_of(base)
     mine, neighbour = Row(random_ids(5, 1), 1), random_ids(9, 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.family_configs import each_of
 from support.slow_truth import TOLERANCE, TrueDouble, plain_logits, plain_nats, relative_error
 from support.tiny_bases import FAMILIES, LIMIT, OTHERS, build_base, random_ids, random_prompt
 from transformers import DynamicCache
@@ -16,7 +17,7 @@ from softprompt.families import PackedBatch, Packing, Segment, attention, forwar
 from softprompt.families.attention import attention_plan
 from softprompt.families.batch import BatchMask
 from softprompt.families.frozen_linear import active_kernels
-from softprompt.families.patches import install_attention, scoring_of
+from softprompt.families.patches import install_attention, remove_attention, scoring_of
 from softprompt.splice import Row, run_prompts, target_states
 from softprompt.training.step import accumulate_gradient
 
@@ -68,12 +69,26 @@ def same_bits(ours, theirs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ALL)
-def test_the_model_computes_as_before(family, dtype):
+@pytest.mark.parametrize("family", each_of(ALL))
+def test_a_patched_model_without_a_batch_of_ours_computes_the_same_bits(family, dtype):
     base = build_base(family, dtype=dtype)
     before = plain_answers(base.model)
     assert forward_of(base).packing.carrier
     assert same_bits(plain_answers(base.model), before)
+
+
+@pytest.mark.parametrize("family", each_of(ALL))
+def test_removing_the_attention_patches_leaves_each_module_as_it_was(family):
+    model = build_base(family).model
+
+    def methods():
+        return [{name for name in vars(module) if name in ("forward", "_attn")} for module in model.modules()]
+
+    before, implementation = methods(), model.config._attn_implementation
+    assert install_attention(model)
+    assert (methods(), model.config._attn_implementation) != (before, implementation)
+    remove_attention(model)
+    assert (methods(), model.config._attn_implementation) == (before, implementation)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +97,7 @@ def test_the_model_computes_as_before(family, dtype):
     ids=["llama", "gemma2", "opt", "gpt2", "gpt2_upcast"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_model_with_eager_attention_computes_as_before(family, changes, dtype):
+def test_a_patched_model_with_eager_attention_computes_the_same_bits(family, changes, dtype):
     base = build_base(family, dtype=dtype, attn_implementation="eager", **changes)
     before = plain_answers(base.model, 60)
     forward_of(base)
@@ -90,8 +105,8 @@ def test_a_model_with_eager_attention_computes_as_before(family, changes, dtype)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ALL)
-def test_a_copy_of_the_model_computes_with_its_own_weights(family):
+@pytest.mark.parametrize("family", each_of(ALL))
+def test_a_copy_of_a_patched_model_computes_with_the_weights_of_the_copy(family):
     base = build_base(family)
     forward_of(base)
     other = replace(base, model=copy.deepcopy(base.model))
@@ -108,8 +123,8 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(family):
 
 
 @PASSES
-@pytest.mark.parametrize("family", ALL)
-def test_packed_rows_get_what_concatenated_rows_get(family, passes):
+@pytest.mark.parametrize("family", each_of(ALL))
+def test_packed_rows_have_the_states_gradients_and_targets_of_concatenated_rows(family, passes):
     base = build_base(family, dtype=torch.float64)
     forward, rows = forward_of(base), all_rows()
     padded = replace(forward, packing=Packing(None, "for this test"))
@@ -133,8 +148,8 @@ def with_gradients(base, run):
 
 @torch.no_grad()
 @PASSES
-@pytest.mark.parametrize("family", ALL)
-def test_neighbours_change_no_bit_of_a_row(family, passes):
+@pytest.mark.parametrize("family", each_of(ALL))
+def test_neighbours_change_no_bit_of_a_packed_row(family, passes):
     base = build_base(family)
     rows, prompts = all_rows(), all_prompts(base)
     before, targets = states(base, rows, prompts, passes)
@@ -147,8 +162,8 @@ def test_neighbours_change_no_bit_of_a_row(family, passes):
 
 @torch.no_grad()
 @PASSES
-@pytest.mark.parametrize("family", ALL)
-def test_a_rows_own_prompt_and_own_earlier_token_change_it(family, passes):
+@pytest.mark.parametrize("family", each_of(ALL))
+def test_a_packed_row_depends_on_its_prompt_and_its_earlier_tokens_only(family, passes):
     base = build_base(family)
     rows, prompts = all_rows(), all_prompts(base)
     before, targets = states(base, rows, prompts, passes)
@@ -165,8 +180,8 @@ def test_a_rows_own_prompt_and_own_earlier_token_change_it(family, passes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ALL)
-def test_a_neighbour_of_another_length_changes_nothing(family):
+@pytest.mark.parametrize("family", each_of(ALL))
+def test_the_length_of_a_neighbour_does_not_change_a_packed_row(family):
     base = build_base(family, dtype=torch.float64)
     with TrueDouble():
         alone, _ = states(base, [row(12, 0, seed=1)], [random_prompt(base, 7)], 1)
@@ -192,7 +207,7 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     ],
     ids=["longrope", "dynamic"],
 )
-def test_rotations_that_depend_on_the_rows_length_stay_exact(family, changes, length):
+def test_rows_under_dynamic_rope_are_exact(family, changes, length):
     """A prompt's keys are not those of a longer row there, so it may not be run on its own."""
     base = build_base(family, dtype=torch.float64, **changes)
     forward, own, prompts = forward_of(base), row(length, 0, seed=1), [random_prompt(base, 7)]
@@ -208,7 +223,7 @@ def test_rotations_that_depend_on_the_rows_length_stay_exact(family, changes, le
 @pytest.mark.parametrize(
     ("lengths", "prompt_lengths"), [((5, 30), (7,)), ((5, 6), (7, 40))], ids=["long_row", "long_prompt"]
 )
-def test_long_company_does_not_change_a_short_rows_rotation(lengths, prompt_lengths, passes):
+def test_a_long_row_or_prompt_does_not_change_the_rotation_of_a_short_row(lengths, prompt_lengths, passes):
     base = build_base("phi3", dtype=torch.float64, rope_parameters=LONG_ROPE, original_max_position_embeddings=16)
     rows = [row(length, 0, seed=length) for length in lengths]
     prompts = [random_prompt(base, length, seed=length) for length in prompt_lengths]
@@ -228,8 +243,10 @@ def test_rows_without_a_token_have_no_targets(tiny_llama, passes):
 
 @PASSES
 @pytest.mark.parametrize("most_scores", [1, 60])
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "bloom", "gemma2", "gpt_neo", "falcon_alibi", "mpt"])
-def test_blocks_of_a_long_row_give_the_same_result_and_gradient(monkeypatch, family, most_scores, passes):
+@pytest.mark.parametrize(
+    "family", each_of(["llama", "mistral_window", "bloom", "gemma2", "gpt_neo", "falcon_alibi", "mpt"])
+)
+def test_a_row_cut_into_query_blocks_has_the_same_states_and_gradients(monkeypatch, family, most_scores, passes):
     base = build_base(family, dtype=torch.float64)
     with TrueDouble():
         truth, _, true_gradients = with_gradients(base, lambda p: states(base, all_rows(), p, passes))
@@ -257,7 +274,7 @@ def packs(draw):
 
 @settings(deadline=None, max_examples=100)
 @given(packs(), st.integers(1, 7), st.integers(1, 80), st.sampled_from([0, 2**16]))
-def test_groups_show_every_token_its_prefix_and_its_row_up_to_itself(pack, block, most_scores, most_waste):
+def test_an_attention_plan_shows_each_token_its_prefix_and_its_row_up_to_itself(pack, block, most_scores, most_waste):
     rows, num_before = pack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", block)
@@ -288,8 +305,8 @@ def sights(group):
         yield int(queries[run, query]), keys[run][is_seen].tolist()
 
 
-@pytest.mark.parametrize("family", [family for family in ALL if family not in BY_CACHE])
-def test_a_mask_that_lost_its_rows_gives_nan(monkeypatch, family):
+@pytest.mark.parametrize("family", each_of(family for family in ALL if family not in BY_CACHE))
+def test_a_mask_that_lost_its_batch_gives_nan(monkeypatch, family):
     base = build_base(family)
     rows, prompts = [row(5, 0, seed=1), row(9, 0, seed=2)], [random_prompt(base, 3)]
     assert states(base, rows, prompts, 1)[0].isfinite().all()
@@ -342,14 +359,14 @@ def test_a_base_spread_over_devices_runs_padded():
     assert base.model.config._attn_implementation == "sdpa"
 
 
-def test_an_attention_that_we_do_not_know_is_left_alone():
+def test_an_unknown_attention_implementation_is_not_replaced():
     model = build_base().model
     model.config._attn_implementation_internal = "flex_attention"
     assert install_attention(model) is None
     assert model.config._attn_implementation == "flex_attention"
 
 
-def test_a_window_outside_of_the_attentions_arguments_is_refused():
+def test_a_window_that_is_no_argument_of_the_attention_is_refused():
     def window(config, **given):
         return scoring_of(SimpleNamespace(**config), torch.zeros(1, 1, 4), given).window
 
@@ -368,7 +385,7 @@ def test_a_window_outside_of_the_attentions_arguments_is_refused():
     ("change", "why"),
     [({"sliding_window": ...}, "its sliding_window is not"), ({"s_aux": 1}, "does not compute s_aux")],
 )
-def test_a_family_with_more_to_its_attention_than_we_know_runs_padded(monkeypatch, change, why):
+def test_a_family_whose_attention_computes_more_than_ours_runs_padded(monkeypatch, change, why):
     def changed(module, query, kwargs):
         return scoring_of(
             module, query, {name: value for name, value in {**kwargs, **change}.items() if value is not ...}
@@ -402,13 +419,13 @@ def saved_bytes(base, checkpoint, passes):
 
 
 @PASSES
-@pytest.mark.parametrize("family", ALL)
-def test_checkpointing_keeps_less(family, passes):
+@pytest.mark.parametrize("family", each_of(ALL))
+def test_activation_checkpointing_halves_what_the_graph_keeps(family, passes):
     base = build_base(family)
     assert saved_bytes(base, True, passes) < saved_bytes(base, False, passes) / 2
 
 
-def test_the_second_run_of_a_checkpointed_layer_takes_the_same_products():
+def test_the_second_run_of_a_checkpointed_layer_uses_the_same_kernels():
     base, seen = build_base(), []
     forward, prompt = forward_of(base), random_prompt(base, 7).requires_grad_(True)
     hook = base.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(active_kernels()))

@@ -36,7 +36,7 @@ def test_a_bidirectional_model_is_refused_when_it_is_first_used():
         forward_of(freeze_base(model, build_tokenizer(), name="tiny"))
 
 
-def test_a_family_whose_rows_change_each_other_runs_them_one_at_a_time(monkeypatch):
+def test_rows_of_a_family_that_mixes_them_run_one_at_a_time(monkeypatch):
     base = build_base("stablelm")
     plain = base.model.model.forward
 
@@ -64,7 +64,7 @@ def test_an_encoder_decoder_folder_is_refused_by_name(tmp_path):
         load_base(folder, dtype="float32", device="cpu")
 
 
-def test_a_headless_bert_folder_is_refused_too(tmp_path):
+def test_a_bert_folder_without_a_head_is_refused(tmp_path):
     folder = saved(hf.BertModel(hf.BertConfig(**SMALL)), tmp_path / "bert")
     with pytest.raises(BaseModelError):
         load_base(folder, dtype="float32", device="cpu")

@@ -5,7 +5,7 @@ import re
 import pytest
 import transformers as hf
 from family_scan import PAGE, assert_exact, outcome_of, page
-from support.family_configs import KINDS, NOT_BUILT, tiny_model
+from support.family_configs import KINDS, NOT_BUILT, each_of, tiny_model
 from support.tiny_bases import LIMIT, build_tokenizer, random_ids, random_prompt
 
 from softprompt.base import freeze_base
@@ -45,7 +45,9 @@ def base_of(kind):
     return freeze_base(tiny_model(kind), build_tokenizer(has_bos=False), name="tiny")
 
 
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(
+    "kind", each_of(EXACT, ("bart", "camembert", "deepseek_v3", "gemma4_text", "lfm2", "mamba", "openai-gpt"))
+)
 def test_a_family_of_each_kind_is_exact(kind):
     outcome = outcome_of(kind)
     assert outcome.result == "exact"
@@ -60,7 +62,7 @@ def test_a_family_that_cannot_be_exact_is_refused_in_a_sentence_before_anything_
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
-def test_positions_from_a_wrong_place_are_not_exact(wrong):
+def test_logits_at_positions_counted_from_a_wrong_start_are_not_exact(wrong):
     base, pristine = base_of("camembert"), tiny_model("camembert")
     forward = forward_of(base)
     assert forward.first_position == 3
@@ -69,7 +71,7 @@ def test_positions_from_a_wrong_place_are_not_exact(wrong):
         assert_exact(base, forward, pristine)
 
 
-def test_positions_behind_the_pad_are_all_that_a_text_may_use():
+def test_an_answer_may_use_only_the_positions_behind_the_pad_id():
     base = base_of("camembert")
     assert base.max_length == LIMIT - 3
     request = Request(random_ids(10), SoftPrompt(random_prompt(base, 3)))
@@ -78,7 +80,7 @@ def test_positions_behind_the_pad_are_all_that_a_text_may_use():
     assert len(answer.ids) == wanted
 
 
-def test_a_cache_that_keeps_too_little_is_found_out(monkeypatch):
+def test_a_model_whose_cache_forgets_runs_without_a_cache(monkeypatch):
     base = base_of("mamba")
     plain = type(base.model.backbone).forward
 
@@ -89,7 +91,7 @@ def test_a_cache_that_keeps_too_little_is_found_out(monkeypatch):
     assert forward_of(base).cache == "none"
 
 
-def test_a_model_that_looks_its_ids_up_twice_is_refused(monkeypatch):
+def test_a_model_that_embeds_its_ids_twice_is_refused(monkeypatch):
     base = base_of("stablelm")
     plain = base.model.forward
 

@@ -48,7 +48,9 @@ def assert_close(found, true, tolerance):
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 5.0), (2.0, 3.0)])
 @pytest.mark.parametrize(("block_size", "most_targets"), [(1, N), (5, 10), (20, 1), (V, N), (1_000, 1_000)])
 @DTYPES
-def test_it_equals_cross_entropy_on_full_logits(monkeypatch, dtype, block_size, most_targets, scale, cap):
+def test_the_blocked_loss_and_gradient_equal_cross_entropy_on_full_logits(
+    monkeypatch, dtype, block_size, most_targets, scale, cap
+):
     cut(monkeypatch, block_size, most_targets)
     hidden, linear, ids, weights = inputs(dtype)
     head, tolerance = Head(linear, scale, cap), TOLERANCES[dtype]
@@ -80,7 +82,7 @@ def test_peaked_distributions_stay_finite_and_exact(monkeypatch, dtype, cap):
     assert_close(hidden.grad, true_gradient, TOLERANCES[dtype])
 
 
-def test_the_wrong_weights_give_another_gradient(monkeypatch):
+def test_wrong_weights_of_targets_give_another_gradient(monkeypatch):
     cut(monkeypatch, 5)
     hidden, linear, ids, weights = inputs(torch.float64)
     total, _ = weighted_nll(Head(linear), hidden, ids, weights.roll(1), V)
@@ -89,7 +91,7 @@ def test_the_wrong_weights_give_another_gradient(monkeypatch):
 
 
 @DTYPES
-def test_no_target_is_no_loss_and_a_gradient_of_zero(dtype):
+def test_a_blocked_loss_of_no_targets_is_zero_and_so_is_its_gradient(dtype):
     hidden, linear, ids, weights = inputs(dtype)
     total, nats = weighted_nll(Head(linear), hidden[:0], ids[:0], weights[:0], V)
     total.backward()
@@ -111,7 +113,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_never_more_than_one_block_of_logits_exists(monkeypatch):
+def test_only_one_block_of_logits_exists_at_a_time(monkeypatch):
     cut(monkeypatch, 5)
     times, shapes, earlier = PackedWeight.times, [], []
 
@@ -130,12 +132,12 @@ def test_never_more_than_one_block_of_logits_exists(monkeypatch):
     assert largest.numbers == linear.weight.numel() < N * V
 
 
-def test_a_blocks_size_is_what_fits_within_its_limits():
+def test_the_size_of_a_block_fits_the_cache_within_limits():
     sizes = [blocked.block_size(torch.empty(num_targets, D)) for num_targets in (0, 1, 300, 1_000, 4_096)]
     assert sizes == [8_192, 8_192, 5_000, 1_500, 512]
 
 
-def test_a_head_that_is_more_than_one_matrix_goes_in_chunks_of_targets(monkeypatch):
+def test_a_head_with_a_bias_is_computed_in_chunks_of_targets(monkeypatch):
     monkeypatch.setattr(PackedWeight, "times", None)
     hidden, _, ids, weights = inputs(torch.float64)
     linear = torch.nn.Linear(D, V, dtype=torch.float64).requires_grad_(False)

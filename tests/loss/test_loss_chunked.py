@@ -29,7 +29,9 @@ def truth(hidden, head, ids, weights):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-14), (torch.bfloat16, 1e-2)]
 )
-def test_it_equals_cross_entropy_on_full_logits(monkeypatch, rows_per_chunk, dtype, tolerance):
+def test_the_chunked_loss_and_gradient_equal_cross_entropy_on_full_logits(
+    monkeypatch, rows_per_chunk, dtype, tolerance
+):
     monkeypatch.setattr("softprompt.loss.chunked.CHUNK_BYTES", 4 * V * rows_per_chunk)
     hidden, head, ids, weights = inputs(dtype)
     total, losses = weighted_nll(head, hidden, ids, weights, V)
@@ -43,7 +45,7 @@ def test_it_equals_cross_entropy_on_full_logits(monkeypatch, rows_per_chunk, dty
     assert not losses.requires_grad
 
 
-def test_never_more_than_one_chunk_of_logits_exists(monkeypatch):
+def test_only_one_chunk_of_logits_exists_at_a_time(monkeypatch):
     monkeypatch.setattr("softprompt.loss.chunked.CHUNK_BYTES", 4 * V * 5)
     hidden, head, ids, weights = inputs(torch.float32)
     rows_seen = []
@@ -56,7 +58,7 @@ def test_never_more_than_one_chunk_of_logits_exists(monkeypatch):
     assert rows_seen == [5, 5, 5, 5, 3]
 
 
-def test_the_wrong_weights_give_another_gradient():
+def test_wrong_weights_of_targets_give_another_gradient_in_chunks():
     hidden, head, ids, weights = inputs(torch.float64)
     total, _ = weighted_nll(head, hidden, ids, weights.roll(1), V)
     (3 * total).backward()
@@ -64,7 +66,7 @@ def test_the_wrong_weights_give_another_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_target_is_no_loss_and_a_gradient_of_zero(dtype):
+def test_a_chunked_loss_of_no_targets_is_zero_and_so_is_its_gradient(dtype):
     hidden, head, ids, weights = inputs(dtype)
     total, losses = weighted_nll(head, hidden[:0], ids[:0], weights[:0], V)
     total.backward()

@@ -58,7 +58,7 @@ def test_a_tokenizer_with_bos_counts_the_first_word_and_one_without_does_not(tin
     assert without.eos_mask == (False, False, False, True)
 
 
-def test_bare_and_prompted_cover_the_same_tokens(tiny_gpt2):
+def test_scores_with_and_without_a_prompt_cover_the_same_tokens(tiny_gpt2):
     forward, items = forward_of(tiny_gpt2), examples_of(tiny_gpt2)
     bare = score_examples(tiny_gpt2, forward, items, None)
     prompted = score_examples(tiny_gpt2, forward, items, random_prompt(tiny_gpt2, 4))
@@ -67,7 +67,7 @@ def test_bare_and_prompted_cover_the_same_tokens(tiny_gpt2):
 
 
 @pytest.mark.parametrize("slots", [1, 20, 100_000])
-def test_sums_do_not_depend_on_the_batching(tiny_llama64, monkeypatch, slots):
+def test_scores_do_not_depend_on_the_batching(tiny_llama64, monkeypatch, slots):
     base = tiny_llama64
     prompt = random_prompt(base, 5)
     truth = score_examples(base, forward_of(base), examples_of(base), prompt)
@@ -77,7 +77,7 @@ def test_sums_do_not_depend_on_the_batching(tiny_llama64, monkeypatch, slots):
         assert ours.eos_nats == pytest.approx(theirs.eos_nats, rel=1e-13)
 
 
-def test_rows_of_several_prompts_and_none_are_told_apart(tiny_llama):
+def test_each_row_is_scored_under_its_own_prompt_or_none(tiny_llama):
     prompts = [random_prompt(tiny_llama, 2, 1), random_prompt(tiny_llama, 7, 2)]
     rows = [Row(random_ids(5, i), owner, (False, True, False, True, True)) for i, owner in enumerate((1, None, 0, 1))]
     for row, losses in zip(rows, target_nlls(tiny_llama, forward_of(tiny_llama), rows, prompts), strict=True):
@@ -87,7 +87,7 @@ def test_rows_of_several_prompts_and_none_are_told_apart(tiny_llama):
         assert list(losses.values()) == pytest.approx(truth.tolist(), rel=1e-5)
 
 
-def test_scoring_keeps_no_graph(tiny_llama):
+def test_scoring_leaves_no_gradient_on_the_prompt(tiny_llama):
     prompt = random_prompt(tiny_llama, 2).requires_grad_(True)
     score_examples(tiny_llama, forward_of(tiny_llama), examples_of(tiny_llama), prompt)
     assert prompt.grad is None

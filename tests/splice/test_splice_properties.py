@@ -1,5 +1,6 @@
 """Splicing ragged rows with ragged prompts: every vector, position, mask bit and target lies where it should."""
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from support.tiny_bases import VOCAB, build_base, random_prompt
 
 from softprompt.errors import DataError
-from softprompt.splice import Row, TokenSpan, concatenate, embed_spans
+from softprompt.families import forward_of
+from softprompt.splice import Row, TokenSpan, concatenate, embed, embed_spans, run, run_prompts, target_states
 
+concatenate_module = sys.modules["softprompt.splice.concatenate"]  # the package has its function by that name
 BASE = build_base("llama")
 ALIGNMENTS = st.sampled_from(["left", "right"])
 
@@ -36,7 +39,7 @@ def pieces(rows, prompts):
 
 @settings(deadline=None, max_examples=60)
 @given(batches(), ALIGNMENTS)
-def test_rows_lie_whole_and_unmoved_between_pads_of_zero(batch, align):
+def test_concatenated_rows_are_whole_between_pads_of_zero(batch, align):
     rows, prompts = batch
     spliced = concatenate(BASE, rows, prompts, align)
     num_slots = spliced.embeds_BSH.shape[1]
@@ -54,7 +57,7 @@ def test_rows_lie_whole_and_unmoved_between_pads_of_zero(batch, align):
 
 @settings(deadline=None, max_examples=60)
 @given(batches(), ALIGNMENTS)
-def test_a_targets_slot_is_the_one_before_its_own_vector(batch, align):
+def test_the_slot_of_a_target_is_the_one_before_its_vector(batch, align):
     rows, prompts = batch
     spliced = concatenate(BASE, rows, prompts, align)
     targets, num_slots = spliced.targets, spliced.embeds_BSH.shape[1]
@@ -71,7 +74,7 @@ def test_a_targets_slot_is_the_one_before_its_own_vector(batch, align):
 
 @settings(deadline=None, max_examples=30)
 @given(batches(), ALIGNMENTS)
-def test_a_gradient_reaches_the_prompts_that_rows_name_and_nothing_else(batch, align):
+def test_a_gradient_reaches_only_the_prompts_that_rows_name(batch, align):
     rows, prompts = batch
     leaves = [prompt.clone().requires_grad_(True) for prompt in prompts]
     spliced = concatenate(BASE, rows, leaves, align)
@@ -85,18 +88,53 @@ def test_a_gradient_reaches_the_prompts_that_rows_name_and_nothing_else(batch, a
         assert leaf.grad is None or torch.equal(leaf.grad, torch.full_like(leaf, uses))
 
 
-def test_the_prompt_is_cast_to_the_bases_dtype_and_its_gradient_stays_float32():
+def concatenated(base, prompt):
+    return concatenate(base, [Row([5], 0)], [prompt]).embeds_BSH
+
+
+def spanned(base, prompt):
+    return embed_spans(base, [TokenSpan(prompt, [5], 0, 3)])[0]
+
+
+def packed(base, prompt):
+    return target_states(base, forward_of(base), [Row([5, 6], 0, [True, True])], [prompt])[0]
+
+
+def packed_behind_a_prefix(base, prompt):
+    prefix = run_prompts(base, forward_of(base), [prompt])
+    return target_states(base, forward_of(base), [Row([5, 6], 0, [True, True])], [prompt], prefix)[0]
+
+
+@pytest.mark.parametrize("layout", [concatenated, spanned, packed, packed_behind_a_prefix])
+def test_every_layout_casts_a_prompt_to_the_dtype_of_the_base_and_its_gradient_stays_float32(layout):
     base = build_base("llama", dtype=torch.bfloat16)
     prompt = random_prompt(base, 2).requires_grad_(True)
-    spliced = concatenate(base, [Row([5], 0)], [prompt])
-    assert spliced.embeds_BSH.dtype == torch.bfloat16
-    spliced.embeds_BSH.sum().backward()
+    found = layout(base, prompt)
+    assert found.dtype == torch.bfloat16
+    found.sum().backward()
     assert prompt.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", [concatenated, spanned, packed, packed_behind_a_prefix])
+def test_every_layout_embeds_prompts_in_one_function(layout, monkeypatch):
+    base, seen = build_base("llama"), []
+    prompt, embed_with_prompt = random_prompt(base, 2), embed.embed_with_prompt
+
+    def watched(base, pieces):
+        seen.extend(vectors for vectors, _ in pieces if vectors is not None)
+        return embed_with_prompt(base, [(None if vectors is None else 0 * vectors, ids) for vectors, ids in pieces])
+
+    layout_of_zeros = layout(base, torch.zeros_like(prompt)).detach()
+    assert not torch.equal(layout(base, prompt), layout_of_zeros)
+    for module in (concatenate_module, embed, run):
+        monkeypatch.setattr(module, "embed_with_prompt", watched)
+    assert torch.equal(layout(base, prompt), layout_of_zeros)
+    assert torch.equal(torch.cat(seen), prompt)
 
 
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.data())
-def test_spans_of_a_row_are_the_row_whatever_the_cuts(batch, data):
+def test_the_spans_of_a_row_are_the_row_whatever_the_cuts(batch, data):
     rows, prompts = batch
     for row, own in zip(rows, pieces(rows, prompts), strict=True):
         cuts = sorted({0, len(own), *data.draw(st.lists(st.integers(0, len(own)), max_size=3))})

@@ -6,15 +6,19 @@ stands in `CHANGES`; what cannot be built small, or is no language model by itse
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support.tiny_bases import BOS, EOS, LIMIT, VOCAB
 
+# One family for each way that a model is patched, counts positions and scores keys; the others are repetitions.
+REPRESENTATIVES = ("bloom", "cohere", "gemma2", "gpt2", "gpt_neo", "llama", "mpt")
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 _MOST_PARAMETERS = 5_000_000
 _SIZES: dict[str, Any] = {
@@ -101,6 +105,11 @@ NOT_BUILT: dict[str, str] = {
     "qwen4_exp_text": "its sparse attention's configuration takes no small form",
     "moss_transcribe_diarize": "a transcriber whose audio encoder has no small form here",
 }
+
+
+def each_of(families: Iterable[str], unmarked: Collection[str] = REPRESENTATIVES) -> list[Any]:
+    """Parameters for a test: what is not in `unmarked` is a repetition, which `make test` leaves out."""
+    return [one if one in unmarked else pytest.param(one, marks=pytest.mark.medium) for one in families]
 
 
 def class_of(kind: str) -> Any:  # Any: a model class

@@ -22,7 +22,7 @@ from softprompt.loss import weighted_nll
 INPUTS, OUTPUTS = 48, 80
 ROUNDING = 2**-7  # bfloat16's, twice over
 needs_onednn = pytest.mark.skipif(not float32_takes_onednn(), reason="float32 products take torch's own way here")
-needs_arranging = pytest.mark.skipif(
+needs_prepacking = pytest.mark.skipif(
     not can_prepack(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="this processor does not multiply bfloat16"
 )
 LAYERS = pytest.mark.parametrize("kind", ["linear", "linear_without_bias", "conv1d"])
@@ -67,7 +67,7 @@ def calls(monkeypatch):
 @needs_onednn
 @pytest.mark.parametrize("shape", [(INPUTS,), (1, INPUTS), (7, INPUTS), (1, 300, INPUTS), (2, 3, 5, INPUTS)])
 @LAYERS
-def test_float32_products_equal_torchs_own_inside_and_are_its_own_outside(kind, shape, calls):
+def test_float32_products_equal_those_of_torch_while_kernels_are_active_and_are_its_own_otherwise(kind, shape, calls):
     module, inputs = layer(kind), rows(*shape)
     truth = both_ways(module, inputs)
     with FrozenLinearKernels().active():
@@ -83,7 +83,7 @@ def test_float32_products_equal_torchs_own_inside_and_are_its_own_outside(kind, 
 
 @needs_onednn
 @LAYERS
-def test_rows_may_lie_in_memory_as_they_like(kind, calls):
+def test_products_of_rows_that_are_not_contiguous_are_the_same(kind, calls):
     module, inputs = layer(kind), rows(INPUTS, 9).t()
     assert not inputs.is_contiguous()
     truth = both_ways(module, inputs)
@@ -108,7 +108,7 @@ def test_rows_may_lie_in_memory_as_they_like(kind, calls):
         ("conv1d", "bias"),
     ],
 )
-def test_a_layer_that_is_trained_is_left_alone(kind, what, calls):
+def test_a_layer_that_is_trained_uses_its_own_product(kind, what, calls):
     module = layer(kind)
     getattr(module, what).requires_grad_(True)
     with FrozenLinearKernels().active():
@@ -119,7 +119,7 @@ def test_a_layer_that_is_trained_is_left_alone(kind, what, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @LAYERS
-def test_other_dtypes_keep_their_bits(kind, dtype, calls):
+def test_products_of_other_dtypes_keep_their_bits(kind, dtype, calls):
     module, inputs = layer(kind, dtype), rows(7, INPUTS, dtype=dtype)
     truth = both_ways(module, inputs)
     with FrozenLinearKernels().active():
@@ -129,13 +129,13 @@ def test_other_dtypes_keep_their_bits(kind, dtype, calls):
 
 
 @LAYERS
-def test_no_rows_have_no_products(kind, calls):
+def test_an_input_without_rows_gives_an_output_without_rows(kind, calls):
     with FrozenLinearKernels().active():
         assert layer(kind)(rows(0, INPUTS)).shape == (0, OUTPUTS)
     assert not calls
 
 
-def test_a_small_weight_is_left_alone(monkeypatch, calls):
+def test_a_layer_with_a_small_weight_uses_its_own_product(monkeypatch, calls):
     module, inputs = layer("linear"), rows(7, INPUTS)
     monkeypatch.setattr(frozen_linear, "WORTH_ONEDNN", INPUTS * OUTPUTS + 1)
     with FrozenLinearKernels().active():
@@ -144,7 +144,7 @@ def test_a_small_weight_is_left_alone(monkeypatch, calls):
 
 
 @needs_onednn
-def test_another_thread_is_not_inside(calls):
+def test_kernels_are_active_in_their_own_thread_only(calls):
     module, inputs = layer("linear"), rows(7, INPUTS)
     truth = module(inputs)
     with ThreadPoolExecutor(1) as threads, FrozenLinearKernels().active():
@@ -155,7 +155,7 @@ def test_another_thread_is_not_inside(calls):
     assert len(calls) == 1
 
 
-def test_the_inner_products_end_where_they_end_and_the_outer_go_on(calls):
+def test_outer_kernels_are_active_again_after_inner_ones(calls):
     outer, inner, module, inputs = FrozenLinearKernels(), FrozenLinearKernels(), layer("linear"), rows(7, INPUTS)
     with outer.active():
         with inner.active():
@@ -167,7 +167,7 @@ def test_the_inner_products_end_where_they_end_and_the_outer_go_on(calls):
     assert len(calls) == (2 if float32_takes_onednn() else 0)
 
 
-def test_an_error_inside_leaves_nothing_behind(calls):
+def test_kernels_are_not_active_after_an_error(calls):
     module, inputs = layer("linear"), rows(7, INPUTS)
     with pytest.raises(RuntimeError), FrozenLinearKernels().active():
         module(rows(7, INPUTS + 1))
@@ -177,19 +177,19 @@ def test_an_error_inside_leaves_nothing_behind(calls):
     assert not calls
 
 
-def arranged_layers(dtype=torch.bfloat16):
+def three_layers(dtype=torch.bfloat16):
     layers = nn.Sequential(layer("linear", dtype), nn.Tanh(), nn.Linear(OUTPUTS, INPUTS), layer("conv1d", dtype))
     install_kernels(layers)
     return layers.to(dtype).requires_grad_(False)
 
 
-@needs_arranging
+@needs_prepacking
 @pytest.mark.parametrize("num_rows", [1, 7, 300])
-def test_arranged_weights_give_what_plain_ones_give(num_rows, calls):
-    layers, inputs, arranged = arranged_layers(), rows(1, num_rows, INPUTS, dtype=torch.bfloat16), FrozenLinearKernels()
+def test_prepacked_weights_give_the_products_of_plain_ones(num_rows, calls):
+    layers, inputs, kernels = three_layers(), rows(1, num_rows, INPUTS, dtype=torch.bfloat16), FrozenLinearKernels()
     before, truth = copy.deepcopy(layers.state_dict()), both_ways(layers, inputs)
-    arranged.prepack(layers, None)
-    with arranged.active():
+    kernels.prepack(layers, None)
+    with kernels.active():
         found = both_ways(layers, inputs)
     assert len(calls) == 6
     assert all(weight.layout is torch._mkldnn for _, weight, _ in calls)
@@ -200,59 +200,59 @@ def test_arranged_weights_give_what_plain_ones_give(num_rows, calls):
     assert all(torch.equal(one, other) for one, other in zip(again, truth, strict=True))
 
 
-@needs_arranging
-def test_a_layer_that_was_not_arranged_runs_as_it_is(calls):
-    arranged, other = FrozenLinearKernels(), layer("conv1d", torch.bfloat16)
-    arranged.prepack(layer("linear", torch.bfloat16), None)
-    with arranged.active():
+@needs_prepacking
+def test_a_layer_that_was_not_prepacked_uses_its_own_product(calls):
+    kernels, other = FrozenLinearKernels(), layer("conv1d", torch.bfloat16)
+    kernels.prepack(layer("linear", torch.bfloat16), None)
+    with kernels.active():
         assert torch.equal(other(rows(7, INPUTS, dtype=torch.bfloat16)), other(rows(7, INPUTS, dtype=torch.bfloat16)))
     assert not calls
 
 
-@needs_arranging
+@needs_prepacking
 @pytest.mark.parametrize("part", [lambda weight: weight[:10], lambda weight: weight.t()], ids=["slice", "transposed"])
-def test_a_part_of_an_arranged_weight_is_not_taken_for_the_whole(part):
+def test_a_view_of_a_prepacked_weight_is_not_mistaken_for_the_weight(part):
     """It starts at the same address."""
-    arranged, square = (
+    kernels, square = (
         FrozenLinearKernels(),
         nn.Linear(INPUTS, INPUTS, bias=False, dtype=torch.bfloat16).requires_grad_(False),
     )
     inputs, other = rows(7, INPUTS, dtype=torch.bfloat16), layer("linear_without_bias", torch.bfloat16)
     other.weight = nn.Parameter(part(square.weight), requires_grad=False)
     truth = other(inputs)
-    arranged.prepack(square, None)
-    with arranged.active():
+    kernels.prepack(square, None)
+    with kernels.active():
         found = other(inputs)
     assert found.shape == truth.shape
     assert relative_error(found, truth) < ROUNDING
 
 
-@needs_arranging
-def test_arranging_takes_each_weight_twice_and_once_only():
-    arranged, layers = FrozenLinearKernels(), arranged_layers()
+@needs_prepacking
+def test_prepacking_copies_each_weight_twice_and_only_once():
+    kernels, layers = FrozenLinearKernels(), three_layers()
     weights = [layers[index].weight for index in (0, 2, 3)]
-    needed = arranged.bytes_to_prepack(layers, weights[0])
+    needed = kernels.bytes_to_prepack(layers, weights[0])
     assert needed == 2 * (weights[0].nbytes + sum(weight.nbytes for weight in weights))
-    arranged.prepack(layers, weights[0])
-    assert arranged.bytes_to_prepack(layers, weights[0]) == 0
+    kernels.prepack(layers, weights[0])
+    assert kernels.bytes_to_prepack(layers, weights[0]) == 0
 
 
-@needs_arranging
-def test_a_layer_that_multiplies_in_a_way_of_its_own_is_not_arranged():
+@needs_prepacking
+def test_a_subclass_of_a_linear_layer_is_not_prepacked():
     assert FrozenLinearKernels().bytes_to_prepack(FalconLinear(INPUTS, OUTPUTS, dtype=torch.bfloat16), None) == 0
 
 
-@needs_arranging
+@needs_prepacking
 @pytest.mark.parametrize("num_targets", [0, 1, 23])
-def test_an_arranged_head_gives_the_same_loss(monkeypatch, num_targets, calls):
+def test_a_prepacked_head_gives_the_same_loss_and_gradient(monkeypatch, num_targets, calls):
     monkeypatch.setattr(frozen_linear, "HEAD_BLOCK", 32)
     linear_head = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    arranged = FrozenLinearKernels()
-    arranged.prepack(nn.Identity(), linear_head.weight)
-    assert [len(block.weight) for block in arranged.row_blocks(linear_head.weight, 7)] == [32, 32, 16]
+    kernels = FrozenLinearKernels()
+    kernels.prepack(nn.Identity(), linear_head.weight)
+    assert [len(block.weight) for block in kernels.row_blocks(linear_head.weight, 7)] == [32, 32, 16]
     ids = torch.arange(num_targets) * 3 % OUTPUTS
     leaf, plain = (rows(num_targets, INPUTS, dtype=torch.bfloat16).requires_grad_(True) for _ in range(2))
-    total, nats = weighted_nll(Head(linear_head, kernels=arranged), leaf, ids, torch.ones(num_targets), OUTPUTS)
+    total, nats = weighted_nll(Head(linear_head, kernels=kernels), leaf, ids, torch.ones(num_targets), OUTPUTS)
     total.backward()
     true_nats = cross_entropy(linear_head(plain).float(), ids, reduction="none")
     true_nats.sum().backward()
@@ -262,11 +262,11 @@ def test_an_arranged_head_gives_the_same_loss(monkeypatch, num_targets, calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-def test_arranging_other_dtypes_does_nothing(dtype):
-    arranged, layers = FrozenLinearKernels(), arranged_layers(dtype)
-    arranged.prepack(layers, layers[0].weight)
-    assert arranged.bytes_to_prepack(layers, layers[0].weight) == 0
-    assert [len(block.weight) for block in arranged.row_blocks(layers[0].weight, 32)] == [32, 32, 16]
+def test_weights_of_other_dtypes_are_not_prepacked(dtype):
+    kernels, layers = FrozenLinearKernels(), three_layers(dtype)
+    kernels.prepack(layers, layers[0].weight)
+    assert kernels.bytes_to_prepack(layers, layers[0].weight) == 0
+    assert [len(block.weight) for block in kernels.row_blocks(layers[0].weight, 32)] == [32, 32, 16]
 
 
 GELUS = pytest.mark.parametrize("kind", [NewGELUActivation, FastGELUActivation, BloomGelu])
@@ -281,7 +281,7 @@ def gelus(kind, **where):
 
 
 @GELUS
-def test_the_fused_gelu_is_the_written_out_one_inside(kind):
+def test_the_fused_gelu_equals_the_formula_written_out(kind):
     installed, own, inputs = gelus(kind)
     with FrozenLinearKernels().active():
         found = both_ways(installed, inputs)
@@ -299,7 +299,7 @@ def test_the_fused_gelu_rounds_bfloat16_once(kind):
 
 
 @GELUS
-def test_the_gelu_is_the_modules_own_outside_and_in_float64(kind):
+def test_a_gelu_without_active_kernels_or_in_float64_is_the_modules_own(kind):
     installed, own, inputs = gelus(kind)
     assert all(torch.equal(*pair) for pair in zip(both_ways(installed, inputs), both_ways(own, inputs), strict=True))
     wide = inputs.double()
@@ -308,7 +308,7 @@ def test_the_gelu_is_the_modules_own_outside_and_in_float64(kind):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
-def test_another_activation_is_not_touched(family):
+def test_an_activation_that_is_no_written_out_gelu_is_not_patched(family):
     base = build_base(family, **({"activation_function": "relu"} if family == "gpt2" else {}))
     install_kernels(base.model)
     changed = {type(module) for module in base.model.modules() if "forward" in vars(module)}
