@@ -172,7 +172,7 @@ def test_a_shard_that_is_a_pointer_or_missing_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "sentence"),
     [
-        ("num_hidden_layers", 10**12, "num_hidden_layers is 1,000,000,000,000; more than 65,536 cannot be meant"),
+        ("num_hidden_layers", 10**12, "num_hidden_layers is 1,000,000,000,000; more than 65,536 cannot be right"),
         ("num_labels", 10**9, "num_labels is 1,000,000,000"),
         ("vocab_size", 10**30, "vocab_size is a number of more than 18 digits"),
         ("hidden_size", 2**30, "they do not belong together"),
@@ -191,7 +191,7 @@ def test_sizes_in_a_config_are_judged_before_memory_is_asked_for(
 
 
 def test_layers_beyond_number_are_refused_within_bounded_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softprompt.base.folder._LONGEST_BUILD_S", 0.5)
+    monkeypatch.setattr("softprompt.base.folder.LONGEST_BUILD_S", 0.5)
     change(folder / "config.json", num_hidden_layers=60_000)
     begun = time.monotonic()
     assert "(60,000 layers) could not even be laid out" in refusal(folder)
@@ -235,7 +235,7 @@ def test_a_panic_is_a_sentence_and_a_stop_is_not() -> None:
 def test_a_folder_without_its_tokenizers_vocabulary_is_refused(folder: Path, kind: str) -> None:
     (folder / "tokenizer.json").unlink()
     change(folder / "tokenizer_config.json", tokenizer_class=kind)
-    assert f"tokens for {VOCAB} embeddings); is a file of it missing" in refusal(folder)
+    assert f"tokens for {VOCAB} embeddings); is one of its files missing" in refusal(folder)
 
 
 def test_a_tokenizer_of_another_base_is_refused(folder: Path) -> None:

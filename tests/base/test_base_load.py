@@ -191,7 +191,7 @@ def test_a_scaled_embedding_is_measured_as_the_model_gives_it_out():
 
 def test_the_scale_does_not_depend_on_chunks(monkeypatch):
     whole = build_base("gpt2").embedding_rms
-    monkeypatch.setattr("softprompt.base.model._ROWS_PER_CHUNK", 10)
+    monkeypatch.setattr("softprompt.base.model.RMS_CHUNK_ROWS", 10)
     assert build_base("gpt2").embedding_rms == pytest.approx(whole, rel=1e-12)
 
 

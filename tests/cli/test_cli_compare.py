@@ -297,7 +297,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("flags", "complaint"),
         [
-            (("--score", "f1"), "score 'f1' compares answers with completions, and there is none in the held-out rows"),
+            (("--score", "f1"), "score 'f1' compares answers with completions, and the held-out rows have none"),
             (("--calibrate",), "calibrate needs labels, and the held-out rows have none (texts.csv)"),
             (("--score", "f1", "--score-rows", 0), "score_rows is 0; it must be at least 1"),
             (("--score", "bleu"), "score is 'bleu'; it must be one of 'exact_match', 'f1', 'rouge_l', 'chrf'"),

@@ -106,7 +106,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["loss", "bleu"])
     def test_no_task_score(self, tiny_llama, name):
-        with pytest.raises(ConfigError, match=f"'{name}' is no task score; known are accuracy, f1_macro, exact_match"):
+        with pytest.raises(
+            ConfigError, match=f"'{name}' is not a task score; known are accuracy, f1_macro, exact_match"
+        ):
             criterion(tiny_llama, labelled(), name)
 
     def test_torchmetrics_is_missed_before_the_training(self, tiny_llama, monkeypatch):

@@ -86,7 +86,7 @@ class TestAnswers:
         assert len(found[1].split()) <= 2
 
     def test_no_room(self, tiny_llama):
-        with pytest.raises(LengthError, match="leave no room for a text before its answer"):
+        with pytest.raises(LengthError, match="no text fits before the answer"):
             answers(tiny_llama, questions_and_answers(2), soft(tiny_llama, length=LIMIT - 1))
 
 

@@ -67,7 +67,7 @@ def test_each_loss_is_that_of_plain_concatenation_with_the_row_deleted(family, l
 def test_how_many_prompts_a_pass_takes_changes_nothing(tiny_llama64, monkeypatch, num_prompts):
     prompt = soft(tiny_llama64, 4)
     truth = accuracy_from_labels(tiny_llama64, prompt)
-    monkeypatch.setattr("softprompt.evaluation.heldout._PROMPTS_PER_PASS", num_prompts)
+    monkeypatch.setattr("softprompt.evaluation.heldout.MAX_PROMPTS_PER_PASS", num_prompts)
     found = accuracy_from_labels(tiny_llama64, prompt)
     assert found.loss == pytest.approx(truth.loss, rel=1e-12)
     assert [item.loss for item in found.left_out] == pytest.approx([item.loss for item in truth.left_out], rel=1e-12)

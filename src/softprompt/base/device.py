@@ -72,7 +72,7 @@ CGROUP_FILES = (
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take: the least of the machine's, the control group's and its own limit."""
+    """Memory that this process can still allocate: the least of the limits of machine, control group and process."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reusable

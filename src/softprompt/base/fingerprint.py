@@ -1,4 +1,4 @@
-"""What a base computes, as a hash that does not depend on how it was loaded.
+"""A hash of what a base computes, independent of how it was loaded.
 
 Hashed: the model type, the number of heads, and for every parameter its name, shape and 64 evenly spaced values rounded
 to bfloat16; the tokenizer's vocabulary, merges and special ids. Values come from memory where the loaded dtype rounds

@@ -33,7 +33,7 @@ _OTHER_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])  # as transformers prefers them
 _MAX_BYTES = {
-    **dict.fromkeys(_SETTINGS, 16 * 2**20),  # a tokenizer's settings name its added tokens: megabytes, not more
+    **dict.fromkeys(_SETTINGS, 16 * 2**20),  # a tokenizer's settings list its added tokens: megabytes, not more
     **dict.fromkeys(_VOCABULARIES, 512 * 2**20),
     **dict.fromkeys(_INDEXES, 64 * 2**20),
 }
@@ -113,7 +113,7 @@ def _open_weights(file: Path) -> None:
         with safe_open(file, framework="pt"):
             return
     if not zipfile.is_zipfile(file):
-        torch.load(file, map_location="cpu", weights_only=True)  # of a release before 1.6, or broken
+        torch.load(file, map_location="cpu", weights_only=True)  # of torch before 1.6, or broken
     else:
         torch.load(file, map_location="meta", weights_only=True)
 
@@ -127,7 +127,7 @@ def _refuse_pointer(file: Path, base: str) -> None:
 def _check_size(file: Path, most: int, base: str) -> None:
     try:
         size = file.stat().st_size
-    except OSError:  # not there; or whoever reads it says why it cannot be read
+    except OSError:  # missing, or unreadable, which its reader reports
         return
     if file.is_file() and size > most:
         raise BaseModelError(
@@ -141,21 +141,21 @@ def _texts(value: Any) -> set[str]:
     return {item for item in value.values() if isinstance(item, str)} if isinstance(value, dict) else set()
 
 
-# What transformers makes lists of: one entry per layer, label, head or expert.
+# Numbers that transformers makes lists of: one entry per layer, label, head or expert.
 _COUNTED = re.compile(r"layer|label|head|expert|block|attention_types|depth|stage", re.IGNORECASE)
 _MEASURED = re.compile(r"size|dim|embd|hidden|inner|position|ctx|seq_len|width|rank|state|vocab|d_model", re.IGNORECASE)
 _MOST_COUNTED = 65_536
 _MOST_MEASURED = 2**31 - 1
-_LONGEST_BUILD_S = 20.0  # bases of 126 layers take less than one
+LONGEST_BUILD_S = 20.0  # bases of 126 layers need less than one
 _MOST_PARAMETERS_PER_BYTE = 16  # weights of half a bit are packed denser than any that are known
 
 
 def check_numbers(settings: dict[str, Any], where: str) -> None:
-    """Raises BaseModelError for a number in a config.json that no base can mean; `where` is the file."""
+    """Raises BaseModelError for a number in a config.json that no base can have; `where` is the file."""
     for key, number in _numbers(settings, ""):
         most = _most(key)
         if most is not None and abs(number) > most:
-            raise BaseModelError(f"{where}: {key} is {_short(number)}; more than {most:,} cannot be meant")
+            raise BaseModelError(f"{where}: {key} is {_short(number)}; more than {most:,} cannot be right")
 
 
 def check_size(
@@ -163,8 +163,8 @@ def check_size(
 ) -> None:
     """Raises BaseModelError where the model of this config is larger than its weights or than the free memory.
 
-    `device` is None where Accelerate spreads the base. What cannot be built on the meta device is not judged: loading
-    it says why.
+    `device` is None where Accelerate spreads the base. A model that cannot be built on the meta device is not checked:
+    loading it reports the reason.
     """
     if getattr(config, "quantization_config", None) is not None:
         return  # the model as it is built is not the one that is loaded
@@ -183,7 +183,7 @@ def check_size(
         raise BaseModelError(
             f"base {base!r} needs {_gigabytes(needed)} for {num_parameters:,} parameters in "
             f"{str(dtype).removeprefix('torch.')}, and {_gigabytes(free)} are free on {device}; "
-            "take a smaller base or dtype, or free some memory"
+            "use a smaller base or dtype, or free some memory"
         )
 
 
@@ -192,7 +192,7 @@ class _BuildTimeError(Exception):
 
 
 class _Deadline(TorchFunctionMode):
-    """Ends the building of a model that goes on too long; each of its tensors is made by a torch function."""
+    """Stops building a model after so many seconds; each of its tensors is made by a torch function."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -206,14 +206,14 @@ class _Deadline(TorchFunctionMode):
 
 def _build(config: PretrainedConfig, base: str) -> nn.Module | None:
     try:
-        with torch.device("meta"), _Deadline(_LONGEST_BUILD_S):
+        with torch.device("meta"), _Deadline(LONGEST_BUILD_S):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
             return model
     except _BuildTimeError:
         _refuse_endless(config, base)
     except (SoftpromptError, MemoryError):
         raise
-    except Exception:  # whatever it is, from_pretrained raises it again, and then it is passed on
+    except Exception:  # from_pretrained raises it again, and that error is reported
         return None
 
 
@@ -221,7 +221,7 @@ def _refuse_endless(config: PretrainedConfig, base: str) -> NoReturn:
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     raise BaseModelError(
         f"base {base!r}: a model as its config.json describes it ({_short(num_layers)} layers) could not even be laid "
-        f"out in {_LONGEST_BUILD_S:.0f} seconds; is config.json right?"
+        f"out in {LONGEST_BUILD_S:.0f} seconds; is config.json right?"
     ) from None
 
 

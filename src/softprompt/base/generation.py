@@ -1,7 +1,7 @@
-"""What a base's generation_config.json says of its answers: the rules on tokens that are followed, and what is not.
+"""The rules of a base's generation_config.json on the tokens of answers: those that are followed, and the others.
 
-Followed, as transformers' `generate` does: which tokens may never come, or must. Not followed, and named in `note`:
-defaults of sampling and of lengths, which each request gives for itself.
+Followed, as in transformers' `generate`: tokens that are forbidden or forced. Not followed, and listed in `note`:
+defaults of sampling and of lengths, which each request sets for itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from softprompt.errors import BaseModelError, shortened
 
 TokenIds = tuple[int, ...]
-# What says nothing of an answer's tokens, or is read elsewhere (the ids that end one).
+# Settings that do not affect an answer's tokens, or are read elsewhere (the ids that end one).
 _IRRELEVANT = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version",
     "_from_model_config", "_commit_hash", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
@@ -35,7 +35,7 @@ _LONGEST_VALUE = 40  # characters of one in a message
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRules:
-    """The rules on tokens, each under transformers' name for it; ids that the base does not have are left out."""
+    """The rules on tokens, under transformers' names; ids that the base does not have are left out."""
 
     suppress_tokens: TokenIds = ()  # never
     begin_suppress_tokens: TokenIds = ()  # never first
@@ -49,17 +49,17 @@ class GenerationRules:
     ignored: tuple[str, ...] = ()  # settings that are not followed, with their values
 
     def min_new(self, num_text: int) -> int:
-        """How many new tokens an answer to a text of so many has at least."""
+        """The least number of new tokens in an answer to a text of `num_text` tokens."""
         return max(self.min_new_tokens, self.min_length - num_text)
 
     @property
     def has_token_rules(self) -> bool:
-        """Whether any rule but the least length is there."""
+        """Whether there is any rule but a minimum length."""
         return any(getattr(self, rule.name) not in ((), 0, None) for rule in fields(self) if rule.name in _TOKEN_RULES)
 
     @property
     def note(self) -> str | None:
-        """One sentence on what is not followed."""
+        """One sentence on the settings that are not followed."""
         if not self.ignored:
             return None
         return (
@@ -76,7 +76,7 @@ FOLLOWED = (*_TOKEN_RULES, "min_length", "min_new_tokens")
 
 
 def rules_of(config: Any, name: str, vocab_size: int) -> GenerationRules:  # Any: a GenerationConfig, or None
-    """The rules of base `name`. Raises BaseModelError for a value that cannot be meant."""
+    """The rules of base `name`. Raises BaseModelError for an invalid value."""
     if config is None:
         return GenerationRules()
     read = _RuleParser(config, name, vocab_size)
@@ -95,7 +95,7 @@ def rules_of(config: Any, name: str, vocab_size: int) -> GenerationRules:  # Any
 
 
 def eos_ids_of(config: Any, name: str) -> TokenIds:  # Any: a GenerationConfig, or None
-    """The ids that end an answer by the generation settings. Raises BaseModelError for what are none."""
+    """The ids that end an answer by the generation settings. Raises BaseModelError for other values."""
     value = getattr(config, "eos_token_id", None)
     ids = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
     if not all(type(i) is int for i in ids):
@@ -121,7 +121,7 @@ class _RuleParser:
         return value or 0
 
     def bad_words(self) -> Iterator[TokenIds]:
-        """An end alone is never a bad word: an answer has to be able to end."""
+        """A stop id alone is never a bad word: an answer has to be able to end."""
         value = getattr(self._config, "bad_words_ids", None)
         if value is None:
             return

@@ -54,9 +54,9 @@ _BIDIRECTIONAL = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", 
 def load_base(base: str | BaseConfig, **settings: Any) -> Base:
     """A frozen base from a Hub id, a folder or `"embedded"`; `settings` are the fields of BaseConfig.
 
-    Whatever transformers raises for a folder, and a tokenizer that does not fit the model, is a BaseModelError, and so
-    is a model that the free memory cannot hold. Raises ConfigError for a dtype, device, device map or length that
-    cannot be had.
+    Raises BaseModelError for every error of transformers on the folder, for a tokenizer that does not fit the model and
+    for a model larger than the free memory; ConfigError for a dtype, device, device map or length that is not
+    available.
     """
     config = base if isinstance(base, BaseConfig) else BaseConfig(base=base, **settings)
     device = resolve_device(config.device)
@@ -88,7 +88,7 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
 def _read(
     source: str, where: dict[str, Any], how: dict[str, Any], base: str, device: torch.device | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, each judged by its files before transformers makes it."""
+    """Model and tokenizer; the files of each are checked before transformers builds it."""
     folder = Path(source) if Path(source).is_dir() else None
     if folder is not None:
         check_files(folder, base)
@@ -119,7 +119,7 @@ def _moved(model: Any, device: torch.device) -> PreTrainedModel:  # Any: `to` of
 
 @contextmanager
 def _naming_broken_weights(folder: Path | None, base: str) -> Iterator[None]:
-    """Names the weight file that cannot be opened, whatever it made transformers or a judgement of sizes say."""
+    """Replace an error that a broken weight file caused by one that names the file."""
     try:
         with one_sentence(f"base {base!r} cannot be loaded"):
             yield
@@ -141,7 +141,7 @@ def freeze_base(
 ) -> Base:
     """A Base from a model already in memory: eval mode, every parameter frozen. The model is not copied.
 
-    `source` is the Hub id or folder that adapters name as what their base is loaded from; without one, `name`.
+    `source` is the Hub id or folder that adapters record as their base; without one, `name`.
 
     Raises BaseModelError where its input embeddings are not an embedding table or the tokenizer does not fit them.
     """
@@ -168,7 +168,7 @@ def freeze_base(
 
 
 def _device_map_options(config: BaseConfig) -> dict[str, Any]:  # Any: loading options
-    """What makes transformers spread the base through Accelerate; nothing where one device holds it."""
+    """Options that make transformers spread the base with Accelerate; none for a base on one device."""
     if config.device_map is None:
         return {}
     if config.device != "auto":
@@ -182,12 +182,12 @@ def _device_map_options(config: BaseConfig) -> dict[str, Any]:  # Any: loading o
 
 
 def base_name(base: str) -> str:
-    """The name a base goes by: its Hub id, its folder's name, or `embedded`."""
+    """The name of a base: its Hub id, its folder's name, or `embedded`."""
     return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def _reload_source(base: str) -> str:
-    """A base as it was given, a folder from wherever it is looked at."""
+    """The base as given; a folder as an absolute path."""
     path = Path(base).expanduser()
     return str(path.absolute()) if base != EMBEDDED_BASE and path.is_dir() else base
 
@@ -210,7 +210,7 @@ def _folder(
     local_files_only: bool = True,
     **_: Any,  # Any: the other loading options
 ) -> str:
-    """Where the checkpoint lies: the folder itself, or the Hub's snapshot in the cache, config.json fetched at need."""
+    """The folder of the checkpoint: itself, or the Hub's snapshot in the cache; config.json is fetched if needed."""
     if Path(source).is_dir():
         return source
     config_file = cached_file(source, CONFIG_NAME, revision=revision, local_files_only=local_files_only)
@@ -242,7 +242,7 @@ def _refuse_incomplete(info: dict[str, Any], base: str) -> None:
 
 
 def _refuse_adapter(model: PreTrainedModel, base: str) -> None:
-    """transformers loads an adapter that lies beside a config; the base would then not be the base."""
+    """transformers loads an adapter beside a config; the base would then not be the bare base."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseModelError(
             f"base {base!r} has an adapter_config.json beside its weights, so it would load with that adapter; "
@@ -265,7 +265,7 @@ def _positions_are_relative(config: PretrainedConfig) -> bool:
 
 
 def _positions_before_first(model: PreTrainedModel) -> int:
-    """RoBERTa's table of positions begins behind the pad's id; what lies before is used for pads alone."""
+    """RoBERTa's position table begins after the pad's id; earlier entries are used for pads only."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1
@@ -289,10 +289,10 @@ def describe(base: Base) -> str:
 
 
 def _device_names(base: Base) -> str:
-    """Its device, or all that it is spread over; a number is a GPU's."""
+    """Its device, or all devices that it is spread over; a number is a GPU."""
     spread: dict[str, Any] = getattr(base.model, "hf_device_map", None) or {}
-    places = dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in spread.values())
-    return ", ".join(places) or str(base.device)
+    names = dict.fromkeys(f"cuda:{device}" if isinstance(device, int) else str(device) for device in spread.values())
+    return ", ".join(names) or str(base.device)
 
 
 def trainable_line(base: Base, num_virtual_tokens: int) -> str:

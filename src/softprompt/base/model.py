@@ -37,12 +37,12 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str  # Hub id or folder name
-    folder: str | None  # where its checkpoint lies, for the fingerprint; None for a model made in Python
+    folder: str | None  # of its checkpoint, for the fingerprint; None for a model made in Python
     max_length: int  # positions that a whole sequence may use (tokens, virtual ones included)
-    bos_ids: tuple[int, ...]  # what the tokenizer adds in front of a text
-    eos_id: int | None  # what ends a text; None where the tokenizer has none
+    bos_ids: tuple[int, ...]  # added by the tokenizer before a text
+    eos_id: int | None  # ends a text; None where the tokenizer has none
     stop_ids: tuple[int, ...] = ()  # every id that ends an answer
-    source: str | None = None  # how it is loaded again: the Hub id or absolute folder; None for a model made in Python
+    source: str | None = None  # for loading it again: the Hub id or absolute folder; None for a model made in Python
     rules: GenerationRules = GenerationRules()  # on the tokens of answers, by its generation settings
 
     def __repr__(self) -> str:
@@ -54,8 +54,8 @@ class Base:
     def device(self) -> torch.device:
         """Where token ids and prompts meet. Of a base that is spread over devices, the input embeddings'."""
         hook = getattr(self.embedding, "_hf_hook", None)  # Accelerate's; the weight may lie elsewhere between calls
-        place = getattr(hook, "execution_device", None)
-        return self.embedding.weight.device if place is None else torch.device(place)
+        device = getattr(hook, "execution_device", None)
+        return self.embedding.weight.device if device is None else torch.device(device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,19 +142,19 @@ class Base:
         return whole[len(head) :] if whole.startswith(head) else self.decode(tuple(ids))
 
 
-_ROWS_PER_CHUNK = 16_384
+RMS_CHUNK_ROWS = 16_384
 
 
 def embedding_rms(embedding: nn.Embedding, device: torch.device) -> float:
     """Root mean square over all entries of the table [V, H], in float64, after the module's own scaling.
 
-    `device` is where it takes its ids. Gemma-3's embedding module multiplies what it looks up; the table's raw weights
+    `device` is the device of its ids. Gemma-3's embedding module multiplies what it looks up; the table's raw weights
     would be off by that factor.
     """
     total = 0.0
     with torch.no_grad():
-        for first in range(0, embedding.num_embeddings, _ROWS_PER_CHUNK):
-            last = min(first + _ROWS_PER_CHUNK, embedding.num_embeddings)
+        for first in range(0, embedding.num_embeddings, RMS_CHUNK_ROWS):
+            last = min(first + RMS_CHUNK_ROWS, embedding.num_embeddings)
             ids = torch.arange(first, last, device=device)
             total += float(embedding(ids).double().square().sum())
     return math.sqrt(total / (embedding.num_embeddings * embedding.embedding_dim))
@@ -165,10 +165,10 @@ _KINDS = ("gemma3n_text", "gemma4_text")
 
 @dataclass(frozen=True)
 class PerLayerEmbeddings:
-    """The second lookup of one model."""
+    """The per-layer lookup of one model."""
 
     text_model: Any  # Any: transformers' text model, which has `get_per_layer_inputs`
-    virtual_id: int  # whose embeddings a virtual token gets
+    virtual_id: int  # a virtual token gets the embeddings of this id
     hidden_size: int  # H
 
     def behind(self, embeds: Tensor, ids: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class PerLayerEmbeddings:
 
 
 def per_layer_embeddings(model: PreTrainedModel) -> PerLayerEmbeddings | None:
-    """Those of a model; None where it has none."""
+    """The per-layer embeddings of a model; None where it has none."""
     text = model.config.get_text_config(decoder=True)
     if text.model_type not in _KINDS or not text.hidden_size_per_layer_input:
         return None

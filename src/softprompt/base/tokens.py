@@ -1,4 +1,4 @@
-"""A base's tokenizer: whether it fits, the ids of a text, what is added to one and which tokens end it."""
+"""A base's tokenizer: whether it fits, the ids of a text, the special ids before it and the ids that end it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softprompt.errors import BaseModelError, EncodingError, shortened
 from softprompt.guard import cause_of
 
 _PROBE = "a"
-_MOST_PROBES = 64  # tokens of a vocabulary that are read back
+_MOST_PROBES = 64  # tokens of a vocabulary that are decoded and encoded again
 
 
 def encode_text(
@@ -35,13 +35,13 @@ def encode_text(
     if ids and max(ids) >= vocab_size:
         raise EncodingError(
             f"token {tokenizer.convert_ids_to_tokens(max(ids))!r} has id {max(ids):,}, but base {name!r} embeds ids "
-            f"below {vocab_size:,}; leave it out of the text {shortened(text)}, or take the base's own tokenizer"
+            f"below {vocab_size:,}; leave it out of the text {shortened(text)}, or use the base's own tokenizer"
         )
     return ids
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, vocab_size: int) -> None:
-    """Raises BaseModelError for a tokenizer that cannot be this base's.
+    """Raises BaseModelError for a tokenizer that cannot belong to this base.
 
     It may have fewer tokens than the base embeds (padded tables), and added tokens beyond them, which are refused where
     a text holds one. transformers makes an empty tokenizer where the files are missing: that is refused.
@@ -52,7 +52,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, vocab_size: i
     if not own and not _encodes_some_text(tokenizer, vocabulary):
         raise BaseModelError(
             f"the tokenizer of base {name!r} has no vocabulary ({len(vocabulary):,} tokens for {vocab_size:,} "
-            "embeddings); is a file of it missing, tokenizer.json say?"
+            "embeddings); is one of its files missing, for example tokenizer.json?"
         )
     largest = max(own.values(), default=-1)
     if largest >= vocab_size:
@@ -70,7 +70,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, vocab_size: i
     if not _encodes_some_text(tokenizer, own):
         raise BaseModelError(
             f"the tokenizer of base {name!r} makes every text its unknown token or nothing at all ({len(own):,} tokens "
-            f"for {vocab_size:,} embeddings); is a file of it missing, tokenizer.json or the vocabulary?"
+            f"for {vocab_size:,} embeddings); is one of its files missing, tokenizer.json or the vocabulary?"
         )
 
 
@@ -105,7 +105,7 @@ def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
 
 
 def _encodes_some_text(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]) -> bool:
-    """Whether some text of its own vocabulary comes back as more than its unknown and special tokens."""
+    """Whether some text of its vocabulary is encoded to more than unknown and special tokens."""
     empty = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
     for text in _probes(tokenizer, vocabulary):
         with suppress(Exception):  # a tokenizer of words cannot encode a word that it does not have

@@ -1,4 +1,4 @@
-"""Compare prompts with the bare base: what they say, held-out loss, accuracy, task scores."""
+"""Compare prompts with the bare base: answers, held-out loss, accuracy, task scores."""
 
 import warnings
 from typing import Any

@@ -1,8 +1,8 @@
-"""What an accuracy stands beside, and the verdict in one sentence.
+"""Baselines of an accuracy, and the verdict in one sentence.
 
-An accuracy alone says nothing: where half of the rows are positive, always answering "positive" is right half of the
-time. It stands beside that, and beside the bare base with the prompt's own template and with templates that anybody
-would write first. Both are picked on the rows that are read, in their favour.
+An accuracy alone means nothing: where half of the rows are positive, always answering "positive" is right half of the
+time. It is reported beside that, and beside the bare base with the prompt's own template and with templates that
+anybody would try first. Both baselines are selected on the evaluated rows, in their favour.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from softprompt.evaluation.heldout import Interval
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
 
-MOST_TEMPLATE_SCORES = 4_000  # rows times labels: with more, the base is read with the prompt's own template alone
+MOST_TEMPLATE_SCORES = 4_000  # rows times labels: with more, the base is measured with the prompt's own template only
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """What anybody reaches on a labelled set without training; shares of the rows that are right."""
+    """Accuracies on a labelled set without training; shares of the rows that are right."""
 
     held_out: str
     majority_label: str
     majority: float  # always answering that label
     template: float  # the bare base, with the best of the templates
-    num_templates: int  # that were tried; 1 is the prompt's own
+    num_templates: int  # tried; 1: only the prompt's own
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Verdict:
     num_rows: int
     accuracy: float
     interval: Interval  # Wilson's, at 95 %
-    only_label: str | None  # what it answers to every row, where that is one label
+    only_label: str | None  # set if it answers every row with the same label
     baselines: Baselines
 
     @property
     def is_better(self) -> bool:
-        """Than both baselines, beyond chance."""
+        """Better than both baselines, beyond chance."""
         return self.interval.low > max(self.baselines.majority, self.baselines.template)
 
     @property
@@ -78,7 +78,9 @@ class Verdict:
 def baselines(
     base: Base, forward: Forward, set_name: str, rows: Rows, own_template: float, *, others: bool = True
 ) -> Baselines:
-    """Of one labelled set; `own_template` is the bare base's accuracy with it. `others`: try more templates.
+    """The baselines of one labelled set; `own_template` is the bare base's accuracy with the prompt's own template.
+
+    `others`: try more templates.
 
     Raises DataError for a row whose completion is none of the form's labels.
     """
@@ -98,7 +100,7 @@ def baselines(
 
 
 def written_templates(rows: Rows) -> list[str]:
-    """Three templates over the fields of the form's own that a person might try first."""
+    """Three templates over the form's fields that a person might try first."""
     assert rows.form.template is not None, rows.form
     text = "\n".join(f"{{{name}}}" for name in template_fields(rows.form.template))
     options = " or ".join(_shown(label).replace("{", "{{").replace("}", "}}") for label in rows.form.labels)
@@ -142,9 +144,9 @@ def _share_with(base: Base, forward: Forward, rows: Rows, template: str) -> floa
 
 
 def _only_label(item: Accuracy) -> str | None:
-    taken = [sum(column) for column in zip(*item.confusion, strict=True)]
-    label = item.classes[taken.index(max(taken))].label
-    return _shown(label) if max(taken) == item.num_rows else None
+    predicted = [sum(column) for column in zip(*item.confusion, strict=True)]
+    label = item.classes[predicted.index(max(predicted))].label
+    return _shown(label) if max(predicted) == item.num_rows else None
 
 
 def _shown(label: str) -> str:
@@ -152,6 +154,6 @@ def _shown(label: str) -> str:
 
 
 def _of_100(share: float) -> str:
-    """A whole number, but for what is neither never nor always and would be rounded to that."""
+    """A whole number; one decimal where rounding would make it never (0) or always (100)."""
     is_rounded_away = 0 < share < 1 and round(100 * share) in (0, 100)
     return f"{100 * share:.1f}" if is_rounded_away else f"{100 * share:.0f}"

@@ -3,9 +3,9 @@
 The log-likelihood of a label is the sum over its tokens, EOS excluded, in the context that training gave it. A context
 longer than the base allows loses its start, as in training.
 
-Calibrated, it is divided by the label's likelihood where the template's fields say nothing ("N/A" and ""): contextual
-calibration, Zhao et al. 2021, "Calibrate Before Use", arXiv 2102.09690, where probabilities among the labels are
-averaged over those inputs. Each contender is calibrated by its own likelihoods.
+Calibrated, it is divided by the label's likelihood where the template's fields have no content ("N/A" and ""):
+contextual calibration, Zhao et al. 2021, "Calibrate Before Use", arXiv 2102.09690, where
+probabilities among the labels are averaged over those inputs. Each contender is calibrated by its own likelihoods.
 
 M prompts, N texts, K labels. A precision, recall or F1 whose denominator is 0 rows is 0.
 """
@@ -33,7 +33,7 @@ from softprompt.loss import target_nlls
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
 
-CONTENT_FREE = ("N/A", "")  # what fills every field of a template that is to say nothing
+CONTENT_FREE = ("N/A", "")  # fill the fields of a template for calibration
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """The rows of a set that have a label; empty ones are left out, as they are from a loss."""
+    """The rows of a set that have a label; empty ones are left out, as in a loss."""
 
-    texts: tuple[str, ...]  # what stands before the label
-    own: tuple[int, ...]  # the number of each row's own label
+    texts: tuple[str, ...]  # the text before the label
+    own: tuple[int, ...]  # each row's true label, as an index of `labels`
     indices: tuple[int, ...]  # in the source
     labels: tuple[str, ...]
-    content_free: tuple[str, ...]  # the template with nothing in its fields
+    content_free: tuple[str, ...]  # the template with content-free fields
 
 
 def accuracies(
@@ -76,7 +76,8 @@ def accuracies(
 ) -> list[Accuracy]:
     """The bare base and each prompt on each set that has labels; sets without are left out.
 
-    `max_length` (tokens, virtual ones not counted) is one for all: they read the same. Raises as `accuracy` does.
+    `max_length` (tokens, virtual ones not counted) is one for all, so that all read the same tokens. Raises as
+    `accuracy` does.
     """
     labelled = {name: rows for name, rows in sets.items() if rows.form.labels}
     return [
@@ -100,8 +101,8 @@ def accuracy(
     """One contender on one labelled set. Raises DataError for a row whose completion is none of the form's labels."""
     known = labelled_rows(rows)
     found = _likeliest(base, forward, known, prompt, max_length, calibrate)
-    said = _generated_labels(base, forward, known, prompt, max_text_tokens(base, prompt, max_length))
-    generated = sum(a == b for a, b in zip(said, known.own, strict=True)) / len(said)
+    answered = _generated_labels(base, forward, known, prompt, max_text_tokens(base, prompt, max_length))
+    generated = sum(a == b for a, b in zip(answered, known.own, strict=True)) / len(answered)
     return accuracy_from_labels(set_name, name, known, found, generated, calibrated=calibrate)
 
 
@@ -115,7 +116,7 @@ def accuracy_from_labels(
     calibrated: bool,
     members: Mapping[str, float] | None = None,
 ) -> Accuracy:
-    """The figures of a contender that takes each row for the label whose number is in `found`."""
+    """The figures of a contender that predicts for each row the label whose index is in `found`."""
     confusion = confusion_matrix(known.own, found, len(known.labels))
     classes = class_scores(known.labels, confusion)
     wrong = [index for index, own, guess in zip(known.indices, known.own, found, strict=True) if own != guess]
@@ -179,14 +180,14 @@ class LabelAnswer(NamedTuple):
 
 
 def label_answers(base: Base, texts: Sequence[str], labels: Sequence[str], prompt: SoftPrompt) -> list[LabelAnswer]:
-    """One answer per text, as `accuracy` counts them. Raises LengthError where a text leaves no room for a label."""
+    """One answer per text, as `accuracy` counts them. Raises LengthError where text and label do not fit the base."""
     rows = [_label_row(base, text, label, 0, sys.maxsize) for text in texts for label in labels]
-    room = max_text_tokens(base, prompt)
+    limit = max_text_tokens(base, prompt)
     longest = max(len(row.ids) for row in rows)
-    if longest > room:
+    if longest > limit:
         raise LengthError(
             f"the input and its label are {longest} tokens, and beside {prompt.num_virtual_tokens} virtual ones there "
-            f"are {room} positions of base {base.name!r}; shorten the input"
+            f"are {limit} positions of base {base.name!r}; shorten the input"
         )
     losses = target_nlls(base, forward_of(base), rows, [prompt.tensor])
     each = len(labels)
@@ -219,7 +220,7 @@ def label_scores(
 ) -> np.ndarray:
     """[M, N, K]: under each prompt, each label's summed log-likelihood after each text; all in one pass.
 
-    With `content_free` texts, less what the labels have after those (see above).
+    With `content_free` texts, minus those of the labels after these (see the module's docstring).
     """
     scores_MNK = _log_likelihoods(base, forward, texts, labels, prompts, max_length)
     if content_free:
@@ -228,12 +229,12 @@ def label_scores(
 
 
 def usable_content_free(base: Base, known: LabelledRows) -> list[str]:
-    """Where nothing stands before a label, a base without BOS has nothing to predict it from."""
+    """The content-free texts that can precede a label: without BOS, an empty text has no token to predict from."""
     return [text for text in known.content_free if base.can_encode(text) or (base.bos_ids and not text)]
 
 
 def labelled_rows(rows: Rows) -> LabelledRows:
-    """The rows that have one of the form's labels. Raises DataError for a stranger, and where no row is left."""
+    """The rows that have one of the form's labels. Raises DataError for another completion, and where none is left."""
     labels = rows.form.labels
     kept = [(position, row) for position, row in enumerate(render_rows(rows)) if not row.is_empty]
     for position, row in kept:
@@ -283,10 +284,10 @@ def _log_likelihoods(
     rows: list[Row] = []
     tensors: list[Tensor] = []
     for prompt in prompts:
-        place = None if prompt is None else len(tensors)
+        index = None if prompt is None else len(tensors)
         tensors += [] if prompt is None else [prompt.tensor]
         limit = max_text_tokens(base, prompt, max_length)
-        rows += [_label_row(base, text, label, place, limit) for text in texts for label in labels]
+        rows += [_label_row(base, text, label, index, limit) for text in texts for label in labels]
     losses = target_nlls(base, forward, rows, tensors)
     return -np.array([sum(loss.values()) for loss in losses]).reshape(len(prompts), len(texts), len(labels))
 
@@ -316,8 +317,8 @@ def _generated_labels(
 
 def _named_label(text: str, labels: Sequence[str]) -> int | None:
     """The longest label that the answer begins with, spaces around it aside."""
-    said = text.strip()
-    fits = [label for label in labels if said.startswith(label.strip())]
+    answer = text.strip()
+    fits = [label for label in labels if answer.startswith(label.strip())]
     return labels.index(max(fits, key=len)) if fits else None
 
 
@@ -329,10 +330,10 @@ class ClassScore:
     """How one label was recognised; shares from 0 to 1."""
 
     label: str
-    precision: float  # of the rows taken for this label, those that have it
-    recall: float  # of the rows that have it, those taken for it
+    precision: float  # of the rows with this prediction, those that have the label
+    recall: float  # of the rows that have the label, those with this prediction
     f1: float
-    support: int  # rows that have it
+    support: int  # rows that have the label
 
 
 def confusion_matrix(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> Confusion:
@@ -344,9 +345,9 @@ def confusion_matrix(truth: Sequence[int], predicted: Sequence[int], num_labels:
 
 def class_scores(labels: Sequence[str], confusion: Confusion) -> tuple[ClassScore, ...]:
     """One score per label, in order."""
-    taken = [sum(column) for column in zip(*confusion, strict=True)]
+    predicted = [sum(column) for column in zip(*confusion, strict=True)]
     return tuple(
-        _class_score(label, confusion[number][number], taken[number], sum(confusion[number]))
+        _class_score(label, confusion[number][number], predicted[number], sum(confusion[number]))
         for number, label in enumerate(labels)
     )
 
@@ -358,16 +359,16 @@ def share_right(confusion: Confusion) -> float:
 
 def macro_f1(classes: Sequence[ClassScore], confusion: Confusion) -> float:
     """Mean F1 over the labels that occur, as a true or a predicted one."""
-    taken = [sum(column) for column in zip(*confusion, strict=True)]
-    found = [item.f1 for item, times in zip(classes, taken, strict=True) if item.support or times]
+    predicted = [sum(column) for column in zip(*confusion, strict=True)]
+    found = [item.f1 for item, times in zip(classes, predicted, strict=True) if item.support or times]
     return sum(found) / len(found)
 
 
-def _class_score(label: str, right: int, taken: int, support: int) -> ClassScore:
+def _class_score(label: str, right: int, predicted: int, support: int) -> ClassScore:
     return ClassScore(
         label=label,
-        precision=right / taken if taken else 0.0,
+        precision=right / predicted if predicted else 0.0,
         recall=right / support if support else 0.0,
-        f1=2 * right / (taken + support) if taken + support else 0.0,
+        f1=2 * right / (predicted + support) if predicted + support else 0.0,
         support=support,
     )

@@ -1,4 +1,4 @@
-"""Before and after: the bare base and each prompt on one copy of the base, by what they say and by held-out figures."""
+"""Before and after: the bare base and each prompt on one copy of the base, by answers and by held-out figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from softprompt.settings import check_kinds
 from softprompt.training import peak_bytes
 from softprompt.types import InputForm, brief_repr, finite
 
-BARE = "base"  # what the bare base is called beside prompts
+BARE = "base"  # the name of the bare base beside prompts
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Comparison:
     base_bytes: int  # parameters of the one base
     prompt_bytes: int  # all prompts together, those that vote included
     peak_bytes: int  # peak resident size of this process
-    scores: tuple[TaskScore, ...] = ()  # of greedy answers, where they were asked for
-    ensembles: Mapping[str, int] = field(default_factory=dict)  # name -> prompts that vote
-    baselines: Mapping[str, Baselines] = field(default_factory=dict)  # labelled set -> what is reached untrained
+    scores: tuple[TaskScore, ...] = ()  # of greedy answers, if requested
+    ensembles: Mapping[str, int] = field(default_factory=dict)  # name -> number of prompts that vote
+    baselines: Mapping[str, Baselines] = field(default_factory=dict)  # by labelled set
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -93,13 +93,13 @@ def compare(
     `scoring` adds scores of greedy answers to the sets that have completions or chats, and calibrates the accuracy.
     `ensembles` (name -> prompts by name) vote on the labels of the sets that have some, beside the prompts.
 
-    An input is a text, fields of a template or chat messages, and each prompt gets it in its own form (`form_ids`):
-    a text in its template, say. The bare base gets what the first prompt gets, and fields in the first template among
-    the prompts. With `raw`, texts go to everybody as they are. All answer freely, prompts with labels too.
+    An input is a text, fields of a template or chat messages, and each prompt gets it in its own form (`form_ids`),
+    for example a text in its template. The bare base gets the first prompt's form, and for fields the first template
+    among the prompts. With `raw`, texts are used unchanged. All answer freely, prompts with labels too.
 
     Raises DataError or LengthError for an input or a set that cannot be used, ConfigError for a prompt
-    called `base`, an ensemble called as a prompt, and a score or an ensemble that no set suits, MissingDependencyError
-    for a score without torchmetrics.
+    called `base`, an ensemble with the name of a prompt, and a score or an ensemble that no set suits,
+    MissingDependencyError for a score without torchmetrics.
     """
     check_kinds(base=(base, Base), sampling=(sampling, SamplingConfig), scoring=(scoring, ScoreConfig))
     _check_named("prompts", prompts, SoftPrompt)
@@ -113,7 +113,7 @@ def compare(
     voters = [prompt for members in ensembles.values() for prompt in members.values()]
     max_length = _max_row_tokens(base, [*prompts.values(), *voters])
     examples = {name: build_examples(base, rows, eos=True, max_length=max_length) for name, rows in sets.items()}
-    found = _accuracies(base, forward, prompts, ensembles, sets, max_length, scoring.calibrate)
+    found = _all_accuracies(base, forward, prompts, ensembles, sets, max_length, scoring.calibrate)
     return Comparison(
         base_name=base.name,
         prompts={name: prompt.num_virtual_tokens for name, prompt in prompts.items()},
@@ -132,25 +132,25 @@ def compare(
 def _check_named(name: str, given: object, kind: type[Any]) -> None:
     """Raises ConfigError for values without names, or of another kind."""
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{name} is {shortened(given)}; it must be a mapping, {{'a name': {kind.__name__}}} say")
+        raise ConfigError(f"{name} is {shortened(given)}; it must be a mapping, like {{'a name': {kind.__name__}}}")
     for key, value in given.items():
         check_kinds(**{f"{name}[{key!r}]": (value, kind)})
 
 
 def _check_contenders(prompts: Mapping[str, SoftPrompt], ensembles: Ensembles) -> None:
     if BARE in prompts or BARE in ensembles:
-        raise ConfigError(f"a prompt is called {BARE!r}, which is the bare base's name; call it otherwise")
+        raise ConfigError(f"a prompt is called {BARE!r}, which is the bare base's name; rename it")
     both = sorted(prompts.keys() & ensembles.keys())
     if both:
-        raise ConfigError(f"a prompt and an ensemble are both called {both[0]!r}; call one otherwise")
+        raise ConfigError(f"a prompt and an ensemble are both called {both[0]!r}; rename one")
 
 
 def _max_row_tokens(base: Base, prompts: Sequence[SoftPrompt]) -> int:
-    """Tokens a held-out row may have, the same for all contenders, so that all are read on the same tokens."""
+    """The most tokens of a held-out row: one limit for all contenders, so that all are measured on the same tokens."""
     return base.max_length - max((prompt.num_virtual_tokens for prompt in prompts), default=0)
 
 
-def _accuracies(
+def _all_accuracies(
     base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], ensembles: Ensembles, sets: Mapping[str, Rows],
     max_length: int, calibrate: bool,
 ) -> tuple[Accuracy, ...]:  # fmt: skip
@@ -184,7 +184,7 @@ def _answer_all(
 
 
 def _form_for_bare(forms: Sequence[InputForm], item: Input) -> InputForm | None:
-    """The first prompt's, or the first that takes fields where there are fields to take."""
+    """The first prompt's form; for fields, the first with a template."""
     return next((form for form in forms if form.kind == "template" or not isinstance(item, Mapping)), None)
 
 

@@ -1,4 +1,4 @@
-"""Several prompts of one task that vote on each label: Lester et al. 2021, "Prompt Ensembling", 2104.08691.
+"""Several prompts for one task that vote on each label: Lester et al. 2021, "Prompt Ensembling", 2104.08691.
 
 M prompts, N texts, K labels.
 """
@@ -30,8 +30,8 @@ Ensembles = Mapping[str, Mapping[str, SoftPrompt]]  # name -> its members by nam
 def vote(scores_MNK: np.ndarray) -> list[int]:
     """For each text, the number of the label that most prompts find the likeliest.
 
-    `scores_MNK` [M, N, K] are each prompt's log-likelihoods. Labels with equally many votes are told apart by their
-    log-likelihoods summed over all prompts; the earlier label wins where these are equal too.
+    `scores_MNK` [M, N, K] are each prompt's log-likelihoods. A tie is decided by the log-likelihoods summed
+    over all prompts, then by the order of the labels.
     """
     num_labels = scores_MNK.shape[2]
     votes_NK = (scores_MNK.argmax(axis=2)[..., None] == np.arange(num_labels)).sum(axis=0)
@@ -40,7 +40,7 @@ def vote(scores_MNK: np.ndarray) -> list[int]:
 
 
 def check_ensembles(ensembles: Ensembles, sets: Mapping[str, Rows]) -> None:
-    """Raises ConfigError where there is nothing to vote on: no set has labels."""
+    """Raises ConfigError where no set has labels to vote on."""
     if ensembles and not any(rows.form.labels for rows in sets.values()):
         where = f"the held-out rows have none ({', '.join(sets)})" if sets else "there are no held-out rows"
         raise ConfigError(f"the prompts of {next(iter(ensembles))} vote on labels, and {where}; give labelled --data")

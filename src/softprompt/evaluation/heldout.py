@@ -24,28 +24,27 @@ from softprompt.loss import RowScore, score_examples, score_under
 from softprompt.prompt import SoftPrompt
 from softprompt.types import Example, ExampleSet
 
-Contender = tuple[str | None, SoftPrompt | None]  # name and prompt; both None for the bare base
 
-
-def contenders(prompts: Mapping[str, SoftPrompt]) -> list[Contender]:
+def contenders(prompts: Mapping[str, SoftPrompt]) -> list[tuple[str | None, SoftPrompt | None]]:
+    """Name and prompt of each contender; both are None for the bare base, which comes first."""
     return [(None, None), *prompts.items()]
 
 
 def max_text_tokens(base: Base, prompt: SoftPrompt | None, max_length: int | None = None) -> int:
-    """Tokens of text that fit beside the prompt, special ones included; `max_length` at most."""
+    """The most tokens of text beside the prompt, special ones included; `max_length` at most."""
     own = base.max_length - (prompt.num_virtual_tokens if prompt is not None else 0)
     return own if max_length is None else min(own, max_length)
 
 
-def truncate_start(base: Base, ids: tuple[int, ...], room: int) -> tuple[int, ...]:
-    """At most `room` of the ids (BOS included): BOS and the end, as training keeps them.
+def truncate_start(base: Base, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """At most `limit` of the ids (BOS included): BOS and the end, as in training.
 
     Raises LengthError where not even one token fits.
     """
     special = base.bos_ids if ids[: len(base.bos_ids)] == base.bos_ids else ()
-    kept = room - len(special)
+    kept = limit - len(special)
     if kept < 1:
-        raise LengthError(f"{room} tokens leave no room for a text before its answer; use fewer virtual tokens")
+        raise LengthError(f"no text fits before the answer in {limit} tokens; use fewer virtual tokens")
     return special + ids[len(special) :][-kept:]
 
 
@@ -75,7 +74,7 @@ class HeldOutLoss:
     difference: float | None  # loss minus the base's, on the same tokens; below 0 is better
     interval: Interval | None  # of the difference, over rows, at 95 %; None for a single row
     better_rows: tuple[int, ...]  # source indices of the rows that the prompt makes better
-    worse_rows: tuple[int, ...]  # and of those that it makes worse
+    worse_rows: tuple[int, ...]  # and of the rows that it makes worse
 
     @property
     def perplexity(self) -> float:
@@ -152,7 +151,7 @@ def bootstrap_interval(gaps: Sequence[float], counts: Sequence[int], seed: int) 
     return Interval(float(found.low), float(found.high))
 
 
-_PROMPTS_PER_PASS = 8  # few, so that memory does not grow with P
+MAX_PROMPTS_PER_PASS = 8  # few, so that memory does not grow with P
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """A whole prompt, and what becomes of it without each virtual token."""
+    """The losses of a whole prompt and of the prompt without each virtual token."""
 
     loss: float  # the whole prompt's, nats per text token
     num_rows: int  # with at least one text token
@@ -180,14 +179,12 @@ def leave_one_out(
 ) -> LeaveOneOut:
     """The loss of a prompt, and of it without each of its P virtual tokens, over the examples' text tokens.
 
-    A row stands behind the P - 1 others directly: positions close up. `seed` is the bootstrap's.
+    The positions of a row follow the P - 1 others directly, without a gap. `seed` is the bootstrap's.
     Raises DataError where no example has a text token that every contender predicts.
     """
     counted = [example for example in examples if any(example.text_mask)]
     if not counted:
-        raise DataError(
-            f"none of the {len(examples):,} held-out rows has a text token with another before it; give longer rows"
-        )
+        raise DataError(f"none of the {len(examples):,} held-out rows has a text token after another; give longer rows")
     variants = [prompt.tensor, *_without_each(prompt.tensor)]
     whole, *without = _score_variants(base, forward, counted, variants)
     return LeaveOneOut(
@@ -199,7 +196,7 @@ def leave_one_out(
 
 
 def _without_each(prompt_PH: Tensor) -> list[Tensor | None]:
-    """The prompt without each of its tokens, [P - 1, H]; None where nothing is left."""
+    """The prompt without each of its tokens, [P - 1, H]; None for a prompt of one token."""
     length = prompt_PH.shape[0]
     if length == 1:
         return [None]
@@ -209,7 +206,7 @@ def _without_each(prompt_PH: Tensor) -> list[Tensor | None]:
 def _score_variants(
     base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[Tensor | None]
 ) -> list[list[RowScore]]:
-    passes = [variants[first : first + _PROMPTS_PER_PASS] for first in range(0, len(variants), _PROMPTS_PER_PASS)]
+    passes = [variants[first : first + MAX_PROMPTS_PER_PASS] for first in range(0, len(variants), MAX_PROMPTS_PER_PASS)]
     return [scores for some in passes for scores in _score_pass(base, forward, examples, some)]
 
 

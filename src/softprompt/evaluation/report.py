@@ -52,7 +52,7 @@ def loss_tables(comparison: Comparison) -> list[ReportTable]:
 
 
 def accuracy_tables(comparison: Comparison) -> list[ReportTable]:
-    """One table per labelled held-out set, what is reached without training in its last rows."""
+    """One table per labelled held-out set, the baselines in its last rows."""
     groups = [list(group) for _, group in groupby(comparison.accuracies, key=lambda item: item.held_out)]
     columns = ["prompt", "by likelihood", "95 % interval", "generated"]
     return [
@@ -66,12 +66,12 @@ def accuracy_tables(comparison: Comparison) -> list[ReportTable]:
 
 
 def verdict_lines(comparison: Comparison) -> list[str]:
-    """What the accuracies mean, a sentence or two for each prompt on each labelled set."""
+    """The meaning of the accuracies: a sentence or two for each prompt on each labelled set."""
     return [item.text for item in comparison.verdicts]
 
 
 def ensemble_tables(comparison: Comparison) -> list[ReportTable]:
-    """One table per labelled held-out set and ensemble: what each of its prompts reaches alone."""
+    """One table per labelled held-out set and ensemble: the accuracy of each member alone."""
     votes = [item for item in comparison.accuracies if item.members]
     return [ReportTable(_ensemble_title(item), ["member", "by likelihood"], _member_rows(item)) for item in votes]
 
@@ -85,13 +85,13 @@ def class_tables(comparison: Comparison) -> list[ReportTable]:
 def confusion_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per labelled held-out set and contender: a row per true label, a column per predicted one.
 
-    The columns are headed by the labels, or by the labels' numbers where those are too wide for a terminal.
+    Column heads are the labels, or their numbers where the labels are too wide for a terminal.
     """
     return [_confusion_table(item) for item in comparison.accuracies]
 
 
 def is_small(matrix: ReportTable) -> bool:
-    """Whether a confusion matrix is for a terminal: few classes, and not too wide."""
+    """Whether a confusion matrix suits a terminal: few classes, and not too wide."""
     return len(matrix.rows) <= MAX_SHOWN_CLASSES and _fits(matrix)
 
 
@@ -109,7 +109,7 @@ def score_tables(comparison: Comparison) -> list[ReportTable]:
 
 
 def memory_line(comparison: Comparison) -> str:
-    """What the comparison held in memory."""
+    """The memory that the comparison used."""
     count = len(comparison.prompts) + sum(comparison.ensembles.values())
     return (
         f"One base of {comparison.base_bytes / 2**20:,.1f} MiB, {count} prompt{'' if count == 1 else 's'} of "
@@ -225,12 +225,12 @@ def _figure(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else _NOTHING
 
 
-# What Markdown and its dialects may read as more than text, addresses that they make links of included.
+# Characters with a meaning in Markdown and its dialects, including those of addresses that become links.
 _MARKS = re.compile(r"[\\`*_{}\[\]<>#|!&~$@^]|:(?=//)|(?<=www)\.")
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Answers side by side, then the held-out figures; whatever an input, an answer or a name holds is text."""
+    """Answers side by side, then the held-out figures; everything in an input, an answer or a name is text."""
     figures = (ensemble_tables, loss_tables, class_tables, confusion_tables, score_tables)
     first = [*answer_tables(comparison), *accuracy_tables(comparison)]
     rest = [table for of in figures for table in of(comparison)]
@@ -246,5 +246,5 @@ def _section(table: ReportTable) -> str:
 
 
 def _text(cell: str) -> str:
-    """Model output is data: on one line, nothing of it markup."""
+    """Model output on one line, with markup escaped: it is data."""
     return _MARKS.sub(r"\\\g<0>", " ".join(cell.split()))

@@ -46,11 +46,11 @@ class TaskScore:
 
 
 def check_scores(config: ScoreConfig, sets: Mapping[str, Rows]) -> None:
-    """Raises ConfigError where no set suits what is asked, MissingDependencyError without torchmetrics."""
+    """Raises ConfigError where no set suits `config`, MissingDependencyError without torchmetrics."""
     listed = ", ".join(sets) or "no set at all"
     if config.score and all(rows.form.kind == "plain" for rows in sets.values()):
         raise ConfigError(
-            f"score {config.score[0]!r} compares answers with completions, and there is none in the held-out rows "
+            f"score {config.score[0]!r} compares answers with completions, and the held-out rows have none "
             f"({listed}); give rows with a completion or a chat"
         )
     if config.calibrate and not any(rows.form.labels for rows in sets.values()):
@@ -68,9 +68,10 @@ def task_scores(
     max_length: int,
     seed: int = 0,
 ) -> list[TaskScore]:
-    """Every score asked for, of the bare base and each prompt, on each set that has answers; `seed` is the bootstrap's.
+    """Every score in `config`, of the bare base and each prompt, on each set that has answers.
 
-    `max_length` (tokens, virtual ones not counted) is one for all. Raises as `check_scores` and `greedy_answers` do.
+    `max_length` (tokens, virtual ones not counted) is one for all; `seed` is the bootstrap's. Raises as
+    `check_scores` and `greedy_answers` do.
     """
     names = tuple(dict.fromkeys(config.score))
     results: list[TaskScore] = []
@@ -78,18 +79,18 @@ def task_scores(
         questions = questions_of(base, rows, config.score_rows)
         if questions.items:
             limits = (max_length, config.score_tokens)
-            said = {n: greedy_answers(base, forward, questions.items, p, *limits) for n, p in contenders(prompts)}
-            results += [score for name in names for score in _scored(set_name, name, questions, said, seed)]
+            answers = {n: greedy_answers(base, forward, questions.items, p, *limits) for n, p in contenders(prompts)}
+            results += [score for name in names for score in _scored(set_name, name, questions, answers, seed)]
     return results
 
 
 def _scored(
-    held_out: str, name: TextScore, questions: QuestionSet, said: Mapping[str | None, Sequence[str]], seed: int
+    held_out: str, name: TextScore, questions: QuestionSet, answers: Mapping[str | None, Sequence[str]], seed: int
 ) -> Iterator[TaskScore]:
     references = [question.reference for question in questions.items]
-    bare = text_scores(name, said[None], references)
-    for prompt, answers in said.items():
-        values = bare if prompt is None else text_scores(name, answers, references)
+    bare = text_scores(name, answers[None], references)
+    for prompt, own in answers.items():
+        values = bare if prompt is None else text_scores(name, own, references)
         yield _task_score(held_out, prompt, name, questions, values, None if prompt is None else bare, seed)
 
 
@@ -125,8 +126,9 @@ def criterion(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt],
     """A score of a prompt on these rows, from 0 to 1, higher is better; the base is not changed.
 
     `accuracy` and `f1_macro` are by label likelihood; the others score greedy answers, all rows of them at every call.
-    Raises ConfigError where the rows do not fit the score or the name is no score (`loss` is what training measures
-    itself), DataError for a row whose completion is none of the labels, MissingDependencyError without torchmetrics.
+    Raises ConfigError where the rows do not fit the score or the name is no score (training measures
+    `loss` itself), DataError for a row whose completion is none of the labels, MissingDependencyError without
+    torchmetrics.
     """
     if name in ("accuracy", "f1_macro"):
         return _by_labels(base, rows, name)
@@ -134,7 +136,7 @@ def criterion(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt],
         if name == text_score:
             return _by_answers(base, rows, text_score)
     raise ConfigError(
-        f"{name!r} is no task score; known are {', '.join(known for known in CRITERIA if known != 'loss')}"
+        f"{name!r} is not a task score; known are {', '.join(known for known in CRITERIA if known != 'loss')}"
     )
 
 
@@ -157,18 +159,18 @@ def _by_labels(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt]
 
 
 def _by_answers(base: Base, rows: Rows, name: TextScore) -> Callable[[SoftPrompt], float]:
-    asked = questions_of(base, rows).items
-    if not asked:
+    questions = questions_of(base, rows).items
+    if not questions:
         raise ConfigError(
             f"{name!r} compares answers with completions, and none of the {len(rows):,} rows of {rows.source} "
             "has one; choose another score, or rows with a completion or a chat"
         )
     forward = forward_of(base)
     torchmetrics_text()
-    references = [question.reference for question in asked]
+    references = [question.reference for question in questions]
 
     def score(prompt: SoftPrompt) -> float:
-        values = text_scores(name, greedy_answers(base, forward, asked, prompt), references)
+        values = text_scores(name, greedy_answers(base, forward, questions, prompt), references)
         return sum(values) / len(values)
 
     return score
@@ -178,7 +180,7 @@ def _by_answers(base: Base, rows: Rows, name: TextScore) -> Callable[[SoftPrompt
 class Question:
     """One row to be answered."""
 
-    ids: tuple[int, ...]  # what stands before the answer, BOS included, of any length
+    ids: tuple[int, ...]  # the text before the answer, BOS included, of any length
     reference: str
     num_reference_tokens: int
     index: int  # in the source
@@ -189,7 +191,7 @@ class QuestionSet:
     """The first rows of a set that have an answer."""
 
     items: tuple[Question, ...]
-    num_available: int  # rows of the set that have an answer, asked or not
+    num_available: int  # rows of the set that have an answer, in `items` or not
 
 
 def questions_of(base: Base, rows: Rows, max_rows: int | None = None) -> QuestionSet:
@@ -197,8 +199,8 @@ def questions_of(base: Base, rows: Rows, max_rows: int | None = None) -> Questio
 
     Raises DataError, naming the row, for one that cannot be written.
     """
-    written = render_rows(rows) if rows.form.kind != "plain" else []
-    available = [(position, row) for position, row in enumerate(written) if _has_answer(row)]
+    texts = render_rows(rows) if rows.form.kind != "plain" else []
+    available = [(position, row) for position, row in enumerate(texts) if _has_answer(row)]
     asked = [_question(base, rows, position, row) for position, row in available[:max_rows]]
     return QuestionSet(tuple(asked), len(available))
 
@@ -211,24 +213,24 @@ def greedy_answers(
     max_length: int | None = None,
     max_new_tokens: int | None = None,
 ) -> list[str]:
-    """One answer per question, ended by EOS or after as many tokens as the longest reference has and one more.
+    """One answer per question, ended by EOS or after one token more than the longest reference has.
 
-    `max_new_tokens` lowers that limit, and so does the room there is: `max_length` tokens with the question, which
+    `max_new_tokens` lowers that limit, and so does `max_length`, the tokens of question and answer together. A question
     loses its start, as in training, only where it and its own reference do not fit.
     """
-    room = max_text_tokens(base, prompt, max_length)
+    limit = max_text_tokens(base, prompt, max_length)
     longest = 1 + max((question.num_reference_tokens for question in questions), default=0)
     cap = longest if max_new_tokens is None else min(longest, max_new_tokens)
     requests = []
     for question in questions:
-        ids = truncate_start(base, question.ids, room - _reserved(base, question, room, cap))
-        requests.append(Request(ids, prompt, SamplingConfig(max_new_tokens=min(cap, room - len(ids)))))
+        ids = truncate_start(base, question.ids, limit - _reserved(base, question, limit, cap))
+        requests.append(Request(ids, prompt, SamplingConfig(max_new_tokens=min(cap, limit - len(ids)))))
     return [answer.text for answer in generate(base, requests, forward=forward)]
 
 
-def _reserved(base: Base, question: Question, room: int, cap: int) -> int:
-    """Tokens kept free for the answer: what its reference takes, if that leaves one token of the question."""
-    return max(1, min(question.num_reference_tokens + 1, cap, room - len(base.bos_ids) - 1))
+def _reserved(base: Base, question: Question, limit: int, cap: int) -> int:
+    """Tokens reserved for the answer: those of its reference, if that leaves one token of the question."""
+    return max(1, min(question.num_reference_tokens + 1, cap, limit - len(base.bos_ids) - 1))
 
 
 class _Turn(NamedTuple):
@@ -237,13 +239,13 @@ class _Turn(NamedTuple):
 
 
 def _last_turn(row: RowText) -> _Turn | None:
-    """The assistant's last words that are learned, if something was said before them."""
-    spoken = [
+    """The assistant's last learned turn, if a message precedes it."""
+    turns = [
         _Turn(position, message["content"])
         for position, message in enumerate(row.messages)
         if position > 0 and is_learned(message) and message["content"].strip()
     ]
-    return spoken[-1] if spoken else None
+    return turns[-1] if turns else None
 
 
 def _has_answer(row: RowText) -> bool:
@@ -286,8 +288,8 @@ def torchmetrics_text() -> ModuleType:
 
 
 def _squad(library: ModuleType, key: str, answer: str, reference: str) -> float:
-    asked = {"answers": {"answer_start": [0], "text": [reference]}, "id": "0"}
-    return float(library.squad({"prediction_text": answer, "id": "0"}, asked)[key]) / 100
+    target = {"answers": {"answer_start": [0], "text": [reference]}, "id": "0"}
+    return float(library.squad({"prediction_text": answer, "id": "0"}, target)[key]) / 100
 
 
 def _exact_match(library: ModuleType, answer: str, reference: str) -> float:
@@ -309,7 +311,7 @@ def _words(text: str) -> str:
 
 
 def _chrf(library: ModuleType, answer: str, reference: str) -> float:
-    """An order that the reference is too short for would count as 0, even where the answer is the reference."""
+    """Orders longer than the reference are left out: they would count as 0 even for an answer equal to it."""
     order = max(1, min(_CHRF_ORDER, len(reference.replace(" ", ""))))
     return float(library.chrf_score([answer], [[reference]], n_char_order=order, n_word_order=0))
 
