@@ -45,7 +45,7 @@ def told(script, **settings):
     return ran.stdout.split()
 
 
-def test_a_pool_is_put_away_and_made_anew_with_the_same_results():
+def test_a_released_pool_is_made_anew_with_the_same_results():
     script = """
 before, first = num_threads(), multiply()
 print(num_threads() - before)

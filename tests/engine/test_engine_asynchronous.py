@@ -61,7 +61,7 @@ def test_a_request_is_answered_by_its_tokens_and_one_end():
     run(main)
 
 
-def test_it_is_told_when_a_request_is_taken_before_its_first_event():
+def test_on_admitted_is_called_before_the_first_event():
     async def main():
         told = []
         async with AsyncEngine(Echo(max_running=1)) as engine:
@@ -199,7 +199,7 @@ async def _runs_out_of_time(engine, echo):
 
 
 @pytest.mark.parametrize("stops", [_breaks, _closes, _is_cancelled, _fails, _runs_out_of_time])
-def test_who_stops_listening_gives_the_request_up(stops):
+def test_a_consumer_that_stops_aborts_its_request(stops):
     echo = Echo()
 
     async def main():
@@ -237,7 +237,7 @@ def test_a_task_that_is_cancelled_while_its_request_is_admitted(is_behind_anothe
     run(main)
 
 
-def test_abort_ends_a_request_and_lets_others_be():
+def test_abort_ends_one_request_and_no_other():
     async def main():
         async with AsyncEngine(Echo()) as engine, aclosing(engine.generate(Request(ENDLESS))) as events:
             other = asyncio.create_task(listen(engine, Request(tuple(range(200)))))
@@ -301,7 +301,7 @@ def test_closing_aborts_and_takes_no_more():
     run(main)
 
 
-def test_draining_answers_first():
+def test_a_draining_close_answers_running_requests_first():
     echo = Echo()
 
     async def main():
@@ -319,7 +319,7 @@ def test_draining_answers_first():
     run(main)
 
 
-def test_closing_at_once_while_draining():
+def test_a_second_close_ends_a_draining_one_at_once():
     echo = Echo()
 
     async def main():
@@ -361,7 +361,7 @@ def test_a_request_that_comes_with_the_workers_last_breath():
     run(main)
 
 
-def test_an_engine_that_was_never_started():
+def test_an_engine_that_was_never_started_refuses_requests_and_closes():
     async def main():
         engine = AsyncEngine(Echo())
         with pytest.raises(EngineError, match="not running"):
@@ -453,7 +453,7 @@ def test_commands_are_taken_between_steps():
     run(main)
 
 
-def test_a_worker_that_dies_leaves_nobody_waiting(monkeypatch):
+def test_a_worker_that_dies_ends_every_request(monkeypatch):
     """A bug outside of `step`: the thread ends with its traceback, and the listeners with an event."""
     died = []
     monkeypatch.setattr(threading, "excepthook", lambda arguments: died.append(arguments.exc_value))

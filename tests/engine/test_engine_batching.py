@@ -87,7 +87,7 @@ def test_three_choices_are_three_answers_with_seeds_of_their_own(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_what_requests_begin_with_alike_is_computed_once(family):
+def test_a_shared_prefix_of_later_requests_is_computed_once(family):
     """The second that begins so leaves the beginning to the third; the soft prompt's part came from the first."""
     base, beginning = build(family), random_ids(40)
     engine, prompt, num_read = Engine(base), SoftPrompt(random_prompt(base, 9)), []
@@ -102,7 +102,7 @@ def test_what_requests_begin_with_alike_is_computed_once(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_those_that_come_together_share_what_they_begin_with(family):
+def test_requests_that_come_together_share_their_prefix(family):
     base, beginning = build(family), random_ids(40)
     prompt = SoftPrompt(random_prompt(base, 33))
     requests = [asked(base, beginning + random_ids(count), prompt, num_new=5) for count in (3, 5)]
@@ -113,7 +113,7 @@ def test_those_that_come_together_share_what_they_begin_with(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_rows_that_give_their_memory_back_answer_as_if_they_had_not(family):
+def test_preempted_sequences_answer_as_if_they_had_not_been(family):
     base = build(family)
     requests = [
         asked(base, random_ids(45, seed), length, num_new=14, ignore_eos=True)
@@ -139,7 +139,7 @@ def test_a_base_that_fails_its_self_test_answers_one_request_at_a_time(family, m
     assert engine.stats().kv_bytes == 0
 
 
-def test_the_beginning_of_a_stop_string_is_told_when_the_answer_ends_without_the_rest():
+def test_a_partial_stop_string_is_printed_when_the_answer_ends_without_the_rest():
     base = build("llama")
     free = alone(base, asked(base, random_ids(5), 3, 6))
     held = alone(base, asked(base, random_ids(5), 3, 6, stop=(free.text.split()[-1] + " and on",)))

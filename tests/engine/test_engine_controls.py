@@ -50,7 +50,7 @@ def ask_both(base):
     return [is_true(base, request, answers(base, [request], engine=running)[0]) for request in requests]
 
 
-def test_a_cache_that_goes_by_the_length_of_a_prompt_and_not_by_its_content_is_found_out(base, monkeypatch):
+def test_a_cache_keyed_by_a_prompts_length_is_found_out(base, monkeypatch):
     assert ask_both(base) == [True, True]
     right = engine.prefix_keys
     nobodys = SoftPrompt(random_prompt(base, 9))
@@ -107,7 +107,7 @@ def test_memory_that_is_not_cleared_is_found_out(monkeypatch):
     assert ask_beside_an_overflow() == "Failed"
 
 
-def test_a_draw_that_depends_on_the_company_is_found_out(base, monkeypatch):
+def test_a_draw_that_depends_on_the_batch_is_found_out(base, monkeypatch):
     """Seeds taken from where a row stands in its batch, rather than from its own settings."""
     mine = asked(base, random_ids(6), 3, temperature=1.5, seed=4)
     others = [asked(base, random_ids(4, seed), 3, temperature=1.5) for seed in range(3)]

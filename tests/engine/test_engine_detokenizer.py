@@ -279,7 +279,7 @@ def test_a_long_run_of_bytes_is_printed_in_whole_characters(before):
     assert max(map(len, pieces)) <= 17
 
 
-def test_what_was_printed_of_a_long_run_stays_when_the_run_breaks():
+def test_printed_characters_of_a_long_byte_run_stay_when_the_run_breaks():
     """The documented limit: here the decoder would take back what was printed."""
     base = base_of("byte fallback")
     ids = [*bytes_of(base, "สวัสดีสวัสดี"), *bytes_of(base, "é")[:1]]
@@ -360,7 +360,7 @@ def test_the_work_per_token_grows_with_neither_the_answer_nor_the_text(name, ids
         (("w7", "w7 w"), 0, ("w5 w6 ", 3, "w7")),
     ],
 )
-def test_stop_strings(stop, min_new_tokens, expected):
+def test_an_answer_ends_before_its_first_stop_string(stop, min_new_tokens, expected):
     base = base_of("words")
     before, ids = [9], [5, 6, 7, 8, 5]
     text, count, stopped_by = printed(base, before, ids, stop, min_new_tokens)

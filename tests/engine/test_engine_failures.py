@@ -54,7 +54,7 @@ def test_a_prompt_that_overflows_fails_alone(family, runner):
     assert (engine.stats().num_failed, engine.stats().num_finished) == (1, 6)
 
 
-def test_a_prompt_that_overflows_and_is_given_up_before_its_first_token_leaves_nothing():
+def test_a_prompt_that_overflows_and_is_aborted_before_its_first_token_leaves_nothing():
     base = build_base("gpt2")
     engine, ledger = Engine(base, EngineConfig(max_step_tokens=1), runner="torch"), Ledger()
     request = asked(base, random_ids(5), 4)
@@ -142,7 +142,7 @@ def test_an_error_of_ours_is_not_taken_for_a_lack_of_memory(tiny_llama, monkeypa
 
 
 @pytest.mark.parametrize("when", [1, 2, 3])
-def test_stores_that_cannot_grow_stop_nobody(tiny_llama, monkeypatch, when):
+def test_buffers_that_cannot_grow_end_no_other_request(tiny_llama, monkeypatch, when):
     resize, calls = KVBuffer.resize, []
 
     def failing(store, num_rows):
@@ -159,7 +159,7 @@ def test_stores_that_cannot_grow_stop_nobody(tiny_llama, monkeypatch, when):
     assert len(ends) == 4 and any(isinstance(end, Finished) for end in ends.values())
 
 
-def test_closing_forgets_all_without_a_word_and_the_engine_can_be_used_again(tiny_llama):
+def test_closing_drops_all_requests_without_events_and_the_engine_can_be_used_again(tiny_llama):
     """It once failed where rows were running, and stumbled later over those that were being given up."""
     engine = Engine(tiny_llama, EngineConfig(max_rows=3))
     numbers = [engine.add(asked(tiny_llama, random_ids(5, seed), 4)) for seed in range(5)]

@@ -100,11 +100,11 @@ def test_the_prompts_alone_can_be_continued(tiny_llama):
     assert list(greedy(tiny_llama, Request((), prompt)).ids) == [i for i in true_ids if i != EOS]
 
 
-def test_nothing_asked_is_nothing_answered(tiny_llama):
+def test_generate_of_no_requests_gives_no_answers(tiny_llama):
     assert generate(tiny_llama, []) == []
 
 
-def test_what_does_not_fit_is_refused_with_its_numbers(tiny_llama):
+def test_a_request_longer_than_the_context_is_refused_with_its_numbers(tiny_llama):
     prompt = SoftPrompt(random_prompt(tiny_llama, 10))
     greedy(tiny_llama, Request(random_ids(LIMIT - 22), prompt))
     with pytest.raises(

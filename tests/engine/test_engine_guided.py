@@ -108,7 +108,7 @@ def test_a_tokenizer_of_pieces_and_bytes_writes_json(stories):
         check_person(json.loads(text_of(stories, ids)))
 
 
-def test_what_a_vocabulary_cannot_spell_is_refused(shared_data):
+def test_a_guide_that_the_vocabulary_cannot_spell_is_refused(shared_data):
     """llguidance would leave the brace out and go on behind it."""
     base = load_base(str(shared_data / "models" / "bloom-tiny-random"), device="cpu")
     with pytest.raises(ConfigError, match=r"json_schema .* base 'bloom-tiny-random': it has no token for b'\{'"):
@@ -219,7 +219,7 @@ def test_a_base_without_an_end_of_text_ends_too(base):
         assert not set(base.stop_ids) & set(ids)
 
 
-def test_a_row_that_is_made_again_stands_where_it_stood(base, sampler):
+def test_a_sampling_state_that_is_made_again_continues_alike(base, sampler):
     sampling = SamplingConfig(json_schema=json.dumps(PERSON), temperature=1.0)
     stayed = sampler.new_state(sampling, (5,))
     for step in range(15):

@@ -58,9 +58,9 @@ def neighbours():
 RUNNERS = st.sampled_from(["auto", "torch"])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.sampled_from(FAMILIES), st.sampled_from(list(MINE)), neighbours(), st.integers(0, 5), RUNNERS)
-def test_no_neighbour_changes_my_answer(family, way, others, my_step, runner):
+def test_an_answer_is_the_same_beside_any_neighbours(family, way, others, my_step, runner):
     (mine, truth), ledger, number = mine_and_its_answer(family, way), Ledger(), None
     engine = Engine(build(family), EngineConfig(max_step_tokens=8), runner=runner)
     coming = [(step, Request(ids, prompt_of(family, length), wishes)) for length, ids, wishes, step in others]
@@ -78,7 +78,7 @@ def test_no_neighbour_changes_my_answer(family, way, others, my_step, runner):
 
 @pytest.mark.parametrize("way", MINE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_my_seed_gives_my_answer_after_giving_my_memory_back(family, way):
+def test_a_seeded_answer_is_the_same_after_preemption(family, way):
     """The older ones grow until the youngest, which is mine, has to make room, in the midst of its answer."""
     base, (mine, truth) = build(family), mine_and_its_answer(family, way)
     older = [asked(base, random_ids(56, seed), None, 20, ignore_eos=True) for seed in range(2)]
@@ -93,7 +93,7 @@ def test_my_seed_gives_my_answer_after_giving_my_memory_back(family, way):
 
 
 @pytest.mark.parametrize("way", MINE)
-def test_all_my_choices_are_what_each_gives_alone_though_memory_is_short(way):
+def test_each_of_several_choices_is_its_answer_alone_when_memory_is_short(way):
     base = build("llama")
     request = asked(base, random_ids(50, 1), 9, 25, ignore_eos=True, **MINE[way])
     engine = Engine(base, EngineConfig(kv_bytes=kv_bytes(base, 160), prefix_bytes=0))

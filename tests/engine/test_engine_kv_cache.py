@@ -133,7 +133,7 @@ def test_capacities_waste_at_most_a_half_or_64_positions(max_length, length):
         assert KVCache(length - 1, 1, max_length).can_ever_fit(length) is False
 
 
-def test_what_left_with_nan_does_not_reach_the_next():
+def test_nan_of_a_freed_slot_does_not_reach_the_next_sequence():
     memory = KVCache(1_000 * BYTES, BYTES, MOST)
     first, second = memory.allocate(10), memory.allocate(10)
     keys, values = first.bucket.buffer.of(MODULES[0], torch.ones(1, 2, 3), torch.ones(1, 2, 3))
@@ -144,7 +144,7 @@ def test_what_left_with_nan_does_not_reach_the_next():
 
 
 @pytest.mark.parametrize("is_ready", [True, False])
-def test_an_engine_that_is_ready_takes_no_memory_while_short_rows_grow(tiny_llama, monkeypatch, is_ready):
+def test_an_engine_with_preallocated_memory_allocates_none_while_short_answers_grow(tiny_llama, monkeypatch, is_ready):
     resized = []
     resize = KVBuffer.resize
     monkeypatch.setattr(KVBuffer, "resize", lambda store, rows: resized.append(rows) or resize(store, rows))
@@ -159,7 +159,7 @@ def test_an_engine_that_is_ready_takes_no_memory_while_short_rows_grow(tiny_llam
     assert (held > 0) == is_ready and engine.runners.kv_cache.num_bytes >= held
 
 
-def test_memory_is_made_ready_where_that_is_a_small_part_of_the_budget():
+def test_memory_is_preallocated_where_it_is_a_small_part_of_the_budget():
     sample = KVBuffer(1, 1)
     sample.of(MODULES[0], torch.ones(1, 2, 3), torch.ones(1, 2, 3))
     memory = KVCache(64 * 8 * 4 * BYTES, BYTES, 300)
@@ -173,7 +173,7 @@ def test_memory_is_made_ready_where_that_is_a_small_part_of_the_budget():
     assert small.num_bytes == 0
 
 
-def test_what_the_machine_does_not_have_is_not_made_ready(monkeypatch):
+def test_preallocation_stops_where_the_machine_has_no_memory(monkeypatch):
     sample = KVBuffer(1, 1)
     sample.of(MODULES[0], torch.ones(1, 2, 3), torch.ones(1, 2, 3))
 

@@ -172,16 +172,17 @@ def run_crowd(family, num_examples, num_rules, runner="auto"):
     assert min(crowd.num_preemptions, crowd.num_finished, crowd.num_aborted, crowd.num_hits) > 0
 
 
-def test_whatever_a_crowd_does_every_id_ends_once_and_nothing_is_left():
-    run_crowd("llama", num_examples=30, num_rules=25)
+def test_after_any_commands_every_id_has_ended_once_and_nothing_is_left():
+    run_crowd("llama", num_examples=20, num_rules=25)
 
 
-def test_whatever_a_crowd_does_without_the_compiled_attention_every_id_ends_once():
+@pytest.mark.medium
+def test_after_any_commands_without_the_compiled_attention_every_id_has_ended_once():
     run_crowd("bloom", num_examples=30, num_rules=25, runner="torch")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1_800)
 @pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_whatever_a_large_crowd_does_every_id_ends_once_and_nothing_is_left(family):
+def test_after_very_many_commands_every_id_has_ended_once_and_nothing_is_left(family):
     run_crowd(family, num_examples=150, num_rules=60)

@@ -74,7 +74,7 @@ def test_a_pinned_prompt_is_computed_once_however_many_come_between(tiny_llama, 
     assert num_misses(engine, tiny_llama, first) == (0 if is_pinned else 1)
 
 
-def test_unpinned_it_goes_like_any_other(tiny_llama):
+def test_an_unpinned_prompt_is_evicted_like_any_other(tiny_llama):
     engine = engine_for(tiny_llama, 12)
     first, *others = prompts(tiny_llama, 6)
     engine.pin(first)

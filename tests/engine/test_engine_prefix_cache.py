@@ -70,11 +70,11 @@ class Cache(RuleBasedStateMachine):
         assert all(entry.pins == self.pinned.count(key) for key, entry in self.cache.entries.items())
 
 
-def test_the_least_recently_used_go_first_and_pins_stay():
+def test_the_least_recently_used_prefixes_are_evicted_first_and_pinned_ones_stay():
     run_state_machine_as_test(Cache)
 
 
-def test_what_can_never_fit_drives_nobody_out():
+def test_an_entry_that_can_never_fit_evicts_no_other():
     """It once emptied the cache first, and then was not kept either."""
     cache = PrefixCache(BUDGET)
     cache.put(KEYS[0], states(5))
@@ -117,7 +117,7 @@ def test_beginnings_are_the_soft_prompt_and_whole_blocks_and_never_the_last_toke
     assert prefix_keys(None, ids[:1], True) == []
 
 
-def test_what_the_engine_keeps_is_as_large_as_it_says(tiny_llama):
+def test_prefix_bytes_are_the_size_of_the_cached_tensors(tiny_llama):
     engine, prompt = Engine(tiny_llama), SoftPrompt(random_prompt(tiny_llama, 9))
     requests = [asked(tiny_llama, random_ids(40) + random_ids(count), prompt) for count in (1, 2)]
     for request in requests:
@@ -145,7 +145,7 @@ def test_few_bytes_for_prefixes_mean_misses_and_the_same_answers(tiny_llama):
     ]
 
 
-def test_those_that_wait_for_a_soft_prompt_start_when_it_is_there(tiny_llama):
+def test_requests_that_wait_for_a_pending_soft_prompt_start_when_it_is_cached(tiny_llama):
     """One computes it, the others wait a step rather than compute it too."""
     engine, prompt = Engine(tiny_llama), SoftPrompt(random_prompt(tiny_llama, 40))
     requests = [asked(tiny_llama, random_ids(3, seed), prompt, ignore_eos=True) for seed in range(4)]
@@ -159,7 +159,7 @@ def test_those_that_wait_for_a_soft_prompt_start_when_it_is_there(tiny_llama):
     engine.close()
 
 
-def test_nobody_waits_for_a_soft_prompt_that_cannot_be_kept(tiny_llama):
+def test_requests_do_not_wait_for_a_soft_prompt_that_cannot_be_cached(tiny_llama):
     """They once came into the batch one by one, each after the one before had read the same in vain."""
     engine, prompt = (
         Engine(tiny_llama, EngineConfig(prefix_bytes=kv_bytes(tiny_llama, 39))),
@@ -172,7 +172,7 @@ def test_nobody_waits_for_a_soft_prompt_that_cannot_be_kept(tiny_llama):
     engine.close()
 
 
-def test_one_that_waits_for_another_goes_on_when_the_other_is_given_up(tiny_llama):
+def test_a_request_that_waits_for_a_prefix_starts_when_the_computing_one_is_aborted(tiny_llama):
     engine, prompt = Engine(tiny_llama, EngineConfig(max_step_tokens=2)), SoftPrompt(random_prompt(tiny_llama, 40))
     first, request = engine.add(asked(tiny_llama, (5, 6), prompt)), asked(tiny_llama, (7, 8), prompt)
     engine.step()
@@ -202,7 +202,7 @@ def test_a_text_that_another_salt_has_sent_is_read_as_if_nobody_had(tiny_llama):
     assert num_read(engine, request) == 2
 
 
-def test_nobody_waits_for_a_text_that_another_salt_computes(tiny_llama):
+def test_requests_do_not_wait_for_a_text_under_another_salt(tiny_llama):
     engine, text = Engine(tiny_llama, EngineConfig(max_step_tokens=8)), random_ids(50)
     requests = [replace(asked(tiny_llama, text), cache_salt=salt) for salt in ("alice", "bob")]
     answers(tiny_llama, [requests[0]], engine=engine)  # seen before: who comes now promises it

@@ -61,7 +61,7 @@ def mixed(base):
 
 @pytest.mark.parametrize("max_step_tokens", [3, 64])
 @pytest.mark.parametrize("family", ALL)
-def test_they_are_true_alone_and_beside_others(family, max_step_tokens):
+def test_prompt_logprobs_alone_and_in_a_batch_are_the_slow_truth(family, max_step_tokens):
     base = build(family)
     requests = mixed(base)
     found, _ = read_all(base, requests, EngineConfig(max_step_tokens=max_step_tokens, max_rows=6))
@@ -96,7 +96,7 @@ def test_another_prompt_none_and_a_shuffled_one_are_not_true(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_they_are_true_behind_beginnings_that_others_left(family):
+def test_prompt_logprobs_behind_cached_prefixes_are_the_slow_truth(family):
     """The text is run though its beginning is there; only the soft prompt is not run again, but for its last vector."""
     base = build(family)
     prompt, beginning = SoftPrompt(random_prompt(base, 9)), random_ids(40)
@@ -118,7 +118,7 @@ def test_they_are_true_behind_beginnings_that_others_left(family):
     assert engine.stats().num_read_tokens - before == 8 + 4 + 1
 
 
-def test_those_that_report_wait_for_a_soft_prompt_but_for_nobodys_text():
+def test_a_request_with_prompt_logprobs_waits_for_a_pending_soft_prompt_but_for_no_text():
     base = build("llama")
     prompt, engine = SoftPrompt(random_prompt(base, 40)), Engine(base)
     requests = [replace(told(base, 0, prompt), ids=(*random_ids(33), seed)) for seed in (5, 6, 7)]
@@ -130,7 +130,7 @@ def test_those_that_report_wait_for_a_soft_prompt_but_for_nobodys_text():
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_rows_that_give_their_memory_back_tell_each_token_once(family, monkeypatch):
+def test_prompt_logprobs_of_a_preempted_sequence_are_computed_once_per_token(family, monkeypatch):
     base, tokens = build(family), []
     logprobs = prompt_logprobs.logprobs
 
@@ -202,7 +202,7 @@ def test_prompt_logprobs_of_several_choices_come_once_and_before_any_of_their_to
     assert [answer.ids for answer in run_out(plain).answers(0)] == [answer.ids for answer in events[-1].answers]
 
 
-def test_one_that_is_only_read_answers_nothing():
+def test_a_text_only_request_has_no_answer():
     base = build("llama")
     engine, request = Engine(base), told(base, 9, 3, is_text_only=True, num_choices=2)
     engine.add(request)
@@ -246,14 +246,14 @@ def test_a_text_with_nan_fails_its_request_and_nobody_elses(monkeypatch):
     assert numbers[0] in ledger.texts
 
 
-def test_how_many_alternatives_is_checked():
+def test_a_number_of_alternatives_beyond_the_vocabulary_is_refused():
     base = build("llama")
     for wrong in (-1, base.vocab_size + 1):
         with pytest.raises(ConfigError, match=f"num_text_log_probs is {wrong}; it must be between 0 and 97"):
             Engine(base).add(Request((5,), num_text_log_probs=wrong))
 
 
-def test_a_choice_tells_its_end_when_it_ends():
+def test_a_choice_emits_its_end_before_the_others_have_ended():
     """Of two that end apart the first does not wait for the second."""
     base = build("llama")
     sampling = SamplingConfig(max_new_tokens=40, temperature=1.5, stop_ids=tuple(range(3, 20)), seed=2)

@@ -139,7 +139,7 @@ def test_unlike_rows_in_one_batch_are_each_as_alone(base):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_company_changes_no_bit_whatever_the_order_and_the_threads(base, threads):
+def test_neighbours_order_and_threads_change_no_bit_of_a_sample(base, threads):
     vocab = 70_000  # beyond what one thread gets of a reduction
     rows = [new_state(base, choice_index=i, **chosen) for i, chosen in enumerate(SETTINGS)]
     logits, wanted = contested_logits(len(rows), 2, vocab, torch.bfloat16), [4] * len(rows)
@@ -241,7 +241,7 @@ def test_a_neighbours_counts_or_another_temperature_would_show(base):
         assert any(f.id not in slow_choice(logits[i], rows[i]) for i, f in enumerate(found)), what
 
 
-def test_penalties_see_what_they_should(base):
+def test_penalties_count_the_tokens_of_text_and_answer_that_they_should(base):
     logits = torch.zeros(4, WIDE)
     logits[:, 40], logits[:, 50], logits[:, 60] = 3.0, 2.5, 2.0  # in the text, in the answer, in neither
     rows = [
@@ -380,7 +380,7 @@ def test_a_temperature_next_to_nothing_is_greedy(base):
 
 @pytest.mark.parametrize("vocab", [1, 5, 511, 512, 513, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_first_peak_is_argmax(vocab, dtype):
+def test_blockwise_argmax_is_argmax(vocab, dtype):
     logits = random_logits(20, vocab, vocab, dtype=dtype).round()  # many equal ones
     values, ids = blockwise_argmax(logits)
     assert ids.tolist() == [int((row == row.max()).nonzero()[0]) for row in logits]

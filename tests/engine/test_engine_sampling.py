@@ -48,7 +48,7 @@ def slow_sample(base, request, config):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_it_draws_what_transformers_processors_allow(tiny_llama, settings):
+def test_draws_are_those_that_transformers_processors_allow(tiny_llama, settings):
     for seed in range(3):
         config = SamplingConfig(max_new_tokens=15, seed=seed, **settings)
         request = request_of(tiny_llama, seed)

@@ -25,7 +25,7 @@ def of(client, base, seed=0, length=8, num_new=8, **more):
     return replace(asked(base, random_ids(length, seed), None, num_new, ignore_eos=True), client=client, **more)
 
 
-def test_a_flood_does_not_keep_others_waiting(tiny_llama):
+def test_a_client_with_many_requests_does_not_delay_others(tiny_llama):
     """One client's sixty requests are there first; another's six, from then on, are served turn by turn."""
     engine, ledger = Engine(tiny_llama, EngineConfig(max_rows=4)), Ledger()
     flood = [engine.add(of("flood", tiny_llama, seed)) for seed in range(60)]
@@ -57,7 +57,7 @@ def test_clients_with_work_are_served_alike_to_within_the_rows_that_run(tiny_lla
     engine.close()
 
 
-def test_nobody_saves_up_a_claim_while_away(tiny_llama):
+def test_a_client_without_requests_saves_up_no_claim(tiny_llama):
     engine, ledger = Engine(tiny_llama, EngineConfig(max_rows=1)), Ledger()
     engine.add(of("away", tiny_llama))
     for seed in range(12):
@@ -86,7 +86,7 @@ def test_without_clients_the_first_to_come_is_the_first_served(tiny_llama):
     assert list(run_out(engine).ends) == numbers
 
 
-def test_one_that_waits_can_be_given_up(tiny_llama):
+def test_a_waiting_request_can_be_aborted(tiny_llama):
     engine = Engine(tiny_llama, EngineConfig(max_rows=1))
     first, second, third = (engine.add(of("a", tiny_llama, seed)) for seed in range(3))
     ledger = Ledger()
@@ -182,7 +182,7 @@ def test_beside_answers_a_text_is_read_over_a_few_steps(num_answering, length, m
     engine.close()
 
 
-def test_nobody_answering_a_text_is_read_at_once(tiny_llama):
+def test_a_text_is_read_in_one_step_where_no_sequence_is_decoding(tiny_llama):
     engine = Engine(tiny_llama)
     engine.add(of(None, tiny_llama, 5, 60, 2))
     engine.step()
@@ -202,7 +202,7 @@ def test_a_row_alone_may_outgrow_its_place_though_both_do_not_fit():
 
 
 @pytest.mark.parametrize("clients", [[None], ["a", "b", "c"]], ids=["one_client", "many"])
-def test_rows_that_gave_their_memory_back_are_not_starved_by_newcomers(tiny_llama, clients):
+def test_preempted_sequences_are_not_starved_by_newcomers(tiny_llama, clients):
     """Somebody new comes every other step, for ever; the victim ends all the same, and soon."""
     engine, ledger = Engine(tiny_llama, EngineConfig(kv_bytes=kv_bytes(tiny_llama, 200))), Ledger()
     for seed in range(2):
@@ -232,7 +232,7 @@ class Waiter:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("apcx"), st.sampled_from("abc"), st.integers(-1, 1), st.integers(0, 30))))
-def test_the_queue_is_what_a_sorted_list_would_be(commands):
+def test_the_fair_queue_pops_in_the_order_of_a_sorted_list(commands):
     """a: add, p: pop and run it, c: charge one that runs, x: one that waits or runs goes."""
     queue, waiting, running, service = FairQueue(), [], [], {}
     for number, (what, client, priority, amount) in enumerate(commands):

@@ -116,7 +116,7 @@ def test_after_twenty_thousand_requests_the_engine_is_as_large_as_after_ten_thou
     assert whole["tensors"] - half["tensors"] < 100
 
 
-def test_what_has_ended_goes_at_once_and_not_when_the_garbage_is_collected():
+def test_sequences_that_have_ended_are_freed_without_the_garbage_collector():
     """Rows and requests knew each other, and stayed with their texts until the collector came by."""
     soak = Soak(build_base("llama", max_position_embeddings=128), seed=2)
     gc.collect()

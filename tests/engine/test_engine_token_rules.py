@@ -114,7 +114,7 @@ def test_a_base_without_rules_costs_a_row_nothing() -> None:
     assert base.rules.note is None
 
 
-def test_what_is_not_followed_is_named_with_its_value() -> None:
+def test_a_generation_default_that_is_not_followed_is_named_with_its_value() -> None:
     note = base_with(temperature=0.6, do_sample=True, repetition_penalty=1.1, top_p=1.0, my_own=[1]).rules.note
     assert note is not None
     assert "do_sample = True" in note

@@ -1,7 +1,7 @@
-"""An engine for coroutines: one thread owns it and works; all others send that thread commands and receive events.
+"""An engine for coroutines: one worker thread owns it; all others send it commands and receive events.
 
 Any number of event loops may share one AsyncEngine. A loop is woken at most once per step for all of its requests.
-Every request that was taken ends in exactly one terminal event, also when the engine breaks or is closed.
+Every admitted request ends in exactly one terminal event, also when the engine fails or is closed.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ _Delivery = tuple[_Consumer, tuple[int, Event]]
 class AsyncEngine:
     """`async with AsyncEngine(engine) as running: async for event in running.generate(request): ...`
 
-    From `start` on nobody but the worker thread may touch the engine.
+    From `start` on only the worker thread may touch the engine.
     """
 
     def __init__(self, engine: Engine, compute_share: ComputeShare | None = None) -> None:
-        """`compute_share`: with a training that runs in another thread on the same base."""
+        """`compute_share`: shared with a training that runs in another thread on the same base."""
         self._engine = engine
         self._compute_share = compute_share or ComputeShare()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._is_open = False
-        self._gate = threading.Lock()  # for `_is_open`: behind the last command nobody may send another
-        # what follows is the worker's own
+        self._gate = threading.Lock()  # for `_is_open`: no command may come after the last one is taken
+        # only the worker uses these
         self._consumers: dict[int, _Consumer] = {}
         self._is_closing = False
         self._error: Exception | None = None
 
     def start(self) -> None:
-        """Start the worker. Raises EngineError where that was done before."""
+        """Start the worker. Raises EngineError if it was started before."""
         if self._thread is not None:
             raise EngineError("the engine was started before; make a new one")
         self._thread = threading.Thread(target=self._work, name="softprompt-engine", daemon=True)
@@ -130,7 +130,7 @@ class AsyncEngine:
                     self._ask(partial(self._abort_all, consumer))
 
     async def abort(self, request: int) -> None:
-        """Give a request up: Aborted is its last event. One that has ended, or never was, is let be."""
+        """End a request: Aborted is its last event. Does nothing for one that has ended, or never was."""
         with suppress(EngineError):  # where the engine has stopped, all have ended
             await asyncio.wrap_future(self._ask(partial(self._engine.abort, request)))
 
@@ -145,7 +145,7 @@ class AsyncEngine:
 
     @property
     def is_working(self) -> bool:
-        """Whether it takes requests: it was started, nobody closes it, and no step has failed. Never waits."""
+        """Whether it takes requests: it was started, is not being closed, and no step has failed. Never waits."""
         has_thread = self._thread is not None and self._thread.is_alive()
         return self._is_open and has_thread and self._error is None and not self._is_closing
 
@@ -154,7 +154,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(self._ask(self._engine.stats))
 
     def _ask(self, command: Callable[[], _Result]) -> Future[_Result]:
-        """Have the worker call it between two steps."""
+        """The worker calls it between two steps."""
         answer: Future[_Result] = Future()
         with self._gate:
             if not self._is_open:
@@ -178,7 +178,7 @@ class AsyncEngine:
         return self._error is None and self._engine.has_work
 
     def _take_commands(self) -> None:
-        """All that are there; where there is nothing else to do, wait for one."""
+        """Run all commands that are there; without other work, wait for one."""
         if not self._has_work:
             self._compute_share.idle()
         for _ in range(max(self._commands.qsize(), 0 if self._has_work else 1)):
@@ -237,7 +237,7 @@ class AsyncEngine:
             self._engine.abort(request)
 
     def _end(self) -> None:
-        """Nobody may be left waiting: for the answer to a command, for an event, for its turn."""
+        """Answer all commands, end all requests, let training run: no thread may be left waiting."""
         self._compute_share.idle()
         with self._gate:
             self._is_open = False
@@ -255,7 +255,7 @@ class AsyncEngine:
 
 
 def _call(command: Callable[[], _Result], answer: Future[_Result]) -> None:
-    if not answer.set_running_or_notify_cancel():  # whoever asked has gone
+    if not answer.set_running_or_notify_cancel():  # the caller was cancelled
         return
     try:
         answer.set_result(command())
