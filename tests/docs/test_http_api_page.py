@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.medium
-def test_the_snippets_run_and_the_metrics_are_all_there(tmp_path, capsys):
+def test_the_snippets_run_and_all_metrics_are_listed(tmp_path, capsys):
     config = ServerConfig(state=str(tmp_path / "state"), library=str(prompts_folder()))
     with served(serving_app(load_base("embedded", dtype="float32"), config)) as url:
         names: dict[str, object] = {}
@@ -48,7 +48,7 @@ def test_the_snippets_run_and_the_metrics_are_all_there(tmp_path, capsys):
     assert set(re.findall(r"`(\w+)`", section)) - labels == names_served
 
 
-def test_every_route_is_told_and_no_other():
+def test_the_page_lists_exactly_the_routes():
     told = {f"{method.upper()} {path}" for path, found in create_app((), ROUTERS).openapi()["paths"].items()
             for method in found}  # fmt: skip
     rows = "\n".join(re.findall(r"^\| (`(?:GET|POST|PUT|PATCH|DELETE) .*?) \|", PAGE, flags=re.MULTILINE))
@@ -56,7 +56,7 @@ def test_every_route_is_told_and_no_other():
     assert named == told | {"GET /openapi.json"}
 
 
-def test_every_setting_is_told_with_its_default():
+def test_the_page_lists_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| ", PAGE[PAGE.index("| setting |") :], flags=re.MULTILINE))
     assert rows == {item.name: shown(item.default) for item in dataclasses.fields(ServerConfig)}
 
@@ -69,7 +69,7 @@ def shown(default: object) -> str:
     return f"{default:,}" if isinstance(default, int) and default > 9_999 else str(default)
 
 
-def test_the_commands_have_those_flags_and_the_file_those_settings(tmp_path):
+def test_the_commands_and_the_settings_file_accept_what_the_page_shows(tmp_path):
     lines = [line.partition("#")[0] for block in blocks("console") for line in block.splitlines()]
     assert len(lines) == 4
     for line in lines:

@@ -1,5 +1,5 @@
-"""The API's own description, fuzzed with schemathesis against a real server: whatever comes in, no 5xx goes out, and
-every answer is one that the description has, error envelopes included.
+"""The API's own description, fuzzed with schemathesis against a real server: whatever is sent, there is no 5xx, and
+every response is one that the description has, error envelopes included.
 
 More of the slow one: FUZZ_EXAMPLES=2000 pytest -m slow tests/server/test_server_fuzz.py
 """
@@ -7,7 +7,7 @@ More of the slow one: FUZZ_EXAMPLES=2000 pytest -m slow tests/server/test_server
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from support.tiny_bases import build_base, random_prompt
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import create_key
-from softprompt.server.prompts.adapter_import import Hub
+from softprompt.server.dependencies import dependency_of
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.start import serving_app
 from softprompt.server.state.database import Database
@@ -70,26 +70,31 @@ class Fuzzed:
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.client = OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0)
 
-    def fuzz(self, num_examples: int, *, with_edges: bool = False) -> int:
-        """Ask each operation so often with data of each kind; gives how often in all. `with_edges`: and with every
-        edge of every field that schemathesis knows of. Tells each operation that fails, with what was sent."""
+    def fuzz(self, num_examples: int, *, with_edges: bool = False, only: Collection[str] = ()) -> int:
+        """Send each operation so many examples of each kind; returns how many requests in all.
+
+        `with_edges`: also every edge of every field that schemathesis knows of. `only`: just these operations. Fails
+        with each operation that failed, and what was sent.
+        """
         schema = self._schema()
         failures: list[str] = []
-        self.num_asked = 0
+        self.num_sent = 0
         for operation in (each.ok() for each in schema.get_all_operations()):
+            if only and operation.label not in only:
+                continue
             try:
                 for mode in GenerationMode:
-                    self._ask_often(operation.as_strategy(generation_mode=mode), num_examples)
+                    self._send_examples(operation.as_strategy(generation_mode=mode), num_examples)
                 for case in self._edges(schema, operation) if with_edges else ():
                     # .../load is also the path of a prompt whose name ends so, with the methods of those
                     if case.method == "POST" or not operation.path.endswith("/load"):
-                        self.ask(case)
+                        self.send(case)
             except Unsatisfiable:  # nothing about it can be wrong
                 pass
             except (Exception, FailureGroup) as failure:
                 failures.append(f"{operation.label}: {failure} {getattr(failure, 'exceptions', '')}")
         assert not failures, "\n\n".join(failures)
-        return self.num_asked
+        return self.num_sent
 
     def _schema(self) -> schemathesis.BaseSchema:
         told = self.session.get(f"{self.url}/openapi.json", timeout=30).json()
@@ -104,8 +109,8 @@ class Fuzzed:
         schema.config.checks.negative_data_rejection.expected_statuses = REFUSED
         return schema
 
-    def _ask_often(self, cases: SearchStrategy[schemathesis.Case], num_examples: int) -> None:
-        once = given(case=cases)(lambda case: self.ask(case))
+    def _send_examples(self, cases: SearchStrategy[schemathesis.Case], num_examples: int) -> None:
+        once = given(case=cases)(lambda case: self.send(case))
         settings(max_examples=num_examples, derandomize=True, **QUIET)(once)()
 
     def _edges(self, schema: schemathesis.BaseSchema, operation: Any) -> Iterator[schemathesis.Case]:
@@ -132,8 +137,8 @@ class Fuzzed:
             run_state_machine_as_test(seed(number)(Story), settings=bounded)
         return answered
 
-    def create_job(self, case: schemathesis.Case) -> None:
-        self.num_asked += 1
+    def send(self, case: schemathesis.Case) -> None:
+        self.num_sent += 1
         case.call_and_validate(self.url, self.session, self.headers, additional_checks=[described], timeout=30)
 
     def fill(self, prompts: PromptRegistry) -> None:
@@ -160,11 +165,10 @@ def fuzzed(state: Path, *, asks_for_keys: bool = False) -> Iterator[Fuzzed]:
     if asks_for_keys:
         with closing(Database.of(config)) as database:
             key = create_key(database, "fuzz")[1]
-    app = serving_app(base, config, EngineConfig(max_waiting=64))
-    app.state.parts[Hub] = Hub(base, offline=True)
+    app = serving_app(base, config, EngineConfig(max_waiting=64), offline=True)
     with running(config, app) as server:
         found = Fuzzed(f"http://127.0.0.1:{server.port}", key)
-        found.fill(app.state.parts[PromptRegistry])
+        found.fill(dependency_of(app, PromptRegistry))
         yield found
         found.check_alive()
 
@@ -181,23 +185,28 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
         yield found
 
 
+def test_random_bodies_for_inference_are_answered_as_described(open_server: Fuzzed) -> None:
+    """The other routes and more examples are in the slower tiers."""
+    assert open_server.fuzz(2, only=("POST /v1/completions", "GET /v1/models/{model}")) >= 6
+
+
 @pytest.mark.medium
-def test_few_of_each_operation(open_server: Fuzzed) -> None:
+def test_few_examples_of_each_operation_are_answered_as_described(open_server: Fuzzed) -> None:
     assert open_server.fuzz(FEW) > 10 * FEW
 
 
 @pytest.mark.medium
-def test_with_a_clients_key(keyed_server: Fuzzed) -> None:
+def test_few_examples_with_a_clients_key_are_answered_as_described(keyed_server: Fuzzed) -> None:
     assert keyed_server.fuzz(FEW) > 10 * FEW
 
 
 @pytest.mark.slow
-def test_many_of_each_operation(open_server: Fuzzed) -> None:
+def test_many_examples_of_each_operation_are_answered_as_described(open_server: Fuzzed) -> None:
     assert open_server.fuzz(MANY, with_edges=True) > 10 * MANY
 
 
 @pytest.mark.slow
-def test_stories(open_server: Fuzzed) -> None:
+def test_chains_of_requests_are_answered_as_described(open_server: Fuzzed) -> None:
     answered = set().union(*(open_server.wander(number) for number in range(STORIES)))
     assert {("POST /v1/files", 200), ("POST /v1/fine_tuning/jobs", 200), ("DELETE /v1/files/{file_id}", 200),
             ("GET /v1/fine_tuning/jobs/{fine_tuning_job_id}", 200)} <= answered  # fmt: skip

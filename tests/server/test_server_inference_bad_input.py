@@ -16,11 +16,11 @@ from softprompt.server.clients.keys import Client
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     base = build_base()
     prompts = {"quotes": SoftPrompt(random_prompt(base, 4)), "coach": SoftPrompt(random_prompt(base, 4))}
-    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
-        yield place
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as server:
+        yield server
 
 
 NAN = float("nan")
@@ -175,15 +175,15 @@ def refusal(answer, status=400):
 
 
 @pytest.mark.parametrize(("fields", "says"), named(BAD_FIELDS + BAD_PROMPTS))
-def test_completions_refuse(place, fields, says):
+def test_a_completion_with_an_invalid_field_is_refused_with_a_reason(server, fields, says):
     asked = {"model": "quotes", "prompt": "w3", "max_tokens": 2}
-    assert says in refusal(place.post("/v1/completions", asked | fields))
+    assert says in refusal(server.post("/v1/completions", asked | fields))
 
 
 @pytest.mark.parametrize(("fields", "says"), named(BAD_FIELDS + BAD_MESSAGES))
-def test_chat_refuses(place, fields, says):
+def test_a_chat_with_an_invalid_field_is_refused_with_a_reason(server, fields, says):
     asked = {"model": "quotes", "messages": [USER], "max_tokens": 2}
-    assert says in refusal(place.post("/v1/chat/completions", asked | fields))
+    assert says in refusal(server.post("/v1/chat/completions", asked | fields))
 
 
 @pytest.mark.parametrize(
@@ -191,40 +191,40 @@ def test_chat_refuses(place, fields, says):
     ids=["empty", "open", "list", "number", "text", "null", "not-utf8", "deep", "digits"],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_body_that_is_no_object_is_refused(place, path, body):
-    refusal(place.post(path, body))
+def test_a_body_that_is_no_object_is_refused(server, path, body):
+    refusal(server.post(path, body))
 
 
-def test_what_asks_for_nothing_new_is_taken(place):
+def test_unsupported_fields_with_neutral_values_are_accepted(server):
     harmless = {"tools": [], "tool_choice": "none", "suffix": "", "store": True, "metadata": {"a": "b"},
                 "logit_bias": {}, "service_tier": "auto", "something_new": {"x": 1}, "stop": None, "n": None,
                 "temperature": 0, "logprobs": None, "best_of": 1, "response_format": {"type": "text"}}  # fmt: skip
     asked = {"model": "quotes", "prompt": "w3", "max_tokens": 2, **harmless}
-    assert place.post("/v1/completions", asked).status_code == 200
+    assert server.post("/v1/completions", asked).status_code == 200
     # behind a soft prompt an empty text is one: there is something to continue
-    assert place.post("/v1/completions", {"model": "quotes", "prompt": [[]], "max_tokens": 2}).status_code == 200
+    assert server.post("/v1/completions", {"model": "quotes", "prompt": [[]], "max_tokens": 2}).status_code == 200
 
 
-def test_an_unknown_model_is_answered_with_the_nearest_names(place):
+def test_an_unknown_model_is_answered_with_the_nearest_names(server):
     with pytest.raises(openai.NotFoundError, match=r"no model 'quots'.*'quotes'") as told:
-        place.client.completions.create(model="quots", prompt="w3")
+        server.client.completions.create(model="quots", prompt="w3")
     assert (told.value.code, told.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.NotFoundError, match="coach"):
-        place.client.models.retrieve("coahc")
+        server.client.models.retrieve("coahc")
 
 
-def test_only_an_admin_may_go_before_others(place):
+def test_only_an_admin_may_give_a_priority_below_0(server):
     asked = {"model": "quotes", "prompt": "w3", "max_tokens": 1}
-    assert place.post("/v1/completions", asked | {"priority": -1}).status_code == 200
-    place.app.dependency_overrides[current_client] = lambda: Client("key-1", "someone", is_admin=False)
+    assert server.post("/v1/completions", asked | {"priority": -1}).status_code == 200
+    server.app.dependency_overrides[current_client] = lambda: Client("key-1", "someone", is_admin=False)
     try:
-        assert "priority is -1" in refusal(place.post("/v1/completions", asked | {"priority": -1}))
-        assert place.post("/v1/completions", asked | {"priority": 1}).status_code == 200
+        assert "priority is -1" in refusal(server.post("/v1/completions", asked | {"priority": -1}))
+        assert server.post("/v1/completions", asked | {"priority": 1}).status_code == 200
     finally:
-        place.app.dependency_overrides.clear()
+        server.app.dependency_overrides.clear()
 
 
-def test_a_refusal_by_the_engine_names_the_field_of_the_request(place):
+def test_a_refusal_by_the_engine_names_the_field_of_the_request(server):
     """With HTTP's name for it, in the message too."""
     asked = {"model": "quotes", "prompt": "w3", "max_tokens": 8}
     for fields, param, code in (
@@ -235,12 +235,12 @@ def test_a_refusal_by_the_engine_names_the_field_of_the_request(place):
         ({"prompt": [97]}, "prompt", "invalid_value"),
         ({"model": "base", "prompt": [[]]}, "prompt", "invalid_value"),
     ):
-        error = place.post("/v1/completions", asked | fields).json()["error"]
+        error = server.post("/v1/completions", asked | fields).json()["error"]
         assert (error["param"], error["code"]) == (param, code), error
         assert "min_new_tokens" not in error["message"] and "max_new_tokens" not in error["message"]
 
 
-def test_the_server_goes_on_behind_all_this(place):
-    answer = place.client.completions.create(model="quotes", prompt="w3", max_tokens=2)
+def test_the_server_still_answers_after_all_invalid_requests(server):
+    answer = server.client.completions.create(model="quotes", prompt="w3", max_tokens=2)
     assert answer.usage.prompt_tokens == 2
-    place.until_idle()
+    server.until_idle()

@@ -45,9 +45,9 @@ def prompts(base: Base) -> dict[str, SoftPrompt]:
 
 
 @pytest.fixture(scope="module")
-def place(base: Base, prompts: dict[str, SoftPrompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
-    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
-        yield place
+def server(base: Base, prompts: dict[str, SoftPrompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as server:
+        yield server
 
 
 def truth(base, ids, prompt, num_new=12):
@@ -59,9 +59,9 @@ def token_ids(base: Base, tokens: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["base", *LENGTHS])
-def test_a_greedy_completion_is_plain_concatenations(place, base, prompts, name):
+def test_a_greedy_completion_is_plain_concatenations(server, base, prompts, name):
     ids = random_ids(7, seed=len(name))
-    answer = place.client.completions.create(
+    answer = server.client.completions.create(
         model=name, prompt=words(ids), max_tokens=12, temperature=0, logprobs=0
     ).choices[0]
     found = token_ids(base, answer.logprobs.tokens)
@@ -76,10 +76,10 @@ def test_a_greedy_completion_is_plain_concatenations(place, base, prompts, name)
 
 @pytest.mark.parametrize("name", ["base", *LENGTHS])
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
-def test_log_probabilities_of_an_echoed_text_are_plain_concatenations(place, base, prompts, name, max_tokens):
+def test_log_probabilities_of_an_echoed_text_are_plain_concatenations(server, base, prompts, name, max_tokens):
     """As lm-eval-harness asks for them."""
     ids = base.bos_ids + random_ids(19, seed=len(name))
-    found = place.client.completions.create(
+    found = server.client.completions.create(
         model=name, prompt=list(ids), max_tokens=max_tokens, temperature=0, logprobs=1, echo=True, seed=1,
         extra_body={"ignore_eos": True},
     ).choices[0].logprobs  # fmt: skip
@@ -106,14 +106,14 @@ def test_log_probabilities_of_an_echoed_text_are_plain_concatenations(place, bas
         assert min(abs(ours - theirs) for ours, theirs in zip(values[:3], wrong, strict=False)) > 1e-5
 
 
-def test_sampled_choices_of_several_texts_are_the_engines(place, base, prompts):
+def test_sampled_choices_of_several_texts_equal_the_engines(server, base, prompts):
     texts = [random_ids(5, seed=seed) for seed in range(3)]
     sampling = SamplingConfig(
         max_new_tokens=9, temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.2,
         presence_penalty=0.3, frequency_penalty=0.1, seed=5, logit_bias=((7, 2.0),), stop=("w9 w",),
         stop_ids=(11,), ignore_eos=True, min_new_tokens=2,
     )  # fmt: skip
-    answer = place.client.completions.create(
+    answer = server.client.completions.create(
         model="p4", prompt=[list(base.bos_ids + ids) for ids in texts], n=3, max_tokens=9, temperature=0.8, top_p=0.9,
         presence_penalty=0.3, frequency_penalty=0.1, seed=5, logit_bias={"7": 2}, stop="w9 w",
         extra_body={"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2, "stop_token_ids": [11], "ignore_eos": True,
@@ -134,20 +134,20 @@ def test_sampled_choices_of_several_texts_are_the_engines(place, base, prompts):
     assert len({choice.text for choice in answer.choices}) > 3
 
 
-def test_without_a_seed_every_call_draws_anew_and_with_one_the_same(place):
+def test_requests_sample_anew_without_a_seed_and_alike_with_one(server):
     def ask(**settings):
-        return place.client.completions.create(
+        return server.client.completions.create(
             model="p1", prompt="w3", max_tokens=20, extra_body={"ignore_eos": True}, **settings
         ).choices[0].text  # fmt: skip
 
     assert len({ask() for _ in range(3)}) == 3
-    alike = place.client.completions.create(model="p1", prompt=["w3"] * 3, extra_body={"ignore_eos": True})
+    alike = server.client.completions.create(model="p1", prompt=["w3"] * 3, extra_body={"ignore_eos": True})
     assert len({choice.text for choice in alike.choices}) == 3
     assert ask(seed=0) == ask(seed=0) != ask(seed=1)
 
 
 @pytest.mark.medium
-def test_sixty_four_clients_with_sixty_four_prompts_each_get_their_own(place, base, prompts):
+def test_sixty_four_clients_with_sixty_four_prompts_each_get_their_own(server, base, prompts):
     texts = [random_ids(3 + number % 4, seed=number) for number in range(MANY)]
 
     async def ask(client, number):
@@ -158,7 +158,7 @@ def test_sixty_four_clients_with_sixty_four_prompts_each_get_their_own(place, ba
         return answer.choices[0].logprobs
 
     async def ask_all():
-        clients = [place.async_client() for _ in range(MANY)]
+        clients = [server.async_client() for _ in range(MANY)]
         try:
             return await asyncio.gather(*(ask(client, number) for number, client in enumerate(clients)))
         finally:
@@ -187,14 +187,14 @@ def before_the_end(base: Base, content: list[Any]) -> tuple[list[int], list[floa
     return ids[:num], [token.logprob for token in content[:num]]
 
 
-def chat(place: AppServer, model: str, messages: list[dict[str, object]], **settings: object):
-    return place.client.chat.completions.create(
+def chat(server: AppServer, model: str, messages: list[dict[str, object]], **settings: object):
+    return server.client.chat.completions.create(
         model=model, messages=messages, max_tokens=8, temperature=0, logprobs=True, **settings
     )
 
 
 @pytest.mark.parametrize("name", ["base", "chat"])
-def test_chat_goes_through_the_default_template_where_the_tokenizer_has_none(place, base, prompts, name):
+def test_chat_goes_through_the_default_template_where_the_tokenizer_has_none(server, base, prompts, name):
     messages = [
         {"role": "system", "content": "w5"},
         {"role": "user", "content": [{"type": "text", "text": "w6"}, {"type": "text", "text": "w7"}]},
@@ -205,17 +205,17 @@ def test_chat_goes_through_the_default_template_where_the_tokenizer_has_none(pla
              for message in messages]  # fmt: skip
     assert not base.tokenizer.chat_template and "Assistant:" in DEFAULT_CHAT_TEMPLATE
     ids = chat_prompt_ids(base, plain)
-    answer = chat(place, name, messages)
+    answer = chat(server, name, messages)
     found = answer.choices[0].logprobs.content
     assert answer.usage.prompt_tokens == len(ids)
     assert_same_answer(*before_the_end(base, found), truth(base, ids, prompts.get(name), 8), base.stop_ids)
 
 
 @pytest.mark.parametrize(("name", "text"), [("p4", "w9 w10"), ("template", "w50 w9 w10 w51")])
-def test_a_prompt_that_was_not_trained_on_chat_reads_the_last_user_message(place, base, prompts, name, text):
+def test_a_prompt_that_was_not_trained_on_chat_reads_the_last_user_message(server, base, prompts, name, text):
     messages = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"},
                 {"role": "user", "content": "w9 w10"}]  # fmt: skip
-    answer = chat(place, name, messages)
+    answer = chat(server, name, messages)
     found = answer.choices[0].logprobs.content
     ids = base.bos_ids + base.encode(text)
     assert answer.usage.prompt_tokens == len(ids)
@@ -225,8 +225,8 @@ def test_a_prompt_that_was_not_trained_on_chat_reads_the_last_user_message(place
         assert_same_answer(*before_the_end(base, found), whole, base.stop_ids)
 
 
-def test_chat_answers_may_take_all_the_positions_that_are_left(place, base):
-    answer = place.client.chat.completions.create(
+def test_a_chat_answer_may_use_all_positions_that_are_left(server, base):
+    answer = server.client.chat.completions.create(
         model="p4", messages=[{"role": "user", "content": "w9 w10"}], extra_body={"ignore_eos": True}
     )
     assert answer.choices[0].finish_reason == "length"
@@ -234,7 +234,7 @@ def test_chat_answers_may_take_all_the_positions_that_are_left(place, base):
     assert answer.usage.prompt_tokens_details.virtual_tokens == 4
 
 
-def test_the_base_is_what_it_was(place, base):
+def test_the_base_is_bit_identical_after_serving(server, base):
     fresh = build_base()
     for name, parameter in base.model.named_parameters():
         assert torch.equal(parameter, fresh.model.get_parameter(name)), name

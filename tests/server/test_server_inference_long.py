@@ -53,10 +53,10 @@ def base() -> Base:
 
 
 @pytest.fixture(scope="module")
-def place(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
+def server(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     prompts = {"quotes": SoftPrompt(random_prompt(base, 4))}
-    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
-        yield place
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as server:
+        yield server
 
 
 def chat(*messages: dict[str, str], model: str = "base") -> dict[str, object]:
@@ -76,65 +76,65 @@ TOO_LONG = [
 
 
 @pytest.mark.parametrize(("path", "body"), TOO_LONG, ids=["text", "texts", "message", "name", "plain"])
-def test_what_is_certain_to_be_too_long_is_refused_without_being_read(place, tokenising, path, body):
-    refused = place.post(path, body)
+def test_an_input_certain_to_be_too_long_is_refused_untokenised(server, tokenising, path, body):
+    refused = server.post(path, body)
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
     assert refused.json()["error"]["message"].startswith("This model's maximum context length is 6000 tokens. However")
     assert tokenising.num_characters < 1_000
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_of_a_text_that_is_too_long_the_beginning_is_read(place, tokenising, path):
+def test_only_the_beginning_of_a_too_long_text_is_tokenised(server, tokenising, path):
     text = "w3 " * 60_000
     body = {"model": "base", "prompt": text} if path == "/v1/completions" else chat(USER | {"content": text})
-    refused = place.post(path, body)
+    refused = server.post(path, body)
     assert refused.status_code == 400 and "sent a text of at least " in refused.json()["error"]["message"]
     assert tokenising.num_characters < 60_000
 
 
-def test_the_server_answers_others_while_a_long_text_is_read(place, tokenising):
+def test_other_requests_are_answered_while_a_long_text_is_tokenised(server, tokenising):
     tokenising.may_go_on.clear()
-    with asking(place, {"model": "base", "prompt": SPACED, "max_tokens": 1}) as connection:
+    with asking(server, {"model": "base", "prompt": SPACED, "max_tokens": 1}) as connection:
         assert tokenising.is_held.wait(10)
-        assert place.http.get("/health").status_code == 200
-        assert place.post("/v1/completions", {"model": "base", "prompt": "w3", "max_tokens": 1}).status_code == 200
+        assert server.http.get("/health").status_code == 200
+        assert server.post("/v1/completions", {"model": "base", "prompt": "w3", "max_tokens": 1}).status_code == 200
         tokenising.may_go_on.set()
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
-def test_one_client_has_one_long_text_read_at_a_time_and_those_who_left_none(place, tokenising):
+def test_a_client_has_one_long_text_tokenised_at_a_time_and_none_after_it_disconnects(server, tokenising):
     tokenising.may_go_on.clear()
     long = {"model": "base", "prompt": SPACED, "max_tokens": 1}
-    with asking(place, long):
+    with asking(server, long):
         assert tokenising.is_held.wait(10)
         num_calls = tokenising.num_calls
         for _ in range(3):
-            with asking(place, long):
+            with asking(server, long):
                 pass
-        assert place.http.get("/health").status_code == 200
+        assert server.http.get("/health").status_code == 200
         assert tokenising.num_calls == num_calls
         tokenising.may_go_on.set()
-    until(lambda: place.post("/v1/completions", long).status_code == 200)
+    until(lambda: server.post("/v1/completions", long).status_code == 200)
     assert tokenising.num_calls <= num_calls + 8
 
 
-def test_a_client_that_hangs_up_ends_the_reading_of_its_conversation(place, base, monkeypatch):
+def test_a_disconnected_client_ends_the_tokenising_of_its_conversation(server, base, monkeypatch):
     monkeypatch.setattr(base.tokenizer, "chat_template", NESTED)
     until_read = chat(*[USER] * 2_000)
-    with asking(place, until_read, "/v1/chat/completions"):
-        assert place.http.get("/health").status_code == 200
+    with asking(server, until_read, "/v1/chat/completions"):
+        assert server.http.get("/health").status_code == 200
     monkeypatch.undo()
-    assert place.post("/v1/chat/completions", chat(*[USER] * 200)).status_code == 200
+    assert server.post("/v1/chat/completions", chat(*[USER] * 200)).status_code == 200
 
 
-def test_a_template_that_does_not_end_or_fails_is_400(place, base, monkeypatch):
+def test_a_chat_template_that_fails_or_does_not_end_is_a_400(server, base, monkeypatch):
     for template, told in {
         NESTED: "does not end", "{{ 1/0 }}": "ZeroDivisionError", "{{ nothing.at }}": "undefined",
         "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}": "does not end",
     }.items():  # fmt: skip
         monkeypatch.setattr(base.tokenizer, "chat_template", template)
-        refused = place.post("/v1/chat/completions", chat(*[USER] * 150))
+        refused = server.post("/v1/chat/completions", chat(*[USER] * 150))
         assert refused.status_code == 400 and told in refused.json()["error"]["message"]
     monkeypatch.setattr(base.tokenizer, "chat_template", {"rag": "x", "tool_use": "y"})
-    refused = place.post("/v1/chat/completions", chat(USER))
+    refused = server.post("/v1/chat/completions", chat(USER))
     assert refused.status_code == 400 and "chat templates named 'rag', 'tool_use'" in refused.json()["error"]["message"]

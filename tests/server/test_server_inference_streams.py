@@ -30,18 +30,18 @@ OPENAIS_OWN = ("reasoning_tokens", "audio_tokens", "accepted_prediction_tokens",
 
 
 @pytest.fixture(scope="module")
-def place(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
+def server(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     prompts = {name: SoftPrompt(random_prompt(base, 4, seed)) for seed, name in enumerate(("quotes", "ft:tiny:a:1"))}
-    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as place:
-        yield place
+    with app_server(base, tmp_path_factory.mktemp("state"), prompts) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     """A base whose tokens are pieces of real text."""
     base = load_base("embedded", dtype="float32", device="cpu")
-    with app_server(base, tmp_path_factory.mktemp("state"), {"p": SoftPrompt(random_prompt(base, 4))}) as place:
-        yield place
+    with app_server(base, tmp_path_factory.mktemp("state"), {"p": SoftPrompt(random_prompt(base, 4))}) as server:
+        yield server
 
 
 def put_together(chunks):
@@ -59,12 +59,12 @@ def put_together(chunks):
     return found
 
 
-def test_a_stream_of_completions_is_the_whole_answer_in_pieces(place):
+def test_a_stream_of_completions_is_the_whole_answer_in_pieces(server):
     asked = {"model": "quotes", "prompt": ["w5 w6", "w7"], "n": 2, "max_tokens": 9, "seed": 3, "logprobs": 2,
              "logit_bias": {"0": -100, "1": -100, "2": -100},
              "extra_body": {"ignore_eos": True, "stop_token_ids": [40, 41, 42, 43]}}  # fmt: skip
-    whole = place.client.completions.create(**asked)
-    found = put_together(place.client.completions.create(stream=True, **asked))
+    whole = server.client.completions.create(**asked)
+    found = put_together(server.client.completions.create(stream=True, **asked))
     for choice in whole.choices:
         text, reports, finish_reason, stop_reason = found[choice.index]
         assert (text, finish_reason, stop_reason) == (choice.text, choice.finish_reason, choice.stop_reason)
@@ -77,11 +77,11 @@ def test_a_stream_of_completions_is_the_whole_answer_in_pieces(place):
         assert all(2 <= len(top) <= 3 and token in top for top, token in tops)
 
 
-def test_a_stream_of_chat_is_the_whole_answer_in_pieces(place):
+def test_a_stream_of_chat_is_the_whole_answer_in_pieces(server):
     asked = {"model": "quotes", "messages": [{"role": "user", "content": "w5 w6"}], "n": 3, "max_completion_tokens": 7,
              "seed": 3, "logprobs": True, "top_logprobs": 2}  # fmt: skip
-    whole = place.client.chat.completions.create(**asked)
-    chunks = list(place.client.chat.completions.create(stream=True, **asked))
+    whole = server.client.chat.completions.create(**asked)
+    chunks = list(server.client.chat.completions.create(stream=True, **asked))
     found = put_together(chunks)
     for choice in whole.choices:
         text, reports, finish_reason, _ = found[choice.index]
@@ -95,12 +95,12 @@ def test_a_stream_of_chat_is_the_whole_answer_in_pieces(place):
     assert len(first) == 3 and len({chunk.id for chunk in chunks}) == 1
 
 
-def test_the_usage_comes_last_or_with_every_event(place):
+def test_the_usage_of_a_stream_comes_last_or_with_every_event(server):
     asked = {"model": "quotes", "prompt": "w5 w6", "max_tokens": 5, "ignore_eos": True, "stream": True}
-    plain = events_of(place.post("/v1/completions", asked).text)
+    plain = events_of(server.post("/v1/completions", asked).text)
     assert plain[-1] is None and not any("usage" in event for event in plain[:-1])
     *events, last, done = events_of(
-        place.post("/v1/completions", asked | {"stream_options": {"include_usage": True}}).text
+        server.post("/v1/completions", asked | {"stream_options": {"include_usage": True}}).text
     )
     usage = {
         "prompt_tokens": 3,
@@ -112,7 +112,7 @@ def test_the_usage_comes_last_or_with_every_event(place):
     assert (last["choices"], last["usage"], done) == ([], usage, None)
     assert all(event["usage"] is None for event in events)
     options = {"include_usage": True, "continuous_usage_stats": True}
-    *events, last, _ = events_of(place.post("/v1/completions", asked | {"stream_options": options}).text)
+    *events, last, _ = events_of(server.post("/v1/completions", asked | {"stream_options": options}).text)
     assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 4, 5, 5]
 
 
@@ -132,7 +132,7 @@ def test_multi_byte_text_is_never_cut(written):
 
 
 @pytest.mark.medium
-def test_answers_can_be_made_json(written):
+def test_an_answer_follows_a_json_schema(written):
     schema = {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}, "is_long": {"type": "boolean"}},
               "required": ["mood", "is_long"], "additionalProperties": False}  # fmt: skip
     response_format = {"type": "json_schema", "json_schema": {"name": "mood", "schema": schema, "strict": True}}
@@ -174,42 +174,42 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(written, na
     written.until_idle()
 
 
-def test_a_stop_string_ends_the_answer_and_is_told(place, base):
-    long = place.client.completions.create(
+def test_a_stop_string_ends_the_answer_and_is_its_stop_reason(server, base):
+    long = server.client.completions.create(
         model="quotes", prompt="w5 w6", max_tokens=20, seed=1, extra_body={"ignore_eos": True}
     ).choices[0]
     third = long.text.split()[2]
     asked = {"model": "quotes", "prompt": "w5 w6", "max_tokens": 20, "seed": 1, "stop": ["never", third],
              "extra_body": {"ignore_eos": True}}  # fmt: skip
-    answer = place.client.completions.create(**asked).choices[0]
+    answer = server.client.completions.create(**asked).choices[0]
     assert (answer.text, answer.finish_reason, answer.stop_reason) == (long.text.split(third)[0], "stop", third)
-    assert put_together(place.client.completions.create(stream=True, **asked))[0][0] == answer.text
+    assert put_together(server.client.completions.create(stream=True, **asked))[0][0] == answer.text
     token = base.tokenizer.convert_tokens_to_ids(third)
     asked = {**asked, "stop": None, "extra_body": {"ignore_eos": True, "stop_token_ids": [token]}}
-    answer = place.client.completions.create(**asked).choices[0]
+    answer = server.client.completions.create(**asked).choices[0]
     assert (answer.finish_reason, answer.stop_reason) == ("stop", token)
 
 
-def test_echo_puts_the_prompt_before_each_answer(place):
+def test_echo_puts_the_prompt_before_each_answer(server):
     asked = {"model": "quotes", "max_tokens": 4, "seed": 1, "n": 2, "extra_body": {"ignore_eos": True}}
-    plain = place.client.completions.create(prompt=["w5  w6", "w7"], **asked)
-    echoed = place.client.completions.create(prompt=["w5  w6", "w7"], echo=True, **asked)
+    plain = server.client.completions.create(prompt=["w5  w6", "w7"], **asked)
+    echoed = server.client.completions.create(prompt=["w5  w6", "w7"], echo=True, **asked)
     expected = [text + choice.text for choice, text in zip(plain.choices, ["w5  w6"] * 2 + ["w7"] * 2, strict=True)]
     assert [choice.text for choice in echoed.choices] == expected
-    streamed = put_together(place.client.completions.create(prompt=["w5  w6", "w7"], echo=True, stream=True, **asked))
+    streamed = put_together(server.client.completions.create(prompt=["w5  w6", "w7"], echo=True, stream=True, **asked))
     assert [streamed[index][0] for index in range(4)] == expected
-    alone = place.client.completions.create(model="quotes", prompt=[1, 5, 6], echo=True, max_tokens=0)
+    alone = server.client.completions.create(model="quotes", prompt=[1, 5, 6], echo=True, max_tokens=0)
     assert (alone.choices[0].text, alone.choices[0].finish_reason) == ("w5 w6", "length")
     assert alone.usage.completion_tokens == 0 and alone.usage.prompt_tokens == 3
 
 
 @pytest.mark.parametrize("max_tokens", [0, 5])
-def test_log_probabilities_of_an_echo_stand_before_those_of_each_answer(place, max_tokens):
+def test_log_probabilities_of_an_echo_stand_before_those_of_each_answer(server, max_tokens):
     asked = {"model": "quotes", "prompt": ["w5  w6", "w7", ""], "n": 2, "max_tokens": max_tokens, "seed": 3,
              "logprobs": 2, "extra_body": {"ignore_eos": True}}  # fmt: skip
-    plain = place.client.completions.create(**{**asked, "max_tokens": max(1, max_tokens)})
-    whole = place.client.completions.create(echo=True, **asked)
-    chunks = list(place.client.completions.create(echo=True, stream=True, **asked))
+    plain = server.client.completions.create(**{**asked, "max_tokens": max(1, max_tokens)})
+    whole = server.client.completions.create(echo=True, **asked)
+    chunks = list(server.client.completions.create(echo=True, stream=True, **asked))
     streamed = put_together(chunks)
     texts = [(["<s>", " w5", " w6"], "w5  w6", [0, 0, 2]), (["<s>", " w7"], "w7", [0, 0]), (["<s>"], "", [0])]
     for choice, alone in zip(whole.choices, plain.choices, strict=True):
@@ -219,7 +219,7 @@ def test_log_probabilities_of_an_echo_stand_before_those_of_each_answer(place, m
         assert choice.text == words + answered[1] == streamed[choice.index][0]
         assert found.tokens == tokens + (answered[0].tokens if max_tokens else [])
         assert found.text_offset == places + [
-            len(words) + place for place in (answered[0].text_offset if max_tokens else [])
+            len(words) + index for index in (answered[0].text_offset if max_tokens else [])
         ]
         assert None not in found.token_logprobs and len(found.top_logprobs) == len(found.tokens)
         assert found.token_logprobs[len(tokens) :] == pytest.approx(
@@ -234,16 +234,16 @@ def test_log_probabilities_of_an_echo_stand_before_those_of_each_answer(place, m
     assert whole.usage.completion_tokens == 6 * max_tokens and whole.usage.prompt_tokens == 3 + 2 + 1
 
 
-def test_nothing_stands_before_the_bare_bases_first_token(place):
+def test_the_first_echoed_token_on_the_bare_base_has_no_log_probability(server):
     asked = {"model": "base", "prompt": [5, 6], "max_tokens": 0, "logprobs": 1, "echo": True}
-    answer = place.post("/v1/completions", asked)
+    answer = server.post("/v1/completions", asked)
     found = Completion.model_validate_json(answer.text, extra="forbid").choices[0].logprobs
     assert (found.token_logprobs[0], found.top_logprobs[0], found.tokens[0]) == (None, None, " w5")
     assert found.token_logprobs[1] < 0
 
 
 @pytest.mark.medium
-def test_each_token_of_real_text_is_where_its_offset_says(written):
+def test_text_offsets_point_at_their_tokens_in_real_text(written):
     for prompt in (MULTI_BYTE, "The man <s> who\n\n  moves </s> a mountain.", " begins with a space", "\t"):
         choice = written.client.completions.create(
             model="p", prompt=prompt, max_tokens=6, seed=1, logprobs=0, echo=True
@@ -251,30 +251,30 @@ def test_each_token_of_real_text_is_where_its_offset_says(written):
         found = choice.logprobs
         assert choice.text.startswith(prompt) and found.text_offset == sorted(found.text_offset)
         num_text = sum(offset < len(prompt) for offset in found.text_offset)
-        whole = [place for place, token in enumerate(found.tokens) if not token.startswith("bytes:")]
+        whole = [index for index, token in enumerate(found.tokens) if not token.startswith("bytes:")]
         assert num_text > 1 or prompt == "\t"
-        for place in whole:
-            offset, token = found.text_offset[place], found.tokens[place]
-            assert choice.text[offset : offset + len(token)] == token or offset == found.text_offset[place + 1], token
+        for index in whole:
+            offset, token = found.text_offset[index], found.tokens[index]
+            assert choice.text[offset : offset + len(token)] == token or offset == found.text_offset[index + 1], token
 
 
-def test_offsets_find_their_way_back_behind_what_a_tokenizer_changed():
+def test_text_offsets_recover_after_characters_that_the_tokenizer_changed():
     said = [b"", b"A", b" cafe", b" \xe2\x82", b"\xac", b"?", b" d\xc3\xa9j\xc3\xa0", b"unk"]
     assert text_offsets("A  caf\u00e9 \u20ac? d\u00e9j\u00e0", said) == [0, 0, 1, 7, 8, 9, 10, 15]
     assert text_offsets("", [b"", b"x"]) == [0, 0]
     assert text_offsets("foo w6", [b"", b" w6"]) == [0, 3]
 
 
-def test_a_stream_tells_each_choices_end_when_it_has_ended(place):
+def test_each_choice_of_a_stream_ends_as_soon_as_it_is_finished(server):
     asked = {"model": "quotes", "prompt": ["w5", "w8 w9"], "n": 4, "max_tokens": 40, "seed": 2, "temperature": 1.5,
              "extra_body": {"stop_token_ids": list(range(3, 20))}}  # fmt: skip
-    chunks = [chunk.choices[0] for chunk in place.client.completions.create(stream=True, **asked)]
+    chunks = [chunk.choices[0] for chunk in server.client.completions.create(stream=True, **asked)]
     ends = [number for number, choice in enumerate(chunks) if choice.finish_reason is not None]
     assert sorted(chunks[number].index for number in ends) == list(range(8))
     for number in ends:
         assert all(choice.index != chunks[number].index for choice in chunks[number + 1 :])
     assert ends[0] < len(chunks) - 8, "they were told together"
-    chat = place.client.chat.completions.create(
+    chat = server.client.chat.completions.create(
         model="quotes", messages=[{"role": "user", "content": "w5"}], n=4, max_tokens=40, seed=2, temperature=1.5,
         stream=True, extra_body={"stop_token_ids": list(range(3, 20))},
     )  # fmt: skip
@@ -282,10 +282,12 @@ def test_a_stream_tells_each_choices_end_when_it_has_ended(place):
     assert sum(is_end) == 4 and True in is_end[:-4]
 
 
-def test_text_gets_bos_and_ids_are_taken_as_they_are(place):
+def test_bos_is_added_to_texts_and_not_to_ids(server):
     def ask(prompt, **settings):
-        answer = place.client.completions.create(model="quotes", prompt=prompt, max_tokens=6, temperature=0, logprobs=0,
-                                                 extra_body={"ignore_eos": True, **settings})  # fmt: skip
+        answer = server.client.completions.create(
+            model="quotes", prompt=prompt, max_tokens=6, temperature=0, logprobs=0,
+            extra_body={"ignore_eos": True, **settings},
+        )  # fmt: skip
         return answer.usage.prompt_tokens, answer.choices[0].logprobs.token_logprobs
 
     ids = random_ids(4)
@@ -295,9 +297,9 @@ def test_text_gets_bos_and_ids_are_taken_as_they_are(place):
     assert ask([list(ids)]) == without
 
 
-def test_the_async_client_streams_too(place):
+def test_the_async_client_streams_too(server):
     async def ask():
-        async with place.async_client() as client:
+        async with server.async_client() as client:
             stream = await client.completions.create(model="quotes", prompt="w5", max_tokens=5, seed=2, stream=True)
             pieces = [chunk.choices[0].text async for chunk in stream]
             whole = await client.completions.create(model="quotes", prompt="w5", max_tokens=5, seed=2)
@@ -307,16 +309,16 @@ def test_the_async_client_streams_too(place):
     assert streamed == whole
 
 
-def test_answers_are_as_the_api_describes_them(place):
+def test_responses_match_their_published_schemas(server):
     whole = {"model": "quotes", "max_tokens": 3, "n": 2}
-    completion = place.post("/v1/completions", whole | {"prompt": "w3", "logprobs": 1})
+    completion = server.post("/v1/completions", whole | {"prompt": "w3", "logprobs": 1})
     assert Completion.model_validate_json(completion.text, extra="forbid").usage.completion_tokens <= 6
     messages = [{"role": "user", "content": "w3"}]
-    chat = place.post("/v1/chat/completions", whole | {"messages": messages, "logprobs": True})
+    chat = server.post("/v1/chat/completions", whole | {"messages": messages, "logprobs": True})
     assert ChatCompletion.model_validate_json(chat.text, extra="forbid").object == "chat.completion"
-    refused = place.post("/v1/completions", whole)
+    refused = server.post("/v1/completions", whole)
     assert ErrorBody.model_validate_json(refused.text, extra="forbid").error.param == "prompt"
-    schemas = place.http.get("/openapi.json").json()["components"]["schemas"]
+    schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
     bodies = {"CompletionBody": CompletionBody, "ChatBody": ChatBody, "Completion": Completion,
               "ChatCompletion": ChatCompletion, "ErrorBody": ErrorBody, "ModelObject": ModelObject}  # fmt: skip
     for name, body in bodies.items():
@@ -325,14 +327,14 @@ def test_answers_are_as_the_api_describes_them(place):
         assert all("description" in field for key, field in fields if "Body" in name and key != "error"), name
 
 
-def test_models_are_listed_with_their_records(place, base):
-    models = {model.id: model for model in place.client.models.list()}
+def test_models_are_listed_with_their_records(server, base):
+    models = {model.id: model for model in server.client.models.list()}
     assert list(models) == ["tiny-llama", "quotes", "ft:tiny:a:1"]
     bare, quotes = models["tiny-llama"], models["quotes"]
     assert (bare.object, bare.source, bare.num_virtual_tokens, bare.base_fingerprint) == (
         "model", "base", 0, base.fingerprint)  # fmt: skip
     assert (quotes.num_virtual_tokens, quotes.shared, quotes.pinned) == (4, True, False)
     assert quotes.form["kind"] == "plain" and len(quotes.content_hash) == 64 and quotes.parent is None
-    assert place.client.models.retrieve("ft:tiny:a:1").id == "ft:tiny:a:1"
-    assert place.client.models.retrieve("base").id == "tiny-llama"
-    assert place.http.get("/v1/models/org/name").status_code == 404
+    assert server.client.models.retrieve("ft:tiny:a:1").id == "ft:tiny:a:1"
+    assert server.client.models.retrieve("base").id == "tiny-llama"
+    assert server.http.get("/v1/models/org/name").status_code == 404

@@ -81,7 +81,7 @@ def error(answer: httpx2.Response) -> dict[str, Any]:
         ([], "the body is a list of 0; it must be a valid dictionary or object to extract fields from"),
     ],
 )
-def test_a_sentence(http: httpx2.Client, body: Any, message: str) -> None:
+def test_an_invalid_body_is_described_in_one_sentence(http: httpx2.Client, body: Any, message: str) -> None:
     assert error(http.post("/take", content=json.dumps(body)))["message"].startswith(message)
 
 
@@ -101,16 +101,18 @@ def test_a_field_of_any_length_is_shortened(http: httpx2.Client) -> None:
         (b'{"name": "a", "count": 1' + b"0" * 5_000 + b"}", ""),
     ],
 )
-def test_what_is_not_json(http: httpx2.Client, content: bytes, message: str) -> None:
+def test_a_body_that_is_not_json_is_described_with_its_position(
+    http: httpx2.Client, content: bytes, message: str
+) -> None:
     assert error(http.post("/take", content=content))["message"].startswith(message)
 
 
-def test_a_body_that_does_not_say_what_it_is(http: httpx2.Client) -> None:
+def test_a_body_without_a_json_content_type_is_refused(http: httpx2.Client) -> None:
     told = error(http.post("/take", content=b"{}", headers={"content-type": "text/plain"}))
     assert told["message"] == "the body's Content-Type is not JSON; send Content-Type: application/json"
 
 
-def test_a_querys_fields_and_codes(http: httpx2.Client) -> None:
+def test_an_invalid_query_parameter_is_named(http: httpx2.Client) -> None:
     found = error(http.post("/take?limit=0", json={"name": "a"}))
     assert found == {
         "message": "limit is '0'; it must be greater than or equal to 1", "type": "invalid_request_error",
@@ -118,7 +120,7 @@ def test_a_querys_fields_and_codes(http: httpx2.Client) -> None:
     }  # fmt: skip
 
 
-def test_another_path_or_method_is_told_in_the_envelope_too(http: httpx2.Client) -> None:
+def test_an_unknown_path_or_method_has_an_error_envelope(http: httpx2.Client) -> None:
     absent = http.get("/" + "n" * 5_000)
     assert (absent.status_code, len(absent.json()["error"]["message"])) == (404, 115)
     wrong = http.delete("/take")
@@ -126,7 +128,7 @@ def test_another_path_or_method_is_told_in_the_envelope_too(http: httpx2.Client)
     assert wrong.json()["error"]["message"] == "DELETE /take: Method Not Allowed"
 
 
-def test_half_a_character_in_a_place_or_a_reason(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_in_a_field_or_a_reason_is_escaped(tmp_path: Path) -> None:
     told = validation_error(
         [{"type": "x", "loc": ("body", "\udc00" * 99), "msg": "Input should be \ud800", "input": None}]
     )
@@ -135,7 +137,7 @@ def test_half_a_character_in_a_place_or_a_reason(tmp_path: Path) -> None:
     assert (told.param or "").encode()
 
 
-def test_no_error_echoes_much_of_what_a_client_has_sent() -> None:
+def test_an_error_quotes_little_of_what_a_client_sent() -> None:
     """One place cuts for all: a message that echoed a value whole once came back with megabytes."""
     sent = "x" * 2**20
     for error in (ApiError(400, f"stop is {sent!r}", None, sent), ApiError.of(DataError(f"{sent} is no label"))):

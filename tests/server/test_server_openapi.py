@@ -76,7 +76,7 @@ def operations(told: Json) -> Iterator[tuple[str, str, Json]]:
             yield method.upper(), path, operation
 
 
-def test_the_operations_are_those_that_clients_know(told: Json) -> None:
+def test_the_description_has_the_operations_that_clients_know(told: Json) -> None:
     lines = []
     for method, path, found in operations(told):
         names = sorted(each["name"] for each in found.get("parameters", []))
@@ -86,7 +86,7 @@ def test_the_operations_are_those_that_clients_know(told: Json) -> None:
     assert {name: " ".join(sorted(schemas[name]["properties"])) for name in FIELDS} == FIELDS
 
 
-def test_each_says_what_it_is_for_and_what_it_takes(told: Json) -> None:
+def test_each_operation_describes_its_purpose_and_its_parameters(told: Json) -> None:
     known_tags = {tag["name"] for tag in told["tags"]}
     for method, path, found in operations(told):
         where = f"{method} {path}"
@@ -99,7 +99,7 @@ def test_each_says_what_it_is_for_and_what_it_takes(told: Json) -> None:
     assert told["info"]["version"][0].isdigit()
 
 
-def test_each_says_how_it_refuses(told: Json) -> None:
+def test_each_operation_describes_its_errors(told: Json) -> None:
     for method, path, found in operations(told):
         where, answers = f"{method} {path}", found["responses"]
         assert "422" not in answers, where  # what FastAPI would answer
@@ -116,7 +116,7 @@ def test_each_says_how_it_refuses(told: Json) -> None:
     assert without_key == WITHOUT_KEY
 
 
-def test_streams_and_uploads_are_told(told: Json) -> None:
+def test_streams_and_uploads_are_described(told: Json) -> None:
     paths = told["paths"]
     for path in ("/v1/completions", "/v1/chat/completions"):
         assert "[DONE]" in paths[path]["post"]["responses"]["200"]["content"]["text/event-stream"]["example"]
@@ -127,7 +127,7 @@ def test_streams_and_uploads_are_told(told: Json) -> None:
     assert adapter["multipart/form-data"]["schema"]["properties"]["files"]["items"]["format"] == "binary"
 
 
-def test_every_json_body_and_answer_has_an_example_that_is_right(told: Json) -> None:
+def test_every_json_schema_has_a_valid_example(told: Json) -> None:
     num_examples = 0
     for method, path, found in operations(told):
         bodies = [found["requestBody"]] if "requestBody" in found else []
