@@ -152,11 +152,13 @@ def test_a_process_that_waits_for_its_cores_keeps_a_spare_pool_until_it_no_longe
     assert is_equal == "True"
 
 
+@pytest.mark.medium
 def test_an_idle_process_does_not_change_how_its_threads_wait():
     """A hundredth of a second of waiting is no sign of load, nor is a thread that has ended with its waiting."""
     assert told("TIMES = [(0.01, 0.01, 1), (0.02, 0.02, 2), (0.0, 1.0, 3)]" + MONITORED)[:-1] == ["False", "0"] * 3
 
 
+@pytest.mark.medium
 def test_a_process_that_waits_for_its_own_threads_is_not_busy():
     """A server's event loop and its engine, say; and when the others stop, what is left to wait is its own."""
     spare = str(os.cpu_count())

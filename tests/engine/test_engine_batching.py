@@ -24,7 +24,7 @@ from softprompt.config import EngineConfig
 from softprompt.engine import Engine, model_runner
 from softprompt.prompt import SoftPrompt
 
-ALL = [*FAMILIES, *OTHERS]
+ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.medium) for family in OTHERS)]
 build = lru_cache(maxsize=None)(build_base)
 
 
@@ -63,7 +63,7 @@ def test_a_request_answers_truly_whoever_joins_and_leaves(family):
 
 
 @pytest.mark.parametrize("runner", ["auto", "torch"])
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_answers_alone_and_in_a_batch_are_the_slow_truth(family, runner):
     base = build(family)
     requests, engine = mixed(base), Engine(base, runner=runner)

@@ -173,7 +173,7 @@ def run_crowd(family, num_examples, num_rules, runner="auto"):
 
 
 def test_after_any_commands_every_id_has_ended_once_and_nothing_is_left():
-    run_crowd("llama", num_examples=20, num_rules=25)
+    run_crowd("llama", num_examples=15, num_rules=25)
 
 
 @pytest.mark.medium

@@ -22,7 +22,7 @@ from softprompt.errors import ConfigError
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt
 
-ALL = [*FAMILIES, *OTHERS]
+ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.medium) for family in OTHERS)]
 build = lru_cache(maxsize=None)(build_base)
 
 

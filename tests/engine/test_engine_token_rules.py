@@ -74,7 +74,7 @@ RULES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.medium)])
 @pytest.mark.parametrize("rule", RULES)
 def test_answers_under_a_bases_rules_are_those_of_transformers_alone_and_together(rule: str, family: str) -> None:
     settings = RULES[rule](family)
