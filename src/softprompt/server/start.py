@@ -1,4 +1,4 @@
-"""A base as a running server: makes the parts, starts and stops them, and hands the app to uvicorn."""
+"""The app that serves a base: everything it depends on is made, started and stopped here."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from softprompt.server.telemetry.metrics import Collectors, Metrics
 from softprompt.server.telemetry.routes import router as running_router
 from softprompt.server.telemetry.tracing import Tracing
 
-MOST_WAITING = 2_048  # answers, where nobody says otherwise: more are told to come back later
+MOST_WAITING = 2_048  # answers in the queue by default; more are refused with 503
 ROUTERS: tuple[APIRouter, ...] = (running_router, files_router, jobs_router, prompts_router, inference_router)
 
 
 def serving_app(
     base: Base, config: ServerConfig, engine_config: EngineConfig | None = None, *, offline: bool = False
 ) -> FastAPI:
-    """The app that serves a base. Its lifespan runs the engine. `offline`: prompts are never asked of the Hub."""
+    """The app that serves a base. Its lifespan runs the engine. `offline`: no prompt is fetched from the Hub."""
     compute_share = ComputeShare(config.training_share, _seconds(config.training_latency_ms))
     engine = AsyncEngine(Engine(base, _with_bounded_queue(engine_config)), compute_share)
     database = Database.of(config)
@@ -62,14 +62,16 @@ def serving_app(
     jobs = Jobs(base, config, database, registry, files, compute_share, metrics.trained, quotas)
     tracing = Tracing(config.traces)
     keys, limiter, lifecycle = KeyCache(database, asks=asks_for_keys(config)), RateLimiter.of(config), Lifecycle()
-    figures = Collectors(engine, database, lambda: Counter(model.source for model in registry.all_prompts()))
+    collectors = Collectors(engine, database, lambda: Counter(model.source for model in registry.all_prompts()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with exclusive(Path(config.state), database):
             files.clean()
             engine.start()
-            await asyncio.to_thread(lambda: base.fingerprint)  # answers have it; made once, and not beside others
+            await asyncio.to_thread(
+                lambda: base.fingerprint
+            )  # in every answer; computed once, before there are requests
             try:
                 async with serving_prompts(registry, library, pins), _beside(end_revoked_requests(keys, lifecycle)):
                     jobs.start()
@@ -80,18 +82,18 @@ def serving_app(
                 await tracing.close()
                 database.close()
 
-    parts = (
+    dependencies = (
         base, config, TokenTexts(base), TokeniserPool(base), compute_share, engine, database, registry, library, pins,
-        Hub(base, offline=offline), files, jobs, figures, tracing, metrics, lifecycle, keys, limiter, quotas,
+        Hub(base, offline=offline), files, jobs, collectors, tracing, metrics, lifecycle, keys, limiter, quotas,
     )  # fmt: skip
-    app = create_app(parts, ROUTERS, lifespan)
+    app = create_app(dependencies, ROUTERS, lifespan)
     observe(app)  # the outermost layer, so it comes last
     return app
 
 
 @asynccontextmanager
 async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Work that runs meanwhile, and is cancelled at the end."""
+    """Run the work meanwhile, and cancel it at the end."""
     task = asyncio.create_task(work)
     try:
         yield

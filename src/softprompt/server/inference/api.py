@@ -19,8 +19,8 @@ from softprompt.server.prompts.registry import PromptRegistry
 
 router = APIRouter(responses=error_responses(401, 429))
 
-TheBase = Annotated[Base, dependency(Base)]
-TheRegistry = Annotated[PromptRegistry, dependency(PromptRegistry)]
+BaseDep = Annotated[Base, dependency(Base)]
+RegistryDep = Annotated[PromptRegistry, dependency(PromptRegistry)]
 
 _EVENTS = {"text/event-stream": {"schema": {"type": "string"},
                                  "example": 'data: {"id":"...","choices":[...]}\n\ndata: [DONE]\n\n'}}  # fmt: skip
@@ -34,7 +34,7 @@ def _answers(description: str) -> Responses:
 
 
 @router.get("/v1/models", summary="List models", tags=["models"])
-def list_models(client: CurrentClient, base: TheBase, registry: TheRegistry) -> ModelList:
+def list_models(client: CurrentClient, base: BaseDep, registry: RegistryDep) -> ModelList:
     """The base and every soft prompt that the key may use, each with its record."""
     return ModelList(data=[describe(model, base, registry.base.id) for model in registry.models(client)])
 
@@ -44,8 +44,8 @@ def list_models(client: CurrentClient, base: TheBase, registry: TheRegistry) -> 
 def retrieve_model(
     model: Annotated[str, Path(description="Its name, `/` and `:` included.", examples=["quotes"])],
     client: CurrentClient,
-    base: TheBase,
-    registry: TheRegistry,
+    base: BaseDep,
+    registry: RegistryDep,
 ) -> ModelObject:
     """One model with its record; an alias gives the model that it means now."""
     return describe(registry.resolve(model, client), base, registry.base.id)

@@ -38,14 +38,14 @@ _CHAT: JsonDict = {
 
 
 class PromptTokensDetails(BaseModel):
-    """What was read beside the text."""
+    """Details of `prompt_tokens`."""
 
-    cached_tokens: int = Field(description="Of the texts, taken from the prefix cache; counted in `prompt_tokens`.")
-    virtual_tokens: int = Field(description="Of the soft prompt; counted in no total.")
+    cached_tokens: int = Field(description="Tokens of the texts found in the prefix cache; counted in `prompt_tokens`.")
+    virtual_tokens: int = Field(description="Virtual tokens of the soft prompt; counted in no total.")
 
 
 class CompletionTokensDetails(BaseModel):
-    """What OpenAI counts apart: none of it is made here."""
+    """Counts of OpenAI's API; all are 0 here."""
 
     reasoning_tokens: int
     audio_tokens: int
@@ -54,17 +54,17 @@ class CompletionTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of one call."""
+    """Tokens of one request."""
 
-    prompt_tokens: int = Field(description="Of the texts, BOS included; without virtual tokens.")
-    completion_tokens: int = Field(description="Of the answers, the tokens that ended them included.")
+    prompt_tokens: int = Field(description="Tokens of the texts, with BOS and without virtual tokens.")
+    completion_tokens: int = Field(description="Tokens of the answers, including those that ended them.")
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
 
 
 class ChoiceEnd(BaseModel):
-    """What every choice has."""
+    """The fields of every choice."""
 
     index: int
     finish_reason: Literal["stop", "length"]
@@ -90,7 +90,7 @@ class CompletionChoice(ChoiceEnd):
 
 
 class Completion(BaseModel):
-    """Answers of /v1/completions; with `stream`, events of the same form."""
+    """Response of /v1/completions; with `stream`, events of the same form."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_COMPLETION]})
 
@@ -119,7 +119,7 @@ class ChatChoice(ChoiceEnd):
 
 
 class ChatCompletion(BaseModel):
-    """Answers of /v1/chat/completions; a stream's events are `chat.completion.chunk`, with `delta` for `message`."""
+    """Response of /v1/chat/completions; a stream's events are `chat.completion.chunk`, with `delta` for `message`."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_CHAT]})
 
@@ -147,7 +147,7 @@ class ModelObject(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_MODEL]}, protected_namespaces=())
 
-    id: str = Field(description="The name to ask for it by.")
+    id: str = Field(description="Its name in requests.")
     object: Literal["model"] = "model"
     created: int = Field(description="When it was first served (seconds since 1970).")
     owned_by: str = Field(description="The API key's id, or `softprompt` for the operator's.")
@@ -156,15 +156,15 @@ class ModelObject(BaseModel):
     source: str = Field(description="base, library, upload, folder, hub, job or checkpoint.")
     job: str | None = Field(None, description="The fine-tuning job that made it.")
     shared: bool = Field(description="Whether every client may use it.")
-    pinned: bool = Field(description="Whether its keys and values stay in memory.")
+    pinned: bool = Field(description="Whether its KV prefix stays in memory.")
     num_virtual_tokens: int = Field(description="Length of the soft prompt; 0 for the base.")
     content_hash: str | None = Field(None, description="sha256 of the soft prompt's numbers.")
-    parent: str | None = Field(None, description="Content hash of the prompt that this one was trained on from.")
-    form: dict[str, Any] | None = Field(None, description="How its training inputs were written.")
-    base_name: str | None = Field(None, description="The base that it was trained on.")
-    base_fingerprint: str | None = Field(
-        None, description="What that base computes, as a hash; null where it is unknown."
+    parent: str | None = Field(
+        None, description="Content hash of the prompt from which the training of this one started."
     )
+    form: dict[str, Any] | None = Field(None, description="The form of its training inputs.")
+    base_name: str | None = Field(None, description="The base that it was trained on.")
+    base_fingerprint: str | None = Field(None, description="Hash of what that base computes; null if unknown.")
 
 
 class ModelList(BaseModel):
@@ -175,7 +175,7 @@ class ModelList(BaseModel):
 
 
 def describe(model: Model, base: Base, root: str) -> ModelObject:
-    """What is told of a model; `root` is the base's id."""
+    """The public description of a model; `root` is the base's id."""
     prompt = model.prompt
     record = None if prompt is None else prompt.record
     return ModelObject(

@@ -24,17 +24,17 @@ _MOST_GUIDED, _LONGEST_GUIDED = 1024, 4096
 _PRIORITIES = 2**31
 _LARGEST_BIAS = 100.0
 _LONGEST_SALT = 1024
-_LARGEST = 1e6  # what float32 divides by without a fuss
+_LARGEST = 1e6  # float32 logits stay finite when divided or multiplied by it
 
 Json = dict[str, Any]
 
 
-def _one_or_more(value: Any) -> Any:  # Any: checked behind
+def _one_or_more(value: Any) -> Any:  # Any: checked afterwards
     """One string stands for a list of it, and an empty one, as in OpenAI's API, for none."""
     return [value] if isinstance(value, str) and value else [] if value == "" else value
 
 
-def _biases(value: Any) -> tuple[tuple[int, float], ...]:  # Any: checked here, so that no client's key is told back
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:  # Any: checked here, so that no key of a client is quoted
     if not isinstance(value, dict | tuple):
         raise PydanticCustomError("logit_bias", 'must be an object of token ids and numbers, such as {{"50256": -100}}')
     try:
@@ -80,67 +80,84 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """What a stream tells beside the answer."""
+    """What a stream has beside the answer."""
 
     include_usage: bool = Field(False, description="Send one more event with the usage before the stream's end.")
     continuous_usage_stats: bool = Field(False, description="With `include_usage`: the usage so far in every event.")
 
 
 class NamedSchema(Body):
-    """A JSON schema as `response_format` holds it."""
+    """A JSON schema in `response_format`."""
 
-    name: str = Field("answer", description="For people; it changes nothing.", max_length=256)
+    name: str = Field("answer", description="For humans; it changes nothing.", max_length=256)
     schema_: Json | bool = Field(alias="schema", description="The JSON schema that the answer satisfies.")
 
 
 class ResponseFormat(Body):
-    """What the answer must be."""
+    """The required form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(description="Form of the answer.")
     json_schema: NamedSchema | None = Field(None, description="The schema of type `json_schema`.")
 
 
 class StructuredOutputs(Body):
-    """vLLM's form of the same."""
+    """The same in vLLM's form."""
 
     choice: Choices | None = Field(None, description="The answer is one of these.")
     json_: str | Json | bool | None = Field(None, alias="json", description="A JSON schema, or its text.")
 
 
 class GenerationBody(Body):
-    """Fields that both endpoints have. Unknown ones are ignored."""
+    """The fields of both endpoints. Unknown fields are ignored."""
 
     model: str = Field(description="Name of a soft prompt, or of the base (`base` always means it).", max_length=512)
-    n: int = Field(1, ge=1, le=MOST_CHOICES, description="Answers per text; number i draws with `seed` + i.")
+    n: int = Field(1, ge=1, le=MOST_CHOICES, description="Answers per text; answer i samples with `seed` + i.")
     temperature: float = Field(
         1.0, ge=0, le=_LARGEST, description="0 is greedy; above it, sample with this temperature."
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that hold this share.")
-    top_k: int = Field(0, ge=-1, description="Sample from the K likeliest tokens; 0 or -1 is off.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Sample from tokens this times as likely as the likeliest.")
-    repetition_penalty: float = Field(
-        1.0, ge=1 / _LARGEST, le=_LARGEST, description="Above 1, tokens that were there become less likely."
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the likeliest tokens whose probabilities sum to this."
     )
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Taken from the logit of a token already answered.")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same for each time that it was.")
-    logit_bias: Biases = Field((), description="Token ids, and what is added to their logits.")
+    top_k: int = Field(0, ge=-1, description="Sample from the K likeliest tokens; 0 or -1 is off.")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Sample from tokens at least this many times as likely as the likeliest."
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        ge=1 / _LARGEST,
+        le=_LARGEST,
+        description="Above 1, tokens of the text and of the answer so far become less likely.",
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Subtracted from the logit of each token that the answer already has."
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Subtracted once for each time that the answer has the token."
+    )
+    logit_bias: Biases = Field((), description="Token ids, each with a number to add to its logit.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63,
-                             description="Seed of the sampling; default: another each time.")  # fmt: skip
-    stop: Stops = Field([], description="End before one of these strings.")
-    stop_token_ids: list[TokenId] = Field([], max_length=_MOST_STOP_IDS, description="End at one of these tokens too.")
-    min_tokens: int = Field(0, ge=0, description="No end and no stop string before this many tokens.")
-    ignore_eos: bool = Field(False, description="Go on behind the base's end of text.")
+                             description="Seed of the sampling; default: a random one.")  # fmt: skip
+    stop: Stops = Field([], description="End before any of these strings.")
+    stop_token_ids: list[TokenId] = Field([], max_length=_MOST_STOP_IDS, description="End at any of these tokens too.")
+    min_tokens: int = Field(
+        0, ge=0, description="Tokens before which neither an end of text nor a stop string ends the answer."
+    )
+    ignore_eos: bool = Field(False, description="Continue after the base's end-of-text token.")
     priority: int = Field(0, gt=-_PRIORITIES, lt=_PRIORITIES,
                           description="Lower is served first; below 0 for admin keys only.")  # fmt: skip
-    stream: bool = Field(False, description="Send the answer as server-sent events while it is made.")
+    stream: bool = Field(False, description="Send the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    response_format: ResponseFormat | None = Field(None, description="Make the answer JSON, by a schema or any.")
-    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's way to say so: `choice` or `json`.")
+    response_format: ResponseFormat | None = Field(None, description="Require JSON: of a schema, or any object.")
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="The same in vLLM's form: `choice` or `json`."
+    )
     guided_choice: Choices | None = Field(None, description="vLLM's older form of `structured_outputs.choice`.")
     guided_json: str | Json | bool | None = Field(None, description="vLLM's older form of `structured_outputs.json`.")
     cache_salt: str | None = Field(None, min_length=1, max_length=_LONGEST_SALT, description="vLLM's: only your "
                                    "requests with the same salt reuse each other's cached texts.")  # fmt: skip
-    user: str | None = Field(None, description="Who asks: an alias that shares its requests out stays with one model.")
+    user: str | None = Field(
+        None, description="The end user: an alias with several targets keeps to one of them for each user."
+    )
 
 
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -171,14 +188,16 @@ class CompletionBody(GenerationBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_COMPLETION_EXAMPLE]})
 
-    prompt: Prompt = Field(description="Text or token ids, or a list of either. Text is read as it stands: BOS, where "
-                                       "the base has one, and the text.")  # fmt: skip
-    max_tokens: int = Field(16, ge=0, description="Tokens to generate at most; 0 only with `echo`.")
-    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Only the same as `n`.")
+    prompt: Prompt = Field(description="Text or token ids, or a list of either. Text is read as it is, after BOS if "
+                                       "the base has one.")  # fmt: skip
+    max_tokens: int = Field(16, ge=0, description="Maximum number of tokens to generate; 0 only with `echo`.")
+    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Must equal `n`.")
     echo: bool = Field(False, description="Put the prompt before each answer; with `logprobs` also those of "
                                          "its tokens, the first of which has none on the bare base.")  # fmt: skip
-    logprobs: NumTops = Field(None, description="Likeliest tokens reported beside each chosen one; false is none.")
-    add_special_tokens: bool = Field(True, description="Whether the base's BOS goes before a text.")
+    logprobs: NumTops = Field(
+        None, description="Number of likeliest tokens to report beside each generated one; false for none."
+    )
+    add_special_tokens: bool = Field(True, description="Whether to put the base's BOS before a text.")
 
 
 _CHAT_EXAMPLE: JsonDict = {
@@ -191,7 +210,7 @@ _MOST_MESSAGES = 10_000
 _MOST_CALLS = 128
 
 
-def _switch(value: Any) -> Any:  # Any: checked behind
+def _switch(value: Any) -> Any:  # Any: checked afterwards
     return bool(value) if type(value) is int and value in (0, 1) else value
 
 
@@ -200,17 +219,17 @@ Switch = Annotated[bool, BeforeValidator(_switch)]
 
 
 class Part(Body):
-    """A piece of a message."""
+    """One part of a message."""
 
     type: str = Field(description="Only `text`.")
-    text: str | None = Field(None, description="The words.")
+    text: str | None = Field(None, description="The text.")
 
 
 class Message(Body):
     """One turn of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
-    content: str | list[Part] = Field("", description="The words; several parts are joined by line breaks. Null or "
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Author of the turn.")
+    content: str | list[Part] = Field("", description="The text; several parts are joined by line breaks. Null or "
                                                       "left out only beside `tool_calls`.")  # fmt: skip
     name: str | None = Field(None, description="For chat templates that write it.")
     tool_calls: list[Json] = Field([], max_length=_MOST_CALLS, description="Calls that the assistant made, where the "
