@@ -31,18 +31,18 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
         {"prompt": "the zebra", "echo": True, "logprobs": 1, "max_tokens": 1},
     ],
 )
-def test_a_completion_of_an_unknown_word_is_a_400(client: OpenAI, body: dict[str, Any]) -> None:
+def test_a_completion_of_a_word_outside_the_vocabulary_is_a_400(client: OpenAI, body: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError, match=SAID):
         client.completions.create(model="base", **body)
 
 
-def test_a_chat_of_an_unknown_word_is_a_400_and_the_next_answers(client: OpenAI) -> None:
+def test_a_chat_with_a_word_outside_the_vocabulary_is_a_400_and_the_next_is_answered(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="cannot encode"):
         client.chat.completions.create(model="base", messages=[{"role": "user", "content": "zebra"}])
     assert client.completions.create(model="base", prompt="the dog", max_tokens=2).usage
 
 
-def test_a_job_on_an_unknown_word_fails_with_its_row(client: OpenAI) -> None:
+def test_a_job_on_a_word_outside_the_vocabulary_fails_and_names_the_row(client: OpenAI) -> None:
     file = upload(client, [{"text": "the dog ran"}, {"text": "the zebra ran"}, {"text": "the dog"}])
     found = wait_for_end(client, create_job(client, file).id)
     assert found.error is not None

@@ -82,7 +82,8 @@ async def build_completion(body: CompletionBody, deps: InferenceDependencies) ->
         found = []
         for number, item in enumerate(items):
             ids = prompt_ids(deps.base, item, number, body.add_special_tokens)
-            seeded = sampling if body.seed is not None else replace(sampling, seed=_random_seed())
+            is_seeded = body.seed is not None or number == 0  # without a seed each text samples with its own
+            seeded = sampling if is_seeded else replace(sampling, seed=_random_seed())
             request = _engine_request(body, deps, model, ids, seeded, body.logprobs)
             if body.echo:
                 request = replace(request, num_text_log_probs=request.num_log_probs, is_text_only=not body.max_tokens)
