@@ -333,7 +333,7 @@ class ServerConfig:
     max_body_bytes: int = option(16 * 2**20, "Largest request body, uploads excepted (bytes).")
     max_upload_bytes: int = option(512 * 2**20, "Largest uploaded file (bytes).")
     client_timeout_s: float = option(
-        60.0, "Longest time that a client may send nothing of its request or read nothing of its answer (seconds)."
+        60.0, "Longest time for a request's body to begin, and to fall behind 16 KiB per second (seconds)."
     )
     drain_s: float = option(30.0, "Time for running answers to finish when the server is stopped (seconds).")
     log_format: Literal["text", "json"] = option("text", "Format of log lines on stderr.")

@@ -86,4 +86,5 @@ def test_the_servers_environment_says_where_keys_are(tmp_path: Path) -> None:
 
 
 def test_a_limit_is_at_least_1(tmp_path: Path) -> None:
-    assert keys(tmp_path, "create", "alice", "--max-jobs", "0").exit_code == 2
+    refused = keys(tmp_path, "create", "alice", "--max-jobs", "0")
+    assert refused.exit_code and str(refused.exception) == "max_jobs is 0; it must be at least 1"

@@ -20,7 +20,7 @@ from softprompt.config import ServerConfig
 from softprompt.server.app import create_app
 from softprompt.server.dependencies import dependency_of
 from softprompt.server.lifecycle import Lifecycle, Server, bind
-from softprompt.server.middleware import observe
+from softprompt.server.middleware import add_middleware
 from softprompt.server.telemetry.metrics import Metrics
 from softprompt.server.telemetry.request_log import CurrentRequestLog
 from softprompt.server.telemetry.tracing import Tracing
@@ -84,7 +84,7 @@ def small_app(config: ServerConfig) -> FastAPI:
     async def stream(seconds: float = 0, num_bytes: int = 10) -> StreamingResponse:
         return StreamingResponse(_events(seconds, num_bytes), media_type="text/event-stream")
 
-    observe(app)
+    add_middleware(app)
     return app
 
 

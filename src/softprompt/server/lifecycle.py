@@ -20,7 +20,6 @@ from softprompt.config import ServerConfig
 from softprompt.errors import ConfigError, SoftpromptError
 from softprompt.server.clients.auth import client_of
 from softprompt.server.clients.keys import KeyCache
-from softprompt.server.connections import connection_class
 from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
 
@@ -181,7 +180,7 @@ class Server(uvicorn.Server):
 
 def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http=connection_class(config.client_timeout_s), ws="none", lifespan="off", log_config=None,
+        app, http="httptools", ws="none", lifespan="off", log_config=None,
         access_log=False, server_header=False, proxy_headers=False, backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=_LAST_WORDS_S,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from softprompt.server.jobs.files_routes import router as files_router
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.jobs.routes import router as jobs_router
 from softprompt.server.lifecycle import Lifecycle, end_revoked_requests
-from softprompt.server.middleware import observe
+from softprompt.server.middleware import add_middleware
 from softprompt.server.prompts.adapter_import import Hub
 from softprompt.server.prompts.library_watcher import LibraryWatcher
 from softprompt.server.prompts.pins import Pins, serving_prompts
@@ -87,7 +87,7 @@ def serving_app(
         Hub(base, offline=offline), files, jobs, collectors, tracing, metrics, lifecycle, keys, limiter, quotas,
     )  # fmt: skip
     app = create_app(dependencies, ROUTERS, lifespan)
-    observe(app)  # the outermost layer, so it comes last
+    add_middleware(app)  # the outermost layer, so it comes last
     return app
 
 

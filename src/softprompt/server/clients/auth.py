@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers
 
 from softprompt.config import ServerConfig
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, shortened
 from softprompt.server.clients.keys import Client, KeyCache, has_keys
 from softprompt.server.clients.rate_limits import RateLimiter, count_request
 from softprompt.server.dependencies import dependency_of
@@ -26,7 +28,7 @@ async def current_client(
     keys = dependency_of(request.app, KeyCache)
     client = await keys.client(credentials.credentials if credentials else None)
     request.state.client = client  # the log and the traces name it
-    count_request(request.scope, dependency_of(request.app, RateLimiter), client)
+    count_request(request, dependency_of(request.app, RateLimiter), client)
     return client
 
 
@@ -50,9 +52,6 @@ def client_of(scope: Mapping[str, Any]) -> str | None:
     found = scope.get("state", {}).get("client")
     return getattr(found, "id", None) or None
 
-
-Scope = dict[str, Any]  # Any: as ASGI has it
-App = Callable[[Any, Any, Any], Awaitable[None]]
 
 _OWN_NAMES = ("localhost",)
 
@@ -78,3 +77,34 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def foreign_page(headers: Headers) -> ApiError | None:
+    """Why a server without keys refuses a request: another web page makes a browser send it.
+
+    Such a page can post to the loopback by its address (Origin names it), or have its own name resolve to the loopback
+    (DNS rebinding: Host names it). Programs send neither.
+    """
+    hosts = headers.getlist("host")
+    foreign = next((host for host in hosts if not is_loopback(_name(host))), None)
+    if foreign is not None:
+        return ApiError(403, f"the Host is {shortened(foreign)}; without API keys this server answers to loopback "
+                             "names alone: use 127.0.0.1, or start it with --require-keys", "foreign_host")  # fmt: skip
+    other = next((origin for origin in headers.getlist("origin") if not _is_own(origin, hosts)), None)
+    if other is not None:
+        return ApiError(403, f"the Origin is {shortened(other)}; without API keys this server accepts nothing from "
+                             "other web pages: start it with --require-keys", "foreign_origin")  # fmt: skip
+    return None
+
+
+def _name(host: str) -> str:
+    """A Host header's name without its port; empty if it cannot be parsed."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_own(origin: str, hosts: list[str]) -> bool:
+    scheme, _, authority = origin.partition("://")
+    return scheme in ("http", "https") and authority.lower() in [host.lower() for host in hosts]

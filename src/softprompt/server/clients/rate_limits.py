@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from fastapi import Request
+from starlette.types import Scope
 
 from softprompt.config import ServerConfig
 from softprompt.server.clients.keys import Client, Limits
@@ -167,36 +169,15 @@ class Bucket:
         return missing * 60 / self.per_minute if missing > _ROUNDING * self.per_minute else 0.0
 
 
-App = Callable[[Any, Any, Any], Awaitable[None]]
-
-_KEY = "softprompt.rate_headers"  # in a request's scope
-
-
-def count_request(scope: MutableMapping[str, Any], limiter: RateLimiter, client: Client) -> None:  # Any: as ASGI has it
-    """Count a request, and note its headers for RateHeaders. Raises ApiError 429."""
+def count_request(request: Request, limiter: RateLimiter, client: Client) -> None:
+    """Count a request, and keep the headers for its answer. Raises ApiError 429."""
     try:
         limiter.request(client)
     finally:
-        scope.get(_KEY, {}).update(limiter.headers(client))
+        request.state.rate_limit_headers = limiter.headers(client)
 
 
-class RateHeaders:
-    """ASGI middleware that writes the headers which count_request has noted."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        noted: dict[str, str] = {}
-
-        async def send_with_headers(message: Any) -> None:
-            if noted and message["type"] == "http.response.start":
-                lines = ((name.encode(), value.encode()) for name, value in noted.items())
-                message = {**message, "headers": [*message.get("headers", ()), *lines]}
-            await send(message)
-
-        scope[_KEY] = noted  # not in a copy: the layers outside of this one read the route from the same scope
-        await self._app(scope, receive, send_with_headers)
+def rate_limit_headers(scope: Scope) -> Mapping[str, str]:
+    """The headers that `count_request` has kept; none for a request that was not counted."""
+    found: Mapping[str, str] = scope.get("state", {}).get("rate_limit_headers", {})
+    return found

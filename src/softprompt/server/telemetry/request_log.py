@@ -10,19 +10,21 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Request
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from softprompt.server.clients.auth import client_of
 
 _KEY = "softprompt.notes"  # in the ASGI scope
-_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OTHER = "other"
 _METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
-
-Scope = MutableMapping[str, Any]  # Any: as ASGI has it
 
 
 @dataclass
@@ -31,6 +33,7 @@ class RequestLog:
 
     id: str
     method: str = "GET"
+    status: int = 499  # of its answer; 499: the client hung up before there was one
     model: str | None = None
     num_prompt_tokens: int | None = None
     num_new_tokens: int | None = None
@@ -39,8 +42,8 @@ class RequestLog:
     @classmethod
     def begin(cls, scope: Scope) -> RequestLog:
         """Those of a request that has just come; its id is the client's `x-request-id`, where that is a sane one."""
-        given = header_of(scope, b"x-request-id")
-        known = given.decode() if given is not None and _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        given = Headers(scope=scope).get("x-request-id", "")
+        known = given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         notes = cls(known, scope["method"] if scope["method"] in _METHODS else _OTHER)
         scope[_KEY] = notes
         return notes
@@ -49,10 +52,11 @@ class RequestLog:
     def duration_s(self) -> float:
         return time.perf_counter() - self.began
 
-
-def header_of(scope: Mapping[str, Any], name: bytes) -> bytes | None:
-    """The first header of that name, which is given in lower case."""
-    return next((value for key, value in scope["headers"] if key == name), None)
+    def fields(self, scope: Scope) -> dict[str, Any]:  # Any: JSON
+        """The log line's fields, once the request has been answered."""
+        return {"method": self.method, "route": route_of(scope), "status": self.status,
+                "duration_ms": round(self.duration_s * 1e3, 1), "client": client_of(scope), "model": self.model,
+                "prompt_tokens": self.num_prompt_tokens, "completion_tokens": self.num_new_tokens}  # fmt: skip
 
 
 def route_of(scope: Mapping[str, Any]) -> str:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from softprompt.errors import MissingDependencyError
 from softprompt.server.clients.auth import client_of
-from softprompt.server.telemetry.request_log import RequestLog, Scope, route_of
-
-
-class HasStatus(Protocol):
-    """What knows an answer's HTTP status by its end."""
-
-    status: int
+from softprompt.server.telemetry.request_log import RequestLog, route_of
 
 
 class Tracing:
@@ -27,20 +24,20 @@ class Tracing:
         self._tracer: Any = None if self._provider is None else self._provider.get_tracer("softprompt")
 
     @contextmanager
-    def span(self, scope: Scope, notes: RequestLog, answer: HasStatus) -> Iterator[None]:
+    def span(self, scope: Scope, log: RequestLog) -> Iterator[None]:
         """Around one request; a child of the client's own span where it names one (W3C traceparent)."""
         if self._tracer is None:
             yield
             return
         from opentelemetry.trace import SpanKind
 
-        with self._tracer.start_as_current_span(notes.method, _parent(scope), SpanKind.SERVER) as span:
+        with self._tracer.start_as_current_span(log.method, _parent(scope), SpanKind.SERVER) as span:
             try:
                 yield
             finally:
-                span.update_name(f"{notes.method} {route_of(scope)}")
-                span.set_attributes(_attributes(scope, notes, answer.status))
-                if answer.status >= 500:
+                span.update_name(f"{log.method} {route_of(scope)}")
+                span.set_attributes(_attributes(scope, log))
+                if log.status >= 500:
                     span.set_status(_failed())
 
     async def close(self) -> None:
@@ -67,22 +64,20 @@ def _provider(endpoint: str) -> Any:  # Any: an optional package's
 def _parent(scope: Scope) -> Any:  # Any: an optional package's
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    names = (b"traceparent", b"tracestate")
-    carrier = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in names}
-    return TraceContextTextMapPropagator().extract(carrier)
+    return TraceContextTextMapPropagator().extract(Headers(scope=scope))
 
 
-def _attributes(scope: Scope, notes: RequestLog, status: int) -> dict[str, str | int]:
+def _attributes(scope: Scope, log: RequestLog) -> dict[str, str | int]:
     """OpenTelemetry's names where it has them."""
     found: dict[str, str | int | None] = {
-        "http.request.method": notes.method,
+        "http.request.method": log.method,
         "http.route": route_of(scope),
-        "http.response.status_code": status,
-        "gen_ai.request.model": notes.model,
-        "gen_ai.usage.input_tokens": notes.num_prompt_tokens,
-        "gen_ai.usage.output_tokens": notes.num_new_tokens,
+        "http.response.status_code": log.status,
+        "gen_ai.request.model": log.model,
+        "gen_ai.usage.input_tokens": log.num_prompt_tokens,
+        "gen_ai.usage.output_tokens": log.num_new_tokens,
         "softprompt.client": client_of(scope),
-        "softprompt.request_id": notes.id,
+        "softprompt.request_id": log.id,
     }
     return {name: value for name, value in found.items() if value is not None}
 
