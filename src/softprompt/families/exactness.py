@@ -2,9 +2,9 @@
 
 The truth is the model itself: on its own token ids, and on a soft prompt and a text as one plain run of embeddings.
 What we do must equal it: backbone and head apart, positions given or left to the model, rows of several lengths in one
-batch, a row in pieces behind a cache. What does not hold is done without: the model runs whole, rows run alone, texts
-are read whole, every token runs its row anew. Where even that differs, or the model raises, the base is refused in one
-sentence before anything is trained.
+batch, a row in chunks over a cache. Where that fails there is a slower way: the model runs whole, rows run alone, texts
+are prefilled whole, every token runs its row anew. Where even that differs, or the model raises, the base is refused in
+one sentence before anything is trained.
 
 A family of the tested list (`TESTED_FAMILIES`) is only compared on ids: its tests have the rest.
 """
@@ -50,16 +50,16 @@ INCONSISTENT_FAMILIES = {
     "xlm": "its generate puts a mask token behind the text, which its forward does not",
 }
 
-_ORDER = (2, 0, 5, 0, 7, 3)  # of the ids of a probe, among those without a meaning of their own
+_ORDER = (2, 0, 5, 0, 7, 3)  # of the ids of a probe, among those that are not special
 _NUM_IDS, _NUM_VIRTUAL = 5, 2
 _PREFIX_IDS, _PACKED_IDS = (2, 7, 1), ((3, 1, 4, 1), (5, 9))  # of the probe of packed rows
 _ALONE = Packing(None, "rows run one at a time: in one batch they change each other's answers")
 _STATES = Packing(None, "rows run padded by length: the family keeps states that packed rows would run into")
 _NO_CACHE = Packing(None, "rows run padded by length, and answers whole for every token: the family has no cache")
-_PIECES = (3, 3, 1)  # of a soft prompt and a text, behind a cache
+_CHUNKS = (3, 3, 1)  # of a soft prompt and a text, over a cache
 _WHOLE_THEN_STEPS = (5, 1, 1)
 _CACHES: tuple[tuple[CacheKind, tuple[int, ...]], ...] = (
-    ("own", _PIECES), ("own", _WHOLE_THEN_STEPS), ("all", _PIECES), ("all", _WHOLE_THEN_STEPS),
+    ("own", _CHUNKS), ("own", _WHOLE_THEN_STEPS), ("all", _CHUNKS), ("all", _WHOLE_THEN_STEPS),
 )  # fmt: skip
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # relative; some compute softmax in float32 in a float64 base
 _TOLERANCE_16_BIT = 0.1
@@ -107,7 +107,7 @@ def _is_tested(model: PreTrainedModel) -> bool:
 
 
 def _like_own_ids(base: Base) -> Forward:
-    """The first way to run embeddings that gives the model's own answers to token ids."""
+    """The first way to run embeddings that equals the model on its own token ids."""
     ids = _probe_ids(base)
     truth = _own_logits(base.model, input_ids=ids)
     if not truth.isfinite().any():
@@ -176,9 +176,9 @@ def _probe(base: Base, forward: Forward) -> _Probe:
 
 
 def _checked(base: Base, forward: Forward) -> Forward:
-    """The forward of a family that is not on the tested list, with what holds for this base."""
+    """The forward of a family that is not on the tested list, as far as it is exact for this base."""
     probe = _probe(base, forward)
-    forward, (text, other_text, spliced, otherwise) = _in_company(base, forward, probe)
+    forward, (text, other_text, spliced, otherwise) = _batched_or_alone(base, forward, probe)
     if not is_close(other_text[:-1], text[:-1]):
         kind = base.model.config.model_type
         raise BaseModelError(f"base {base.name!r} ({kind}) is not causal: a later token changes earlier answers")
@@ -198,8 +198,8 @@ def _reaches_prompt(forward: Forward, row: Tensor, width: int) -> bool:
     return bool(own.isfinite().all()) and bool(own.any())
 
 
-def _in_company(base: Base, forward: Forward, probe: _Probe) -> tuple[Forward, list[Tensor]]:
-    """Rows of several lengths in one batch, or each alone where that is not what they get alone."""
+def _batched_or_alone(base: Base, forward: Forward, probe: _Probe) -> tuple[Forward, list[Tensor]]:
+    """Rows of several lengths in one batch, or each alone where the batch changes their logits."""
     alone = replace(forward, max_batchable_length=0, packing=_ALONE)
     for way, run in ((forward, _logits), (alone, _each_alone)):
         with suppress(Exception):  # the other way may work; if it raises too, so does the last one below
@@ -215,11 +215,11 @@ def _each_alone(forward: Forward, rows: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _with_cache(forward: Forward, probe: _Probe) -> Forward:
-    """With the first cache that gives a row in pieces what it gets whole."""
-    for kind, pieces in _CACHES:
-        way = replace(forward, cache=kind, supports_chunked_prefill=pieces == _PIECES)
+    """With the first cache over which a row in chunks has the logits of the whole row."""
+    for kind, chunks in _CACHES:
+        way = replace(forward, cache=kind, supports_chunked_prefill=chunks == _CHUNKS)
         with suppress(Exception):  # this family has no such cache
-            logits, cache = _logits_in_pieces(way, probe.spliced, pieces)
+            logits, cache = _logits_in_chunks(way, probe.spliced, chunks)
             if is_close(logits, probe.truth):
                 return _unpacked(way, _STATES) if _has_states(cache) else way
     return _unpacked(replace(forward, cache="none"), _NO_CACHE)
@@ -229,11 +229,11 @@ def _unpacked(forward: Forward, why: Packing) -> Forward:
     return forward if forward.packing is _ALONE else replace(forward, packing=why)
 
 
-def _logits_in_pieces(forward: Forward, row: Tensor, pieces: Sequence[int]) -> tuple[Tensor, ModelCache]:
+def _logits_in_chunks(forward: Forward, row: Tensor, chunks: Sequence[int]) -> tuple[Tensor, ModelCache]:
     cache = forward.new_cache()
     assert cache is not None
     parts = []
-    for end, length in zip(accumulate(pieces), pieces, strict=True):
+    for end, length in zip(accumulate(chunks), chunks, strict=True):
         mask, positions = torch.ones(1, end), torch.arange(end - length, end)[None]
         own = row[None, end - length : end]
         hidden = forward.hidden_states(own, mask.long().to(row.device), positions.to(row.device), cache)
@@ -315,7 +315,7 @@ def _original_length(module: object, model: PreTrainedModel) -> int | None:
 
 
 def _probe_ids(base: Base, count: int = _NUM_IDS) -> Tensor:
-    """[1, count], none of them with a meaning of its own: a pad may have no position, an image's token no embedding."""
+    """[1, count], no special tokens: a pad may have no position, an image's token no embedding."""
     config = base.model.config
     special = {value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
     found = [token for token in range(3, base.vocab_size) if token not in special]

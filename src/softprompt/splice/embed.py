@@ -37,7 +37,8 @@ class Row:
 def embed_with_prompt(base: Base, pieces: Sequence[tuple[Tensor | None, Sequence[int]]]) -> Tensor:
     """Input embeddings [S, W] of pieces, one after the other: vectors of a soft prompt [P, H], if any, then token ids.
 
-    The float32 prompt is cast to the base's dtype here and nowhere else. Gradients flow into the prompts only.
+    The float32 prompt is cast to the base's dtype here and nowhere else (but for the probes of `families.exactness`).
+    Gradients flow into the prompts only.
     """
     texts = base.token_inputs(torch.tensor([i for _, ids in pieces for i in ids], dtype=torch.long))
     if all(vectors is None for vectors, _ in pieces):
