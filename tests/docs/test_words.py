@@ -12,19 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OUT = {  # each with what to write in its place
-    "alone beyond": "max batchable length",
-    "breathe": "yield point",
-    "breathing": "yield point",
-    "catalogue": "registry",
-    "deaf": "unresponsive",
-    "hear": "notice, receive",
-    "obey": "follow, stop when asked to",
-    "obeyed": "escaped, followed",
-    "put threads away": "release OpenMP threads",
-    "warping": "top-k and top-p",
-    "workplace": "job context",
-}
+TABLE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Words that are out", maxsplit=1)[1]
+OUT = dict(re.findall(r"^\| ([a-z ]+) \| ([^|]+) \|$", TABLE, flags=re.MULTILINE))
+del OUT["out"]  # the table's head
 
 
 def occurrences(word: str, text: str) -> list[str]:

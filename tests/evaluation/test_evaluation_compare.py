@@ -91,7 +91,7 @@ class TestRefusals:
     def test_too_long(self, tiny_llama):
         with pytest.raises(LengthError, match="maximum context length is 96 tokens"):
             compare(tiny_llama, {"p": soft(tiny_llama)}, ["w5 " * 90])
-        with pytest.raises(LengthError, match="no room"):
+        with pytest.raises(LengthError, match="no text fits"):
             compare(tiny_llama, {"p": soft(tiny_llama, length=95)}, held_out={"set": rows_from_texts(["w5 w6"])})
 
     def test_fields_without_a_template(self, tiny_llama):

@@ -162,7 +162,7 @@ class TestCompare:
 
     def test_members_count_for_the_room_that_a_row_has(self, tiny_llama, rows):
         long = {"long": SoftPrompt(random_prompt(tiny_llama, 95))}
-        with pytest.raises(LengthError, match="no room"):
+        with pytest.raises(LengthError, match="no text fits"):
             compare(tiny_llama, {}, held_out={"set": rows}, ensembles={"team": long})
 
     def test_what_cannot_vote(self, tiny_llama, members):

@@ -81,7 +81,7 @@ def _serve(base_config: BaseConfig, config: ServerConfig, engine_config: EngineC
         url = url_of(place)
         release_omp_threads()
         _spare_the_collector()
-        run_server(app, place, config, lambda: click.echo(_told(app, url)))
+        run_server(app, place, config, lambda: click.echo(_start_message(app, url)))
 
 
 def _spare_the_collector() -> None:
@@ -99,7 +99,7 @@ def _check_keys(config: ServerConfig) -> None:
         check_listening(config, database)
 
 
-def _told(app: FastAPI, url: str) -> str:
+def _start_message(app: FastAPI, url: str) -> str:
     from softprompt.server.clients.auth import asks_for_keys
     from softprompt.server.dependencies import dependency_of
     from softprompt.server.prompts.registry import PromptRegistry

@@ -194,7 +194,7 @@ def grid_of(values: Mapping[str, Sequence[Any]]) -> dict[str, Settings]:
     varied = [key for key, options in values.items() if len(options) > 1] or list(values)
     words = _words(varied)
     names = ["-".join(f"{words[key]}{_shown(each[key])}" for key in varied) for each in combinations]
-    return dict(zip(_told_apart(names), combinations, strict=True))
+    return dict(zip(_distinct_names(names), combinations, strict=True))
 
 
 def _words(keys: Sequence[str]) -> dict[str, str]:
@@ -211,7 +211,7 @@ def _shown(value: object) -> str:
     return "_" + _NOT_IN_A_NAME.sub("_", text)[:20].strip("_")
 
 
-def _told_apart(names: Sequence[str]) -> list[str]:
+def _distinct_names(names: Sequence[str]) -> list[str]:
     """The names, with their number in place of the end where they are too long or occur twice."""
     if len(set(names)) == len(names) and max(map(len, names)) <= _LONGEST_NAME:
         return list(names)

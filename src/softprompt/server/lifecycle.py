@@ -37,7 +37,7 @@ class Lifecycle:
         self._running: dict[asyncio.Task[object], Mapping[str, Any]] = {}  # with its ASGI scope
         self._cut_off = WeakKeyDictionary[
             asyncio.Task[object], ApiError
-        ]()  # cancelled, and what their clients are told
+        ]()  # cancelled, each with the error for its client
 
     @property
     def num_running(self) -> int:
@@ -108,7 +108,7 @@ async def end_revoked_requests(ring: KeyCache, lifecycle: Lifecycle) -> None:
 
 
 def stopping() -> ApiError:
-    """What clients are told while the server is being stopped."""
+    """The error for clients while the server is shutting down."""
     return ApiError(503, "the server is being stopped; try again soon", "stopping", retry_after_s=5)
 
 

@@ -142,7 +142,7 @@ def _require_room(num_running: int, wanted: int, most: int) -> None:
                             "when some have ended", "rate_limit_exceeded", retry_after_s=_BUSY_S)  # fmt: skip
 
 
-_ROUNDING = 1e-9  # of a bucket: who waited as long as was said is not told to wait for a sum's last bit
+_ROUNDING = 1e-9  # of a bucket: a client that waited as long as the header said is not refused for a rounding error
 
 
 class Bucket:

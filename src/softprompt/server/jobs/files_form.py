@@ -47,7 +47,7 @@ async def receive_form(
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise ApiError(400, f"the body is {shortened(content_type)}; send a multipart/form-data form with a file")
-    with _told_plainly(), open(place, "xb") as file:
+    with _disk_errors(), open(place, "xb") as file:
         receiver = _Receiver(file, max_bytes, on_bytes)
         try:
             await receiver.receive(options[b"boundary"], body)
@@ -155,8 +155,8 @@ def _text(raw: bytes | bytearray) -> str:
 
 
 @contextmanager
-def _told_plainly() -> Iterator[None]:
-    """A disk that takes no more, as the client is told it."""
+def _disk_errors() -> Iterator[None]:
+    """A full disk, as an error for the client."""
     try:
         yield
     except OSError as error:

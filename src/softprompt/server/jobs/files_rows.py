@@ -1,6 +1,6 @@
 """Whether a file's lines are rows to train on: JSON lines of one form, each with something to learn.
 
-Read line by line, so that a large file is never in memory; told with line numbers, so that a broken one can be mended.
+Read line by line, so that a large file is never in memory; problems have line numbers, so that a broken file can be mended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from softprompt.types import FormKind, InputForm
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_LINE = 16 * 2**20  # bytes
 _NUM_SHOWN = 5  # broken lines that a refusal tells
-_LONGEST_PROBLEM = 200  # characters of what is told of one
+_LONGEST_PROBLEM = 200  # characters of a problem in the message
 _BREAK_BYTES = 2**16  # lines of so many bytes, then other threads get a turn
 _BREAK_S = 0.0005
 
@@ -60,7 +60,7 @@ def check_rows(path: Path) -> CheckedRows:
         for line in iter_json_lines(_lines(file), max_length=_LONGEST_LINE):
             _check_line(found, line)
     if found.num_broken:
-        raise DataError(_told(found))
+        raise DataError(_problems(found))
     if found.form is None:
         raise DataError(f"the file is empty; {_EXPECTED}")
     return found
@@ -137,7 +137,7 @@ def _keys(record: dict[str, Any]) -> str:
     return f"the keys {', '.join(map(repr, list(record)[:5]))}"[:100] if record else "no keys"
 
 
-def _told(found: CheckedRows) -> str:
+def _problems(found: CheckedRows) -> str:
     more = found.num_broken - len(found.problems)
     rest = f"; and {more:,} more broken lines" if more else ""
     return f"the file's rows cannot be used: {'; '.join(found.problems)}{rest}"

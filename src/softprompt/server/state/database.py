@@ -48,7 +48,7 @@ class Database:
             _make_file(self._file)
         self._engine = _engine(self.url, patience_s)
         try:
-            with self._told_plainly():
+            with self._own_errors():
                 migrate(self._engine)
         except BaseException:
             self._engine.dispose()
@@ -73,10 +73,10 @@ class Database:
         """Raises DatabaseError where the database does not answer, DataError for a value that it cannot hold."""
         self.check()
         if self._transactions is None:
-            with self._told_plainly(), self._sessions.begin() as session:
+            with self._own_errors(), self._sessions.begin() as session:
                 yield session
             return
-        with self._told_plainly(), self._transactions.one() as begun, self._sessions.begin() as session:
+        with self._own_errors(), self._transactions.one() as begun, self._sessions.begin() as session:
             session.connection()  # takes the file's lock
             begun()
             yield session
@@ -90,7 +90,7 @@ class Database:
     @contextmanager
     def server_lock(self, number: int) -> Iterator[bool]:
         """PostgreSQL's lock of that number, for as long as this process has it: gives whether it does."""
-        with self._told_plainly(), self._engine.connect() as connection:
+        with self._own_errors(), self._engine.connect() as connection:
             connection.execution_options(isolation_level="AUTOCOMMIT")  # no transaction that stays open
             try:
                 yield bool(connection.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": number}))
@@ -111,7 +111,7 @@ class Database:
         return found.st_dev, found.st_ino
 
     @contextmanager
-    def _told_plainly(self) -> Iterator[None]:
+    def _own_errors(self) -> Iterator[None]:
         """What the driver says, as an error of ours."""
         try:
             yield

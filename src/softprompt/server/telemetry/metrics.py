@@ -73,7 +73,7 @@ _CLEARLY = 2  # times as often as the least used one must a name be used to take
 class BoundedNames(Generic[Name]):
     """At most `most` names are shown at any time.
 
-    A name that has clearly overtaken the least used one takes its place; `forget` is told of the one that lost it. So
+    A name that has clearly overtaken the least used one replaces it; `forget` is called with the one that was replaced. So
     no series ever counts backwards: one begins at 0, grows, and may end.
     """
 
@@ -173,7 +173,7 @@ class GenerationMetrics:
         self._last_at = now
 
     def ended(self, how: End, num_prompt_tokens: int = 0, num_virtual_tokens: int = 0) -> None:
-        """Its end, told once; telling it again counts nothing, so that a `finally` may say "abort"."""
+        """Count its end. Only the first call counts, so that a `finally` may pass "abort"."""
         if self._has_ended:
             return
         self._has_ended = True
