@@ -1,6 +1,7 @@
 """Whether a file's lines are rows to train on: JSON lines of one form, each with something to learn.
 
-Read line by line, so that a large file is never in memory; problems have line numbers, so that a broken file can be mended.
+Read line by line, so that a large file is never in memory; problems have line numbers, so that a file can
+be mended.
 """
 
 from __future__ import annotations

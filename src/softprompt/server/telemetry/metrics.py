@@ -73,8 +73,8 @@ _CLEARLY = 2  # times as often as the least used one must a name be used to take
 class BoundedNames(Generic[Name]):
     """At most `most` names are shown at any time.
 
-    A name that has clearly overtaken the least used one replaces it; `forget` is called with the one that was replaced. So
-    no series ever counts backwards: one begins at 0, grows, and may end.
+    A name that has clearly overtaken the least used one replaces it; `forget` is called with the one
+    that was replaced. So no series ever counts backwards: one begins at 0, grows, and may end.
     """
 
     def __init__(self, most: int, forget: Callable[[Name], None]) -> None:
