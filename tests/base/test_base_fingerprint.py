@@ -38,11 +38,11 @@ def truth(model, tmp_path):
     return fingerprint_of(save(model, tmp_path / "truth"))
 
 
-def test_it_is_the_same_in_bin_and_safetensors(model, truth, tmp_path):
+def test_the_fingerprint_is_the_same_in_bin_and_safetensors(model, truth, tmp_path):
     assert fingerprint_of(as_bin(save(model, tmp_path / "bin"))) == truth
 
 
-def test_it_is_the_same_in_bfloat16(truth, tmp_path):
+def test_the_fingerprint_is_the_same_in_bfloat16(truth, tmp_path):
     assert fingerprint_of(tmp_path / "truth", dtype="bfloat16") == truth
 
 
@@ -50,11 +50,11 @@ def test_a_bfloat16_checkpoint_is_the_same_base(model, truth, tmp_path):
     assert fingerprint_of(save(model.to(torch.bfloat16), tmp_path / "half")) == truth
 
 
-def test_it_is_the_same_for_a_model_made_in_python(model, truth):
+def test_the_fingerprint_is_the_same_for_a_model_made_in_python(model, truth):
     assert freeze_base(model, build_tokenizer()).fingerprint == truth
 
 
-def test_it_is_the_same_with_bare_names_in_the_checkpoint(model, truth, tmp_path):
+def test_the_fingerprint_is_the_same_with_bare_names_in_the_checkpoint(model, truth, tmp_path):
     prefix = f"{model.base_model_prefix}."
     folder = as_bin(save(model, tmp_path / "bare"), lambda name: name.removeprefix(prefix))
     assert fingerprint_of(folder) == truth
@@ -69,7 +69,7 @@ def test_float16_reads_the_checkpoint_because_rounding_twice_is_not_rounding_onc
     assert freeze_base(model, build_tokenizer(), folder=None).fingerprint != truth
 
 
-def test_one_changed_weight_changes_it(model, truth):
+def test_one_changed_weight_changes_the_fingerprint(model, truth):
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
     assert freeze_base(model, build_tokenizer()).fingerprint != truth
@@ -81,7 +81,7 @@ def test_other_heads_over_the_same_weights_change_it():
     assert freeze_base(two, build_tokenizer()).fingerprint != freeze_base(four, build_tokenizer()).fingerprint
 
 
-def test_another_tokenizer_changes_it(model, truth):
+def test_another_tokenizer_changes_the_fingerprint(model, truth):
     swapped = json.loads(build_tokenizer().backend_tokenizer.to_str())
     words = swapped["model"]["vocab"]
     words["w7"], words["w8"] = words["w8"], words["w7"]
@@ -94,7 +94,7 @@ def test_another_tokenizer_changes_it(model, truth):
     assert freeze_base(model, other).fingerprint != truth
 
 
-def test_the_real_bin_checkpoint_has_one(shared_data):
+def test_a_checkpoint_saved_as_bin_has_the_recorded_fingerprint(shared_data):
     folder = str(shared_data / "models" / "bloom-tiny-random")
     half, whole = (load_base(folder, dtype=dtype, device="cpu") for dtype in ("bfloat16", "float32"))
     assert half.fingerprint == whole.fingerprint

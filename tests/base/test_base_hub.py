@@ -11,6 +11,8 @@ from urllib.parse import unquote
 import pytest
 from support.tiny_bases import build_base, build_model, build_tokenizer
 
+pytestmark = pytest.mark.medium  # a process of its own, most of whose time is importing torch
+
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 # One process for all, because importing torch is most of its time. The counts show who asked the network.
 SCRIPT = """

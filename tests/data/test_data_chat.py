@@ -81,7 +81,7 @@ def test_marks_agree_with_transformers_own_mask(plain_base):
 
 
 @pytest.mark.parametrize("template", [None, CHATML, MARKED])
-def test_what_stands_before_the_last_turn_is_what_inference_sees(plain_base, template):
+def test_the_ids_before_the_last_turn_are_those_of_inference(plain_base, template):
     base = plain_base if template is None else with_template(plain_base, template)
     made = example(base, CHAT)
     prompt = chat_prompt_ids(base, CHAT[:-1])
@@ -89,7 +89,7 @@ def test_what_stands_before_the_last_turn_is_what_inference_sees(plain_base, tem
     assert not made.target_mask[len(prompt) - 1] and all(made.target_mask[len(prompt) :])
 
 
-def test_a_base_without_a_template_gets_the_plain_one(llama_base):
+def test_a_base_without_a_chat_template_gets_the_default_one(llama_base):
     made = example(llama_base, CHAT)
     text = llama_base.tokenizer.decode(made.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert text.replace("</s> \n", "</s>\n") == (
@@ -101,13 +101,13 @@ def test_a_base_without_a_template_gets_the_plain_one(llama_base):
 
 
 @pytest.mark.parametrize("template", [None, CHATML, MARKED])
-def test_an_assistant_that_speaks_first(plain_base, template):
+def test_a_first_turn_of_the_assistant_is_a_target(plain_base, template):
     base = plain_base if template is None else with_template(plain_base, template)
     (said,) = targets(base, example(base, CHAT[2:3]))
     assert said.strip() in ("to act</s>", "to act<|endoftext|>", "to act<|end|>")
 
 
-def test_without_eos_no_end_is_taught(plain_base):
+def test_without_eos_the_ends_of_turns_are_no_targets(plain_base):
     for base in (plain_base, with_template(plain_base, CHATML)):
         made = example(base, CHAT, eos=False)
         assert not made.has_eos
@@ -148,7 +148,7 @@ def test_turns_that_a_template_rewrites_later_do_not_count(byte_base):
         example(base, CHAT)
 
 
-def test_a_generation_prompt_may_say_more_than_the_history_keeps(byte_base):
+def test_a_generation_prompt_may_be_longer_than_in_the_history(byte_base):
     thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     base = with_template(byte_base, thinking)
     assert chat_prompt_ids(base, CHAT[:2]) != chat_prompt_ids(with_template(byte_base, CHATML), CHAT[:2])
@@ -163,12 +163,12 @@ def test_a_template_that_refuses_names_the_row(byte_base):
         chat_prompt_ids(base, CHAT)
 
 
-def test_an_assistant_that_says_nothing_is_an_empty_row(byte_base):
+def test_an_empty_turn_of_the_assistant_is_an_empty_row(byte_base):
     rows = rows_from_records([{"messages": [{"role": "assistant", "content": " "}]}, {"messages": CHAT}, {}])
     assert build_examples(byte_base, rows, eos=True, max_length=300).report.empty_rows == (0, 2)
 
 
-def test_a_base_without_eos_gets_none(word_base):
+def test_a_chat_on_a_base_without_eos_has_no_eos(word_base):
     made = example(word_base, CHAT)
     assert not made.has_eos
     assert dataclasses.replace(made, has_eos=False) == made

@@ -111,13 +111,16 @@ def outcome(function, *args):
         return str(error)
 
 
-@pytest.fixture(params=["byte_base", "spaced_byte_base", "llama_base", "word_base"])
+_MEDIUM = [pytest.param(name, marks=pytest.mark.medium) for name in ("spaced_byte_base", "word_base")]
+
+
+@pytest.fixture(params=["byte_base", "llama_base", *_MEDIUM])
 def each_base(request):
     return dataclasses.replace(request.getfixturevalue(request.param))
 
 
 @pytest.mark.parametrize("name", [None, *LINEAR, *AGAIN])
-def test_a_conversation_is_what_the_obvious_way_makes_of_it(each_base, name):
+def test_a_conversation_has_the_ids_and_targets_of_rendering_every_turn_again(each_base, name):
     template = None if name is None else {**LINEAR, **AGAIN}[name]
     base = each_base if template is None else with_template(each_base, template)
     for messages in conversations(12):
@@ -128,7 +131,7 @@ def test_a_conversation_is_what_the_obvious_way_makes_of_it(each_base, name):
 
 
 @pytest.mark.parametrize("name", [None, *LINEAR, "earlier thinking dropped", "the last turn's end"])
-@pytest.mark.parametrize("eos", [True, False])
+@pytest.mark.parametrize("eos", [True, pytest.param(False, marks=pytest.mark.medium)])
 def test_a_cut_conversation_is_the_beginning_of_the_whole(byte_base, name, eos):
     base = byte_base if name is None else with_template(byte_base, {**LINEAR, **AGAIN}[name])
     for messages in conversations(6, seed=1):

@@ -28,7 +28,7 @@ FAILING = {
     "a broken tag": ("{% for %}", "cannot be read: "),
     "another file": ("{% include 'x' %}", "refuses the messages: no loader"),
     "Python's insides": ("{{ ''.__class__.__mro__ }}", "refuses the messages: access to attribute '__class__'"),
-    "the watch": ("{{ messages._work.marks }}", "refuses the messages: "),
+    "the watch": ("{{ messages._log.reads }}", "refuses the messages: "),
     "a hidden name": ("{% set ns = namespace() %}{% set ns._x = 1 %}", "refuses the messages: a namespace cannot hold"),
     "an undefined message key": ("{{ messages[99].content.strip() }}", "refuses the messages: "),
     "a change": ("{{ messages.append(1) }}", "refuses the messages: "),

@@ -72,7 +72,7 @@ def test_empty_rows_are_skipped_and_reported(any_base):
 
 
 def test_rows_keep_the_index_of_their_source(byte_base):
-    rows = rows_from_texts(["a", "b", "c"]).take([2, 0])
+    rows = rows_from_texts(["a", "b", "c"]).select([2, 0])
     assert [example.row for example in build_examples(byte_base, rows, eos=True, max_length=9).examples] == [2, 0]
 
 

@@ -17,13 +17,13 @@ def test_training_and_inference_write_the_same_prompt(any_base):
     assert ids == any_base.bos_ids + any_base.encode("Review: a good film\nSentiment:")
 
 
-def test_raw_text_stays_raw(any_base):
+def test_raw_text_is_encoded_unchanged(any_base):
     for form in (None, FORM, InputForm(kind="chat")):
         assert input_ids(any_base, form, text="a\nb") == any_base.bos_ids + any_base.encode("a\nb")
     assert input_ids(any_base, text="") == any_base.bos_ids  # "" is a text
 
 
-def test_messages_go_through_the_form_they_meet(byte_base):
+def test_messages_are_encoded_in_the_form_of_the_prompt(byte_base):
     chat = chat_prompt_ids(byte_base, USER)
     for form in (None, InputForm(kind="chat")):
         assert input_ids(byte_base, form, messages=USER) == chat
@@ -48,7 +48,7 @@ def test_messages_go_through_the_form_they_meet(byte_base):
         (InputForm(kind="template", template="{a}{b}", completion="{c}"), {"messages": USER}, "fills one field, but"),
     ],
 )
-def test_an_input_that_does_not_suit_is_refused(byte_base, form, given, message):
+def test_an_input_that_does_not_suit_the_form_is_refused(byte_base, form, given, message):
     with pytest.raises(DataError, match=message):
         input_ids(byte_base, form, **given)
 

@@ -128,7 +128,7 @@ def test_a_set_without_settings_is_read_by_its_columns():
     assert texts(rows_from_texts(["a", "b"])) == ["a", "b"]
 
 
-def test_a_template_reads_text_and_whole_numbers(tmp_path):
+def test_a_template_accepts_text_and_whole_numbers(tmp_path):
     rows = read(
         tmp_path / "a.jsonl", '{"text": "x {y}", "label": 0}', template=r"Review: {text}\nSo:", completion=" {label}"
     )
@@ -136,7 +136,7 @@ def test_a_template_reads_text_and_whole_numbers(tmp_path):
     assert rows.form.template == "Review: {text}\nSo:"
 
 
-def test_what_counts_as_empty():
+def test_missing_blank_and_nan_cells_are_empty_rows():
     def is_empty(**record):
         rows = rows_from_records([record], template="Q: {q}\nA:", completion=" {a}")
         return render_row(rows, 0).is_empty
@@ -254,7 +254,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_data_gives_one_sentence_that_names_the_place(case, tmp_path):
+def test_bad_data_is_refused_in_one_sentence_with_file_and_line(case, tmp_path):
     name, content, settings, expected = BAD[case]
     if isinstance(content, str) and not content:
         (tmp_path / name).touch()
@@ -307,7 +307,7 @@ def test_a_hub_set_is_asked_for_by_name_subset_and_split(monkeypatch):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data")
-def test_the_notebooks_two_kinds_of_files():
+def test_the_notebooks_csv_and_json_files_are_read():
     coach = read(SHARED / "awesome-chatgpt-prompts" / "prompts.csv", text_column="prompt", rows=50)
     quotes = read(SHARED / "english-quotes" / "quotes.jsonl", text_column="quote", rows=25)
     assert len(coach) == 50 and texts(coach)[0].startswith("I want you to act as a linux terminal.")

@@ -21,7 +21,7 @@ def texts(rows):
     return [] if rows is None else [row.text for row in render_rows(rows)]
 
 
-def test_by_default_the_test_rows_are_the_200_behind_the_training_rows(source):
+def test_by_default_the_test_rows_are_the_200_after_the_training_rows(source):
     parts = split(source, rows=50)
     assert parts.train.indices == tuple(range(50))
     assert parts.validation is None
@@ -39,7 +39,7 @@ def test_by_default_the_test_rows_are_the_200_behind_the_training_rows(source):
         {"test": "200", "shuffle": True},
     ],
 )
-def test_parts_never_meet_and_follow_from_the_seed(source, settings):
+def test_splits_are_disjoint_and_follow_from_the_seed(source, settings):
     parts, again, other = (split(source, seed, **settings) for seed in (0, 0, 1))
     for name in ("train", "validation", "test"):
         assert getattr(parts, name) == getattr(again, name)
@@ -48,7 +48,7 @@ def test_parts_never_meet_and_follow_from_the_seed(source, settings):
     assert len(everything) == len(set(everything))
 
 
-def test_counts_and_shares(source):
+def test_a_split_is_a_number_or_a_share_of_rows(source):
     parts = split(source, rows=100, validation="0.2", test="30")
     assert (len(parts.train), len(parts.validation), len(parts.test)) == (80, 20, 30)
     assert set(parts.train.indices) | set(parts.validation.indices) == set(range(100))
@@ -69,7 +69,7 @@ def test_a_text_that_training_has_is_not_held_out(tmp_path):
     assert texts(split(path, validation=str(other), rows=1).test) == ["b", "c", "d", "b", "c"]
 
 
-def test_files_take_the_training_rows_form(tmp_path):
+def test_split_files_have_the_form_of_the_training_rows(tmp_path):
     rows = "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(8))
     (tmp_path / "a.csv").write_text(rows)
     (tmp_path / "b.csv").write_text("text,label\nother,a\n")
@@ -84,10 +84,10 @@ def test_files_take_the_training_rows_form(tmp_path):
     assert texts(split(tmp_path / "c.jsonl", validation=str(tmp_path / "d.csv")).validation) == ["y"]
 
 
-def test_the_runs_record_of_the_test_rows(source):
+def test_a_run_records_source_indices_and_hash_of_its_test_rows(source):
     test = split(source, rows=298).test
     assert held_out_record(test) == {"source": str(source), "indices": [298, 299], "hash": rows_hash(test)}
-    assert rows_hash(test) != rows_hash(test.take([1, 0]))
+    assert rows_hash(test) != rows_hash(test.select([1, 0]))
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,11 @@ def test_the_runs_record_of_the_test_rows(source):
         ({"test": "nowhere.csv"}, "there is no data at 'nowhere.csv'"),
     ],
 )
-def test_a_part_that_cannot_be_had_is_refused(source, settings, message):
+def test_an_impossible_split_is_refused(source, settings, message):
     with pytest.raises((ConfigError, DataError), match=message):
         split(source, **settings)
 
 
-def test_a_held_out_file_with_nothing_of_its_own_is_refused(source):
+def test_a_held_out_file_with_only_training_text_is_refused(source):
     with pytest.raises(DataError, match="the text of every row is in training too"):
         split(source, test=str(source))

@@ -48,13 +48,13 @@ def test_a_row_without_a_learned_turn_is_skipped_and_a_set_of_them_refused(byte_
         made(byte_base, nothing, nothing)
 
 
-def test_marks_that_are_not_one_for_each_turn_bear_no_weights(byte_base):
+def test_weights_are_refused_where_marks_do_not_match_turns(byte_base):
     twice = MARKED.replace("{{ message['content'] }}<|end|>{% endg", "{% endgeneration %}{% generation %}x{% endg", 1)
     with pytest.raises(DataError, match="row 1 of records: the chat template marks 4 spans for 2 turns"):
         made(with_template(byte_base, twice), chat(said("a", weight=0), said("b")))
 
 
-def test_the_last_learned_turn_is_the_one_that_is_asked_for(byte_base):
+def test_the_question_of_a_chat_ends_before_its_last_learned_turn(byte_base):
     rows = rows_from_records([chat(said("one"), said("two", weight=0))])
     assert questions_of(byte_base, rows).items[0].reference == "one"
 
@@ -96,7 +96,7 @@ def test_a_key_that_chooses_what_is_learned_is_refused_in_files_and_in_python(tm
         assert where in str(refusal.value) and message in str(refusal.value)
 
 
-def test_keys_that_change_nothing_pass(byte_base):
+def test_keys_of_metadata_are_accepted(byte_base):
     facts = {"name": "ann", "id": "7", "message_id": 3, "metadata": {"a": [1]}, "timestamp": "now", "tool_calls": []}
     row = {**chat(said("a", **facts)), "id": 5, "source": "x", "weight": 1, "train": True, "tools": None, "loss": None}
     assert made(byte_base, row) == made(byte_base, chat(said("a", **facts)))

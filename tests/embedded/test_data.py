@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import get_args
@@ -75,16 +76,18 @@ def test_the_files_are_what_the_writer_writes() -> None:
 
 
 def test_the_writer_is_deterministic_and_its_shards_differ() -> None:
-    first = list(shard(3))
-    assert first == list(shard(3))
-    assert first != list(shard(4))
-    assert first != list(shard(3, seed=SEED + 1))
+    first, again, other, reseeded = (
+        list(islice(documents, 100)) for documents in (shard(3), shard(3), shard(4), shard(3, seed=SEED + 1))
+    )
+    assert first == again
+    assert first != other
+    assert first != reseeded
 
 
 @pytest.mark.parametrize("rule", ["opening", "body", "request", "quote", "review", "neutral"])
 def test_no_template_is_in_two_banks(rule: str) -> None:
     rng = Random(1)
-    drawn = [{plain(template(rule, bank, rng)) for _ in range(1500)} for bank in BANKS]
+    drawn = [{plain(template(rule, bank, rng)) for _ in range(800)} for bank in BANKS]
     pretraining, training, heldout = drawn
     assert not heldout & (pretraining | training)
     assert not training & pretraining
@@ -111,7 +114,7 @@ def test_heldout_rows_share_no_eight_words_with_training_rows() -> None:
 
 def test_heldout_rows_share_no_eight_words_with_a_sample_of_pretraining() -> None:
     apart = window_set(heldout_texts() + list(DEMO_INPUTS))
-    assert not [text for index in (0, 17, 55) for text in shard(index) if shares_window(text, apart)]
+    assert not [text for index in (0, 17, 55) for text in islice(shard(index), 400) if shares_window(text, apart)]
 
 
 def test_without_the_writers_check_some_documents_would_share_eight_words() -> None:

@@ -40,13 +40,13 @@ def judged(num_right_of_each, truth=(104, 96), template=0.74, num_templates=4) -
 
 
 class TestVerdict:
-    def test_says_accuracy_interval_majority_and_best_template_in_one_sentence(self):
+    def test_a_verdict_states_accuracy_interval_majority_and_best_template_in_one_sentence(self):
         assert judged((95, 87)).text == (
             "On 200 rows of reviews.csv, critic is right 91 times in 100 (86 to 94); always answering 'positive' would "
             "be right 52, the bare base with the best of 4 templates 74. That is better than both."
         )
 
-    def test_of_a_coin_flip_is_that_it_is_no_better_and_says_that_it_answers_one_thing(self):
+    def test_a_prompt_that_always_answers_one_label_is_called_no_better(self):
         verdict = judged((104, 0), template=0.44)
         assert not verdict.is_better
         assert verdict.text.endswith(
@@ -62,17 +62,17 @@ class TestVerdict:
             ((60, 50), 0.50, "That is no better than always answering 'positive'."),
         ],
     )
-    def test_is_against_the_better_rival(self, right, template, end):
+    def test_a_verdict_compares_with_the_better_baseline(self, right, template, end):
         verdict = judged(right, template=template)
         assert verdict.text.endswith(end)
         assert not verdict.is_better
         assert "to every row" not in verdict.text
 
-    def test_rounds_nothing_to_always(self):
+    def test_a_share_below_1_is_never_rounded_to_always(self):
         assert "critic is right 99.5 times in 100 (97 to 99.9)" in judged((104, 95)).text
         assert "critic is right 100 times in 100 (98 to 100)" in judged((104, 96)).text
 
-    def test_names_the_prompts_own_template_where_no_other_was_tried(self):
+    def test_a_verdict_names_the_same_template_where_no_other_was_tried(self):
         assert "the bare base with the same template 74." in judged((95, 87), num_templates=1).text
 
 
@@ -91,7 +91,7 @@ class TestBaselines:
         prompts = {"a": SoftPrompt(random_prompt(tiny_llama, 4, 0)), "b": SoftPrompt(random_prompt(tiny_llama, 4, 1))}
         return compare(tiny_llama, prompts, held_out={"set": rows})
 
-    def test_are_the_commonest_label_and_the_best_of_all_templates(self, tiny_llama, rows, found):
+    def test_the_baselines_are_the_commonest_label_and_the_best_of_all_templates(self, tiny_llama, rows, found):
         known = found.baselines["set"]
         assert (known.majority_label, known.majority) == ("w56", 20 / 30)
         own = accuracy_by_likelihood(tiny_llama, forward_of(tiny_llama), rows, None)
@@ -99,19 +99,19 @@ class TestBaselines:
         assert known.num_templates == 1 + len(written_templates(rows))
         assert known.template >= own
 
-    def test_stand_in_the_last_rows_of_the_table_and_the_verdicts_behind_it(self, found):
+    def test_baselines_are_the_tables_last_rows_and_verdicts_follow_it(self, found):
         page = to_markdown(found)
         assert f"{found.baselines['set'].majority:.1%}" in page
         assert page.index("Accuracy on set") < page.index("always 'w56'") < page.index("On 30 rows of set, a is right")
         assert page.index("On 30 rows of set, b is right") < page.index("Held-out loss on set")
         assert len(verdict_lines(found)) == 2
 
-    def test_stand_in_the_json(self, found):
+    def test_json_has_baselines_and_verdicts(self, found):
         record = found.to_json()
         assert record["baselines"]["set"]["majority"] == 20 / 30
         assert [item["prompt"] for item in record["verdicts"]] == ["a", "b"]
 
-    def test_of_a_training_are_those_of_compare_with_one_template(self, tiny_llama, rows, found):
+    def test_the_verdict_after_training_is_that_of_compare_with_one_template(self, tiny_llama, rows, found):
         prompt = SoftPrompt(random_prompt(tiny_llama, 4, 0))
         verdict = verdict_of(tiny_llama, "set", rows, "a", prompt)
         assert verdict.accuracy == found.accuracies[1].by_likelihood

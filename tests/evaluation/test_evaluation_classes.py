@@ -21,7 +21,7 @@ def drawn(seed, count=40, num_labels=3):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_all_figures_are_those_of_the_libraries(seed):
+def test_precision_recall_and_f1_are_those_of_scikit_learn(seed):
     truth, predicted = drawn(seed)
     confusion = confusion_matrix(truth, predicted, 4)
     assert [list(row) for row in confusion] == metrics.confusion_matrix(truth, predicted, labels=range(4)).tolist()
@@ -37,7 +37,7 @@ def test_all_figures_are_those_of_the_libraries(seed):
     assert share_right(confusion) == metrics.accuracy_score(truth, predicted)
 
 
-def test_by_hand():
+def test_figures_of_a_small_matrix_are_those_computed_by_hand():
     confusion = confusion_matrix([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 1], 3)
     assert confusion == ((2, 1, 0), (1, 1, 0), (0, 1, 0))  # rows true, columns predicted; not the other way round
     no, yes, maybe = class_scores(LABELS[:3], confusion)

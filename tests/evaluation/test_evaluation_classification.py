@@ -16,7 +16,7 @@ from softprompt.data import rows_from_records
 from softprompt.data.rows import with_labels
 from softprompt.errors import DataError
 from softprompt.evaluation import accuracy, accuracy_by_likelihood, likeliest_labels
-from softprompt.evaluation.classification import _named_label
+from softprompt.evaluation.classification import label_of_answer
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
 
@@ -51,7 +51,7 @@ def brute_force(base, rows, prompt):
     return chosen
 
 
-def test_by_likelihood_is_brute_force(tiny_llama, prompt):
+def test_accuracy_by_likelihood_is_that_of_a_brute_force_loop(tiny_llama, prompt):
     rows = labelled(18)
     assert rows.form.labels == LABELS
     truth = brute_force(tiny_llama, rows, prompt)
@@ -68,7 +68,7 @@ def test_by_likelihood_is_brute_force(tiny_llama, prompt):
     assert len(set(truth)) > 1
 
 
-def test_generated_is_the_greedy_answers_label(tiny_llama, prompt):
+def test_the_generated_label_is_that_of_the_greedy_answer(tiny_llama, prompt):
     rows = labelled(18)
     said = []
     for record in rows.records:
@@ -92,11 +92,11 @@ def test_the_interval_is_wilsons(tiny_llama):
     ("text", "label"),
     [(" w91", 1), ("w91 w88 w9", 2), (" w56\n", 0), ("", None), ("w9", None), ("w9 w91", None)],
 )
-def test_the_longest_label_that_an_answer_begins_with(text, label):
-    assert _named_label(text, LABELS) == label
+def test_an_answer_has_the_longest_label_that_it_begins_with(text, label):
+    assert label_of_answer(text, LABELS) == label
 
 
-def test_empty_rows_are_left_out_and_a_stranger_is_named(tiny_llama):
+def test_empty_rows_are_left_out_and_an_unknown_label_is_named(tiny_llama):
     records = [{"text": "w7", "label": name} for name in ("w80", "w90", "w80", "w90", "")]
     found = accuracy(tiny_llama, forward_of(tiny_llama), "set", labelled(0, records), None, None)
     assert found.num_rows == 4
@@ -149,7 +149,7 @@ class TestCalibration:
         weighed = [share / mean for share, mean in zip(self.shares(base, text, prompt), means, strict=True)]
         return weighed.index(max(weighed))
 
-    def test_is_the_papers_arithmetic_and_changes_choices(self, tiny_llama, prompt):
+    def test_calibration_is_the_papers_arithmetic_and_changes_predictions(self, tiny_llama, prompt):
         rows = labelled(18)
         texts = [f"w5 {record['text']} w6" for record in rows.records]
         free = ("w5 N/A w6", "w5  w6")
@@ -163,7 +163,7 @@ class TestCalibration:
         assert (found.confusion, found.generated) != (plain.confusion, plain.generated)
         assert found.generated == plain.generated
 
-    def test_both_content_free_inputs_and_their_prompt_count(self, tiny_llama):
+    def test_calibration_uses_both_content_free_inputs_under_the_prompt(self, tiny_llama):
         """Controls: the first input alone, and another prompt's likelihoods, choose otherwise somewhere."""
         prompt, forward = SoftPrompt(random_prompt(tiny_llama, 4, 0)), forward_of(tiny_llama)
         texts = [f"w5 w{token} w6" for token in range(5, 90)]
@@ -173,7 +173,7 @@ class TestCalibration:
         other = SoftPrompt(random_prompt(tiny_llama, 4, 1))
         assert both != likeliest_labels(tiny_llama, forward, texts, LABELS, other, content_free=free)
 
-    def test_a_label_that_leads_whatever_the_text_loses_its_lead(self, tiny_llama):
+    def test_calibration_removes_the_lead_of_a_label_that_leads_for_every_text(self, tiny_llama):
         """Every text equals the content-free one but for its likelihoods' ratio: the leader flips."""
         forward = forward_of(tiny_llama)
         texts = [f"w5 w{token} w6" for token in range(5, 90)]
@@ -184,13 +184,13 @@ class TestCalibration:
         flipped = likeliest_labels(tiny_llama, forward, others, LABELS, None, content_free=texts[first : first + 1])
         assert set(flipped) - {leader}
 
-    def test_an_unlikely_label_does_not_divide_by_nothing(self, tiny_llama):
+    def test_calibration_of_a_very_unlikely_label_stays_finite(self, tiny_llama):
         long = "".join(f" w{token}" for token in random_ids(70, 1))
         forward = forward_of(tiny_llama)
         with np.errstate(all="raise"):
             likeliest_labels(tiny_llama, forward, ["w5"], (" w56", long), None, content_free=("w6",))
 
-    def test_a_template_that_is_empty_without_its_field(self, tiny_gpt2):
+    def test_calibration_without_bos_leaves_out_the_empty_context(self, tiny_gpt2):
         """tiny_gpt2 has no BOS: the empty input leaves the bare base nothing to predict from."""
         records = [{"text": f"w{7 + i}", "label": f"w{90 + i % 2}"} for i in range(6)]
         rows = with_labels(rows_from_records(records, template="{text}", completion=" {label}"))

@@ -26,7 +26,7 @@ def soft(base, seed=0, form=None, length=4):
     return SoftPrompt(random_prompt(base, length, seed), PromptRecord(form=form or InputForm()))
 
 
-def test_answers_are_what_each_gives_alone(tiny_llama):
+def test_the_answers_of_a_comparison_are_those_of_each_prompt_alone(tiny_llama):
     """Twelve prompts and three inputs make several batches."""
     prompts = {f"p{seed}": soft(tiny_llama, seed, length=1 + seed % 5) for seed in range(12)}
     inputs = ["w5 w6", "w7", "w8 w9 w10 w11"]
@@ -77,29 +77,29 @@ def test_rows_are_cut_alike_for_all_whatever_each_prompts_length(tiny_llama):
 
 
 class TestRefusals:
-    def test_nothing_to_continue_from(self, tiny_gpt2):
+    def test_an_empty_input_without_bos_is_refused(self, tiny_gpt2):
         with pytest.raises(DataError, match="an empty text has no token to continue from"):
             compare(tiny_gpt2, {"p": soft(tiny_gpt2)}, [""])
 
-    def test_an_empty_text_is_fine_behind_bos(self, tiny_llama):
+    def test_an_empty_input_with_bos_is_answered(self, tiny_llama):
         assert compare(tiny_llama, {"p": soft(tiny_llama)}, [""], sampling=SHORT).answered
 
-    def test_a_prompt_called_as_the_base_is(self, tiny_llama):
+    def test_a_prompt_named_base_is_refused(self, tiny_llama):
         with pytest.raises(ConfigError, match="is called 'base'"):
             compare(tiny_llama, {"base": soft(tiny_llama)}, ["w5"])
 
-    def test_too_long(self, tiny_llama):
+    def test_an_input_or_a_prompt_longer_than_the_context_is_refused(self, tiny_llama):
         with pytest.raises(LengthError, match="maximum context length is 96 tokens"):
             compare(tiny_llama, {"p": soft(tiny_llama)}, ["w5 " * 90])
         with pytest.raises(LengthError, match="no text fits"):
             compare(tiny_llama, {"p": soft(tiny_llama, length=95)}, held_out={"set": rows_from_texts(["w5 w6"])})
 
-    def test_fields_without_a_template(self, tiny_llama):
+    def test_fields_for_a_prompt_without_a_template_are_refused(self, tiny_llama):
         with pytest.raises(DataError, match="no template"):
             compare(tiny_llama, {"p": soft(tiny_llama)}, [{"text": "w5"}])
 
 
-def test_json_is_strict_even_where_there_is_no_number():
+def test_json_is_strict_even_for_figures_that_are_nan():
     base = build_base("gpt2")
     found = compare(base, {"p": soft(base)}, held_out={"set": rows_from_texts(["w5", "w6"])})
     record = found.to_json()

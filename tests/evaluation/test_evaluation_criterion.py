@@ -36,12 +36,12 @@ def soft(base, seed=0):
     return SoftPrompt(random_prompt(base, 4, seed))
 
 
-def test_names():
+def test_the_criteria_are_these():
     assert get_args(Criterion) == CRITERIA
     assert set(CRITERIA) == {"loss", "accuracy", "f1_macro", *GENERATED}
 
 
-def test_by_labels(tiny_llama):
+def test_a_criterion_of_labels_is_the_score_by_likelihood(tiny_llama):
     rows, forward = labelled(), forward_of(tiny_llama)
     texts = [f"w5 {record['text']} w6" for record in rows.records]
     score = {name: criterion(tiny_llama, rows, name) for name in ("accuracy", "f1_macro")}
@@ -60,7 +60,7 @@ def test_by_labels(tiny_llama):
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_by_answers(tiny_llama, name):
+def test_a_criterion_of_answers_is_the_score_of_greedy_answers(tiny_llama, name):
     rows = labelled(12)
     rows = replace(rows, records=({**rows.records[0], "label": "w62"}, *rows.records[1:]))  # free text will do
     prompts = {f"p{seed}": soft(tiny_llama, seed) for seed in range(3)}
@@ -72,7 +72,7 @@ def test_by_answers(tiny_llama, name):
     assert {key: score(prompt) for key, prompt in prompts.items()} == {key: shown[key] for key in prompts}
 
 
-def test_the_base_and_a_training_behind_it_do_not_change():
+def test_a_criterion_changes_neither_the_base_nor_a_later_training():
     """Answers are generated in inference mode; nothing of it may stay where a gradient passes."""
     base, untouched = build_base("llama"), build_base("llama")
     before = torch.cat([parameter.flatten().clone() for parameter in base.model.parameters()])
@@ -87,31 +87,31 @@ def test_the_base_and_a_training_behind_it_do_not_change():
 
 
 class TestRefusals:
-    def test_rows_without_labels(self, tiny_llama):
+    def test_a_criterion_of_labels_refuses_rows_without_labels(self, tiny_llama):
         records = [{"q": f"w{5 + i}", "a": f"w{20 + i}"} for i in range(6)]
         free = rows_from_records(records, template="{q}", completion=" {a}")
         for rows in (free, rows_from_texts(["w5 w6"])):
             with pytest.raises(ConfigError, match=r"'f1_macro' needs labelled rows, and .* has no closed set"):
                 criterion(tiny_llama, rows, "f1_macro")
 
-    def test_rows_without_answers(self, tiny_llama):
+    def test_a_criterion_of_answers_refuses_rows_without_answers(self, tiny_llama):
         with pytest.raises(ConfigError, match="none of the 2 rows of texts has one"):
             criterion(tiny_llama, rows_from_texts(["w5 w6", "w7"]), "chrf")
 
-    def test_a_stranger_among_the_labels(self, tiny_llama):
+    def test_a_row_with_an_unknown_label_is_refused(self, tiny_llama):
         rows = labelled(6)
         form = replace(rows.form, labels=(" w56", " w62"))
         with pytest.raises(DataError, match="row 2 of records: ' w91' is none of the labels"):
             criterion(tiny_llama, replace(rows, form=form), "accuracy")
 
     @pytest.mark.parametrize("name", ["loss", "bleu"])
-    def test_no_task_score(self, tiny_llama, name):
+    def test_a_name_that_is_no_task_score_is_refused(self, tiny_llama, name):
         with pytest.raises(
             ConfigError, match=f"'{name}' is not a task score; known are accuracy, f1_macro, exact_match"
         ):
             criterion(tiny_llama, labelled(), name)
 
-    def test_torchmetrics_is_missed_before_the_training(self, tiny_llama, monkeypatch):
+    def test_a_criterion_without_torchmetrics_is_refused_before_training(self, tiny_llama, monkeypatch):
         monkeypatch.setitem(sys.modules, "torchmetrics.functional.text", None)
         with pytest.raises(MissingDependencyError, match="need torchmetrics"):
             criterion(tiny_llama, labelled(), "chrf")

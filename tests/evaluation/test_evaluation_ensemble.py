@@ -44,7 +44,7 @@ def members(tiny_llama):
 
 
 class TestVote:
-    def test_counted_by_hand(self):
+    def test_votes_are_those_counted_by_hand(self):
         """Four prompts, four texts, three labels; votes 0 0 1 2 | 1 1 2 2 | 0 1 2 2 | 0 0 1 1."""
         scores_MNK = np.array(
             [
@@ -69,7 +69,7 @@ class TestVote:
         assert scores_MNK.sum(axis=0).argmax() == 2
         assert vote(scores_MNK) == [1]
 
-    def test_one_member_is_its_own_majority(self):
+    def test_a_single_member_is_its_own_majority(self):
         scores_MNK = np.array([[[-3.0, -1.0], [-1.0, -3.0]]])
         assert vote(scores_MNK) == [1, 0]
 
@@ -91,7 +91,7 @@ def slow_scores(base, rows, labels, prompt):
 
 
 @pytest.mark.parametrize(("family", "labels"), [("llama", LABELS), ("gpt2", (" w68", " w81"))])
-def test_one_pass_is_each_prompt_by_itself(family, labels, request):
+def test_scores_of_all_members_in_one_pass_are_those_of_each_alone(family, labels, request):
     base, rows = request.getfixturevalue(f"tiny_{family}"), labelled(labels)
     members = {f"m{seed}": SoftPrompt(random_prompt(base, 2 + seed, seed)) for seed in range(4)}
     scores_MNK = np.array([slow_scores(base, rows, labels, prompt) for prompt in members.values()])
@@ -104,7 +104,7 @@ def test_one_pass_is_each_prompt_by_itself(family, labels, request):
     assert len({tuple(choices) for choices in choices_MN}) > 1  # the control: they disagree
 
 
-def test_the_figures_are_those_of_any_contender(tiny_llama, rows, members):
+def test_a_vote_has_the_figures_of_any_contender(tiny_llama, rows, members):
     found = vote_accuracy(tiny_llama, forward_of(tiny_llama), "set", rows, "team", members)
     assert (found.held_out, found.prompt, found.num_rows, found.generated) == ("set", "team", 24, None)
     right = sum(found.confusion[label][label] for label in range(3))
@@ -118,7 +118,7 @@ def test_the_figures_are_those_of_any_contender(tiny_llama, rows, members):
     assert [item.support for item in found.classes] == [8, 8, 8]
 
 
-def test_a_set_of_one_is_that_prompt(tiny_llama, rows, members):
+def test_an_ensemble_of_one_prompt_scores_like_that_prompt(tiny_llama, rows, members):
     forward = forward_of(tiny_llama)
     for calibrate in (False, True):
         alone = accuracy(tiny_llama, forward, "set", rows, "m1", members["m1"], calibrate=calibrate)
@@ -126,7 +126,7 @@ def test_a_set_of_one_is_that_prompt(tiny_llama, rows, members):
         assert replace(alone, generated=None, members={"m1": alone.by_likelihood}) == voted
 
 
-def test_calibrated_each_by_its_own_likelihoods(tiny_llama, rows, members):
+def test_each_member_is_calibrated_by_its_own_likelihoods(tiny_llama, rows, members):
     forward = forward_of(tiny_llama)
     voted = vote_accuracy(tiny_llama, forward, "set", rows, "team", members, calibrate=True)
     for name, prompt in members.items():
@@ -160,12 +160,12 @@ class TestCompare:
         assert f"4 vote, {mean:.1%} on average" in to_markdown(found)
         assert "4 prompts of" in to_markdown(found)
 
-    def test_members_count_for_the_room_that_a_row_has(self, tiny_llama, rows):
+    def test_the_longest_member_limits_the_length_of_rows(self, tiny_llama, rows):
         long = {"long": SoftPrompt(random_prompt(tiny_llama, 95))}
         with pytest.raises(LengthError, match="no text fits"):
             compare(tiny_llama, {}, held_out={"set": rows}, ensembles={"team": long})
 
-    def test_what_cannot_vote(self, tiny_llama, members):
+    def test_an_ensemble_without_labels_to_vote_on_or_with_a_taken_name_is_refused(self, tiny_llama, members):
         texts = {"texts": rows_from_texts(["w5 w6"])}
         with pytest.raises(
             ConfigError, match=r"prompts of team vote on labels, and the held-out rows have none \(texts"

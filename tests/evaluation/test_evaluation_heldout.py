@@ -56,7 +56,7 @@ def test_the_loss_is_the_plain_models_over_the_same_tokens(request, family):
         assert loss.perplexity == pytest.approx(math.exp(sum(text) / counted), rel=1e-5)
 
 
-def test_difference_and_rows_are_against_the_base(tiny_llama):
+def test_difference_and_better_and_worse_rows_are_relative_to_the_base(tiny_llama):
     prompt = soft(tiny_llama)
     examples, (bare, ours) = losses_of(tiny_llama, {"p": prompt}, rows_from_texts(sentences(9)))
     assert (bare.prompt, bare.difference, bare.interval, bare.better_rows, bare.worse_rows) == (
@@ -73,7 +73,7 @@ def test_difference_and_rows_are_against_the_base(tiny_llama):
     assert ours.interval.low < ours.difference < ours.interval.high
 
 
-def test_a_shuffled_and_another_prompt_give_other_figures(tiny_llama):
+def test_another_or_a_shuffled_prompt_gives_other_figures(tiny_llama):
     prompt = soft(tiny_llama)
     contenders = {
         "ours": prompt,
@@ -88,7 +88,7 @@ def test_a_shuffled_and_another_prompt_give_other_figures(tiny_llama):
         assert abs(by_name[other] - by_name["ours"]) > 1e-3
 
 
-def test_only_completions_count_in_a_template(tiny_llama):
+def test_the_loss_of_a_template_counts_completions_only(tiny_llama):
     rows = rows_from_records(
         [{"text": text, "label": f"w{90 + i % 2}"} for i, text in enumerate(sentences(6))],
         template="w5 {text}", completion=" {label}",
@@ -98,12 +98,12 @@ def test_only_completions_count_in_a_template(tiny_llama):
 
 
 class TestDegenerate:
-    def test_one_row_has_no_interval(self, tiny_llama):
+    def test_a_single_row_has_no_interval(self, tiny_llama):
         _, (_, ours) = losses_of(tiny_llama, {"p": soft(tiny_llama)}, rows_from_texts(["w5 w6 w7"]))
         assert ours.interval is None
         assert ours.difference is not None
 
-    def test_no_tokens_at_all(self, tiny_gpt2):
+    def test_rows_without_text_tokens_have_a_loss_of_nan(self, tiny_gpt2):
         """Rows of one word have no predecessor on a base without BOS; only their EOS is read."""
         _, (bare, ours) = losses_of(tiny_gpt2, {"p": soft(tiny_gpt2)}, rows_from_texts(["w5", "w6", "w7"]))
         assert bare.num_tokens == 0
@@ -112,12 +112,12 @@ class TestDegenerate:
         assert (ours.difference, ours.interval) == (None, None)
         assert ours.eos_loss > 0
 
-    def test_equal_rows(self):
+    def test_rows_with_equal_gaps_have_an_interval_without_width(self):
         scores = [RowScore(text_nats=6.0, num_text=3, eos_nats=0.0, num_eos=0)] * 5
         interval = paired_interval(scores, scores, seed=0)
         assert (interval.low, interval.high) == (0.0, 0.0)
 
-    def test_no_rows(self):
+    def test_the_mean_loss_of_no_rows_is_nan(self):
         assert math.isnan(mean_loss([]))
 
 

@@ -50,7 +50,7 @@ def answers(base, rows, prompt, **limits):
 class TestAnswers:
     @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
     @pytest.mark.parametrize("seed", [None, 0], ids=["bare", "prompted"])
-    def test_are_those_of_a_plain_loop_as_long_as_the_longest_reference_and_one(self, request, family, seed):
+    def test_greedy_answers_are_those_of_a_plain_loop_up_to_the_longest_reference_plus_one(self, request, family, seed):
         base = request.getfixturevalue(family)
         prompt = None if seed is None else soft(base, seed)
         rows = questions_and_answers(20)
@@ -58,7 +58,7 @@ class TestAnswers:
         assert found == [text.split() for text in true_answers(base, rows, prompt, 3 + 1)]
         assert found != [text.split() for text in true_answers(base, rows, soft(base, 7), 3 + 1)]  # control
 
-    def test_end_at_eos_and_without_one_at_the_limit(self, tiny_llama):
+    def test_an_answer_ends_at_eos_or_at_the_limit(self, tiny_llama):
         rows = questions_and_answers(6)
         silent = freeze_base(tiny_llama.model, build_tokenizer(has_bos=True), name="endless")
         endless = replace(silent, stop_ids=())
@@ -67,13 +67,13 @@ class TestAnswers:
         ended = replace(silent, stop_ids=(EOS, first))
         assert answers(ended, rows, soft(ended))[0] == ""
 
-    def test_a_lower_limit(self, tiny_llama):
+    def test_max_new_tokens_lowers_the_limit_of_answers(self, tiny_llama):
         rows = questions_and_answers(6)
         found = answers(tiny_llama, rows, None, max_new_tokens=2)
         assert [text.split() for text in found] == [text.split() for text in true_answers(tiny_llama, rows, None, 2)]
         assert answers(tiny_llama, rows, None, max_new_tokens=50) == answers(tiny_llama, rows, None)
 
-    def test_a_long_question_keeps_its_end_and_makes_no_other_one_shorter(self, tiny_llama):
+    def test_a_long_question_keeps_its_end_and_shortens_no_other(self, tiny_llama):
         """A long reference elsewhere takes no room from a question."""
         ending = words(LIMIT, 3)
         records = [{"q": words(60, 1), "a": "w7"}, {"q": f"w9 {ending}", "a": "w7"}, {"q": ending, "a": "w7"}]
@@ -85,13 +85,13 @@ class TestAnswers:
         assert found[1] == found[2]
         assert len(found[1].split()) <= 2
 
-    def test_no_room(self, tiny_llama):
+    def test_a_prompt_that_fills_the_context_is_refused(self, tiny_llama):
         with pytest.raises(LengthError, match="no text fits before the answer"):
             answers(tiny_llama, questions_and_answers(2), soft(tiny_llama, length=LIMIT - 1))
 
 
 class TestQuestions:
-    def test_a_chats_last_answered_turn(self, tiny_llama):
+    def test_the_question_of_a_chat_ends_before_its_last_answered_turn(self, tiny_llama):
         turns = [("user", "w5 w6"), ("assistant", "w7"), ("user", "w8"), ("assistant", "w9 w10"), ("user", "w11")]
         messages = [{"role": role, "content": text} for role, text in turns]
         rows = rows_from_records([{"m": messages}, {"m": messages[:1] + messages[1:2]}], messages_column="m")
@@ -113,7 +113,7 @@ class TestQuestions:
 
 
 class TestScores:
-    def test_are_means_over_rows_and_gaps_to_the_base(self, tiny_llama):
+    def test_scores_are_means_over_rows_with_differences_to_the_base(self, tiny_llama):
         prompt, rows = soft(tiny_llama), questions_and_answers(12)
         references = [record["a"] for record in rows.records]
         config = ScoreConfig(score=("chrf", "f1", "chrf"))
@@ -134,7 +134,7 @@ class TestScores:
         assert other[0] == found[0]
         assert other[1].value != found[1].value
 
-    def test_only_the_first_rows_and_only_sets_with_answers(self, tiny_llama):
+    def test_score_rows_limits_the_rows_and_sets_without_answers_have_no_score(self, tiny_llama):
         sets = {"texts": rows_from_texts(["w5 w6"]), "set": questions_and_answers(12)}
         config = ScoreConfig(score=("rouge_l",), score_rows=5)
         found = compare(tiny_llama, {"p": soft(tiny_llama)}, held_out=sets, scoring=config).scores
@@ -144,7 +144,7 @@ class TestScores:
         )
         assert [item.value for item in alone.scores] == [item.value for item in found]
 
-    def test_one_row_has_no_interval(self, tiny_llama):
+    def test_a_single_question_has_no_interval(self, tiny_llama):
         config = ScoreConfig(score=("chrf",), score_rows=1)
         found = compare(
             tiny_llama, {"p": soft(tiny_llama)}, held_out={"set": questions_and_answers(3)}, scoring=config
@@ -152,10 +152,10 @@ class TestScores:
         assert found[1].interval is None
         assert found[1].difference is not None
 
-    def test_nothing_is_generated_unasked(self, tiny_llama):
+    def test_nothing_is_generated_without_a_score(self, tiny_llama):
         assert compare(tiny_llama, {"p": soft(tiny_llama)}, held_out={"set": questions_and_answers(3)}).scores == ()
 
-    def test_a_prompt_of_another_length_is_read_on_the_same_tokens(self):
+    def test_prompts_of_different_lengths_are_scored_on_the_same_tokens(self):
         base = build_base("llama")
         rows = rows_from_records(
             [{"q": words(LIMIT, i), "a": "w7"} for i in range(3)], template="{q}", completion=" {a}"
@@ -169,21 +169,21 @@ class TestScores:
 
 
 class TestRefusals:
-    def test_a_score_that_no_set_suits(self, tiny_llama):
+    def test_a_score_that_suits_no_set_is_refused(self, tiny_llama):
         with pytest.raises(ConfigError, match=r"score 'chrf' compares answers with completions, .* \(texts\)"):
             compare(tiny_llama, {}, held_out={"texts": rows_from_texts(["w5 w6"])}, scoring=CHRF)
         with pytest.raises(ConfigError, match="no set at all"):
             check_scores(CHRF, {})
 
-    def test_calibration_without_labels(self):
+    def test_calibration_without_labels_is_refused(self):
         with pytest.raises(ConfigError, match="calibrate needs labels"):
             check_scores(ScoreConfig(calibrate=True), {"set": questions_and_answers(3)})
 
-    def test_a_number_of_rows_that_cannot_be_meant(self):
+    def test_a_score_rows_below_1_is_refused(self):
         with pytest.raises(ConfigError, match="score_rows is 0; it must be at least 1"):
             ScoreConfig(score_rows=0)
 
-    def test_torchmetrics_is_missed_before_anything_is_generated(self, tiny_llama, monkeypatch):
+    def test_a_score_without_torchmetrics_is_refused_before_generation(self, tiny_llama, monkeypatch):
         monkeypatch.setitem(sys.modules, "torchmetrics.functional.text", None)
         sets = {"set": questions_and_answers(3)}
         with pytest.raises(MissingDependencyError, match="need torchmetrics"):

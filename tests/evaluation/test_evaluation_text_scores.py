@@ -50,7 +50,7 @@ def test_means_are_torchmetrics_own_over_the_whole_set():
     assert len({round(value, 4) for value in truth.values()}) == 4
 
 
-def test_by_hand():
+def test_scores_of_small_texts_are_those_computed_by_hand():
     assert one("exact_match", "The cat.", "cat") == near(1)
     assert one("exact_match", "cat sat", "cat") == near(0)
     assert one("f1", "the cat sat", "cat") == near(2 / 3)  # "the" is no word here: precision 1/2, recall 1
@@ -72,7 +72,7 @@ def test_the_reference_itself_scores_1_whatever_its_length_and_script(name, text
     assert one(name, "something else", text) < 1
 
 
-def test_scripts_are_told_apart():
+def test_words_of_every_script_count():
     assert one("rouge_l", "日本語", "中国語") == near(0)
     assert one("rouge_l", "caf", "café") == near(0)
     assert one("f1", "Да конечно", "да нет") == near(1 / 2)
@@ -85,7 +85,7 @@ def test_an_empty_answer_scores_0(name, empty):
     assert text_scores(name, [empty], ["an answer"]) == [0.0]
 
 
-def test_without_torchmetrics(monkeypatch):
+def test_scores_without_torchmetrics_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.text", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'softprompt\[scores\]'"):
         text_scores("chrf", ["a"], ["b"])

@@ -312,10 +312,10 @@ def _generated_labels(
     requests = [Request(ids, prompt) for ids in contexts]
     sampling = SamplingConfig(max_new_tokens=longest)
     answers = generate(base, requests, sampling, forward=forward)
-    return [_named_label(answer.text, known.labels) for answer in answers]
+    return [label_of_answer(answer.text, known.labels) for answer in answers]
 
 
-def _named_label(text: str, labels: Sequence[str]) -> int | None:
+def label_of_answer(text: str, labels: Sequence[str]) -> int | None:
     """The longest label that the answer begins with, spaces around it aside."""
     answer = text.strip()
     fits = [label for label in labels if answer.startswith(label.strip())]

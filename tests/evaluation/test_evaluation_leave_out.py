@@ -64,7 +64,7 @@ def test_each_loss_is_that_of_plain_concatenation_with_the_row_deleted(family, l
 
 
 @pytest.mark.parametrize("num_prompts", [1, 3, 100])
-def test_how_many_prompts_a_pass_takes_changes_nothing(tiny_llama64, monkeypatch, num_prompts):
+def test_the_number_of_prompts_in_a_pass_changes_nothing(tiny_llama64, monkeypatch, num_prompts):
     prompt = soft(tiny_llama64, 4)
     truth = accuracy_from_labels(tiny_llama64, prompt)
     monkeypatch.setattr("softprompt.evaluation.heldout.MAX_PROMPTS_PER_PASS", num_prompts)
@@ -73,7 +73,7 @@ def test_how_many_prompts_a_pass_takes_changes_nothing(tiny_llama64, monkeypatch
     assert [item.loss for item in found.left_out] == pytest.approx([item.loss for item in truth.left_out], rel=1e-12)
 
 
-def test_no_pass_takes_more_prompts_than_it_may(tiny_llama, monkeypatch):
+def test_no_pass_has_more_prompts_than_the_limit(tiny_llama, monkeypatch):
     taken = []
 
     def counted(base, forward, examples, prompts):
@@ -96,7 +96,7 @@ def test_the_whole_prompts_loss_and_the_bare_one_are_those_of_a_comparison(tiny_
     assert found.left_out[0].difference == pytest.approx(-ours.difference, rel=1e-4)
 
 
-def test_the_interval_is_the_paired_one(tiny_llama):
+def test_the_interval_of_a_left_out_token_is_the_paired_one(tiny_llama):
     examples, prompt = examples_of(tiny_llama).examples, soft(tiny_llama, 3)
     forward = forward_of(tiny_llama)
     found = leave_one_out(tiny_llama, forward, examples, prompt, seed=4)
@@ -108,7 +108,7 @@ def test_the_interval_is_the_paired_one(tiny_llama):
         assert item.interval.low < item.difference < item.interval.high
 
 
-def test_a_token_that_the_prompt_holds_twice_in_a_row_is_missed_alike(tiny_llama64):
+def test_leaving_out_either_of_two_equal_neighbours_costs_the_same(tiny_llama64):
     tensor = random_prompt(tiny_llama64, 3)
     first, second, _, last = accuracy_from_labels(tiny_llama64, SoftPrompt(tensor[[0, 0, 1, 2]])).left_out
     assert first.loss == pytest.approx(second.loss, rel=1e-12)
@@ -116,7 +116,7 @@ def test_a_token_that_the_prompt_holds_twice_in_a_row_is_missed_alike(tiny_llama
 
 
 class TestDegenerate:
-    def test_one_row_has_no_interval(self, tiny_llama):
+    def test_a_single_example_has_no_interval(self, tiny_llama):
         found = accuracy_from_labels(tiny_llama, soft(tiny_llama, 2), examples_of(tiny_llama, 1))
         assert [item.interval for item in found.left_out] == [None, None]
         assert all(math.isfinite(item.loss) for item in found.left_out)
@@ -126,7 +126,7 @@ class TestDegenerate:
         with pytest.raises(DataError, match="none of the 2 held-out rows has a text token"):
             accuracy_from_labels(tiny_gpt2, soft(tiny_gpt2, 2), examples)
 
-    def test_such_rows_beside_others_are_not_counted(self, tiny_gpt2):
+    def test_rows_without_a_predecessor_are_not_counted(self, tiny_gpt2):
         def of(texts):
             rows = build_examples(tiny_gpt2, rows_from_texts(texts), eos=False, max_length=60)
             return accuracy_from_labels(tiny_gpt2, soft(tiny_gpt2, 2), rows)
