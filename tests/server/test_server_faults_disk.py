@@ -8,11 +8,11 @@ import os
 import signal
 from io import RawIOBase
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import NoReturn
 
 import httpx2
 import pytest
-from starlette.datastructures import UploadFile
 from support.fault_server import Servers, can_mount, save_base
 from support.fault_work import ROWS, Place, asked_job, outcome, trained
 from support.prompt_server import as_upload, eventually, made_prompt, prompt_server, upload
@@ -98,14 +98,16 @@ def test_a_full_disk(servers: Servers, tmp_path: Path) -> None:
     assert servers.kill(server, signal.SIGTERM) == 0
 
 
-def test_no_room_for_what_arrives(tiny_llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large uploads lie on the disk for temporary files until they are whole."""
+def test_an_upload_that_finds_no_space_for_its_temporary_file_is_refused(
+    tiny_llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large upload is a temporary file until it is whole."""
 
-    async def refuse(file: UploadFile, data: bytes) -> NoReturn:
+    def refuse(file: SpooledTemporaryFile[bytes], data: bytes) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with prompt_server(tiny_llama, tmp_path / "state") as room, room.client() as client:
         with monkeypatch.context() as change:
-            change.setattr(UploadFile, "write", refuse)
+            change.setattr(SpooledTemporaryFile, "write", refuse)
             refused(upload(client, "new", made_prompt(tiny_llama)), 507, "no_space")
         assert upload(client, "new", made_prompt(tiny_llama)).status_code == 200

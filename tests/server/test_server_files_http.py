@@ -22,7 +22,6 @@ from softprompt.errors import DatabaseError
 from softprompt.server.app import create_app
 from softprompt.server.clients.keys import Client
 from softprompt.server.jobs import files as files_room
-from softprompt.server.jobs import files_form
 from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.files_routes import router
 from softprompt.server.state.database import Database
@@ -233,7 +232,7 @@ def test_a_full_disk_keeps_nothing(client: openai.OpenAI, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as broken:
-        broken.setattr(files_form.os, "fsync", full)
+        broken.setattr(files_room.os, "fsync", full)
         with pytest.raises(openai.APIStatusError, match="no space left") as refusal:
             upload(client)
         assert refusal.value.status_code == 507

@@ -30,8 +30,7 @@ from softprompt.server.clients.keys import (
     revoke_key,
 )
 from softprompt.server.errors import ApiError
-from softprompt.server.jobs.files import Files
-from softprompt.server.jobs.files_form import Form
+from softprompt.server.jobs.files import Files, Upload
 from softprompt.server.state import migrations
 from softprompt.server.state.database import Database, database_url
 from softprompt.server.state.lock import exclusive
@@ -238,7 +237,7 @@ def test_files_and_keys_are_kept_alike(database: Database, tmp_path: Path) -> No
     ids = [files.new_id() for _ in range(5)]
     for id_ in ids:
         files.arriving(id_).write_text('{"text": "x"}')
-        files.add(id_, Form({"purpose": "fine-tune"}, "ü" * 1000, 13, "0" * 64), alice)
+        files.add(id_, Upload({"purpose": "fine-tune"}, "ü" * 1000, 13, "0" * 64), alice)
     first, has_more = files.list(alice, limit=3, newest_first=False)
     rest, ends = files.list(alice, limit=3, newest_first=False, after=first[-1].id)
     assert ([file.id for file in first + rest], has_more, ends) == (ids, True, False)

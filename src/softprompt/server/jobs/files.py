@@ -12,10 +12,12 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
+from fastapi import Request
 from sqlalchemy import and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
@@ -23,11 +25,11 @@ from softprompt.errors import StorageError, shortened
 from softprompt.server.clients.keys import Client
 from softprompt.server.clients.quotas import Amounts
 from softprompt.server.errors import ApiError
-from softprompt.server.jobs.files_form import Form
+from softprompt.server.forms import FormFile, read_form
 from softprompt.server.jobs.files_rows import check_rows
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import FileRow, JobRow
-from softprompt.storage.atomic import sync_folder
+from softprompt.storage.atomic import disk_errors, sync_folder
 
 PURPOSE = "fine-tune"
 _ID = re.compile(r"file-[0-9a-f]{32}")
@@ -54,6 +56,16 @@ class StoredFile:
     form: str  # plain, template (prompt and completion) or chat
     created: float  # seconds since 1970
     path: Path
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A form with a file that has arrived whole."""
+
+    fields: Mapping[str, str]
+    filename: str  # as the client called it; never a path of ours
+    num_bytes: int
+    sha256: str
 
 
 class Files:
@@ -105,18 +117,42 @@ class Files:
         return f"file-{secrets.token_hex(16)}"
 
     def arriving(self, file_id: str) -> Path:
-        """Where an upload's bytes lie until it is whole."""
+        """The path of an upload until it is whole."""
         return self.folder / f".{file_id}.partial"
 
-    def add(self, file_id: str, form: Form, client: Client) -> StoredFile:
-        """Take what has arrived: check its rows, put it in its place, and write it down.
+    async def receive(self, file_id: str, request: Request, on_bytes: Callable[[int], None]) -> Upload:
+        """Write a form's file to `arriving`, synced. Raises ApiError for a form that is not whole or has no file.
+
+        `on_bytes` may refuse bytes as they come.
+        """
+        received: list[FormFile] = []
+        too_large = f"the file is larger than {self.max_bytes:,} bytes, the most that is taken here"
+
+        def open_file(name: str, filename: str) -> FormFile | None:
+            if name != "file":
+                return None
+            if received:
+                raise ApiError(400, "the form has a second field 'file'; send one file", "invalid_value", "file")
+            received.append(FormFile(file, filename, self.max_bytes, too_large, on_bytes))
+            return received[0]
+
+        with disk_errors(self.folder), open(self.arriving(file_id), "xb") as file:
+            fields = await read_form(request, open_file, self.max_bytes)
+            await anyio.to_thread.run_sync(os.fsync, file.fileno())
+        if not received:
+            raise ApiError(400, "the form has no field 'file'; send a file in it", "invalid_value", "file")
+        (found,) = received
+        return Upload(fields, found.filename, found.num_bytes, found.sha256)
+
+    def add(self, file_id: str, upload: Upload, client: Client) -> StoredFile:
+        """Keep what has arrived: check its rows, rename it, and write its row.
 
         Raises DataError for rows that cannot be used, ApiError for a purpose that is not ours.
         """
-        purpose = _purpose(form)
+        purpose = _purpose(upload.fields)
         rows = check_rows(self.arriving(file_id))
-        row = FileRow(id=file_id, owner=client.id, filename=form.filename[:_LONGEST_NAME] or "file", purpose=purpose,
-                      num_bytes=form.num_bytes, sha256=form.sha256, num_rows=rows.num_rows, form=rows.form,
+        row = FileRow(id=file_id, owner=client.id, filename=upload.filename[:_LONGEST_NAME] or "file", purpose=purpose,
+                      num_bytes=upload.num_bytes, sha256=upload.sha256, num_rows=rows.num_rows, form=rows.form,
                       created=time.time())  # fmt: skip
         place = self._place(file_id)
         os.replace(self.arriving(file_id), place)
@@ -189,11 +225,11 @@ def in_use(session: Session, file_id: str) -> str | None:
     return session.scalar(select(JobRow.id).where(needs, JobRow.status.not_in(_ENDED)).limit(1))
 
 
-def _purpose(form: Form) -> str:
-    foreign = next((name for name in form.fields if name.startswith("expires_after")), None)
+def _purpose(fields: Mapping[str, str]) -> str:
+    foreign = next((name for name in fields if name.startswith("expires_after")), None)
     if foreign is not None:
         raise ApiError(400, f"{foreign}: files are kept until they are deleted; leave it out", None, "expires_after")
-    purpose = form.fields.get("purpose")
+    purpose = fields.get("purpose")
     if purpose != PURPOSE:
         given = "is not given" if purpose is None else f"is {shortened(purpose)}"
         raise ApiError(400, f"purpose {given}; it must be {PURPOSE!r}", "invalid_value", "purpose")

@@ -18,7 +18,6 @@ from softprompt.server.dependencies import dependency
 from softprompt.server.error_schemas import error_responses
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import PURPOSE, Files, StoredFile
-from softprompt.server.jobs.files_form import receive_form
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses=error_responses(400, 401, 429, 503))
 
@@ -95,15 +94,14 @@ _CONTENT = {"description": "The file.", "content": {"application/jsonl": {
              responses={200: _UPLOADED, **error_responses(403, 408, 413, 507)})  # fmt: skip
 async def upload_file(request: Request, client: CurrentClient, files: TheFiles, quotas: QuotasDep) -> FileObject:
     """Takes a file of rows. They are checked line by line; a refusal names the first broken lines."""
-    file_id, kind = files.new_id(), request.headers.get("content-type", "")
-    place = files.arriving(file_id)
+    file_id = files.new_id()
     room, stored = await anyio.to_thread.run_sync(quotas.reserve, client, Amounts(files=1)), None
     try:
-        form = await receive_form(kind, request.stream(), place, files.max_bytes, partial(quotas.grow, room))
-        stored = await anyio.to_thread.run_sync(files.add, file_id, form, client, limiter=files.checks)
+        upload = await files.receive(file_id, request, partial(quotas.grow, room))
+        stored = await anyio.to_thread.run_sync(files.add, file_id, upload, client, limiter=files.checks)
     finally:
         quotas.release(room, is_kept=stored is not None)
-        place.unlink(missing_ok=True)
+        files.arriving(file_id).unlink(missing_ok=True)
     return _object(stored)
 
 

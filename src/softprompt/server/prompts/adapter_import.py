@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import SpooledTemporaryFile, gettempdir
 from typing import get_args
 
 from anyio import CapacityLimiter, to_thread
+from fastapi import Request
 
 from softprompt.base import Base
 from softprompt.errors import AdapterError, ConfigError, StorageError, shortened
@@ -20,8 +23,10 @@ from softprompt.guard import is_nested_deeper
 from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
+from softprompt.server.forms import FormFile, read_form
 from softprompt.storage import pull_prompt
 from softprompt.storage.adapter import AdapterFiles, check_base
+from softprompt.storage.atomic import disk_errors
 from softprompt.storage.files import (
     CONFIG_NAME,
     MAX_RECORD_BYTES,
@@ -36,6 +41,7 @@ from softprompt.types import FormKind, PromptRecord
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _PULLS = 2  # at once
+_IN_MEMORY_BYTES = 2**20  # of an uploaded file; a longer one is on the disk until it is whole
 _DEEPEST_RUN = 32  # levels of lists and objects
 _WIDEST_VALUE = 8  # bytes of one number: nobody needs more than float64
 
@@ -103,6 +109,42 @@ def upload_limits(base: Base) -> dict[str, int]:
         CONFIG_NAME: MAX_TEXT_BYTES,
         RECORD_NAME: MAX_RECORD_BYTES,
     }
+
+
+async def read_adapter_form(request: Request, max_bytes: Mapping[str, int]) -> tuple[dict[str, str], dict[str, bytes]]:
+    """A form's fields, and its files by these names, none longer than its limit.
+
+    Raises ApiError 400 or 413, StorageError.
+    """
+    received: dict[str, FormFile] = {}
+    with ExitStack() as stack:
+
+        def open_file(name: str, filename: str) -> FormFile | None:
+            if not filename:
+                return None
+            _check_filename(filename, received, max_bytes)
+            most = max_bytes[filename]
+            too_large = f"{filename} is larger than {most:,} bytes, the limit for this base"
+            file = stack.enter_context(SpooledTemporaryFile(_IN_MEMORY_BYTES))
+            received[filename] = FormFile(file, filename, most, too_large)
+            return received[filename]
+
+        with disk_errors(Path(gettempdir())):
+            fields = await read_form(request, open_file, sum(max_bytes.values()))
+            for each in received.values():
+                each.file.seek(0)
+            return fields, {name: each.file.read() for name, each in received.items()}
+
+
+def _check_filename(name: str, received: Mapping[str, FormFile], max_bytes: Mapping[str, int]) -> None:
+    if name not in max_bytes:
+        allowed = ", ".join(max_bytes)
+        why = "; a pickle may hold code and is never read" if name.endswith((".bin", ".pt", ".pth", ".pkl")) else ""
+        raise ApiError(
+            400, f"{shortened(name)} is not a file of an adapter; send {allowed}{why}", "invalid_value", "files"
+        )
+    if name in received:
+        raise ApiError(400, f"the form has {name} twice", "invalid_value", "files")
 
 
 class Hub:

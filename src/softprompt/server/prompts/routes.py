@@ -21,7 +21,8 @@ from softprompt.server.clients.quotas import Amounts, Quotas, QuotasDep
 from softprompt.server.dependencies import dependency
 from softprompt.server.error_schemas import error_responses
 from softprompt.server.errors import ApiError, encodable
-from softprompt.server.prompts.adapter_import import Hub, read_folder, read_upload, upload_limits
+from softprompt.server.forms import checked, is_form, read_json
+from softprompt.server.prompts.adapter_import import Hub, read_adapter_form, read_folder, read_upload, upload_limits
 from softprompt.server.prompts.library_watcher import LibraryWatcher
 from softprompt.server.prompts.model import LIBRARY, Alias, Model, Target
 from softprompt.server.prompts.pins import Pins
@@ -40,7 +41,6 @@ from softprompt.server.prompts.schemas import (
     alias_out,
     prompt_out,
 )
-from softprompt.server.prompts.upload import checked, is_form, read_form, read_json
 from softprompt.storage.library import NAME
 
 router = APIRouter(tags=["prompts"], responses=error_responses(400, 401, 429, 503))
@@ -124,10 +124,10 @@ async def add_prompt(
     body: PromptIn | FromUpload
     if is_form(request):
         limits = {name: min(most, config.max_upload_bytes) for name, most in upload_limits(base).items()}
-        form = await read_form(request, limits)
-        body = checked(FromUpload, form.fields)
+        fields, files = await read_adapter_form(request, limits)
+        body = checked(FromUpload, fields)
         await _check_allowed(body, "upload", client, registry, quotas)
-        prompt, source = await asyncio.to_thread(read_upload, form.files, base), "upload"
+        prompt, source = await asyncio.to_thread(read_upload, files, base), "upload"
     else:
         body = await read_json(request, _PROMPT_IN, config.max_body_bytes)
         source = "hub" if body.folder is None else "folder"
