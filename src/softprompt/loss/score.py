@@ -42,8 +42,8 @@ def score_under(
 ) -> list[RowScore]:
     """One score per example, in order, each under the prompt [P, H] that it names, or under the bare base."""
     used = sorted({index for _, index in examples if index is not None})
-    place = {index: number for number, index in enumerate(used)}
-    rows = [_scored_row(example, None if index is None else place[index]) for example, index in examples]
+    position = {index: number for number, index in enumerate(used)}
+    rows = [_scored_row(example, None if index is None else position[index]) for example, index in examples]
     losses = target_nlls(base, forward, rows, [prompts[index] for index in used])
     return [_row_score(example, loss) for (example, _), loss in zip(examples, losses, strict=True)]
 
