@@ -20,7 +20,17 @@ from softprompt.openmp import release_omp_threads
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_PACKAGES = ("fastapi", "uvicorn", "httptools", "sqlalchemy", "alembic", "prometheus_client", "watchfiles", "multipart")
+_PACKAGES = (
+    "fastapi",
+    "uvicorn",
+    "httptools",
+    "sqlalchemy",
+    "alembic",
+    "prometheus_client",
+    "watchfiles",
+    "python_multipart",
+    "filelock",
+)
 
 
 _SECTIONS = {"Server": ServerConfig, "Base": BaseConfig, "Engine": EngineConfig}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import anyio
 from fastapi import Request
-from sqlalchemy import and_, delete, func, or_, select
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from softprompt.errors import StorageError, shortened
@@ -27,7 +27,7 @@ from softprompt.server.clients.quotas import Amounts
 from softprompt.server.errors import ApiError
 from softprompt.server.forms import FormFile, read_form
 from softprompt.server.jobs.files_rows import check_rows
-from softprompt.server.state.database import Database
+from softprompt.server.state.database import Database, page_of
 from softprompt.server.state.schema import FileRow, JobRow
 from softprompt.storage.atomic import disk_errors, sync_folder
 
@@ -92,18 +92,15 @@ class Files:
         self, client: Client, *, purpose: str | None = None, after: str | None = None, limit: int, newest_first: bool
     ) -> tuple[list[StoredFile], bool]:
         """A client's files behind `after`, `limit` at most, and whether there are more. Raises ApiError 404."""
-        time_, id_ = FileRow.created, FileRow.id
-        query = select(FileRow).where(FileRow.owner == client.id).limit(limit + 1)
-        query = query.order_by(*((time_.desc(), id_.desc()) if newest_first else (time_, id_)))
+        query = select(FileRow).where(FileRow.owner == client.id)
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
         with self._database.session() as session:
-            if after is not None:
-                last = self._row(session, after, client)
-                later = (time_ < last.created, id_ < last.id) if newest_first else (time_ > last.created, id_ > last.id)
-                query = query.where(or_(later[0], and_(time_ == last.created, later[1])))
-            found = [self._stored(row) for row in session.scalars(query)]
-        return found[:limit], len(found) > limit
+            last = None if after is None else self._row(session, after, client)
+            rows, has_more = page_of(
+                session, query, (FileRow.created, FileRow.id), last, limit, newest_first=newest_first
+            )
+        return [self._stored(row) for row in rows], has_more
 
     def amounts(self, owner: str) -> Amounts:
         """What is kept for a client, results of its jobs included."""

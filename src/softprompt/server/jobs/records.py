@@ -15,12 +15,12 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from softprompt.server.jobs.files import Files
 from softprompt.server.jobs.schemas import Json
-from softprompt.server.state.database import Database
+from softprompt.server.state.database import Database, page_of
 from softprompt.server.state.schema import FileRow, JobEventRow, JobRow, KeyRow
 from softprompt.storage.atomic import write_file
 from softprompt.training import Checkpoint, StepDone
@@ -106,15 +106,13 @@ class JobRecords:
         self, owner: str, after: JobRow | None, limit: int, is_wanted: Callable[[JobRow], bool] | None
     ) -> tuple[list[JobRow], bool]:
         """A client's jobs, the latest first, and whether there are more."""
-        found: list[JobRow] = []
+        query, found, has_more = select(JobRow).where(JobRow.owner == owner), list[JobRow](), True
         with self._database.session() as session:
-            while len(found) <= limit:
+            while len(found) <= limit and has_more:
                 size = limit + 1 if is_wanted is None else _CHUNK
-                some = list(session.scalars(_jobs_behind(owner, after).limit(size)))
+                some, has_more = page_of(session, query, (JobRow.created, JobRow.id), after, size)
                 found += [row for row in some if is_wanted is None or is_wanted(row)]
-                if len(some) < size:
-                    break
-                after = some[-1]
+                after = some[-1] if some else after
         return found[:limit], len(found) > limit
 
     def event(self, event: str) -> JobEventRow | None:
@@ -124,11 +122,8 @@ class JobRecords:
     def events(self, job: str, after: JobEventRow | None, limit: int) -> tuple[list[JobEventRow], bool]:
         """A job's events, the latest first, and whether there are more."""
         query = select(JobEventRow).where(JobEventRow.job == job)
-        if after is not None:
-            query = query.where(JobEventRow.number < after.number)
         with self._database.session() as session:
-            found = list(session.scalars(query.order_by(JobEventRow.number.desc()).limit(limit + 1)))
-        return found[:limit], len(found) > limit
+            return page_of(session, query, (JobEventRow.number,), after, limit)
 
     def recover(self) -> None:
         """For a start: the jobs that a killed process had taken are queued again, before all others."""
@@ -174,17 +169,6 @@ def _rank(row: JobRow, last_turn: float) -> tuple[bool, float, float, str]:
 def _add_events(session: Session, job: str, events: Iterable[NewEvent]) -> None:
     now = time.time()
     session.add_all([event.row(job, now) for event in events])
-
-
-def _jobs_behind(owner: str, after: JobRow | None) -> Any:  # Any: a select of JobRow
-    query = select(JobRow).where(JobRow.owner == owner)
-    if after is not None:
-        query = query.where(_is_behind(after))
-    return query.order_by(JobRow.created.desc(), JobRow.id.desc())
-
-
-def _is_behind(row: JobRow) -> ColumnElement[bool]:
-    return or_(JobRow.created < row.created, and_(JobRow.created == row.created, JobRow.id < row.id))
 
 
 class JobEventLog:

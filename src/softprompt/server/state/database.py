@@ -10,24 +10,28 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, text
+from sqlalchemy import URL, Connection, Engine, Select, create_engine, event, exc, make_url, text, tuple_
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import InstrumentedAttribute, Session, sessionmaker
 
 from softprompt.config import ServerConfig
 from softprompt.errors import ConfigError, DatabaseError, DataError, MissingDependencyError, StorageError
 from softprompt.server.state.migrations import migrate
+from softprompt.server.state.schema import Table
 
 _DISK_FULL = "53100"  # PostgreSQL's word for it
 _PATIENCE_S = 10.0  # for another's transaction or lock, and for a connection
 _REFUSED_VALUES = (exc.DataError, UnicodeEncodeError, OverflowError)
 _OF_STATEMENTS = (exc.IntegrityError, exc.ProgrammingError, exc.NotSupportedError)  # not of the database as a whole
+
+
+Row = TypeVar("Row", bound=Table)
 
 
 class Database:
@@ -128,6 +132,24 @@ class Database:
         found = DatabaseError(f"the database {self.name} cannot be used: {_reason(error)}")
         found.errno = errno.ENOSPC if _is_full(error) else None
         return found
+
+
+def page_of(
+    session: Session,
+    query: Select[Row],
+    keys: Sequence[InstrumentedAttribute[Any]],
+    after: Row | None,
+    limit: int,
+    *,
+    newest_first: bool = True,
+) -> tuple[list[Row], bool]:
+    """Rows of a query in the order of their keys, from behind the row `after`; and whether more than `limit` follow."""
+    if after is not None:
+        behind, last = tuple_(*keys), tuple_(*(getattr(after, key.key) for key in keys))
+        query = query.where(behind < last if newest_first else behind > last)
+    query = query.order_by(*(key.desc() if newest_first else key.asc() for key in keys)).limit(limit + 1)
+    found = list(session.scalars(query))
+    return found[:limit], len(found) > limit
 
 
 def _is_full(error: DBAPIError) -> bool:
