@@ -61,7 +61,7 @@ def test_the_file_can_be_named_in_the_environment(tmp_path, monkeypatch):
     assert settings("--port", 8)["port"] == 8
 
 
-def test_sections_and_places_relative_to_the_file(tmp_path):
+def test_sections_are_read_and_paths_are_relative_to_the_file(tmp_path):
     (tmp_path / "tiny").mkdir()
     text = 'base = "tiny"\nport = 9\n[server]\nlibrary = "prompts"\nstate = "/var/x"\ntraining_share = 0.3'
     found = settings("--config", write(tmp_path, text + "\n[engine]\nmax_rows = 5"))
@@ -71,7 +71,7 @@ def test_sections_and_places_relative_to_the_file(tmp_path):
     assert settings("--config", write(tmp_path, '[base]\nbase = "hub/id"\ndtype = "float32"'))["base"] == "hub/id"
 
 
-def test_without_anything_it_is_the_configs_own_defaults():
+def test_without_flags_the_defaults_are_the_configs_own():
     found = settings()
     assert found["base"] is None
     assert config_of(ServerConfig, found) == ServerConfig()
@@ -92,15 +92,15 @@ def test_without_anything_it_is_the_configs_own_defaults():
         ("port = ", "is not TOML"),
     ],
 )
-def test_files_that_cannot_be_meant(tmp_path, text, complaint):
+def test_an_impossible_settings_file_is_refused(tmp_path, text, complaint):
     assert complaint in run("serve", "--config", write(tmp_path, text)).complaint
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_settings_file_is_refused(tmp_path):
     assert "cannot read the settings file" in run("serve", "--config", tmp_path / "no.toml").complaint
 
 
-def test_a_variable_that_is_almost_a_setting(monkeypatch):
+def test_a_misspelt_variable_is_refused_with_the_nearest_name(monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_PROT", "1")
     assert "there is no setting 'SOFTPROMPT_PROT' here; did you mean 'SOFTPROMPT_PORT'?" in run("serve").complaint
 
@@ -108,7 +108,7 @@ def test_a_variable_that_is_almost_a_setting(monkeypatch):
 # -- refusals
 
 
-def test_a_port_in_use(tmp_path):
+def test_a_port_in_use_is_refused_before_the_base_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         complaint = run("serve", "--port", port, "--state", tmp_path / "state").complaint
@@ -117,22 +117,22 @@ def test_a_port_in_use(tmp_path):
     )
 
 
-def test_a_host_that_is_not_ours(tmp_path):
+def test_a_foreign_host_is_refused(tmp_path):
     assert "cannot listen on 192.0.2.1, port 0" in run("serve", "--host", "192.0.2.1", "--port", 0).complaint
 
 
-def test_everybody_may_reach_it_and_nobody_has_a_key(tmp_path):
+def test_a_public_host_without_any_key_is_refused(tmp_path):
     ran = run("serve", "--host", "0.0.0.0", "--port", 0, "--state", tmp_path / "state", "--base", "no/such")
     assert "every request needs an API key" in ran.complaint
 
 
-def test_a_bad_base(tmp_path):
+def test_a_bad_base_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     ran = run("serve", "--port", 0, "--base", tmp_path / "empty", "--state", tmp_path / "state")
     assert str(tmp_path / "empty") in ran.complaint
 
 
-def test_its_help_loads_nothing_heavy():
+def test_help_imports_nothing_heavy():
     script = (
         "import sys\nsys.argv = ['softprompt', 'serve', '--help']\nfrom softprompt.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
@@ -217,7 +217,7 @@ def test_an_answer_that_takes_too_long_is_aborted_and_a_second_signal_ends_at_on
 
 
 @pytest.mark.medium
-def test_a_library_that_is_not_there(tmp_path):
+def test_a_missing_library_is_refused(tmp_path):
     arguments = ("serve", "--port", 0, "--state", tmp_path / "state", "--library", tmp_path / "nothing")
     with start(*arguments) as process:
         _, err = process.communicate(timeout=60)

@@ -103,11 +103,11 @@ def send(server: tuple[Serving, Path], seed: int, count: int) -> Counter[int]:
 
 
 @pytest.mark.medium
-def test_two_hundred(server: tuple[Serving, Path]) -> None:
+def test_two_hundred_bad_requests_get_no_5xx(server: tuple[Serving, Path]) -> None:
     statuses = send(server, seed=1, count=200)
     assert statuses[400] > 40 and statuses[404] > 20
 
 
 @pytest.mark.slow
-def test_ten_thousand(server: tuple[Serving, Path]) -> None:
+def test_ten_thousand_bad_requests_get_no_5xx(server: tuple[Serving, Path]) -> None:
     assert sum(send(server, seed=2, count=10_000).values()) == 10_000

@@ -44,7 +44,7 @@ def refused(answer: httpx2.Response, status: int, code: str) -> None:
 
 
 @pytest.mark.skipif(not can_mount(), reason="a small disk needs a mount namespace (unshare -Urm)")
-def test_a_full_disk(servers: Servers, tmp_path: Path) -> None:
+def test_a_full_disk_refuses_writes_and_loses_nothing(servers: Servers, tmp_path: Path) -> None:
     folder, state = save_base(tmp_path / "base"), tmp_path / "state"
     base = load_base(str(folder), dtype="float32", device="cpu")
     state.mkdir()

@@ -151,7 +151,7 @@ class Stage:
         self.kill()
 
 
-def test_two_kills(servers: Servers, tmp_path: Path) -> None:
+def test_a_server_killed_twice_loses_nothing_it_has_confirmed(servers: Servers, tmp_path: Path) -> None:
     found = Stage(tmp_path, servers, seed=1, num_jobs=4)
     found.round(0.5, 1.5)
     found.kill_in_its_start()
@@ -161,7 +161,7 @@ def test_two_kills(servers: Servers, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kills(servers: Servers, tmp_path: Path) -> None:
+def test_a_server_killed_twenty_times_loses_nothing_it_has_confirmed(servers: Servers, tmp_path: Path) -> None:
     found = Stage(tmp_path, servers, seed=2, num_jobs=40)
     for _ in range(7):
         found.round(0.1, 3.0)

@@ -143,7 +143,9 @@ def _tried(bob: Place, method: str, path: str, body: dict[str, Any], name: str) 
     return found
 
 
-def test_what_is_anothers_never_was(places: dict[str, Place], owned: Owned, tiny_llama: Base) -> None:
+def test_another_clients_objects_are_answered_like_none(
+    places: dict[str, Place], owned: Owned, tiny_llama: Base
+) -> None:
     ann, bob = places["ann"], places["bob"]
     mine = dict(zip(("file", "job"), train(bob, "zoo"), strict=True))
     for model in list(bob.prompts("job")):  # hints would be of these, and of their checkpoints, which go too
@@ -170,7 +172,7 @@ def test_what_is_anothers_never_was(places: dict[str, Place], owned: Owned, tiny
 _LISTS = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/models", "/v1/prompts", "/v1/aliases")
 
 
-def test_nothing_of_anothers_is_listed_or_hinted_at(places: dict[str, Place], owned: Owned) -> None:
+def test_another_clients_objects_are_neither_listed_nor_suggested(places: dict[str, Place], owned: Owned) -> None:
     bob = places["bob"]
     texts = [bob.http.get(path).text for path in (*_LISTS, "/openapi.json", "/health", "/ready", "/metrics")]
     assert bob.http.get("/metrics").status_code == 403
@@ -190,7 +192,7 @@ def test_nothing_of_anothers_is_listed_or_hinted_at(places: dict[str, Place], ow
     assert "annas" not in whole and "annals" not in whole
 
 
-def test_a_name_is_everybodys_own(places: dict[str, Place], owned: Owned, tiny_llama: Base) -> None:
+def test_each_client_may_use_the_same_name(places: dict[str, Place], owned: Owned, tiny_llama: Base) -> None:
     """Bob has what Ann has under her names, and neither changes the other's."""
     ann, bob = places["ann"], places["bob"]
     before = [ann.answer("annas-voice"), ann.answer("annas-alias")]

@@ -72,7 +72,9 @@ def _bad(library: Path) -> set[str]:
     return names - {"bad-rights"} if os.geteuid() == 0 else names
 
 
-def test_a_library_of_ruins(tiny_llama: Base, library: Path, tmp_path: Path) -> None:
+def test_broken_library_folders_are_skipped_and_the_others_served(
+    tiny_llama: Base, library: Path, tmp_path: Path
+) -> None:
     with job_server(tiny_llama, tmp_path / "state", library=str(library)) as (client, _):
         at = Place.at(str(client.base_url).removesuffix("/v1/"))
         answers = {name: at.answer(name) for name in GOOD}
@@ -96,7 +98,8 @@ def test_a_library_of_ruins(tiny_llama: Base, library: Path, tmp_path: Path) -> 
         at.close()
 
 
-def test_a_kept_prompt_that_was_spoiled(tiny_llama: Base, tmp_path: Path) -> None:
+@pytest.mark.medium
+def test_a_damaged_stored_prompt_is_left_out_at_the_start(tiny_llama: Base, tmp_path: Path) -> None:
     state = tmp_path / "state"
     names = ("sound", "cut", "gone", "flipped")
     with job_server(tiny_llama, state) as (client, _):

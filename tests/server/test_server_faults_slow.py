@@ -83,7 +83,9 @@ def _heard(line: socket.socket) -> bytes | None:
         return b""
 
 
-def test_two_hundred_who_send_a_byte_now_and_then(server: tuple[Serving, Path], place: Place) -> None:
+def test_two_hundred_slow_bodies_are_refused_while_others_are_answered(
+    server: tuple[Serving, Path], place: Place
+) -> None:
     serving, _ = server
     asked = json.dumps({"model": "base", "prompt": "w3 " * 100}).encode()
     kinds = (
@@ -132,7 +134,9 @@ def _asking(serving: Serving) -> Iterator[socket.socket]:
         yield line
 
 
-def test_one_that_never_reads(server: tuple[Serving, Path], place: Place) -> None:
+def test_a_client_that_never_reads_costs_bounded_memory_until_the_timeout(
+    server: tuple[Serving, Path], place: Place
+) -> None:
     """Its answer waits in a bounded buffer, and ends when its time is over."""
     serving, _ = server
     before = most = serving.memory_mib
@@ -146,7 +150,7 @@ def test_one_that_never_reads(server: tuple[Serving, Path], place: Place) -> Non
     assert most - before < MOST_MIB
 
 
-def test_one_that_reads_too_slowly(server: tuple[Serving, Path], place: Place) -> None:
+def test_a_slow_readers_generation_ends_at_the_timeout(server: tuple[Serving, Path], place: Place) -> None:
     serving, _ = server
     with _asking(serving) as line:
         eventually(lambda: _running(place) > 0)
@@ -190,7 +194,7 @@ def test_a_stream_that_is_read_too_slowly_ends_with_an_error() -> None:
     assert late.count(b" w3") == 2 and b"read_too_slowly" in late and late.endswith(b"[DONE]\n\n")
 
 
-def test_those_who_vanish(server: tuple[Serving, Path], place: Place) -> None:
+def test_clients_that_vanish_midway_leave_no_row_file_or_task(server: tuple[Serving, Path], place: Place) -> None:
     """Half of a head, half of a body, half of an upload, a stream's beginning: and the connection is reset, or left."""
     serving, _ = server
     stream = json.dumps({**STREAM, "n": 1, "logprobs": None}).encode()

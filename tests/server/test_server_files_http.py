@@ -103,7 +103,7 @@ def test_a_file_that_takes_many_pieces_arrives_whole(client: openai.OpenAI) -> N
     assert client.files.content(file.id).content == content
 
 
-def test_pages(client: openai.OpenAI) -> None:
+def test_files_are_listed_in_pages(client: openai.OpenAI) -> None:
     made = [upload(client).id for _ in range(5)]
     assert [file.id for file in client.files.list()] == made[::-1]
     assert [file.id for file in client.files.list(limit=2)] == made[::-1]  # the client turns the pages
@@ -117,14 +117,14 @@ def test_pages(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=10001", "order=up"])
-def test_a_page_that_cannot_be(url: str, query: str) -> None:
+def test_an_impossible_page_is_refused(url: str, query: str) -> None:
     answer = httpx.get(f"{url}/files?{query}")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == query.split("=")[0]
 
 
 @pytest.mark.parametrize("id_", ["x", "file-%00", "..%2f..%2fetc%2fpasswd", "file-" + "0" * 32, "x" * 10_000, "%ff"])
-def test_ids_that_are_none(url: str, id_: str) -> None:
+def test_an_id_that_is_none_is_404(url: str, id_: str) -> None:
     for method, path in (("GET", id_), ("DELETE", id_), ("GET", f"{id_}/content")):
         answer = httpx.request(method, f"{url}/files/{path}")
         assert answer.status_code == 404
@@ -136,7 +136,7 @@ def test_ids_that_are_none(url: str, id_: str) -> None:
     "name",
     ["../../x.jsonl", "/etc/passwd", "a\0b", "x" * 10_000, "..", "CON", 'a"b\r\nX: y', "ü\u202egnp.jsonl", "%00"],
 )
-def test_a_hostile_name_is_data(client: openai.OpenAI, files: Files, name: str) -> None:
+def test_a_hostile_file_name_is_kept_as_text(client: openai.OpenAI, files: Files, name: str) -> None:
     before = set(files.folder.parent.rglob("*"))
     file = upload(client, name=name)
     assert 0 < len(file.filename) <= 255
@@ -146,13 +146,13 @@ def test_a_hostile_name_is_data(client: openai.OpenAI, files: Files, name: str) 
     assert set(files.folder.parent.rglob("*")) - before == {files.folder / f"{file.id}.jsonl"}
 
 
-def test_broken_rows_are_named(client: openai.OpenAI) -> None:
+def test_broken_rows_are_refused_by_line(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="line 2 is not JSON") as refusal:
         upload(client, ROWS[:36] + b"{\n" + ROWS)
     assert refusal.value.code == "invalid_data"
 
 
-def test_a_purpose_that_is_not_ours(client: openai.OpenAI, url: str) -> None:
+def test_another_purpose_than_fine_tune_is_refused(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.BadRequestError, match="purpose is 'batch'; it must be 'fine-tune'"):
         client.files.create(file=("x", ROWS), purpose="batch")
     with pytest.raises(openai.BadRequestError, match="files are kept until they are deleted"):
@@ -163,7 +163,7 @@ def test_a_purpose_that_is_not_ours(client: openai.OpenAI, url: str) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "purpose")
 
 
-def test_a_file_that_is_too_large(client: openai.OpenAI) -> None:
+def test_a_file_that_is_too_large_is_refused(client: openai.OpenAI) -> None:
     line = b'{"text": "%s"}' % (b"x" * (MAX_BYTES - 12))
     with pytest.raises(openai.APIStatusError, match="larger than 3,145,728 bytes") as refusal:
         upload(client, line + b"\n")
@@ -195,18 +195,18 @@ END = b"--b--\r\n"
         (BOUNDARY, HEAD.replace(b"Content", b"X" * 100_000) + FILE + END),
     ],
 )
-def test_a_form_that_is_none_is_refused(url: str, content_type: str, body: bytes) -> None:
+def test_a_malformed_form_is_refused(url: str, content_type: str, body: bytes) -> None:
     answer = httpx.post(f"{url}/files", content=body, headers={"Content-Type": content_type})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
 
 
-def test_the_form_of_the_tests_is_taken(url: str) -> None:
+def test_the_whole_form_of_these_tests_is_accepted(url: str) -> None:
     answer = httpx.post(f"{url}/files", content=HEAD + FILE + END, headers={"Content-Type": BOUNDARY})
     assert answer.status_code == 200, answer.text
 
 
-def test_who_hangs_up_midway_leaves_nothing(url: str, files: Files) -> None:
+def test_an_upload_that_breaks_off_leaves_no_file(url: str, files: Files) -> None:
     host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {BOUNDARY}\r\nContent-Length: 1000000\r\n\r\n"
@@ -227,7 +227,7 @@ def _until(holds: Any) -> None:  # Any: called without arguments
 # What fails midway -------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_keeps_nothing(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_507_and_leaves_no_file(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:  # Any: as os.fsync takes them
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -240,7 +240,7 @@ def test_a_full_disk_keeps_nothing(client: openai.OpenAI, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["sync_folder", "FileRow"])
-def test_what_fails_between_file_and_row_leaves_neither(url: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_failure_between_file_and_row_leaves_neither(url: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     real = getattr(files_room, name)
 
     def fail(*arguments: Any, **more: Any) -> Any:  # Any: as the real one takes them
@@ -256,7 +256,7 @@ def test_what_fails_between_file_and_row_leaves_neither(url: str, monkeypatch: p
         upload(client)
 
 
-def test_a_deletion_that_fails_takes_nothing(
+def test_a_failed_deletion_keeps_file_and_row(
     files: Files, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = upload(client)
@@ -277,7 +277,7 @@ def job_row(number: int, status: str, training: str, validation: str) -> JobRow:
                   started=None, finished=None)  # fmt: skip
 
 
-def test_a_file_that_a_job_needs_stays(client: openai.OpenAI, database: Database) -> None:
+def test_a_file_that_a_job_needs_is_not_deleted(client: openai.OpenAI, database: Database) -> None:
     training, validation, free = (upload(client).id for _ in range(3))
     with database.session() as session:
         for number, status in enumerate(("succeeded", "paused")):
@@ -289,7 +289,7 @@ def test_a_file_that_a_job_needs_stays(client: openai.OpenAI, database: Database
     client.files.delete(free)
 
 
-def test_after_a_start_what_ended_midway_is_gone(
+def test_a_start_removes_partial_uploads_and_deletions(
     files: Files, client: openai.OpenAI, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept, lost, half_deleted = (upload(client).id for _ in range(3))

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from softprompt.config import DataConfig
 from softprompt.data import read_rows
 from softprompt.errors import DataError
-from softprompt.server.jobs import files_rows
 from softprompt.server.jobs.files_rows import check_rows
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
@@ -41,7 +40,7 @@ def problem(folder: Path, *lines: Any) -> str:  # Any: as above
 
 
 @pytest.mark.parametrize(("form", "row"), [("template", PAIR), ("chat", CHAT), ("plain", TEXT)])
-def test_what_is_taken_is_what_training_reads(tmp_path: Path, form: str, row: dict[str, Any]) -> None:
+def test_accepted_rows_are_those_that_training_reads(tmp_path: Path, form: str, row: dict[str, Any]) -> None:
     path = written(tmp_path, b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r", b"", {**row, "more": [1]}, b" ", b"")
     found = check_rows(path)
     assert (found.num_rows, found.form) == (2, form)
@@ -77,7 +76,7 @@ def test_what_is_taken_is_what_training_reads(tmp_path: Path, form: str, row: di
         ({"messages": [{"role": ["user"], "content": "x"}]}, "line 2, message 1 has the role ['user']"),
     ],
 )  # fmt: skip
-def test_a_broken_line_is_named(tmp_path: Path, line: Any, message: str) -> None:  # Any: as above
+def test_a_broken_line_is_refused_with_its_number(tmp_path: Path, line: Any, message: str) -> None:  # Any: as above
     assert message in problem(tmp_path, PAIR, line)
 
 
@@ -86,23 +85,22 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes) -> None:
     assert "the file is empty" in problem(tmp_path, content)
 
 
-def test_five_broken_lines_are_told_and_the_others_counted(tmp_path: Path) -> None:
+def test_five_broken_lines_are_shown_and_the_others_counted(tmp_path: Path) -> None:
     told = problem(tmp_path, *[PAIR, b"{"] * 9)
     assert re.findall(r"line (\d+)", told) == ["2", "4", "6", "8", "10"]
     assert told.endswith("; and 4 more broken lines")
 
 
-def test_what_is_told_stays_short(tmp_path: Path) -> None:
+def test_a_refusal_of_long_lines_is_short(tmp_path: Path) -> None:
     hostile = {"messages": [{"role": "x" * 10**6, "content": "\ud800"}]}
     told = problem(tmp_path, *[hostile, {"k" * 10**6: 1}] * 5)
     told.encode()
     assert len(told) < 1500
 
 
-def test_a_line_that_is_too_long_is_refused_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_rows, "_LONGEST_LINE", 100)
-    told = problem(tmp_path, PAIR, {"prompt": "x" * 1000, "completion": "y"}, b"{")
-    assert "line 2 is longer than 100 bytes; line 3 is not JSON" in told
+def test_a_line_that_is_too_long_is_refused_and_skipped(tmp_path: Path) -> None:
+    told = problem(tmp_path, PAIR, {"prompt": "x" * 16 * 2**20, "completion": "y"}, b"{")
+    assert "line 2 is longer than 16,777,216 bytes; line 3 is not JSON" in told
 
 
 def test_a_large_file_is_never_whole_in_memory(tmp_path: Path) -> None:
@@ -125,7 +123,7 @@ _NAMES = st.sampled_from(["prompt", "completion", "text", "messages", "role", "c
 
 @given(lines=st.lists(st.binary(max_size=40) | st.dictionaries(_NAMES, _VALUES, max_size=3).map(
     lambda row: json.dumps(row).encode()), max_size=4))  # fmt: skip
-def test_any_bytes_are_rows_or_bad_data(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+def test_any_bytes_are_accepted_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
     path = written(tmp_path_factory.mktemp("any"), *lines)
     try:
         found = check_rows(path)

@@ -72,7 +72,7 @@ def test_two_keys_are_never_alike(tmp_path: Path) -> None:
         (("create", "x" * 101), "1 to 100 printable characters"),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_an_impossible_name_or_id_is_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     result = keys(tmp_path, *arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)

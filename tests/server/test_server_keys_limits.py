@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.app_server import served
+from support.memory import kept_bytes
 from support.tiny_bases import build_base
 
 from softprompt.config import EngineConfig, ServerConfig
-from softprompt.server.clients import rate_limits as limiter_room
 from softprompt.server.clients.keys import Client, Limits, create_key
 from softprompt.server.clients.rate_limits import Bucket, RateLimiter
 from softprompt.server.errors import ApiError
@@ -83,7 +83,7 @@ def test_a_clock_that_goes_back_gives_nothing() -> None:
     assert bucket.level(101.0) == 1
 
 
-def test_requests_are_refused_until_the_time_that_was_said() -> None:
+def test_requests_are_refused_until_retry_after() -> None:
     clock = Clock()
     limiter = RateLimiter(Limits(requests_per_minute=3), clock)
     for _ in range(3):
@@ -111,7 +111,7 @@ def test_tokens_may_be_overdrawn_once_and_are_paid_back() -> None:
     limiter.admit(CLIENT)
 
 
-def test_answers_at_once() -> None:
+def test_answers_beyond_the_concurrency_limit_are_refused() -> None:
     limiter = RateLimiter(Limits(max_concurrent=3))
     limiter.admit(CLIENT, num_answers=2)
     with pytest.raises(ApiError, match="2 answers of this key wait or run") as refusal:
@@ -134,16 +134,20 @@ def test_a_keys_own_limits_come_first() -> None:
     assert limiter.limits(CLIENT) == Limits(requests_per_minute=1, max_jobs=100)
 
 
-def test_clients_that_have_all_they_may_use_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limiter_room, "_MAX_IDLE", 10)
+def test_idle_clients_are_forgotten_and_busy_ones_are_not() -> None:
     clock = Clock()
-    limiter = RateLimiter(Limits(requests_per_minute=1), clock)
+    limiter = RateLimiter(Limits(requests_per_minute=1, max_concurrent=1), clock)
     limiter.admit(CLIENT)
-    for number in range(100):
-        clock.now += 60
-        limiter.request(Client(id=f"key-{number + 2}"))
-    assert len(limiter._uses) <= 10
-    assert CLIENT.id in limiter._uses  # its answer still runs
+
+    def request(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            clock.now += 60
+            limiter.request(Client(id=f"key-{number}"))
+
+    request(10, 1_000)
+    assert kept_bytes(lambda: request(2_000, 3_000)) < 600_000  # as much as 1,000 of them take, not 3,000
+    with pytest.raises(ApiError, match="1 answers of this key wait or run"):
+        limiter.admit(CLIENT)  # its answer still runs
 
 
 def test_threads_share_one_bucket() -> None:

@@ -132,7 +132,7 @@ def test_prompts_aliases_and_jobs_to_come_are_counted(base: Base, tmp_path: Path
         assert add(bob, base, "a").status_code == 200  # another's amounts are nobody else's
 
 
-def test_what_comes_counts_until_it_is_kept_or_refused() -> None:
+def test_a_reservation_counts_until_it_is_kept_or_refused() -> None:
     kept = Amounts(files=1, num_bytes=60)
     quotas = Quotas(Limits(max_files=3, max_stored_bytes=100), lambda owner: kept)
     one, two = quotas.reserve(ANN, Amounts(files=1)), quotas.reserve(ANN, Amounts(files=1))
@@ -155,7 +155,7 @@ def test_what_comes_counts_until_it_is_kept_or_refused() -> None:
     quotas.check(ANN, Amounts(files=2, num_bytes=40))
 
 
-def test_what_is_deleted_while_another_upload_comes_makes_room() -> None:
+def test_a_deletion_during_another_upload_makes_room() -> None:
     kept = Amounts(files=2)
     quotas = Quotas(Limits(max_files=3), lambda owner: kept)
     quotas.reserve(ANN, Amounts(files=1))

@@ -20,19 +20,19 @@ SETTINGS = {f"SOFTPROMPT_{item.name.upper()}" for kind in (BaseConfig, ServerCon
 
 
 @pytest.mark.parametrize("path", [UNIT, IMAGE, DEPLOY / "README.md"], ids=lambda path: path.name)
-def test_every_setting_is_one(path):
+def test_every_setting_named_in_deploy_exists(path):
     named = set(re.findall(r"SOFTPROMPT_[A-Z_]+", path.read_text()))
     assert named
     assert named <= SETTINGS
 
 
-def test_a_stop_has_its_time():
+def test_the_units_stop_timeout_covers_drain_and_checkpoint():
     (stop,) = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
     assert int(stop) > 2 * ServerConfig.drain_s + 10  # answers, then a job's checkpoint
     assert f"--stop-timeout {stop}" in (DEPLOY / "README.md").read_text()
 
 
-def test_the_image_listens_where_it_says():
+def test_the_images_health_check_asks_the_port_it_exposes():
     text = IMAGE.read_text()
     assert f"EXPOSE {ServerConfig.port}\n" in text
     assert f"http://127.0.0.1:{ServerConfig.port}/health" in text
@@ -65,7 +65,7 @@ def test_the_proxies_set_every_limit_that_the_readme_names(name):
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="no nginx here")
-def test_nginx_understands_its_configuration(tmp_path):
+def test_nginx_accepts_its_configuration(tmp_path):
     site = (DEPLOY / "nginx.conf").read_text().replace("listen 443 ssl;", "listen 8443;")
     site = re.sub(r"^\s+ssl_certificate.*$", "", site, flags=re.MULTILINE)
     whole = tmp_path / "nginx.conf"
@@ -75,14 +75,14 @@ def test_nginx_understands_its_configuration(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("caddy") is None, reason="no Caddy here")
-def test_caddy_understands_its_configuration():
+def test_caddy_accepts_its_configuration():
     done = subprocess.run(["caddy", "validate", "--adapter", "caddyfile", "--config", DEPLOY / "Caddyfile"],
                           capture_output=True, text=True, timeout=60)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
-def test_systemd_understands_the_unit(tmp_path):
+def test_systemd_accepts_the_unit(tmp_path):
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/opt/softprompt/bin/softprompt", sys.executable))
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60)

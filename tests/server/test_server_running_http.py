@@ -45,7 +45,7 @@ def test_an_id_that_is_not_sane_is_replaced(server, given):
     assert answer.headers["x-request-id"].startswith("req-")
 
 
-def test_errors_carry_it_too(server, caplog):
+def test_an_error_carries_the_request_id(server, caplog):
     with caplog.at_level(logging.ERROR, "softprompt"):
         answer = server.ask("GET", "/v1/broken", headers={"x-request-id": "mine"})
     assert (answer.status, answer.headers["x-request-id"]) == (500, "mine")
@@ -56,25 +56,25 @@ def test_errors_carry_it_too(server, caplog):
 # -- bodies
 
 
-def test_a_body_up_to_the_limit(server):
+def test_a_body_up_to_the_limit_is_read(server):
     assert server.ask("POST", "/v1/length", b"x" * MOST).body == str(MOST).encode()
     assert server.ask("POST", "/v1/length", iter([b"x" * MOST])).body == str(MOST).encode()
 
 
 @pytest.mark.parametrize("size", [MOST + 1, 2 * MOST])
-def test_a_body_over_it_by_its_own_word(server, size):
+def test_a_body_announced_over_the_limit_is_refused(server, size):
     answer = server.ask("POST", "/v1/length", b"x" * size)
     assert answer.status == 413
     assert answer.error == "the request's body is larger than 1000 bytes, the most that is taken; send less at once"
     assert answer.headers["connection"] == "close"
 
 
-def test_a_body_over_it_by_what_comes(server):
+def test_a_chunked_body_over_the_limit_is_refused(server):
     answer = server.ask("POST", "/v1/length", iter([b"x" * 600, b"x" * 600]))
     assert (answer.status, json.loads(answer.body)["error"]["code"]) == (413, "body_too_large")
 
 
-def test_a_json_body_over_it_by_what_comes(server):
+def test_a_chunked_json_body_over_the_limit_is_refused(server):
     """FastAPI reads this one itself and would call it a parsing error."""
     answer = server.ask(
         "POST", "/v1/echo/m", iter([b'{"a": "', b"x" * MOST, b'"}']), {"content-type": "application/json"}
@@ -88,7 +88,7 @@ def test_uploads_have_a_limit_of_their_own(server):
     assert server.ask("POST", "/v1/filesystem", b"x" * 5 * MOST).status == 413
 
 
-def test_a_body_that_comes_slowly(server):
+def test_a_slow_body_is_refused(server):
     with server.connect() as line:
         line.sendall(b"POST /v1/length HTTP/1.1\r\nhost: localhost\r\ncontent-length: 900\r\n\r\n")
         began = time.monotonic()
@@ -108,22 +108,9 @@ def test_a_body_that_comes_slowly(server):
 # -- connections
 
 
-def test_two_requests_on_one_line(server):
-    ask = b"GET /v1/stream?seconds=0.8 HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    with server.connect() as line:
-        for _ in range(2):
-            line.sendall(ask)
-            heard = b""
-            while b"[DONE]" not in heard:
-                heard += line.recv(10_000)
-            assert heard.startswith(b"HTTP/1.1 200")
-            while not heard.endswith(b"0\r\n\r\n"):
-                heard += line.recv(10_000)
-
-
-def test_an_answer_that_nobody_reads_is_not_generated_ahead(server):
+def test_an_answer_that_nobody_reads_is_not_generated_ahead():
     """No more than a write buffer of it is in memory, and the client's leaving ends it."""
-    with server.connect() as line:
+    with running(ServerConfig()) as server, server.connect() as line:
         line.sendall(b"GET /v1/stream?seconds=200&num_bytes=50000 HTTP/1.1\r\nhost: localhost\r\n\r\n")
         _until(lambda: server.lifecycle.num_running == 1)
         (connection,) = server.server.server_state.connections
@@ -133,12 +120,13 @@ def test_an_answer_that_nobody_reads_is_not_generated_ahead(server):
             sizes.append(connection.transport.get_write_buffer_size())
             time.sleep(0.005)
         assert 0 < max(sizes) < 2**18
-    _until(lambda: server.lifecycle.num_running == 0)
-    assert server.value("http_requests_total", method="GET", route="/v1/stream", status="200")
+        line.close()
+        _until(lambda: server.lifecycle.num_running == 0)
+        assert server.value("http_requests_total", method="GET", route="/v1/stream", status="200")
 
 
 @pytest.mark.medium
-def test_a_thousand_idle_clients():
+def test_a_thousand_idle_clients_keep_nobody_waiting():
     with running(ServerConfig()) as server, ExitStack() as lines:
         held = [lines.enter_context(server.connect()) for _ in range(1_000)]
         for line in held[:500]:  # half of them have asked something before
@@ -155,7 +143,7 @@ def test_a_thousand_idle_clients():
 # -- the log and the metrics
 
 
-def test_a_line_per_request(server, caplog):
+def test_a_request_is_one_log_line_without_texts(server, caplog):
     with caplog.at_level(logging.INFO, "softprompt"):
         server.ask("POST", "/v1/echo/coach", b'{"secret": 1}', {"content-type": "application/json"})
         _until(lambda: caplog.records)
@@ -165,7 +153,7 @@ def test_a_line_per_request(server, caplog):
                       "prompt_tokens": 3, "completion_tokens": 5}  # fmt: skip
 
 
-def test_texts_only_where_they_are_asked_for(caplog):
+def test_log_texts_adds_both_bodies_to_the_log_line(caplog):
     with running(ServerConfig(log_texts=True)) as server, caplog.at_level(logging.INFO, "softprompt"):
         server.ask("POST", "/v1/echo/coach", b'{"secret": 1}', {"content-type": "application/json"})
         _until(lambda: caplog.records)
@@ -173,7 +161,7 @@ def test_texts_only_where_they_are_asked_for(caplog):
     assert (fields["request_body"], fields["response_body"]) == ('{"secret": 1}', '{"secret":1}')
 
 
-def test_lines_are_json_or_text_and_nobody_forges_one():
+def test_a_log_line_is_json_or_text_and_cannot_be_forged():
     record = logging.LogRecord("softprompt.x", logging.INFO, "", 0, "name %s", ("a\nb",), None)
     record.fields = {"model": 'x y"\n', "status": 200, "client": None}
     line = json.loads(JsonLines().format(record))
@@ -202,9 +190,9 @@ def test_routes_are_counted_by_their_template(server):
 # -- the end
 
 
-def test_draining():
+def test_a_draining_server_refuses_new_requests_and_finishes_running_ones():
     with running(ServerConfig(drain_s=20)) as server, server.connect() as line:
-        line.sendall(b"GET /v1/stream?seconds=1 HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        line.sendall(b"GET /v1/stream?seconds=0.5 HTTP/1.1\r\nhost: localhost\r\n\r\n")
         heard = line.recv(1_000)
         server.server.handle_exit(15, None)
         _until(lambda: server.lifecycle.is_draining)
@@ -218,7 +206,7 @@ def test_draining():
         assert time.monotonic() - began < 15  # as soon as it could, long before the drain is over
 
 
-def test_what_does_not_end_in_time_is_cut_off():
+def test_a_stream_beyond_the_drain_time_ends_with_an_error():
     with running(ServerConfig(drain_s=0.3)) as server, server.connect() as line:
         line.sendall(b"GET /v1/stream?seconds=60 HTTP/1.1\r\nhost: localhost\r\n\r\n")
         heard = line.recv(1_000)

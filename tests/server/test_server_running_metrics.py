@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 from support.app_server import AppServer, app_server
+from support.memory import kept_bytes
 from support.tiny_bases import random_prompt
 
 from softprompt.engine import AsyncEngine
@@ -44,12 +45,12 @@ def figures(place: AppServer) -> dict[tuple[str, ...], float]:
 # -- names
 
 
-def test_the_first_names_are_shown_and_the_rest_are_others():
+def test_the_first_names_are_labels_and_the_rest_are_other():
     names = BoundedNames(2, lambda name: pytest.fail(f"forgot {name}"))
     assert [names.use(name) for name in ("a", "b", "c", "a", "b", "c")] == [True, True, False, True, True, False]
 
 
-def test_a_name_that_is_used_much_more_takes_the_place_of_the_least_used():
+def test_a_much_used_name_replaces_the_least_used_label():
     forgotten: list[str] = []
     names = BoundedNames(2, forgotten.append)
     for name in "aaabb":
@@ -61,17 +62,20 @@ def test_a_name_that_is_used_much_more_takes_the_place_of_the_least_used():
     assert not names.use("b")
 
 
-def test_ten_thousand_names_take_bounded_memory():
+def test_thousands_of_names_take_bounded_memory():
     names = BoundedNames(5, lambda name: None)
-    for index in range(10_000):
-        names.use("often")
-        names.use(str(index))
-    assert len(names._uses) <= 101
-    assert len(names._shown) == 5
+
+    def use(first: int, count: int) -> None:
+        for index in range(first, first + count):
+            names.use("often")
+            names.use(f"name-{index}")
+
+    use(0, 500)
+    assert kept_bytes(lambda: use(500, 5_000)) < 50_000  # five thousand names are 300,000 and more
     assert names.use("often")
 
 
-def test_models_beyond_the_limit_are_others():
+def test_models_beyond_the_limit_are_counted_as_other():
     metrics = Metrics(max_names=2)
     for index in range(50):
         generation = metrics.generation_started(f"model-{index}")
@@ -83,7 +87,7 @@ def test_models_beyond_the_limit_are_others():
     assert metrics.registry.get_sample_value("softprompt:prompt_tokens_total", {"model_name": "other"}) == 48 * 7
 
 
-def test_a_model_that_lost_its_place_leaves_no_series():
+def test_a_replaced_model_leaves_no_series():
     metrics = Metrics(max_names=1)
     metrics.generation_started("old").ended("stop", 1)
     for _ in range(3):
@@ -96,7 +100,7 @@ def test_a_model_that_lost_its_place_leaves_no_series():
 # -- one generation
 
 
-def test_what_a_generation_counts():
+def test_a_generation_counts_its_tokens_times_and_end():
     metrics = Metrics()
     generation = metrics.generation_started("m")
     for num_tokens in (1, 2, 1):
@@ -132,7 +136,7 @@ def _seconds(generation) -> float:
 # -- a whole server
 
 
-def test_figures_of_a_server_that_has_answered(place):
+def test_a_server_that_has_answered_exports_its_metrics(place):
     before = figures(place)
     answer = place.client.completions.create(model="coach", prompt="w5 w6", max_tokens=4, temperature=0,
                                              extra_body={"ignore_eos": True})  # fmt: skip
@@ -162,7 +166,7 @@ def test_figures_of_a_server_that_has_answered(place):
     assert "process_resident_memory_bytes" in {name for name, *_ in after}
 
 
-def test_a_client_that_hangs_up_is_an_abort(place):
+def test_a_client_that_hangs_up_counts_as_an_abort(place):
     stream = place.client.completions.create(model="coach", prompt="w5", max_tokens=80, stream=True,
                                              extra_body={"ignore_eos": True})  # fmt: skip
     next(iter(stream))
@@ -195,7 +199,7 @@ def test_two_servers_count_apart(place, tiny_llama, tmp_path):
         assert ("softprompt:generation_tokens_total", "coach") not in figures(other)
 
 
-def test_health_and_ready(tiny_llama, tmp_path):
+def test_health_and_ready_are_200_while_the_server_works(tiny_llama, tmp_path):
     with app_server(tiny_llama, tmp_path / "state") as place:
         assert place.http.get("/health").json() == place.http.get("/ready").json() == {"status": "ok"}
         dependency_of(place.app, Lifecycle).begin_to_drain()
@@ -206,7 +210,7 @@ def test_health_and_ready(tiny_llama, tmp_path):
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
 
 
-def test_an_engine_that_has_stopped(tiny_llama, tmp_path):
+def test_a_stopped_engine_is_unhealthy_and_not_ready(tiny_llama, tmp_path):
     with app_server(tiny_llama, tmp_path / "state") as place:
         asyncio.run(dependency_of(place.app, AsyncEngine).close())
         for path in ("/health", "/ready"):

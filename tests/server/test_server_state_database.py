@@ -87,7 +87,7 @@ def test_the_migrations_make_the_tables_of_the_schema(database: Database, url: s
     assert differences(url) != []  # the comparison sees what is missing
 
 
-def test_what_was_written_is_there_after_opening_it_again(database: Database, url: str) -> None:
+def test_rows_are_there_after_the_database_is_opened_again(database: Database, url: str) -> None:
     with database.session() as session:
         session.add(job_row("ftjob-1"))
         session.flush()
@@ -158,7 +158,7 @@ def test_threads_that_read_and_write_wait_for_each_other(database: Database) -> 
 
 def test_requests_that_wait_for_anothers_lock_fail_in_bounded_time(url: str) -> None:
     """PostgreSQL once waited as long as the lock lasted."""
-    patience_s, seconds = 1.0, []
+    patience_s, seconds = 0.5, []
     database = Database(url, patience_s)
     engine = create_engine(database_url(url), isolation_level="AUTOCOMMIT")
     is_sqlite = engine.dialect.name == "sqlite"
@@ -192,7 +192,7 @@ def test_a_database_of_a_newer_release_is_refused(database: Database, url: str) 
         Database(url)
 
 
-def test_tables_of_others_are_let_be(url: str) -> None:
+def test_a_database_with_foreign_tables_of_our_names_is_refused_unchanged(url: str) -> None:
     engine = create_engine(database_url(url))
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE keys (id INTEGER)"))
@@ -232,7 +232,7 @@ Database(sys.argv[1]).close()
 """
 
 
-def test_files_and_keys_are_kept_alike(database: Database, tmp_path: Path) -> None:
+def test_files_and_keys_are_stored_alike_in_both_databases(database: Database, tmp_path: Path) -> None:
     files, alice = Files(database, tmp_path / "files", 2**20), Client(id="key-a")
     ids = [files.new_id() for _ in range(5)]
     for id_ in ids:
@@ -315,7 +315,7 @@ def test_both_names_of_postgresql_are_known() -> None:
         assert database_url(url).drivername == "postgresql+psycopg"
 
 
-def test_databases_that_cannot_be_opened_are_one_sentence(tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_opened_is_refused_in_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("no database" * 100)
     for url in ("postgresql://u:secret@127.0.0.1:1/x", f"sqlite:///{tmp_path}/none/a.db", f"sqlite:///{file}"):

@@ -49,7 +49,7 @@ def test_a_second_server_does_not_start(tmp_path: Path) -> None:
     asyncio.run(start_two())
 
 
-def test_a_server_that_is_killed_lets_go(tmp_path: Path) -> None:
+def test_a_killed_servers_lock_is_released(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)  # fmt: skip
     assert process.stdout is not None

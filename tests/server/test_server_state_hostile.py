@@ -24,7 +24,7 @@ from softprompt.server.start import serving_app
 from softprompt.server.state.database import Database
 from softprompt.server.state.lock import exclusive
 
-PATIENCE_S = 1.5
+PATIENCE_S = 1.0
 
 
 def mode_of(path: Path) -> int:
@@ -119,18 +119,19 @@ def timed_failures(database: Database, count: int) -> list[float]:
     return found
 
 
-def test_all_that_wait_for_a_locked_database_fail_together(tmp_path: Path) -> None:
+def test_transactions_that_wait_for_a_locked_database_fail_together(tmp_path: Path) -> None:
     """Each once waited its whole time behind the one before; fifteen had connections, and the rest threads."""
     path = tmp_path / "a.db"
     database = Database(f"sqlite:///{path}", patience_s=PATIENCE_S)
     with locked(path):
         seconds = timed_failures(database, 40)
-        assert max(seconds) < PATIENCE_S + 1 and min(seconds) > PATIENCE_S - 0.5
+        assert max(seconds) < PATIENCE_S + 1 and min(seconds) > PATIENCE_S - 0.7
     assert list_keys(database) == []  # as soon as it is free
     database.close()
 
 
-def test_who_comes_while_the_database_is_stuck_is_refused_at_once(tmp_path: Path) -> None:
+@pytest.mark.medium
+def test_a_transaction_during_a_stuck_one_is_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     database = Database(f"sqlite:///{path}", patience_s=4)
     with locked(path):
@@ -172,18 +173,18 @@ def test_a_database_that_is_removed_or_replaced_in_use_is_noticed(
     header = {"Authorization": f"Bearer {secret}"}
     with served(serving_app(build_base(), ServerConfig(state=str(state), require_keys=True))) as url:
 
-        def statuses() -> tuple[int, int, int]:
-            time.sleep(1.1)  # keys are looked at once a second
+        def statuses(after_s: float = 1.1) -> tuple[int, int, int]:
+            time.sleep(after_s)  # keys are read again once a second
             asked = (httpx2.get(f"{url}{place}", headers=header) for place in ("/ready", "/v1/files", "/v1/models"))
             return tuple(answer.status_code for answer in asked)  # type: ignore[return-value]
 
-        assert statuses() == (200, 200, 200)
+        assert statuses(0) == (200, 200, 200)
         path.rename(aside)
         assert statuses() == (503, 503, 503)
         assert "database's file" in httpx2.get(f"{url}/ready").json()["status"]
         path.write_bytes(aside.read_bytes())
-        assert statuses() == (503, 503, 503)
+        assert statuses(0) == (503, 503, 503)
         assert "was replaced or removed while it was in use; restart the server" in caplog.text
         assert str(state) not in httpx2.get(f"{url}/v1/files", headers=header).text
         aside.replace(path)
-        assert statuses() == (200, 200, 200)
+        assert statuses(0) == (200, 200, 200)
