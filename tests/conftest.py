@@ -22,6 +22,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of the tests and of the processes that they start; the user's stays as it is."""
+    os.environ["SOFTPROMPT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> Base:
     return build_base("llama")

@@ -29,7 +29,6 @@ _PACKAGES = (
     "prometheus_client",
     "watchfiles",
     "python_multipart",
-    "filelock",
 )
 
 

@@ -25,7 +25,7 @@ from softprompt.settings import Table, check_names, nearest, read_section, read_
 
 SECTIONS: Mapping[str, type[Any]] = {"base": BaseConfig, "server": ServerConfig, "engine": EngineConfig}
 ENVIRONMENT = "SOFTPROMPT"
-_OF_OTHERS = ("SOFTPROMPT_RENDEZVOUS",)  # names of ours that are no flag's
+_OF_OTHERS = ("SOFTPROMPT_CACHE", "SOFTPROMPT_RENDEZVOUS")  # names of ours that are no flag's
 # What Kubernetes sets in every pod for a Service called `softprompt`, or `softprompt-...`: names and values.
 _URL = r"(tcp|udp|sctp)://\S+"
 _SERVICE_VARIABLES = tuple(
