@@ -6,6 +6,7 @@ Helpers that are called rather than injected are in `support`.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,10 +23,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A cache of the tests and of the processes that they start; the user's stays as it is."""
-    os.environ["SOFTPROMPT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the tests, and the processes that they start, a cache of their own; the user's stays as it is."""
+    folder = tempfile.TemporaryDirectory(prefix="softprompt-cache-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["SOFTPROMPT_CACHE"] = folder.name
 
 
 @pytest.fixture(scope="session")

@@ -203,6 +203,22 @@ for arguments in {LIGHT!r}:
         assert f"{' '.join(arguments)} {2 if refused else 0}\n" in child.stderr, child.stderr
 
 
+def test_the_package_imports_nothing_that_only_some_uses_need():
+    """What a base's own code needs is imported as the base is loaded, by transformers."""
+    script = """
+import sys
+from softprompt import (
+    AsyncEngine, Candidate, Comparison, Engine, Library, SoftPrompt, compare, freeze_base, generate, load_base,
+    load_prompt, read_rows, save_prompt, train, train_together,
+)
+import softprompt.runs
+late = ("peft", "datasets", "scipy.stats", "accelerate", "transformers.modeling_utils", "transformers.models.bloom")
+print([name for name in late if name in sys.modules])
+"""
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT)
+    assert child.stdout == "[]\n", child.stdout + child.stderr
+
+
 def test_the_demo_names_what_it_lacks_before_it_trains(monkeypatch, tmp_path):
     lacking = {"peft", "sklearn"}
     monkeypatch.setattr("softprompt.cli.demo.find_spec", lambda name: None if name in lacking else name)

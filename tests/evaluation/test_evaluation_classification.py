@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 from support.slow_truth import plain_greedy, plain_nats
 from support.tiny_bases import LIMIT, random_ids, random_prompt
@@ -16,7 +17,7 @@ from softprompt.data import rows_from_records
 from softprompt.data.rows import with_labels
 from softprompt.errors import DataError
 from softprompt.evaluation import accuracy, accuracy_by_likelihood, likeliest_labels
-from softprompt.evaluation.classification import label_of_answer
+from softprompt.evaluation.classification import label_of_answer, wilson_interval
 from softprompt.families import forward_of
 from softprompt.prompt import SoftPrompt
 
@@ -86,6 +87,13 @@ def test_the_interval_is_wilsons(tiny_llama):
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     assert (found.interval.low, found.interval.high) == pytest.approx((middle - half, middle + half))
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 1), (1, 1), (0, 20), (20, 20), (1, 20), (37, 100), (99_999, 100_000)])
+def test_the_interval_is_scipys(right, rows):
+    truth = binomtest(right, rows).proportion_ci(0.95, method="wilson")
+    found = wilson_interval(right, rows)
+    assert (found.low, found.high) == pytest.approx((truth.low, truth.high), rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize(

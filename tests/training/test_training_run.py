@@ -12,6 +12,7 @@ from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
 from softprompt.config import SamplingConfig, TrainConfig
@@ -175,7 +176,7 @@ def test_max_steps_ends_the_run_and_its_schedule(tiny_llama, texts):
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "stable-decay"])
 def test_learning_rates_are_those_of_transformers(tiny_llama, texts, schedule, warmup):
     steps = []
     settings = config(epochs=3, schedule=schedule, warmup_steps=warmup, learning_rate=0.01)
@@ -185,13 +186,14 @@ def test_learning_rates_are_those_of_transformers(tiny_llama, texts, schedule, w
         "linear": lambda: get_linear_schedule_with_warmup(optimizer, warmup, 9),
         "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, warmup, 9),
         "constant": lambda: get_constant_schedule_with_warmup(optimizer, warmup),
+        "stable-decay": lambda: get_wsd_schedule(optimizer, warmup, 3, num_training_steps=9, decay_type="linear"),
     }[schedule]()
     rates = []
     for _ in range(9):
         rates.append(truth.get_last_lr()[0])
         optimizer.step()
         truth.step()
-    assert [event.learning_rate for event in steps] == pytest.approx(rates, rel=1e-12)
+    assert [event.learning_rate for event in steps] == rates
 
 
 def test_the_learning_rate_is_relative_to_the_embeddings_or_absolute(tiny_llama, texts):

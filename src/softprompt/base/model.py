@@ -15,16 +15,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from softprompt.base.fingerprint import fingerprint
 from softprompt.base.generation import GenerationRules
 from softprompt.base.tokens import encode_text
 from softprompt.errors import EncodingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # more than a second to import, and loading a base imports it
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from softprompt.base.generation import eos_ids_of
 from softprompt.errors import BaseModelError, EncodingError, shortened
 from softprompt.guard import cause_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PROBE = "a"
 _MOST_PROBES = 64  # tokens of a vocabulary that are decoded and encoded again

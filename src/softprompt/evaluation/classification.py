@@ -12,14 +12,15 @@ M prompts, N texts, K labels. A precision, recall or F1 whose denominator is 0 r
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special, stats
 from torch import Tensor
 
 from softprompt.base import Base
@@ -121,13 +122,12 @@ def accuracy_from_labels(
     classes = class_scores(known.labels, confusion)
     wrong = [index for index, own, guess in zip(known.indices, known.own, found, strict=True) if own != guess]
     num_rows = len(found)
-    wilson = stats.binomtest(num_rows - len(wrong), num_rows).proportion_ci(CONFIDENCE, method="wilson")
     return Accuracy(
         held_out=set_name,
         prompt=name,
         num_rows=num_rows,
         by_likelihood=share_right(confusion),
-        interval=Interval(float(wilson.low), float(wilson.high)),
+        interval=wilson_interval(num_rows - len(wrong), num_rows),
         generated=generated,
         wrong_rows=tuple(wrong),
         calibrated=calibrated,
@@ -292,8 +292,19 @@ def _log_likelihoods(
     return -np.array([sum(loss.values()) for loss in losses]).reshape(len(prompts), len(texts), len(labels))
 
 
+def wilson_interval(num_right: int, num_rows: int) -> Interval:
+    """Wilson's score interval of a share (1927), at 95 %."""
+    z, share = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), num_right / num_rows
+    middle = share + z * z / (2 * num_rows)
+    reach = z * math.sqrt(share * (1 - share) / num_rows + z * z / (4 * num_rows * num_rows))
+    low, high = ((middle + side * reach) / (1 + z * z / num_rows) for side in (-1, 1))
+    return Interval(0.0 if num_right == 0 else low, 1.0 if num_right == num_rows else high)
+
+
 def _log_summed_shares(scores_MNK: np.ndarray) -> np.ndarray:
     """[M, 1, K]: the log of each label's probability among the labels, summed over the texts."""
+    from scipy import special
+
     logs_M1K: np.ndarray = special.logsumexp(special.log_softmax(scores_MNK, axis=-1), axis=-2, keepdims=True)
     return logs_M1K
 

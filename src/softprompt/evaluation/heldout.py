@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from softprompt.base import Base
@@ -139,6 +138,7 @@ def bootstrap_interval(gaps: Sequence[float], counts: Sequence[int], seed: int) 
     """Percentile bootstrap over rows of summed gaps divided by summed counts; None for a single row."""
     if len(gaps) < 2:
         return None
+    from scipy import stats  # half a second, and only a comparison needs it
 
     def per_count(gap: np.ndarray, count: np.ndarray, axis: int) -> np.ndarray:
         ratio: np.ndarray = gap.sum(axis=axis) / np.maximum(count.sum(axis=axis), 1)

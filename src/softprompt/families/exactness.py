@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from softprompt.base import Base
 from softprompt.errors import BaseModelError
@@ -30,6 +31,9 @@ from softprompt.families.forward import CacheKind, Forward, ModelCache, Packing
 from softprompt.families.frozen_linear import FrozenLinearKernels
 from softprompt.families.head import Head, head_of
 from softprompt.families.patches import install_attention, install_kernels, remove_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # For these training, generation and comparison are tested exact (`tests/families`).
 TESTED_FAMILIES = frozenset(

@@ -5,6 +5,8 @@
 their attention up in transformers' attention interface need no entry, the implementation is replaced there. Each
 decoder layer is wrapped so that it is checkpointed when the batch asks for it.
 
+No family's file is imported here: a patch finds the family's own functions in the file of the module that it is on.
+
 A patch is a method on the module itself (its class stays as it is) that calls the class's own method, with the same
 arguments, when it is not given a batch: then the model computes the same bits as before.
 """
@@ -16,22 +18,19 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bloom.modeling_bloom import build_alibi_tensor as bloom_alibi
-from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb as falcon_rotary
-from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon_alibi
 from transformers.pytorch_utils import Conv1D
 
 from softprompt.families.attention import attend
 from softprompt.families.batch import AttentionBatch, BatchCache, BatchMask, Carrier, PackedBatch, Scoring, once
 from softprompt.families.frozen_linear import FrozenLinearKernels, active_kernels, frozen_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PREFIX = "softprompt_"  # of our implementations in transformers' attention interface
 _REPLACED = ("sdpa", "eager")
@@ -116,6 +115,9 @@ def _replace_implementation(model: PreTrainedModel) -> Carrier | None:
     text = model.config.get_text_config(decoder=True)
     if any(getattr(text, name, None) is not None for name in _CHOOSES_KEYS):
         return None  # only a row longer than any check would show it
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
     name = _PREFIX + before
     AttentionInterface.register(name, _in_front_of(before))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
@@ -139,9 +141,16 @@ def _in_front_of(before: str) -> Any:  # Any: transformers' attention functions 
 
 
 def _original(before: str, module: nn.Module) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     if before in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[before]
-    return sys.modules[type(module).__module__].eager_attention_forward  # every family file has its own
+    return _own_file(module).eager_attention_forward  # every family file has its own
+
+
+def _own_file(module: nn.Module) -> Any:  # Any: a module of Python's, with the family's functions
+    """The file that defines the module's class, which has been imported, for there is such a module."""
+    return sys.modules[type(module).__module__]
 
 
 def scoring_of(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> Scoring:
@@ -183,7 +192,7 @@ def _bloom(module: Any, hidden: Tensor, residual: Tensor, alibi: Tensor, attenti
 def _bloom_alibi(module: Any, batch: AttentionBatch, like: Tensor) -> Tensor:
     """[h, M] float32, whatever the base's dtype."""
     ones = torch.ones(1, batch.max_keys, dtype=torch.long, device=like.device)
-    bias: Tensor = bloom_alibi(ones, module.num_heads, torch.float32)[:, 0]
+    bias: Tensor = _own_file(module).build_alibi_tensor(ones, module.num_heads, torch.float32)[:, 0]
     return bias
 
 
@@ -210,7 +219,7 @@ def _falcon(module: Any, hidden: Tensor, alibi: Tensor | None, attention_mask: A
     query, key, value = (part.transpose(1, 2) for part in module._split_heads(module.query_key_value(hidden)))
     bias = None
     if alibi is None:
-        query, key = falcon_rotary(query, key, *kwargs["position_embeddings"])
+        query, key = _own_file(module).apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
     else:
         bias = once(cache.batch, "alibi", lambda: _falcon_alibi(module, cache.batch, hidden))
     scoring = Scoring(scale=module.inv_norm_factor, position_bias=bias)
@@ -221,7 +230,7 @@ def _falcon(module: Any, hidden: Tensor, alibi: Tensor | None, attention_mask: A
 def _falcon_alibi(module: Any, batch: AttentionBatch, like: Tensor) -> Tensor:
     ones = torch.ones(1, batch.max_keys, dtype=torch.long, device=like.device)
     wide = torch.promote_types(like.dtype, torch.float32)
-    bias: Tensor = falcon_alibi(ones, module.num_heads, wide)[:, 0]
+    bias: Tensor = _own_file(module).build_alibi_tensor(ones, module.num_heads, wide)[:, 0]
     return bias * float(module.inv_norm_factor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from softprompt.families import Forward
 from softprompt.types import ExampleSet, brief_repr
 
 _VERSIONS_OF = ("softprompt", "torch", "transformers")
+_DECAY_SHARE = 1 / 3  # of the steps, of "stable-decay"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,24 @@ def _learning_rate(base: Base, config: TrainConfig) -> float:
         return config.learning_rate
     relative = config.relative_learning_rate
     return (DEFAULT_RELATIVE_LEARNING_RATE if relative is None else relative) * base.embedding_rms
+
+
+def rate_factor(schedule: str, warmup_steps: int, num_steps: int, step: int) -> float:
+    """What the learning rate at the top is multiplied by in a step, counted from 0; the formulas are transformers'.
+
+    "stable-decay" is the schedule of MiniCPM (Hu et al. 2024, arXiv 2404.06395), falling in a straight line.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    num_after = max(num_steps - warmup_steps, 1)
+    if schedule == "linear":
+        return max(0.0, (num_steps - step) / num_after)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / num_after))
+    num_falling = math.ceil(num_steps * _DECAY_SHARE)
+    return 1.0 - max(step - (num_steps - num_falling), 0) / num_falling
 
 
 def _epoch(lengths: Sequence[int], config: TrainConfig, epoch: int) -> tuple[tuple[int, ...], ...]:

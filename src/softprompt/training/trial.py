@@ -15,25 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
 from softprompt.compute_share import yield_point
 from softprompt.config import TrainConfig
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
 from softprompt.training.events import Checkpoint, within
-from softprompt.training.plan import Plan
+from softprompt.training.plan import Plan, rate_factor
 from softprompt.types import Example, ExampleSet, PromptRecord
 
 Score = Callable[[SoftPrompt], float]  # higher is better
 
-_SCHEDULERS = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant_with_warmup",
-    "stable-decay": "warmup_stable_decay",  # Hu et al. 2024, MiniCPM, arXiv 2404.06395
-}
-_DECAY_SHARE = 1 / 3  # of the steps, of "stable-decay"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 
 
@@ -70,18 +62,9 @@ class Trial:
     def _make_optimizer(self) -> None:
         config, peak = self.plan.config, self.plan.learning_rate
         self._parameters = make_parameters(config, self.start, self.plan.embedding_rms)
-        groups = [
-            {"params": [leaf], "lr": peak * self._parameters.rate_scales[name]}
-            for name, leaf in self._parameters.leaves.items()
-        ]
+        self._peaks = [peak * self._parameters.rate_scales[name] for name in self._parameters.leaves]
+        groups = [{"params": [leaf]} for leaf in self._parameters.leaves.values()]
         self._optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=config.weight_decay)
-        self._schedule = get_scheduler(
-            _SCHEDULERS[config.schedule],
-            self._optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=self.plan.num_steps,
-            scheduler_specific_kwargs=_schedule_details(config.schedule, self.plan.num_steps),
-        )
 
     @property
     def is_over(self) -> bool:
@@ -97,7 +80,12 @@ class Trial:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step, for the prompt's own vectors."""
-        return self.plan.learning_rate * float(self._schedule.lr_lambdas[0](self.step))
+        return self.plan.learning_rate * self._rate_factor
+
+    @property
+    def _rate_factor(self) -> float:
+        config = self.plan.config
+        return rate_factor(config.schedule, config.warmup_steps, self.plan.num_steps, self.step)
 
     def prompt(self) -> Tensor:
         """The current prompt [P, H], outside of any graph."""
@@ -128,8 +116,9 @@ class Trial:
         limit = self.plan.config.max_grad_norm
         leaves = list(self._parameters.leaves.values())
         norm: Tensor = torch.nn.utils.clip_grad_norm_(leaves, math.inf if limit is None else limit)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * self._rate_factor
         self._optimizer.step()
-        self._schedule.step()
         self.step += 1
         return norm
 
@@ -202,17 +191,6 @@ class Trial:
                 self._optimizer.state[leaf][moment] = (
                     value.clone() if moment == "step" else value.to(leaf.device).clone()
                 )
-        self._schedule.last_epoch = self.step
-        for group, rate, factor in zip(
-            self._optimizer.param_groups, self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True
-        ):  # fmt: skip
-            group["lr"] = rate * factor(self.step)
-
-
-def _schedule_details(schedule: str, num_steps: int) -> dict[str, Any]:
-    if schedule != "stable-decay":
-        return {}
-    return {"num_decay_steps": math.ceil(num_steps * _DECAY_SHARE), "decay_type": "linear"}
 
 
 def training_row(example: Example, eos_weight: float) -> Row:
