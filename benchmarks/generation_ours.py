@@ -34,7 +34,8 @@ class Ours:
         from softprompt.engine import Engine
 
         began = time.perf_counter()
-        self.base = load_base(request["folder"], dtype=request["dtype"], device="cpu")
+        settings = request.get("settings", {})  # more of BaseConfig
+        self.base = load_base(request["folder"], dtype=request["dtype"], device="cpu", **settings)
         loaded = time.perf_counter()
         before = resident_bytes()
         self.engine = Engine(self.base, EngineConfig(max_rows=request["max_rows"]))

@@ -31,7 +31,7 @@ from generation_cases import (
     workload_of,
 )
 from torch import Tensor
-from training_cases import make_model
+from training_cases import load_gguf, make_model
 
 Model = Any  # transformers' model
 QUICK_STRENGTH = 3.0
@@ -66,13 +66,16 @@ def make_quick_model(request: Request) -> Request:
     return facts
 
 
-def load(folder: str, dtype: torch.dtype) -> tuple[Model, float]:
-    """The model, and the seconds that loading took."""
+def load(model: str, dtype: torch.dtype) -> tuple[Model, float]:
+    """The model of a folder or a GGUF file, and the seconds that loading took."""
     from transformers import AutoModelForCausalLM
 
     began = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return model, time.perf_counter() - began
+    if model.endswith(".gguf"):
+        loaded = load_gguf(Path(model), dtype)[0]
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    return loaded.eval(), time.perf_counter() - began
 
 
 def serve_plain(model: Model, workload: Workload) -> list[Served]:
@@ -152,6 +155,35 @@ def penalised(scores_BV: Tensor, ids_BT: Tensor, penalty: float) -> Tensor:
     from transformers import RepetitionPenaltyLogitsProcessor
 
     return scores_BV if penalty == 1 else RepetitionPenaltyLogitsProcessor(penalty)(ids_BT, scores_BV)
+
+
+def run_generate(request: Request) -> Request:
+    """Child: transformers' own `generate` over soft prompts and texts as embeddings, all requests in one batch."""
+    return _run(request, lambda model: partial(serve_generate, model))
+
+
+@torch.inference_mode()
+def serve_generate(model: Model, workload: Workload) -> list[Served]:
+    """One batch of answers of one length, greedy; an end of text ends nothing."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    asked, prompts = asked_of(workload, model.config.vocab_size), list(prompts_of(workload, model.config.hidden_size))
+    served, watch, times = [Served() for _ in asked], Watch(), list[float]()
+
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            times.append(watch.now())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    inputs = start(model, [PlainRow(each, prompts[each.prompt], own) for each, own in zip(asked, served, strict=True)])
+    model.generation_config.eos_token_id = None
+    tokens = model.generate(
+        inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"], do_sample=False,
+        max_new_tokens=workload.new_tokens[1], stopping_criteria=StoppingCriteriaList([Clock()]),
+    )  # fmt: skip
+    for each, ids in zip(served, tokens.tolist(), strict=True):
+        each.ids, each.times = ids, list(times)
+    return served
 
 
 def serve_peft(model: Model, workload: Workload) -> list[Served]:

