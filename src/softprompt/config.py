@@ -26,6 +26,8 @@ TextScore = Literal["exact_match", "f1", "rouge_l", "chrf"]
 
 DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
 EMBEDDED_BASE = "embedded"
+SMOLLM2_BASE = "smollm2"
+NAMED_BASES = (EMBEDDED_BASE, SMOLLM2_BASE)  # by a name of ours, whatever lies in the working folder
 KEPT_CHECKPOINTS = 3  # the latest ones of each run
 _SEEDS = 2**63  # torch's generators accept seeds below it
 _LARGEST_RATE = 1e30  # float32 still multiplies by it without overflow
@@ -36,7 +38,7 @@ _LARGEST_RATE = 1e30  # float32 still multiplies by it without overflow
 class BaseConfig:
     """The frozen base: where it is loaded from, and how it lies in memory."""
 
-    base: str = required("Hub id or folder of a causal language model, or 'embedded'.")
+    base: str = required("Hub id, folder or GGUF file of a causal language model, 'embedded' or 'smollm2'.")
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     dtype: Dtype = option(
         "auto", "Dtype of the weights; auto is bfloat16 where the machine computes it fast, else float32."

@@ -3,7 +3,7 @@
 Hashed: the model type, the number of heads, and for every parameter its name, shape and 64 evenly spaced values rounded
 to bfloat16; the tokenizer's vocabulary, merges and special ids. Values come from memory where the loaded dtype rounds
 to bfloat16 like the checkpoint does (float32, float64, bfloat16), else from the checkpoint (float16: rounding twice
-is not rounding once).
+is not rounding once). Of a GGUF file they are those of its weights unpacked in float32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+from softprompt.base.gguf_model import gguf_values
 
 _SAMPLES_PER_PARAMETER = 64
 _ROUNDS_ALIKE = (torch.float32, torch.float64, torch.bfloat16)
@@ -68,15 +71,23 @@ def _sample(tensor: Tensor) -> list[float]:
 
 
 class _StoredTensors:
-    """The tensors of a checkpoint folder by their short names, read one at a time."""
+    """The tensors of a checkpoint folder by their short names, read one at a time; those of a GGUF file all at once."""
 
     def __init__(self, folder: str | None, prefix: str) -> None:
         self._prefix = prefix
         root = Path(folder) if folder is not None else Path()
+        self._gguf = root if folder is not None and root.is_file() else None
         found = sorted(root.glob("*.safetensors")) or sorted(root.glob("pytorch_model*.bin"))
         self._files = found if folder is not None else []
 
+    @cached_property
+    def _unpacked(self) -> dict[str, Tensor]:
+        values = {} if self._gguf is None else gguf_values(self._gguf)
+        return {_short_name(name, self._prefix): value for name, value in values.items()}
+
     def find(self, short: str, otherwise: Tensor) -> Tensor:
+        if self._gguf is not None:
+            return self._unpacked[short]
         for file in self._files:
             value = (_in_safetensors if file.suffix == ".safetensors" else _in_bin)(file, short, self._prefix)
             if value is not None:

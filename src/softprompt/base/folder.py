@@ -177,7 +177,15 @@ def check_size(
             f"base {base!r}: its config.json describes {num_parameters:,} parameters, but its weight files have "
             f"{stored_bytes:,} bytes; they do not belong together"
         )
-    needed = num_parameters * dtype.itemsize + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    check_memory(num_parameters, base, dtype=dtype, device=device, extra_bytes=buffers)
+
+
+def check_memory(
+    num_parameters: int, base: str, *, dtype: torch.dtype, device: torch.device | None, extra_bytes: int
+) -> None:
+    """Raises BaseModelError where so many parameters and the extra bytes are more than the free memory."""
+    needed = num_parameters * dtype.itemsize + extra_bytes
     free = None if device is None else _free(device)
     if free is not None and needed > free:
         raise BaseModelError(

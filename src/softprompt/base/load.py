@@ -1,4 +1,4 @@
-"""Load a base from the Hub or a folder, freeze it, and refuse what is not a decoder-only language model.
+"""Load a base from the Hub, a folder or a GGUF file, freeze it, and refuse what is not a decoder-only language model.
 
 Loading from the Hub goes through transformers and huggingface_hub (revision pinning, HF_TOKEN, HF_ENDPOINT, offline);
 it is tested on folders and against an HTTP double, never yet on the real Hub.
@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from softprompt.base.architecture import refuse_adapter, refuse_incomplete, refuse_other_architectures
 from softprompt.base.device import resolve_device, resolve_dtype
 from softprompt.base.folder import (
     CONFIG_NAME,
@@ -35,10 +36,11 @@ from softprompt.base.folder import (
     weights_bytes,
 )
 from softprompt.base.generation import rules_of
+from softprompt.base.gguf_model import read_gguf
 from softprompt.base.model import Base
+from softprompt.base.source import BaseSource, find_base
 from softprompt.base.tokens import bos_ids_of, check_tokenizer, eos_id_of, stop_ids_of
-from softprompt.config import EMBEDDED_BASE, BaseConfig
-from softprompt.embedded import base_folder
+from softprompt.config import BaseConfig
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
 from softprompt.guard import one_sentence
 from softprompt.openmp import adapt_waiting_to_load
@@ -50,41 +52,57 @@ _log = logging.getLogger(__name__)
 
 UNLIMITED_LENGTH = 2_048  # for families without a limit of their own (ALiBi), unless --max-length says otherwise
 _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
-_BIDIRECTIONAL = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
 
 
 def load_base(base: str | BaseConfig, **settings: Any) -> Base:
-    """A frozen base from a Hub id, a folder or `"embedded"`; `settings` are the fields of BaseConfig.
+    """A frozen base from a Hub id, a folder, a GGUF file, `"embedded"` or `"smollm2"`.
 
-    Raises BaseModelError for every error of transformers on the folder, for a tokenizer that does not fit the model and
-    for a model larger than the free memory; ConfigError for a dtype, device, device map or length that is not
-    available.
+    `settings` are the fields of BaseConfig. Raises BaseModelError for every error of transformers on the files, for a
+    tokenizer that does not fit the model and for a model larger than the free memory; ConfigError for a dtype, device,
+    device map or length that is not available; MissingDependencyError where a package that reads the base is not there.
     """
     config = base if isinstance(base, BaseConfig) else BaseConfig(base=base, **settings)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     spread = _device_map_options(config)
     with one_sentence(f"base {config.base!r} cannot be loaded"):
-        source = _source(config.base)
-        where: dict[str, Any] = {
-            "revision": config.revision,
-            "trust_remote_code": config.trust_remote_code,
-            "local_files_only": config.offline or Path(source).is_dir(),
-        }
-        if config.offline:  # by its id, transformers would still ask the Hub whether an adapter lies beside the base
-            source = _folder(source, **where)
-        model, tokenizer = _read(source, where, {**spread, "dtype": dtype}, config.base, None if spread else device)
+        source = find_base(config.base)
+        read = _read_files if source.gguf is None else _read_gguf
+        model, tokenizer, checkpoint = read(source, config, {**spread, "dtype": dtype}, None if spread else device)
         loaded = freeze_base(
             model if spread else _moved(model, device),
             tokenizer,
-            name=base_name(config.base),
-            folder=_folder(source, **{**where, "local_files_only": True}),
+            name=source.name,
+            folder=checkpoint,
             max_length=config.max_length,
-            source=_reload_source(config.base),
+            source=source.reload,
         )
     if loaded.rules.note is not None:
         _log.info("base %r: %s", loaded.name, loaded.rules.note)
     return loaded
+
+
+_Read = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]  # the last: what its fingerprint may have to read again
+
+
+def _read_gguf(source: BaseSource, config: BaseConfig, how: dict[str, Any], device: torch.device | None) -> _Read:
+    assert source.gguf is not None, source
+    model, tokenizer = read_gguf(source.gguf, source.given, device=device, **how)
+    return model, tokenizer, str(source.gguf)
+
+
+def _read_files(source: BaseSource, config: BaseConfig, how: dict[str, Any], device: torch.device | None) -> _Read:
+    """Of a folder or the Hub; the files of each part are checked before transformers builds it."""
+    where: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": config.offline or source.folder is not None,
+    }
+    path = source.given if source.folder is None else str(source.folder)
+    if config.offline:  # by its id, transformers would still ask the Hub whether an adapter lies beside the base
+        path = _folder(path, **where)
+    model, tokenizer = _read(path, where, how, source.given, device)
+    return model, tokenizer, _folder(path, **{**where, "local_files_only": True})
 
 
 def _read(
@@ -99,7 +117,7 @@ def _read(
         settings = folder or _folder(source, **where)
         check_numbers(read_settings(Path(settings), CONFIG_NAME, base), f"{subject}: config.json")
         config = AutoConfig.from_pretrained(source, **where)
-        _refuse_other_architectures(config, base)
+        refuse_other_architectures(config, base)
     with one_sentence(f"{subject}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     with _naming_broken_weights(folder, base):
@@ -109,8 +127,8 @@ def _read(
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)  # Any: annotated as the model alone
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    _refuse_incomplete(info, base)
-    _refuse_adapter(model, base)
+    refuse_incomplete(info, base)
+    refuse_adapter(model, base)
     return model, tokenizer
 
 
@@ -143,7 +161,7 @@ def freeze_base(
 ) -> Base:
     """A Base from a model already in memory: eval mode, every parameter frozen. The model is not copied.
 
-    `source` is the Hub id or folder that adapters record as their base; without one, `name`.
+    `source` is the Hub id or path that adapters record as their base; without one, `name`.
 
     Raises BaseModelError where its input embeddings are not an embedding table or the tokenizer does not fit them.
     """
@@ -183,28 +201,6 @@ def _device_map_options(config: BaseConfig) -> dict[str, Any]:  # Any: loading o
     return {"device_map": config.device_map}
 
 
-def base_name(base: str) -> str:
-    """The name of a base: its Hub id, its folder's name, or `embedded`."""
-    return Path(base).resolve().name if Path(base).is_dir() else base
-
-
-def _reload_source(base: str) -> str:
-    """The base as given; a folder as an absolute path."""
-    path = Path(base).expanduser()
-    return str(path.absolute()) if base != EMBEDDED_BASE and path.is_dir() else base
-
-
-def _source(base: str) -> str:
-    if base == EMBEDDED_BASE:
-        return str(base_folder())
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1 or path.exists():
-        raise BaseModelError(f"base {base!r}: there is no such folder (looked at {path.absolute()})")
-    return base
-
-
 def _folder(
     source: str,
     *,
@@ -218,38 +214,6 @@ def _folder(
     config_file = cached_file(source, CONFIG_NAME, revision=revision, local_files_only=local_files_only)
     assert config_file is not None  # cached_file raises OSError where there is none
     return str(Path(config_file).parent)
-
-
-def _refuse_other_architectures(config: PretrainedConfig, base: str) -> None:
-    kinds = tuple(config.architectures or ())
-    if config.is_encoder_decoder:
-        raise BaseModelError(
-            f"base {base!r} is an encoder-decoder model ({config.model_type}); only decoder-only causal language "
-            "models can be used so far, encoder-decoder ones come later"
-        )
-    if any(kind.endswith(_BIDIRECTIONAL) for kind in kinds) and not getattr(config, "is_decoder", False):
-        raise BaseModelError(
-            f"base {base!r} is a BERT-like model ({', '.join(kinds)}); only decoder-only causal language models can "
-            "be used so far, BERT-like ones come later"
-        )
-
-
-def _refuse_incomplete(info: dict[str, Any], base: str) -> None:
-    missing = sorted(info.get("missing_keys") or ())
-    if missing:
-        raise BaseModelError(
-            f"base {base!r}: its checkpoint lacks {len(missing)} of the model's weights, {missing[0]!r} first; "
-            "it was saved for another architecture"
-        )
-
-
-def _refuse_adapter(model: PreTrainedModel, base: str) -> None:
-    """transformers loads an adapter beside a config; the base would then not be the bare base."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise BaseModelError(
-            f"base {base!r} has an adapter_config.json beside its weights, so it would load with that adapter; "
-            "give the bare base, or merge the adapter into it first"
-        )
 
 
 def _max_length(model: PreTrainedModel, wanted: int | None, name: str) -> int:

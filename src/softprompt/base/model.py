@@ -39,13 +39,13 @@ class Base:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str  # Hub id or folder name
-    folder: str | None  # of its checkpoint, for the fingerprint; None for a model made in Python
+    name: str  # Hub id, or the name of its folder or file
+    folder: str | None  # of its checkpoint, or its GGUF file, for the fingerprint; None for a model made in Python
     max_length: int  # positions that a whole sequence may use (tokens, virtual ones included)
     bos_ids: tuple[int, ...]  # added by the tokenizer before a text
     eos_id: int | None  # ends a text; None where the tokenizer has none
     stop_ids: tuple[int, ...] = ()  # every id that ends an answer
-    source: str | None = None  # for loading it again: the Hub id or absolute folder; None for a model made in Python
+    source: str | None = None  # for loading it again: Hub id or absolute path; None for a model made in Python
     rules: GenerationRules = GenerationRules()  # on the tokens of answers, by its generation settings
 
     def __repr__(self) -> str:

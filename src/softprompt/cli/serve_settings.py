@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from softprompt.config import EMBEDDED_BASE, BaseConfig, EngineConfig, ServerConfig
+from softprompt.config import NAMED_BASES, BaseConfig, EngineConfig, ServerConfig
 from softprompt.errors import ConfigError
 from softprompt.settings import Table, check_names, nearest, read_section, read_toml, require_table
 
@@ -103,6 +103,6 @@ def _with_places(read: Table, folder: Path) -> Table:
         if name in read:
             read[name] = str(folder / Path(read[name]).expanduser())
     base = read.get("base")
-    if base is not None and base != EMBEDDED_BASE and (folder / Path(base).expanduser()).is_dir():
+    if base is not None and base not in NAMED_BASES and (folder / Path(base).expanduser()).exists():
         read["base"] = str(folder / Path(base).expanduser())
     return read

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from softprompt.config import EMBEDDED_BASE, BaseConfig, DataConfig, TrainConfig
+from softprompt.config import NAMED_BASES, BaseConfig, DataConfig, TrainConfig
 from softprompt.errors import ConfigError
 from softprompt.settings import Table, check_settings, checked_value, located, read_section, read_toml, require_table
 from softprompt.types import is_number
@@ -162,9 +162,9 @@ def _data_place(name: str, folder: Path) -> str:
 
 
 def _base_place(name: str, folder: Path) -> str:
-    """A base's folder as seen from the file's folder, if it is there; else a Hub id, or a base by name."""
+    """A base's folder or file as seen from the file's folder, if it is there; else a Hub id, or a base by name."""
     path = folder / os.path.expanduser(name)
-    return str(path) if name != EMBEDDED_BASE and path.is_dir() else name
+    return str(path) if name not in NAMED_BASES and path.exists() else name
 
 
 def _over(shared: Table, own: Table) -> Table:
