@@ -51,7 +51,8 @@ def test_an_interruption_exits_with_130(tmp_path, monkeypatch):
 
 class TestBase:
     def test_a_missing_base_folder_is_named(self, train, tmp_path):
-        assert f"there is no such folder or GGUF file (looked at {tmp_path / 'nowhere'})" in train(base=tmp_path / "nowhere")
+        missing = tmp_path / "nowhere"
+        assert f"there is no such folder or GGUF file (looked at {missing})" in train(base=missing)
 
     def test_a_base_folder_without_a_model_is_refused(self, train, tmp_path):
         (tmp_path / "empty").mkdir()
