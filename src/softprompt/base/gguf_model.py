@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -34,6 +33,9 @@ from softprompt.base.gguf_header import GgufHeader, read_header
 from softprompt.base.source import INSTALL_GGUF
 from softprompt.errors import BaseModelError, MissingDependencyError
 from softprompt.guard import cause_of, one_sentence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _substituting = threading.Lock()
 _WHILE_UNPACKING = 2 * 4  # bytes for each value of the tensor that is being unpacked: float32, twice

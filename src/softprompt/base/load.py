@@ -82,17 +82,19 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
     return loaded
 
 
-_Read = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]  # the last: what its fingerprint may have to read again
-
-
-def _read_gguf(source: BaseSource, config: BaseConfig, how: dict[str, Any], device: torch.device | None) -> _Read:
+def _read_gguf(
+    source: BaseSource, config: BaseConfig, how: dict[str, Any], device: torch.device | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Model, tokenizer, and the file that the fingerprint may have to read again."""
     assert source.gguf is not None, source
     model, tokenizer = read_gguf(source.gguf, source.given, device=device, **how)
     return model, tokenizer, str(source.gguf)
 
 
-def _read_files(source: BaseSource, config: BaseConfig, how: dict[str, Any], device: torch.device | None) -> _Read:
-    """Of a folder or the Hub; the files of each part are checked before transformers builds it."""
+def _read_files(
+    source: BaseSource, config: BaseConfig, how: dict[str, Any], device: torch.device | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Model, tokenizer and folder of the checkpoint, of a folder or the Hub."""
     where: dict[str, Any] = {
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
