@@ -2,6 +2,8 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +16,17 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from softprompt.families import FrozenLinearKernels, Head, frozen_linear
-from softprompt.families.frozen_linear import active_kernels, can_prepack, float32_takes_onednn
+from softprompt.families import FrozenLinearKernels, Head, PackedWeight, frozen_linear
+from softprompt.families.frozen_linear import (
+    HEAD_BLOCK,
+    MEASURED_ROWS,
+    WAYS,
+    active_kernels,
+    can_prepack,
+    can_prepack_float32,
+    float32_takes_onednn,
+    product_name,
+)
 from softprompt.families.patches import install_kernels
 from softprompt.loss import weighted_nll
 
@@ -24,6 +35,9 @@ ROUNDING = 2**-7  # bfloat16's, twice over
 needs_onednn = pytest.mark.skipif(not float32_takes_onednn(), reason="float32 products take torch's own way here")
 needs_prepacking = pytest.mark.skipif(
     not can_prepack(torch.zeros(2, 2, dtype=torch.bfloat16)), reason="this processor does not multiply bfloat16"
+)
+needs_float32_copies = pytest.mark.skipif(
+    not can_prepack_float32(torch.zeros(2, 2)), reason="this processor has no oneDNN for float32"
 )
 LAYERS = pytest.mark.parametrize("kind", ["linear", "linear_without_bias", "conv1d"])
 
@@ -133,6 +147,166 @@ def test_an_input_without_rows_gives_an_output_without_rows(kind, calls):
     with FrozenLinearKernels().active():
         assert layer(kind)(rows(0, INPUTS)).shape == (0, OUTPUTS)
     assert not calls
+
+
+def choices_of(way, *matrices, directions=("forward", "backward")):
+    """Every number of rows of these weights [O, I] goes one way."""
+    every_row = dict.fromkeys(MEASURED_ROWS, way)
+    return {product_name(matrix, direction): every_row for matrix in matrices for direction in directions}
+
+
+def matrix_of(module):
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def is_usable(way, dtype, module):
+    packed = PackedWeight(matrix_of(module), *([None, None] if way != "prepacked" else [torch.zeros(1)] * 2))
+    can = can_prepack_float32 if dtype is torch.float32 else can_prepack
+    return WAYS[way].applies(packed, "forward", 1) and (way != "prepacked" or can(matrix_of(module)))
+
+
+def forced(way, module):
+    """Kernels whose products of the module's weight all go one way."""
+    matrix = matrix_of(module)
+    if way != "prepacked":
+        return FrozenLinearKernels(choices_of(way, matrix))
+    kernels = FrozenLinearKernels(choices_of(way, matrix, directions=("forward", "prepacked")))
+    kernels.prepack(module, None, both_ways=False)
+    return kernels
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The names of the ways that products have gone, forward or backward."""
+    taken = []
+
+    def watched(name, product):
+        def run(*args):
+            taken.append(name)
+            return product(*args)
+
+        return run
+
+    counted = {
+        name: replace(way, times=watched(name, way.times), back=watched(name, way.back)) for name, way in WAYS.items()
+    }
+    monkeypatch.setattr(frozen_linear, "WAYS", counted)
+    return taken
+
+
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: ROUNDING}  # of the largest number
+EVERY_WAY = pytest.mark.parametrize("way", sorted(WAYS))
+BOTH_DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCES))
+
+
+@EVERY_WAY
+@BOTH_DTYPES
+@LAYERS
+@pytest.mark.parametrize("shape", [(INPUTS,), (1, INPUTS), (2, INPUTS), (1, 5, INPUTS), (33, INPUTS), (2, 650, INPUTS)])
+def test_each_way_gives_the_products_of_float64_forward_and_backward(way, dtype, kind, shape, ways):
+    module, inputs = layer(kind, dtype), rows(*shape, dtype=dtype)
+    if not is_usable(way, dtype, module):
+        pytest.skip(f"{way} is no way for {dtype} on this processor")
+    with forced(way, module).active():
+        found = both_ways(module, inputs)
+    exact = copy.deepcopy(module).double()
+    vars(exact)["forward"] = partial(type(module).forward, exact)
+    pull = rows(*found[0].shape, dtype=dtype, seed=2).double()
+    truth = exact(inputs.double()), pull @ matrix_of(exact)
+    for ours, theirs in zip(found, truth, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype is dtype
+        assert relative_error(ours.double(), theirs) < TOLERANCES[dtype]
+        assert relative_error(ours.double(), theirs.flip(-1)) > 0.1  # the control
+    assert ways[:1] == ([way] if way != "linear" else [])  # torch's own product needs no way of ours
+
+
+@EVERY_WAY
+@BOTH_DTYPES
+def test_rows_of_a_batch_have_the_products_that_each_has_alone(way, dtype):
+    module, inputs = layer("linear", dtype), rows(13, INPUTS, dtype=dtype)
+    if not is_usable(way, dtype, module):
+        pytest.skip(f"{way} is no way for {dtype} on this processor")
+    with forced(way, module).active():
+        batch, alone = module(inputs), torch.cat([module(row[None]) for row in inputs])
+    assert relative_error(batch, alone) < TOLERANCES[dtype]
+    assert relative_error(batch, alone.flip(0)) > 0.1
+
+
+def test_each_number_of_rows_goes_the_way_of_the_next_measured_one(ways):
+    module = layer("linear")
+    forward = {1: "linear", 2: "transposed", 4: "transposed", 8: "linear", 1_024: "transposed"}
+    chosen = {product_name(module.weight, "forward"): forward}
+    with FrozenLinearKernels(chosen).active():
+        for num_rows in (1, 2, 3, 4, 5, 8, 300, 2_048):
+            module(rows(num_rows, INPUTS))
+    # 2,048 rows are multiplied in two parts
+    assert ways == [*(["linear"] + 3 * ["transposed"] + 2 * ["linear"]), *(3 * ["transposed"])]
+
+
+@pytest.mark.parametrize("way", ["prepacked", "no such way"])
+def test_a_choice_that_cannot_be_made_here_gives_way_to_the_fixed_rules(way):
+    module, inputs = layer("linear"), rows(7, INPUTS)
+    with FrozenLinearKernels(choices_of(way, module.weight)).active():
+        assert torch.equal(module(inputs), linear(inputs, module.weight, module.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 300])
+def test_onednn_gives_the_same_bits_prepacked_and_not(dtype, num_rows):
+    module, inputs = layer("linear", dtype), rows(num_rows, INPUTS, dtype=dtype)
+    if not is_usable("prepacked", dtype, module):
+        pytest.skip(f"nothing is prepacked for {dtype} on this processor")
+    chosen = choices_of("onednn", module.weight, directions=("forward", "prepacked"))
+    plain, packed = FrozenLinearKernels(chosen), FrozenLinearKernels(chosen)
+    packed.prepack(module, None, both_ways=False)
+    assert packed.bytes_to_prepack(module, None, both_ways=False) == 0
+    with plain.active():
+        truth = module(inputs)
+    with packed.active():
+        assert torch.equal(module(inputs), truth)
+
+
+@needs_float32_copies
+def test_float32_weights_are_prepacked_where_the_choices_say_so_and_never_for_training():
+    layers = three_layers(torch.float32)
+    chosen = choices_of("prepacked", layers[0].weight, directions=("prepacked",))
+    kernels = FrozenLinearKernels(chosen)
+    assert kernels.bytes_to_prepack(layers, layers[0].weight, both_ways=True) == 0
+    # Two layers have this shape; the Conv1D is stored as [I, O], and is another product.
+    assert kernels.bytes_to_prepack(layers, layers[0].weight, both_ways=False) == 2 * layers[0].weight.nbytes
+    kernels.prepack(layers, layers[0].weight, both_ways=False)
+    assert kernels.bytes_to_prepack(layers, layers[0].weight, both_ways=False) == 0
+
+
+@needs_prepacking
+def test_bfloat16_weights_are_not_prepacked_where_no_choice_uses_the_copy():
+    layers = three_layers()
+    kernels = FrozenLinearKernels(choices_of("transposed", *(matrix_of(layers[index]) for index in (0, 2, 3))))
+    assert kernels.bytes_to_prepack(layers, None) == 0
+
+
+def test_kernels_with_other_choices_share_the_weights_and_leave_the_first_as_they_were(ways):
+    module, inputs = layer("linear"), rows(4, INPUTS)
+    first = FrozenLinearKernels(choices_of("transposed", module.weight))
+    second = first.with_choices(choices_of("linear", module.weight))
+    for kernels in (first, second, first):
+        with kernels.active():
+            module(inputs)
+    assert ways == ["transposed", "transposed"]
+    first.choose(choices_of("linear", module.weight))
+    with first.active():
+        module(inputs)
+    assert len(ways) == 2
+
+
+def test_every_block_of_a_head_goes_the_way_of_one_block(ways):
+    head = nn.Linear(INPUTS, 5_000, bias=False).requires_grad_(False)
+    name = product_name(head.weight, "forward", HEAD_BLOCK)
+    kernels = FrozenLinearKernels({name: dict.fromkeys(MEASURED_ROWS, "transposed")})
+    sizes = [block.times(rows(3, INPUTS)).shape for block in kernels.row_blocks(head.weight, 1_800)]
+    assert sizes == [(3, 1_800), (3, 1_800), (3, 1_400)]
+    assert ways == 3 * ["transposed"]
 
 
 def test_a_layer_with_a_small_weight_uses_its_own_product(monkeypatch, calls):
@@ -258,7 +432,7 @@ def test_a_prepacked_head_gives_the_same_loss_and_gradient(monkeypatch, num_targ
     true_nats.sum().backward()
     torch.testing.assert_close(nats, true_nats.detach(), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(leaf.grad, plain.grad, rtol=0.03, atol=0.01)
-    assert len(calls) == 6  # three blocks, forward and backward
+    assert len(calls) == (6 if num_targets else 0)  # three blocks, forward and backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
