@@ -36,7 +36,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(VENV)/.installed: requirements/dev.txt requirements/torch.txt pyproject.toml src/softprompt/families/cached_attention.c
+$(VENV)/.installed: requirements/dev.txt requirements/torch.txt pyproject.toml $(wildcard src/softprompt/families/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || \
 		$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from softprompt.families import KVBuffer, QueryChunk, cached_attention, cached_batch, has_native_attention
+from softprompt.families import KVBuffer, QueryChunk, cached_batch, has_native_attention, native
 from softprompt.families.batch import Scoring
-from softprompt.families.cached_attention import attend_cached, native_library
+from softprompt.families.cached_attention import attend_cached
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(not has_native_attention(CPU, torch.float32), reason="there was no C compiler")
@@ -118,23 +118,23 @@ def test_dtypes_and_devices_that_c_does_not_compute_use_torch():
 
 
 def test_a_missing_c_library_leaves_attention_to_torch(monkeypatch):
-    monkeypatch.setattr(cached_attention, "LIBRARY", "softprompt.families._no_such_library")
-    native_library.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", "softprompt.families._no_such_library")
+    native.native_library.cache_clear()
     try:
         assert not has_native_attention(CPU, torch.float32)
     finally:
         monkeypatch.undo()
-        native_library.cache_clear()
+        native.native_library.cache_clear()
 
 
 @needs_native
 def test_a_c_library_of_another_version_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(cached_attention.ctypes, "sizeof", lambda kind: 8)
-    native_library.cache_clear()
+    monkeypatch.setattr(native, "VERSION", 0)
+    native.native_library.cache_clear()
     try:
         assert not has_native_attention(CPU, torch.float32)
     finally:
         monkeypatch.undo()
-        native_library.cache_clear()
+        native.native_library.cache_clear()
     assert "was compiled from another version" in caplog.text
     assert has_native_attention(CPU, torch.float32)

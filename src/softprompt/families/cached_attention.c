@@ -25,7 +25,7 @@ typedef uint32_t word_vec __attribute__((vector_size(64)));
 #define FOR_EACH_PROCESSOR
 #endif
 
-typedef struct { /* `_Task` of cached_attention.py, which checks the size */
+typedef struct { /* `_Task` of cached_attention.py, field by field */
     int64_t is_bfloat16;      /* else float32: tokens, buffers and out */
     int64_t num_tokens, num_heads, num_key_heads, width, value_width;
     int64_t capacity;         /* C */
@@ -220,7 +220,7 @@ FOR_EACH_PROCESSOR void softprompt_head_bfloat16(const Task *task, int64_t numbe
     attend_head(task, number, head, scratch, 1);
 }
 
-size_t softprompt_task_bytes(void) { return sizeof(Task); }
+int softprompt_version(void) { return 1; } /* as `VERSION` of native.py */
 
 /* 0, or 1 where there was no memory for the scores of a head. */
 int softprompt_attend(const Task *task) {

@@ -13,18 +13,13 @@ padded group has G rows of n queries.
 from __future__ import annotations
 
 import ctypes
-import logging
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from softprompt.families.batch import CachedBatch, NativeTokens, PaddedGroup, Scoring, once
 from softprompt.families.kv_buffer import KeysValues
-
-_LOG = logging.getLogger(__name__)
-LIBRARY = "softprompt.families._cached_attention"
+from softprompt.families.native import native_library
 
 
 def attend_cached(
@@ -149,7 +144,7 @@ def _task(native: NativeTokens, query: Tensor, cached: KeysValues) -> _Task:
 
 
 class _Task(ctypes.Structure):
-    """`Task` of cached_attention.c, field by field; `native_library` compares their sizes."""
+    """`Task` of cached_attention.c, field by field."""
 
     _fields_ = [
         (name, kind)
@@ -161,18 +156,3 @@ class _Task(ctypes.Structure):
         )
         for name in names.split()
     ]
-
-
-@cache
-def native_library() -> ctypes.CDLL | None:
-    found = find_spec(LIBRARY)
-    if found is None or found.origin is None:
-        return None
-    try:
-        library = ctypes.CDLL(found.origin)
-        has_own_task = library.softprompt_task_bytes() == ctypes.sizeof(_Task)
-    except (OSError, AttributeError):  # compiled for another machine, or something else
-        return None
-    if not has_own_task:
-        _LOG.warning("%s was compiled from another version; install the package again to use it", found.origin)
-    return library if has_own_task else None
