@@ -54,8 +54,8 @@ def test_a_weight_gives_the_same_bits_in_every_storage_as_its_float32_values_do(
     weight, rows = matrix(50, 96), matrix(count, 96, seed=1)
     halves, int8 = weight.to(torch.bfloat16), quantised(weight)
     assert torch.equal(thin_linear(rows, halves), thin_linear(rows, halves.float()))
-    assert torch.equal(thin_linear(rows, int8), thin_linear(rows, int8.dequantised()))
-    assert not torch.equal(thin_linear(rows, int8), thin_linear(rows, weight))
+    assert torch.equal(int8.times(rows), thin_linear(rows, int8.dequantised()))
+    assert not torch.equal(int8.times(rows), thin_linear(rows, weight))
 
 
 def test_int8_numbers_lie_within_half_a_step_of_the_weight() -> None:
@@ -83,6 +83,6 @@ def test_two_threads_multiply_by_one_weight_at_once() -> None:
 
     weight = quantised(matrix(300, 320))
     inputs = [matrix(count % 7 + 1, 320, seed=count) for count in range(40)]
-    alone = [thin_linear(rows, weight) for rows in inputs]
+    alone = [weight.times(rows) for rows in inputs]
     with ThreadPoolExecutor(2) as pool:
-        assert all(map(torch.equal, pool.map(lambda rows: thin_linear(rows, weight), inputs), alone))
+        assert all(map(torch.equal, pool.map(weight.times, inputs), alone))

@@ -22,8 +22,8 @@ from softprompt.families.native import native_library
 
 MAX_ROWS = 64  # with more of them the blocks of a library are as fast
 GROUP = 32  # inputs of an int8 weight that share a scale, as in llama.cpp's Q8_0
-_INT8 = 2  # storage, as in thin_linear.c
-_STORAGES = {torch.float32: 0, torch.bfloat16: 1}
+_STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in thin_linear.c
+_DTYPES = (torch.float32, torch.bfloat16)  # of rows, and of weights as they are loaded
 _GENERATIONS = {"AVX512": 2, "AVX2": 1}  # torch's names of what the processor has
 
 
@@ -40,12 +40,17 @@ class Int8Weight:
 
     def dequantised(self) -> Tensor:
         """[O, I] float32: what the products compute with."""
-        return (self.numbers.unflatten(1, (-1, GROUP)).float() * self.scales.float()[..., None]).flatten(1)
+        groups: Tensor = self.numbers.unflatten(1, (-1, GROUP)).float() * self.scales.float()[..., None]
+        return groups.flatten(1)
+
+    def times(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., O] of rows [..., I], as `thin_linear`."""
+        return thin_linear(rows, self.numbers, bias, self.scales)
 
 
 def can_quantise(weight: Tensor) -> bool:
     """Whether `thin_linear` multiplies by the weight in int8: a matrix on the CPU whose rows are whole groups."""
-    is_matrix = weight.dim() == 2 and weight.dtype in _STORAGES and weight.device.type == "cpu"
+    is_matrix = weight.dim() == 2 and weight.dtype in _DTYPES and weight.device.type == "cpu"
     return is_matrix and weight.shape[1] % GROUP == 0 and native_library() is not None
 
 
@@ -71,24 +76,22 @@ def _quantised_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def has_thin_linear(weight: Tensor) -> bool:
     """Whether `thin_linear` multiplies by a weight as it lies: dense float32 or bfloat16 on the CPU."""
     is_dense = weight.dim() == 2 and weight.is_contiguous() and weight.device.type == "cpu"
-    return is_dense and weight.dtype in _STORAGES and native_library() is not None
+    return is_dense and weight.dtype in _DTYPES and native_library() is not None
 
 
-def thin_linear(rows: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
+def thin_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
     """[..., O] of rows [..., I], float32 or bfloat16; sums and bias are added in float32. No gradient.
 
-    Raises MemoryError where there is no memory for a few rows of the weight in float32.
+    `weight` [O, I] is dense, float32 or bfloat16, or int8 with `scales`. Raises MemoryError where there is no memory
+    for a few rows of the weight in float32.
     """
-    is_int8 = isinstance(weight, Int8Weight)
-    numbers = weight.numbers if is_int8 else weight
     rows = rows.contiguous()
-    num_outputs, num_inputs = numbers.shape
+    num_outputs, num_inputs = weight.shape
     out = rows.new_empty(*rows.shape[:-1], num_outputs)
     failed = _function()(
         rows.numel() // num_inputs, num_inputs, num_outputs,
-        _INT8 if is_int8 else _STORAGES[numbers.dtype], rows.dtype is torch.bfloat16, _generation(),
-        rows.data_ptr(), numbers.data_ptr(), weight.scales.data_ptr() if is_int8 else None,
-        None if bias is None else bias.data_ptr(), out.data_ptr(),
+        _STORAGES[weight.dtype], rows.dtype is torch.bfloat16, _generation(), rows.data_ptr(), weight.data_ptr(),
+        None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the panels of a product")
