@@ -45,7 +45,17 @@ from real_base_cases import (
     train_peft,
 )
 from real_base_report import machine, tables
-from training_cases import BATCH_ROWS, SHAPES, ChildError, Request, answer_child, call_child, make_model, matrix_rates
+from training_cases import (
+    BATCH_ROWS,
+    SHAPES,
+    ChildError,
+    Request,
+    answer_child,
+    call_child,
+    make_model,
+    matrix_rates,
+    smollm2_file,
+)
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 RANDOM_STEPS = 2  # of training on a random shape
@@ -72,6 +82,11 @@ class Bench:
     def is_real(self) -> bool:
         return bool(self.flags.shape == "smollm2")
 
+    @property
+    def command_base(self) -> str:
+        """What a user gives `softprompt train --base`."""
+        return "smollm2" if self.is_real and self.flags.model is None else self.model
+
 
 Contenders = dict[str, Callable[[], Request]]  # each gives the figures of one run
 
@@ -86,7 +101,8 @@ def main() -> None:
     if flags.avx2:
         os.environ.update(AVX2)
     flags.out.mkdir(parents=True, exist_ok=True)
-    model = str(flags.model or flags.out / f"model-{flags.shape}")
+    own = smollm2_file() if flags.shape == "smollm2" else flags.out / f"model-{flags.shape}"
+    model = str(flags.model or own)
     facts = call_child(__file__, kind="model", folder=model, threads=flags.threads, shape=flags.shape)
     report = measure_all(Bench(flags, model, facts))
     text = tables(report)
@@ -144,7 +160,7 @@ def add_round(report: Request, case: str, contenders: Contenders) -> None:
     for name in list(contenders)[:: -1 if done % 2 else 1]:
         try:
             rounds.setdefault(name, []).append(contenders[name]())
-        except (ChildError, subprocess.CalledProcessError) as error:
+        except ChildError as error:
             report["errors"].append(f"{case}, {name}: {error}")
             say(f"{case}, {name}: FAILED, {error}")
             continue
@@ -194,12 +210,12 @@ def run_command(bench: Bench, case: TrainCase, texts: list[str]) -> Request:
         rows = Path(folder) / "rows.jsonl"
         rows.write_text("".join(json.dumps({"quote": text}) + "\n" for text in texts))
         command = [
-            sys.executable, "-m", "softprompt", "train", "--base", bench.flags.base or bench.model, "--offline",
+            sys.executable, "-m", "softprompt", "train", "--base", bench.command_base, "--offline",
             "--device", "cpu", "--preset", "notebook", "--epochs", f"{case.epochs}", "--data", str(rows),
             "--text-column", "quote", "--rows", f"{len(texts)}", "--out", f"{folder}/run",
         ]  # fmt: skip
         began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        run_process(command)
         seconds = time.perf_counter() - began
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         steps = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -209,6 +225,14 @@ def run_command(bench: Bench, case: TrainCase, texts: list[str]) -> Request:
         "num_tokens": sum(step["num_targets"] for step in steps), "losses": [step["loss"] for step in steps],
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
     }  # fmt: skip
+
+
+def run_process(command: Sequence[str]) -> str:
+    """What it writes to stdout. Raises ChildError with the end of its stderr."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ChildError(f"exit status {done.returncode} from {command[:5]}:\n{done.stderr[-2_000:]}")
+    return done.stdout
 
 
 def matrix_rate(bench: Bench) -> float:
@@ -280,8 +304,6 @@ def has_int8(_: Request) -> Request:
 
 def run_llama(bench: Bench, requantize: bool) -> Request:
     """The file's answer to the first text of the one-stream workload."""
-    from training_cases import smollm2_file
-
     workload = decode_workload(1)
     request = {
         "gguf": str(smollm2_file()), "cache": str(bench.flags.out), "requantize": requantize, "positions": POSITIONS,
@@ -289,8 +311,7 @@ def run_llama(bench: Bench, requantize: bool) -> Request:
         "ids": list(asked_of(workload, bench.facts["vocab"])[0].ids),
     }  # fmt: skip
     script = str(Path(__file__).with_name("real_base_llama.py"))
-    done = subprocess.run([bench.flags.llama, script, json.dumps(request)], capture_output=True, text=True, check=True)
-    found: Request = json.loads(done.stdout.splitlines()[-1])
+    found: Request = json.loads(run_process([bench.flags.llama, script, json.dumps(request)]).splitlines()[-1])
     speed = len(found["ids"]) / found["times"][-1]
     between = 1e3 * (found["times"][-1] - found["times"][0]) / (len(found["ids"]) - 1)
     figures = {"tokens_per_second": speed, "first_ms": {"p50": 1e3 * found["times"][0]}, "between_ms": {"p50": between}}
@@ -310,8 +331,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, help="folder with the real role prompts and quotes; default: embedded rows"
     )
-    parser.add_argument("--model", type=Path, help="model folder, written if new, or a GGUF file; default in --out")
-    parser.add_argument("--base", help="what `softprompt train --base` gets in the case quotes; default the model")
+    parser.add_argument("--model", type=Path, help="model folder, written if new, or a GGUF file")
     parser.add_argument("--llama", metavar="PYTHON", help="Python of an environment that has llama-cpp-python")
     parser.add_argument("--avx2", action="store_true", help="hold torch, oneDNN and MKL to AVX2")
     parser.add_argument("--threads", type=int, help="default: torch's choice")

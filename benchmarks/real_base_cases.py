@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from generation_cases import Workload
-from training_cases import BATCH_ROWS, GROUPS, Request, make_example_set, make_rows
+from training_cases import BATCH_ROWS, GROUPS, Request, make_example_set, make_rows, make_start
 
 STREAMS = (1, 4, 16, 32)
 TEXT_TOKENS, NEW_TOKENS = 12, 64
@@ -64,14 +64,14 @@ def read_texts(rows: str, data: Path | None) -> list[str]:
 def decode_workload(streams: int) -> Workload:
     """As many requests as streams, each behind a soft prompt of its own, all there at once."""
     return Workload(
-        name=f"{streams} streams", num_requests=streams, max_rows=streams, text_tokens=TEXT_TOKENS,
+        name=f"{streams} stream{'s' * (streams > 1)}", num_requests=streams, max_rows=streams, text_tokens=TEXT_TOKENS,
         new_tokens=(NEW_TOKENS, NEW_TOKENS),
     )  # fmt: skip
 
 
 def train_ours(request: Request) -> Request:
     """Child: one call of `train`, with the notebook's settings; its time includes what it sets up."""
-    from softprompt import TrainConfig, load_base, rows_from_texts, save_prompt, train
+    from softprompt import SoftPrompt, TrainConfig, load_base, rows_from_texts, save_prompt, train
     from softprompt.config import NOTEBOOK_PRESET
     from softprompt.training import StepDone
 
@@ -83,7 +83,8 @@ def train_ours(request: Request) -> Request:
         began = time.perf_counter()
         texts = request["texts"]
         data = make_example_set(_ids(request, base.vocab_size)) if texts is None else rows_from_texts(texts)
-        result = train(base, data, config, sink=lambda event: _keep(event, steps))
+        start = SoftPrompt(make_start(request["virtual_tokens"], base.hidden_size))
+        result = train(base, data, config, start=start, sink=lambda event: _keep(event, steps))
         seconds = time.perf_counter() - began
         save_prompt(result.prompt, folder)
     return {
@@ -120,6 +121,9 @@ def train_peft(request: Request) -> Request:
         rows = [{"input_ids": list(ids)} for ids in found]
         settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=request["virtual_tokens"])
         tuned = get_peft_model(model, settings)
+        weight_PH = tuned.prompt_encoder["default"].embedding.weight
+        with torch.no_grad():
+            weight_PH.copy_(make_start(*weight_PH.shape))
         collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         trainer = Trainer(model=tuned, args=_arguments(folder, request), train_dataset=rows, data_collator=collate)
         trainer.remove_callback(PrinterCallback)

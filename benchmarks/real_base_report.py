@@ -1,13 +1,21 @@
-"""The Markdown tables of real_base.py, from its report, and the machine that they stand under."""
+"""The Markdown tables of real_base.py, from its report, and the machine that they stand under.
+
+    python benchmarks/real_base_report.py build/real-base-avx2 build/real-base
+
+prints one table of all shapes that these folders of real_base.py hold rounds of, a column for each folder: the first
+table of docs/performance.md.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -123,6 +131,50 @@ def int8(report: Request) -> str:
     return table(("one stream (rounds)", "tok/s", *(f"÷ {peer}" for peer in INT8_TARGETS)), rows) + end
 
 
+def compare(folders: Sequence[Path]) -> str:
+    """A row per shape and case, a column per folder: ours, the peer's and the ratio."""
+    reports = {folder: [json.loads(file.read_text()) for file in sorted(folder.glob("rounds-*.json"))]
+               for folder in folders}  # fmt: skip
+    cells = {folder: dict(pair for report in found for pair in cells_of(report)) for folder, found in reports.items()}
+    names = list(dict.fromkeys(name for each in cells.values() for name in each))
+    heads = [column_head(found) for found in reports.values()]
+    return table(
+        ("work, ours / peer", *heads), [[name, *(each.get(name, "") for each in cells.values())] for name in names]
+    )
+
+
+def column_head(reports: Sequence[Request]) -> str:
+    """Kind of processor, threads, and the commits and dates of the rounds."""
+    settings = [report["setting"] for report in reports]
+    found = [f"{each['kind']}, {each['threads']} threads, {each['date']}, {each['commit']}" for each in settings]
+    return "; ".join(dict.fromkeys(found))
+
+
+def cells_of(report: Request) -> Iterator[tuple[str, str]]:
+    """Each measured figure's name and text."""
+    shape, rounds = report["setting"]["shape"], report["rounds"]
+    for case in TRAIN_CASES:
+        found = rounds.get(case.name, {})
+        if found.get("ours") and found.get("PEFT"):
+            ours, peer = (median(found[side], "seconds") for side in ("ours", "PEFT"))
+            flops = count_flops(report["setting"]["model"], *[found["ours"][0]["num_tokens"]] * 2)
+            share = flops / ours / report["rates"][case.name]
+            yield (
+                f"{shape}, {case.name}, s",
+                f"{ours:.1f} / {peer:.1f} = **{peer / ours:.2f}x**, {share:.0%} of the rate",
+            )
+    for case, peer_name in (("decode", "generate"), ("int8", "llama.cpp Q8_0")):
+        sides = {name: runs for name, runs in rounds.get(case, {}).items() if runs}
+        first = "ours int8" if case == "int8" else "ours"
+        if first not in sides or peer_name not in sides:
+            continue
+        for streams in sides[first][0]["streams"]:
+            speeds = [statistics.median(run["streams"][streams]["tokens_per_second"] for run in sides[name])
+                      for name in (first, peer_name)]  # fmt: skip
+            yield (f"{shape}, {case} {streams}, tokens/s",
+                   f"{speeds[0]:,.1f} / {speeds[1]:,.1f} = **{speeds[0] / speeds[1]:.2f}x**")  # fmt: skip
+
+
 def ratio(speed: float, other: float | None) -> str:
     return "" if other is None else f"{speed / other:.2f}x"
 
@@ -147,3 +199,7 @@ def both(ours: Sequence[Request], peer: Sequence[Request], figure: str, unit: fl
 
 def both_p50(ours: Sequence[Request], peer: Sequence[Request], figure: str) -> str:
     return " / ".join(f"{statistics.median(each[figure]['p50'] for each in runs):,.0f}" for runs in (ours, peer))
+
+
+if __name__ == "__main__":
+    print(compare([Path(folder) for folder in sys.argv[1:]]))

@@ -135,11 +135,11 @@ def peak_bytes() -> int:
 
 
 def make_model(request: Request) -> Request:
-    """Child: write the shape's model folder unless it is there; what the FLOPs need to know of it."""
+    """Child: write the shape's model folder unless it, or a GGUF file, is there; what the FLOPs need to know of it."""
     from softprompt import load_base
 
     folder = Path(request["folder"])
-    if not (folder / "config.json").exists():
+    if not folder.is_file() and not (folder / "config.json").exists():
         _write_model(request["shape"], folder)
     base = load_base(str(folder), dtype="auto", device="cpu")
     shape = SHAPES[request["shape"]]
@@ -158,12 +158,12 @@ def smollm2_file() -> Path:
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:  # Any: transformers' model and tokenizer
-    """As transformers reads it, without the traces of quantisation that keep it from being saved."""
+    """As transformers reads it, without the traces of quantisation for which it is neither saved nor trained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, options = str(file.parent), {"gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    model.hf_quantizer = None
+    model.hf_quantizer, model.is_quantized = None, False
     vars(model.config).pop("quantization_config", None)
     return model, AutoTokenizer.from_pretrained(source, **options)
 

@@ -26,7 +26,7 @@ def run(out: Path, *flags: str) -> dict[str, Any]:
 def test_rounds_of_a_later_run_are_counted_with_those_before(tmp_path: Path) -> None:
     first = run(tmp_path, "--rounds", "1")
     assert {len(runs) for case in first["rounds"].values() for runs in case.values()} == {1}
-    assert first["agreement"]["equal_answers"] == {"1 streams": 1.0, "4 streams": 1.0}
+    assert first["agreement"]["equal_answers"] == {"1 stream": 1.0, "4 streams": 1.0}
     (ours,), (peer,) = first["rounds"]["train-p4"]["ours"], first["rounds"]["train-p4"]["PEFT"]
     assert ours["num_tokens"] == peer["num_tokens"] and len(ours["losses"]) == len(peer["losses"]) == 2
     second = run(tmp_path, "--rounds", "1", "--cases", "decode")
