@@ -34,11 +34,11 @@ class Ours:
         from softprompt.engine import Engine
 
         began = time.perf_counter()
-        settings = request.get("settings", {})  # more of BaseConfig
-        self.base = load_base(request["folder"], dtype=request["dtype"], device="cpu", **settings)
+        self.base = load_base(request["folder"], dtype=request["dtype"], device="cpu")
         loaded = time.perf_counter()
         before = resident_bytes()
-        self.engine = Engine(self.base, EngineConfig(max_rows=request["max_rows"]))
+        settings = request.get("settings", {})  # more of EngineConfig
+        self.engine = Engine(self.base, EngineConfig(max_rows=request["max_rows"], **settings))
         self.figures: Request = {
             "load_seconds": loaded - began,
             "setup_seconds": time.perf_counter() - loaded,

@@ -297,9 +297,9 @@ def int8_contenders(bench: Bench) -> Contenders:
 
 def has_int8(_: Request) -> Request:
     """Child: whether this version keeps weights as int8."""
-    from softprompt import BaseConfig
+    from softprompt import EngineConfig
 
-    return {"has_int8": "weights" in BaseConfig.__dataclass_fields__}
+    return {"has_int8": "weights" in EngineConfig.__dataclass_fields__}
 
 
 def run_llama(bench: Bench, requantize: bool) -> Request:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from generation_cases import equal_share
 from generation_report import table
 from real_base_cases import DECODE_TARGETS, INT8_TARGETS, TRAIN_CASES
 from training_cases import Request, count_flops
@@ -122,13 +123,24 @@ def int8(report: Request) -> str:
         name: statistics.median(each["tokens_per_second"] for run in runs for each in run["streams"].values())
         for name, runs in rounds.items()
     }
+    exact = rounds["ours"][-1]["answers"] if "ours" in rounds else {}
     rows = [
-        [f"{name} ({len(rounds[name])})", f"{speed:.1f}", *(ratio(speed, speeds.get(peer)) for peer in INT8_TARGETS)]
+        [
+            f"{name} ({len(rounds[name])})", f"{speed:.1f}", *(ratio(speed, speeds.get(peer)) for peer in INT8_TARGETS),
+            same_tokens(exact, rounds[name][-1].get("answers", {})),
+        ]
         for name, speed in speeds.items()
-    ]
+    ]  # fmt: skip
     versions = {run["version"] for runs in rounds.values() for run in runs if "version" in run}
     end = "" if not versions else f"\n\nllama-cpp-python {', '.join(sorted(versions))}; without a soft prompt."
-    return table(("one stream (rounds)", "tok/s", *(f"÷ {peer}" for peer in INT8_TARGETS)), rows) + end
+    columns = ("one stream (rounds)", "tok/s", *(f"÷ {peer}" for peer in INT8_TARGETS), "tokens as float32's")
+    return table(columns, rows) + end
+
+
+def same_tokens(some: Request, others: Request) -> str:
+    """The share of positions with the same token, in the workloads of both; llama.cpp has other inputs."""
+    shares = [equal_share(some[name], others[name]) for name in some if name in others]
+    return "" if not shares else f"{statistics.fmean(shares):.0%}"
 
 
 def compare(folders: Sequence[Path]) -> str:
