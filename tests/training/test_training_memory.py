@@ -1,17 +1,23 @@
 """A batch that memory does not allow is split, said aloud, and sums to the same; what cannot be split is refused."""
 
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.ready import ready_run
+from support.tiny_bases import build_base
 
 from softprompt.base import device, free_bytes
 from softprompt.config import TrainConfig
 from softprompt.errors import MemoryLimitError
-from softprompt.training import SliceDone, memory, train
+from softprompt.families import TESTED_FAMILIES, Packing, forward_of
+from softprompt.splice import target_states
+from softprompt.training import ResumePoint, SliceDone, memory, train
 
 ALLOCATION = 2**20
 
@@ -54,6 +60,77 @@ def test_a_row_that_does_not_fit_is_refused_with_its_numbers(tiny_llama, texts, 
     one_row_takes(300 * 2**20, 200 * 2**20)
     with pytest.raises(MemoryLimitError, match="one row takes 300 MiB and 200 MiB are free"):
         train(tiny_llama, texts, config())
+
+
+@pytest.fixture
+def passes(tiny_llama):
+    """The forward passes of the base, one item each."""
+    seen = []
+    forward_of(tiny_llama)
+    hook = tiny_llama.model.base_model.register_forward_hook(lambda *_: seen.append(None))
+    yield seen
+    hook.remove()
+
+
+def test_nothing_is_run_to_measure_what_surely_fits(tiny_llama, texts, passes, monkeypatch):
+    ready_run(tiny_llama, texts, config())
+    assert len(passes) == 0
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**28)  # the control: the bound does not fit, a row does
+    ready = ready_run(tiny_llama, texts, config())
+    assert len(passes) == 1
+    assert ready.loop.micro_batch_rows == 8
+
+
+@pytest.mark.parametrize("family", sorted(TESTED_FAMILIES))
+def test_the_bound_is_above_what_a_step_keeps_for_its_backward_pass(family, texts):
+    ready = ready_run(build_base(family), texts, config(batch_rows=21))
+    kept = kept_for_backward(ready)
+    numbers = 4 * memory.bound_numbers_of_tokens(ready.loop.base, ready.loop.forward, ready.loop.trials)
+    assert kept < 0.6 * numbers
+    assert kept > 0.1 * numbers  # so loose that it says nothing it should not be either
+
+
+def kept_for_backward(ready):
+    """Bytes that autograd keeps of a forward pass over the first step's rows, the base's own tensors aside."""
+    base = ready.loop.base
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*base.model.parameters(), *base.model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        target_states(base, ready.loop.forward, ready.trial.next_rows()[0], [ready.trial.prompt().requires_grad_(True)])
+    return sum(size for size, _ in kept.values())
+
+
+def test_a_base_whose_rows_cannot_be_packed_has_no_bound(tiny_llama, texts):
+    ready = ready_run(tiny_llama, texts, config())
+    padded = replace(ready.loop.forward, packing=Packing(None, "padded"))
+    assert memory.bound_of_step(tiny_llama, padded, ready.loop.trials) == math.inf
+    alone = replace(ready.loop.forward, max_batchable_length=10)
+    assert memory.bound_of_step(tiny_llama, alone, ready.loop.trials) == math.inf
+    assert memory.bound_of_step(tiny_llama, ready.loop.forward, ready.loop.trials) < 2**29
+
+
+def test_a_resumed_run_keeps_its_split_though_memory_measures_a_little_less(tiny_llama, texts, one_row_takes):
+    one_row_takes(100, 501)
+    points = []
+    settings = config(save_every=1)
+    straight = train(
+        tiny_llama, texts, settings, sink=lambda e: points.append(e) if isinstance(e, ResumePoint) else None
+    )
+    assert straight.plan.micro_batch_rows == 4
+    one_row_takes(100, 450)  # for a new run, 3 rows
+    resumed = train(tiny_llama, texts, settings, resume=points[0].state)
+    assert resumed.plan.micro_batch_rows == 4
+    assert torch.equal(resumed.prompt.tensor, straight.prompt.tensor)
+    one_row_takes(100, 10**12)  # and more memory changes nothing
+    resumed = train(tiny_llama, texts, settings, resume=points[0].state)
+    assert torch.equal(resumed.prompt.tensor, straight.prompt.tensor)
 
 
 def test_the_least_of_machine_group_and_own_limit_counts(monkeypatch, tmp_path):

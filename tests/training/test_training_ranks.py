@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,9 +77,8 @@ def test_spare_micro_batches_add_nothing_to_the_bit(tiny_llama64):
 
 def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(memory, "_measured_peak", lambda run, device: 100)
     cpu = torch.device("cpu")
-    assert [memory.fit_rows(lambda: None, 99, cpu, count) for count in (1, 2, 4)] == [8, 4, 2]
+    assert [memory.free_for(cpu, SimpleNamespace(num_on_this_machine=count)) for count in (1, 2, 4)] == [1000, 500, 250]
 
 
 def test_where_another_rank_cannot_hold_a_row_all_say_so(tiny_llama, texts):

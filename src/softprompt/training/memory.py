@@ -1,13 +1,15 @@
 """How many rows fit into one forward and backward pass.
 
-On a CPU the kernel kills a process that asks for too much and nothing is raised, so the rows are fitted beforehand: one
-real row is run, its peak measured, and the limit read (cgroup, address-space limit, available memory). On CUDA the
-error is also caught, and the batch split further.
+On a CPU the kernel kills a process that asks for too much and nothing is raised, so the rows are fitted beforehand, to
+the least limit there is (cgroup, address-space limit, available memory). An upper bound from the shapes alone comes
+first: where even that fits, which it nearly always does, nothing is run and nothing depends on a measurement. Else the
+longest row is run and its peak measured. On CUDA the error is also caught, and the batch split further.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import resource
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,23 +18,30 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from softprompt.base import Base, free_bytes
 from softprompt.errors import MemoryLimitError
 from softprompt.families import Forward
+from softprompt.families.attention import MOST_SCORES, QUERY_BLOCK
 from softprompt.training.ranks import Ranks, least, most_shared
 from softprompt.training.step import accumulate_gradient
 from softprompt.training.trial import Trial, training_row
 
 _USABLE_SHARE = 0.8  # of the free memory: the allocator fragments, and other processes need some too
+_USABLE_SHARE_AGAIN = 0.95  # for a run that is resumed: two measurements of one row differ
+_NUMBERS_PER_WIDTH = 2  # kept of a token by input or output of a matrix; every tested family keeps less than 1
+_SCORES_AT_ONCE = 8  # copies of the attention scores of one batch of blocks, backward pass included
+_LOSS_BYTES = {"cpu": 2**28, "cuda": 2**31}  # more than a chunk or a block of logits takes
 
 
 def fit_micro_batches(
-    base: Base, forward: Forward, trials: Sequence[Trial], ranks: Ranks
+    base: Base, forward: Forward, trials: Sequence[Trial], ranks: Ranks, resumed_rows: int | None = None
 ) -> tuple[int, tuple[str, ...]]:
     """Rows per forward pass, of all trials together: as configured, else what every rank's memory holds; and a note.
 
-    All ranks meet here: they have read everything by now, and none has begun to write.
+    `resumed_rows` is what the run was begun with, and is kept where it can be, for its sums to be the same bits. All
+    ranks meet here: they have read everything by now, and none has begun to write.
     Raises MemoryLimitError, on every rank, where one of them cannot hold a single row.
     """
     configured = [trial.plan.config.micro_batch_rows for trial in trials if trial.plan.config.micro_batch_rows]
@@ -40,9 +49,14 @@ def fit_micro_batches(
     if configured:
         return least(min(*configured, planned), ranks), ()
     whole = most_shared(planned, ranks)
+    wanted = whole if resumed_rows is None else min(whole, resumed_rows)
+    if _surely_fits(base, forward, trials, ranks):
+        return wanted, ()
+    share = _USABLE_SHARE if resumed_rows is None else _USABLE_SHARE_AGAIN
     refusal = MemoryLimitError("one row does not fit into another rank's memory; use fewer processes or shorter rows")
     try:
-        rows = fit_rows(lambda: _run_longest_row(base, forward, trials), whole, base.device, ranks.num_on_this_machine)
+        free = free_for(base.device, ranks)
+        rows = fit_rows(lambda: _run_longest_row(base, forward, trials), wanted, base.device, free, share)
     except MemoryLimitError as error:
         rows, refusal = 0, error
     rows = least(rows, ranks)
@@ -51,6 +65,61 @@ def fit_micro_batches(
     if rows == whole:
         return rows, ()
     return rows, (f"memory allows {rows} of {whole} rows at a time: each step is split, its sums stay the same",)
+
+
+def free_for(device: torch.device, ranks: Ranks) -> int:
+    """Free bytes of this rank; those of one machine share its memory on a CPU."""
+    return free_bytes(device) // (ranks.num_on_this_machine if device.type == "cpu" else 1)
+
+
+def _surely_fits(base: Base, forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> bool:
+    """Whether even the bound of the largest step fits into every rank's memory."""
+    if ranks.in_step or base.device.type == "mps":  # the parts of a base that ranks share out have other shapes
+        return False
+    bound = bound_of_step(base, forward, trials)
+    return bool(least(int(bound <= free_for(base.device, ranks) * _USABLE_SHARE), ranks))
+
+
+def bound_of_step(base: Base, forward: Forward, trials: Sequence[Trial]) -> float:
+    """Bytes that no forward and backward pass over the largest step of all trials exceeds; infinite where unknown.
+
+    Known for packed rows, whose attention is ours: what the layers keep of a token is bounded by the widths of their
+    matrices, and what a pass needs besides by one batch of attention scores and one block of logits.
+    """
+    longest = max(len(example.ids) + trial.plan.config.virtual_tokens for trial in trials for example in trial.examples)
+    limit = forward.max_batchable_length
+    if not forward.can_share_prefix or (limit is not None and longest > limit):
+        return math.inf
+    scores = max(MOST_SCORES.get(base.device.type, 0), min(QUERY_BLOCK, longest) * longest)
+    heads: int = base.model.config.get_text_config(decoder=True).num_attention_heads
+    numbers = bound_numbers_of_tokens(base, forward, trials) + _SCORES_AT_ONCE * heads * scores
+    return numbers * max(base.dtype.itemsize, 4) + _LOSS_BYTES.get(base.device.type, 0)
+
+
+def bound_numbers_of_tokens(base: Base, forward: Forward, trials: Sequence[Trial]) -> int:
+    """More numbers than a forward pass over the largest step of all trials keeps for its backward pass."""
+    width = _NUMBERS_PER_WIDTH * _widths(forward.backbone)
+    if forward.head.linear is None:  # the model runs whole: logits of every token, and their gradient
+        width += 2 * base.vocab_size
+    return width * sum(_most_tokens(trial) for trial in trials)
+
+
+def _widths(backbone: nn.Module) -> int:
+    """Inputs and outputs of all matrices, lookup tables aside."""
+    return sum(
+        math.prod(weight.shape[:-2]) * sum(weight.shape[-2:])
+        for module in backbone.modules()
+        if not isinstance(module, nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.dim() > 1
+    )
+
+
+def _most_tokens(trial: Trial) -> int:
+    """Of any of its steps, virtual ones included."""
+    lengths = [len(example.ids) for example in trial.examples]
+    steps = (step for steps in trial.plan.epochs for step in steps)
+    return max(sum(lengths[index] for index in step) for step in steps) + trial.plan.config.virtual_tokens
 
 
 def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> None:
@@ -63,17 +132,17 @@ def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> N
     list(accumulate_gradient(base, forward, leaves, [row], 1, config.checkpoint_layers))
 
 
-def fit_rows(run_one_row: Callable[[], None], wanted_rows: int, device: torch.device, num_sharing: int = 1) -> int:
-    """Rows per micro-batch, at most `wanted_rows`, from the measured peak of the longest row.
+def fit_rows(
+    run_one_row: Callable[[], None], wanted_rows: int, device: torch.device, free: int, share: float = _USABLE_SHARE
+) -> int:
+    """Rows per micro-batch, at most `wanted_rows`, from the measured peak of the longest row and `free` bytes.
 
-    `num_sharing` processes do the same on this machine, and on a CPU take from the same memory.
-    Raises MemoryLimitError where even one row takes more than there is.
+    Raises MemoryLimitError where even one row takes more than `share` of them.
     """
     if device.type == "mps":
         return wanted_rows
-    free = free_bytes(device) // (num_sharing if device.type == "cpu" else 1)
     peak = _measured_peak(run_one_row, device)
-    rows = int(free * _USABLE_SHARE // max(peak, 1))
+    rows = int(free * share // max(peak, 1))
     if rows < 1:
         raise MemoryLimitError(
             f"one row takes {peak / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; use shorter rows "

@@ -231,14 +231,15 @@ def prepare(
     resume: RunState | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Prepared:
-    """A loop that is ready to run, with the memory measured. Raises as `train` does."""
+    """A loop that is ready to run, its steps fitted to the memory. Raises as `train` does."""
     forward, ranks = forward_of(base), ranks or Alone()
     _check_in_step(base, forward, ranks)
     reader = _Reader(base)
     trials = [_trial(base, forward, candidate, reader) for candidate in candidates]
     notes = [note for trial in trials for note in trial.notes]
     notes += [forward.packing.note, *_ranks_note(ranks), *_prepack(forward, trials, ranks)]
-    rows, split_note = fit_micro_batches(base, forward, trials, ranks)
+    resumed_rows = None if resume is None else resume.metadata["micro_batch_rows"]
+    rows, split_note = fit_micro_batches(base, forward, trials, ranks, resumed_rows)
     for trial in trials:
         trial.plan = replace(trial.plan, micro_batch_rows=rows)
     loop = TrainingLoop(
