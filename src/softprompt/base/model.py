@@ -159,7 +159,7 @@ def embedding_rms(embedding: nn.Embedding, device: torch.device) -> float:
         for first in range(0, embedding.num_embeddings, RMS_CHUNK_ROWS):
             last = min(first + RMS_CHUNK_ROWS, embedding.num_embeddings)
             ids = torch.arange(first, last, device=device)
-            total += float(embedding(ids).double().square().sum())
+            total += float(embedding(ids).double().square_().sum())
     return math.sqrt(total / (embedding.num_embeddings * embedding.embedding_dim))
 
 
