@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import importlib
 import io
 import os
@@ -71,6 +73,7 @@ def commands() -> None:
 
 def main() -> None:
     """Run a command. A user's mistake is reported in one line, with exit code 2; Ctrl-C exits with 130."""
+    atexit.register(gc.freeze)  # at its end Python collects garbage, a second long among the objects of a base
     _quieten()
     _escape_what_streams_cannot_encode()
     with warnings.catch_warnings():
