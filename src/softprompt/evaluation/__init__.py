@@ -25,6 +25,7 @@ from softprompt.evaluation.heldout import (
     held_out_losses,
     leave_one_out,
     mean_loss,
+    paired_interval,
 )
 from softprompt.evaluation.report import (
     ReportTable,
@@ -79,6 +80,7 @@ __all__ = [
     "loss_tables",
     "mean_loss",
     "memory_line",
+    "paired_interval",
     "score_tables",
     "to_markdown",
     "verdict_lines",

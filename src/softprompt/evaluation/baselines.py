@@ -124,16 +124,19 @@ def verdicts(accuracies: Sequence[Accuracy], known: Mapping[str, Baselines]) -> 
     ]  # fmt: skip
 
 
-def verdict_of(base: Base, set_name: str, rows: Rows, name: str, prompt: SoftPrompt) -> Verdict:
+def verdict_of(
+    base: Base, set_name: str, rows: Rows, name: str, prompt: SoftPrompt, *, others: bool = False
+) -> Verdict:
     """One prompt on one set by likelihood alone, beside the bare base with the prompt's own template.
 
-    It reads each row twice for each label. Raises DataError for a row whose completion is none of the form's labels.
+    `others`: and with more templates, the best of which counts. It reads each row twice for each label and template.
+    Raises DataError for a row whose completion is none of the form's labels.
     """
     forward, known = forward_of(base), labelled_rows(rows)
     found = predicted_labels(base, forward, known, prompt)
     accuracy = accuracy_from_labels(set_name, name, known, found, None, calibrated=False)
     own = share_right(label_confusion(base, forward, known, None))
-    beside = baselines(base, forward, set_name, rows, own, others=False)
+    beside = baselines(base, forward, set_name, rows, own, others=others)
     (verdict,) = verdicts([accuracy], {set_name: beside})
     return verdict
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softprompt.config import EMBEDDED_BASE
+from softprompt.config import EMBEDDED_BASE, SMOLLM2_BASE
 from softprompt.prompt import SoftPrompt
 from softprompt.types import InputForm
 
@@ -115,12 +115,7 @@ print(generate(base, [{_example_input(form)!r}], prompt)[0].text)
 With PEFT:
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-{_peft_imports(base, form)}
-base = {_peft_base(base)}
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".")
+{_peft_model(base, form)}
 {_peft_inputs(form)}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
@@ -130,6 +125,23 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 def _example_input(form: InputForm) -> str | dict[str, str]:
     fields = _fields(form)
     return "TEXT" if len(fields) == 1 or form.template is None else dict.fromkeys(fields, "TEXT")
+
+
+def _peft_model(base: str, form: InputForm) -> str:
+    """The lines that make `model` and `tokenizer`; of a GGUF file the plain model that `load_base` makes of it."""
+    if base == SMOLLM2_BASE or base.lower().endswith(".gguf"):
+        return f"""from peft import PeftModel
+from softprompt import load_base
+{_peft_imports(base, form)}
+base = load_base({base!r}, dtype="float32")
+tokenizer = base.tokenizer
+model = PeftModel.from_pretrained(base.model, ".")"""
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+{_peft_imports(base, form)}
+base = {_peft_base(base)}
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".")"""
 
 
 def _peft_imports(base: str, form: InputForm) -> str:
