@@ -21,6 +21,7 @@ Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
 Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+Weights = Literal["loaded", "int8"]
 Criterion = Literal["loss", "accuracy", "f1_macro", "exact_match", "f1", "rouge_l", "chrf"]
 TextScore = Literal["exact_match", "f1", "rouge_l", "chrf"]
 
@@ -278,6 +279,11 @@ class EngineConfig:
     kv_bytes: int | None = option(None, "KV cache of running answers (bytes); default: half of the free memory.")
     prefix_bytes: int | None = option(
         None, "KV cache of soft prompts and other shared prefixes (bytes); default: an eighth of the free memory."
+    )
+    weights: Weights = option(
+        "loaded",
+        "Weights that answers are generated with on a CPU: as loaded, or int8, a rounded copy that is read faster and "
+        "computes steps of at most 32 tokens.",
     )
 
     def __post_init__(self) -> None:

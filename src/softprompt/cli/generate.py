@@ -9,7 +9,7 @@ import click
 
 from softprompt.cli.command import TYPED_TEXT, Command, config_of, given_flags, options_of
 from softprompt.cli.console import load, print_json, say, warnings_as_lines
-from softprompt.config import BaseConfig, SamplingConfig
+from softprompt.config import BaseConfig, EngineConfig, SamplingConfig
 from softprompt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ _SECTIONS = {
     "Prompt and input": ("prompt", "library", "force", "fields", "messages", "raw"),
     "Answer": SamplingConfig,
     "Base": BaseConfig,
+    "Engine": ("weights",),
 }
+_SERVER_ONLY = tuple(name for name in EngineConfig.__dataclass_fields__ if name != "weights")
 _EXAMPLES = (
     'softprompt generate --base embedded "Once upon a time"',
     'softprompt generate --base BASE --prompt prompts/reviews "The lid is broken."',
@@ -38,6 +40,7 @@ def _lacking(given: Collection[str]) -> list[str]:
 @click.argument("texts", nargs=-1, type=TYPED_TEXT)
 @options_of(BaseConfig)
 @options_of(SamplingConfig)
+@options_of(EngineConfig, leave_out=_SERVER_ONLY)
 @click.option("--prompt", help="Adapter: a folder with a separator in it, or a name in --library. Default: bare base.")
 @click.option("--library", type=click.Path(), help="Folder of adapters that names refer to.")
 @click.option("--field", "fields", multiple=True, metavar="NAME=TEXT",
@@ -68,7 +71,7 @@ def command(
     for note in stop_notes(base, sampling.stop):
         say(f"note: {note}")
     answer = _label_answers if _is_among_labels(soft, sampling, raw) else _generated
-    answers = answer(base, soft, inputs, sampling, raw)
+    answers = answer(base, soft, inputs, sampling, raw, config_of(EngineConfig, flags))
     if as_json:
         print_json(answers)
         return
@@ -95,28 +98,40 @@ def _is_among_labels(soft: SoftPrompt | None, sampling: SamplingConfig, raw: boo
 
 
 def _generated(
-    base: Base, soft: SoftPrompt | None, inputs: Sequence[Input], sampling: SamplingConfig, raw: bool
+    base: Base,
+    soft: SoftPrompt | None,
+    inputs: Sequence[Input],
+    sampling: SamplingConfig,
+    raw: bool,
+    config: EngineConfig,
 ) -> list[Mapping[str, Any]]:
     from softprompt.data import form_ids
     from softprompt.engine import Request, generate
 
     form = soft.record.form if soft is not None and not raw else None
-    answers = generate(base, [Request(form_ids(base, form, item), soft) for item in inputs], sampling)
+    requests = [Request(form_ids(base, form, item), soft) for item in inputs]
+    answers = generate(base, requests, sampling, config=config)
     return [
-        {"text": a.text, "finish_reason": a.finish_reason, "ids": list(a.ids), "log_probs": list(a.log_probs)}
+        {"text": a.text, "finish_reason": a.finish_reason, "ids": list(a.ids), "log_probs": list(a.log_probs),
+         "weights": config.weights}
         for a in answers
-    ]
+    ]  # fmt: skip
 
 
 def _label_answers(
-    base: Base, soft: SoftPrompt | None, inputs: Sequence[Input], sampling: SamplingConfig, raw: bool
+    base: Base,
+    soft: SoftPrompt | None,
+    inputs: Sequence[Input],
+    sampling: SamplingConfig,
+    raw: bool,
+    config: EngineConfig,
 ) -> list[Mapping[str, Any]]:
     """The likeliest labels, computed as in `compare`."""
     from softprompt.data import template_text
     from softprompt.evaluation import label_answers
 
     assert soft is not None
-    idle = sorted(given_flags() & set(SamplingConfig.__dataclass_fields__))
+    idle = sorted(given_flags() & {*SamplingConfig.__dataclass_fields__, "weights"})
     if idle:
         say(f"note: --{idle[0].replace('_', '-')} has no effect on an answer among labels; --raw generates freely")
     form = soft.record.form

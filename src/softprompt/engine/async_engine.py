@@ -88,6 +88,11 @@ class AsyncEngine:
     ) -> None:
         await self.close()
 
+    @property
+    def weights(self) -> str:
+        """`EngineConfig.weights`."""
+        return self._engine.config.weights
+
     def check(self, request: Request) -> None:
         """See `Engine.check`; needs no running engine and never waits."""
         self._engine.check(request)

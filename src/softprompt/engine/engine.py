@@ -16,7 +16,7 @@ from softprompt.base import Base
 from softprompt.config import EngineConfig
 from softprompt.engine.detokenizer import Detokenizer
 from softprompt.engine.kv_cache import is_out_of_memory
-from softprompt.engine.model_runner import RunnerKind, Runners, make_runners
+from softprompt.engine.model_runner import RunnerKind, Runners, make_runners, with_weights
 from softprompt.engine.prefix_cache import prefix_keys, prompt_key
 from softprompt.engine.prompt_logprobs import extend_prompt_logprobs, new_prompt_logprobs
 from softprompt.engine.request import (
@@ -60,7 +60,7 @@ class Engine:
         """
         self.base = base
         self.config = config or EngineConfig()
-        self.forward = forward or forward_of(base)
+        self.forward = with_weights(forward or forward_of(base), base, self.config.weights)
         self.runners: Runners = make_runners(base, self.forward, self.config, arrange, runner)
         self.scheduler = Scheduler(
             self.runners.max_sequences, self.runners.max_step_tokens, self.runners.num_prefill_steps

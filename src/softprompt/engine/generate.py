@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from softprompt.base import Base
-from softprompt.config import SamplingConfig
+from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.data import Input, form_ids
 from softprompt.data.form import input_list
 from softprompt.engine.engine import Engine
@@ -26,6 +26,7 @@ def generate(
     sampling: SamplingConfig | None = None,
     *,
     forward: Forward | None = None,
+    config: EngineConfig | None = None,
 ) -> list[Answer]:
     """One answer per text, in order: `.text` is what was said, `.log_probs` how sure the base was of each token.
 
@@ -33,8 +34,10 @@ def generate(
     name and lists of chat messages. Without `prompt` the bare base answers. A `Request` has ids and a prompt of its
     own, and `sampling` is for those without their own. (Settings may also be given third, as before texts were taken.)
 
-    Exact: a row's answer is the one it gives alone, and the one of transformers' `generate` on concatenated embeddings
-    whose processors are fed the text's real ids.
+    `config` is that of the engine: memory, and whether it generates with int8 weights.
+
+    Exact, but for int8 weights: a row's answer is the one it gives alone, and the one of transformers' `generate` on
+    concatenated embeddings whose processors are fed the text's real ids.
 
     Raises DataError for one text in the place of a list and for an input that the prompt does not take, LengthError
     where a prompt, its text and the new tokens exceed the base's positions, PromptError where a prompt has another
@@ -50,7 +53,7 @@ def generate(
     made = [item if isinstance(item, Request) else _request(base, prompt, item) for item in given]
     wanted = [_with_defaults(request, sampling or SamplingConfig()) for request in made]
     num_steps = sum(request.sampling.max_new_tokens for request in wanted if request.sampling is not None) // 16
-    engine = Engine(base, forward=forward, arrange=num_steps >= _STEPS_WORTH_ARRANGING)
+    engine = Engine(base, config, forward=forward, arrange=num_steps >= _STEPS_WORTH_ARRANGING)
     ids = [engine.add(request) for request in wanted]
     ends = {end.request: end for end in _ends(engine)}
     return [_answer(ends[request]) for request in ids]

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from softprompt.base import Base, free_bytes
-from softprompt.config import EngineConfig
+from softprompt.config import EngineConfig, Weights
 from softprompt.engine.kv_cache import KVCache
 from softprompt.engine.prefix_cache import Key, Prefix, PrefixCache
 from softprompt.engine.request import Request
 from softprompt.engine.scheduler import Plan
 from softprompt.engine.sequence import ModelRunner, RunnerOutput, Sequence
+from softprompt.errors import ConfigError
 from softprompt.families import (
     Forward,
     KVBuffer,
@@ -93,12 +94,29 @@ class Runners:
         assert self.eager.num_bytes == 0 or any(each.runner is self.eager for each in running)
 
 
+def with_weights(forward: Forward, base: Base, weights: Weights) -> Forward:
+    """The forward that generates with such weights. Raises ConfigError where this base has no int8 weights."""
+    if weights == "loaded":
+        return forward
+    if base.device.type != "cpu":
+        raise ConfigError(
+            f"weights is int8, which is for a CPU, and base {base.name!r} is on {base.device}; leave it out"
+        )
+    found = forward.with_int8()
+    if not found.int8_bytes:
+        raise ConfigError(
+            f"weights is int8, but none of the weights of base {base.name!r} can be kept so: either the package was "
+            "installed without a C compiler, or no layer is a float32 or bfloat16 matrix of whole groups of 32 inputs"
+        )
+    return found
+
+
 def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bool, kind: RunnerKind) -> Runners:
     """Both runners of one base, tested, with the memory that the machine allows where `config` does not say.
 
     `prepack`: for many requests, with weights repacked and memory allocated in advance.
     """
-    if prepack:
+    if prepack and not forward.int8_bytes:
         _prepack(base, forward)
     free = free_bytes(base.device)
     kv_bytes = config.kv_bytes or int(free * _KV_SHARE)
@@ -110,6 +128,12 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bo
     max_sequences = config.max_rows or _MAX_SEQUENCES.get(device, _MAX_SEQUENCES_ELSEWHERE)
     if prepack and cost.problem is None:
         kv_cache.preallocate(_sample_buffer(base, forward), max_sequences)
+    notes = ["answers run batched over cached keys and values" if cost.problem is None else cost.problem]
+    if forward.int8_bytes:
+        notes.append(
+            "answers and their log-probabilities are those of int8 weights in steps of at most 32 tokens "
+            f"({forward.int8_bytes / 2**20:,.1f} MiB more)"
+        )
     return Runners(
         batched=BatchedRunner(base, forward, kv_cache, prefix_cache, compiled=kind != "torch"),
         eager=EagerRunner(base, forward, kv_bytes, cost),
@@ -120,7 +144,7 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bo
         max_sequences=max_sequences,
         max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
         num_prefill_steps=_PREFILL_STEPS.get(device, 1),
-        notes=("answers run batched over cached keys and values" if cost.problem is None else cost.problem,),
+        notes=tuple(notes),
     )
 
 

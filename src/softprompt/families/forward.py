@@ -7,7 +7,7 @@ base when it is first used.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -129,6 +129,16 @@ class Forward:
         `both_ways`: for training, which also multiplies by their transposes.
         """
         self.head.kernels.prepack(self.backbone, self.head.weight, both_ways)
+
+    def with_int8(self) -> Forward:
+        """This forward, but that steps of few rows read the weights in int8 (`FrozenLinearKernels.with_int8`)."""
+        kernels = self.head.kernels.with_int8(self.backbone, self.head.weight)
+        return replace(self, head=replace(self.head, kernels=kernels))
+
+    @property
+    def int8_bytes(self) -> int:
+        """Memory of the int8 weights; 0 for a forward without."""
+        return self.head.kernels.int8_bytes
 
     def _run(self, embeds: Tensor, positions: Tensor, **arguments: Any) -> Any:  # Any: transformers' output classes
         if self.first_position is not None:

@@ -33,9 +33,12 @@ from transformers.pytorch_utils import Conv1D
 
 from softprompt.compute_share import yield_point
 from softprompt.families.huge_pages import on_huge_pages
+from softprompt.families.thin_linear import MAX_ROWS as MAX_NATIVE_ROWS
+from softprompt.families.thin_linear import Int8Weight, can_quantise, has_thin_linear, quantised, thin_linear
 
 HEAD_BLOCK = 2_048  # rows of a prepacked head that are multiplied at once
 MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1_024)  # of tokens; other numbers are chosen for as the next of these
+MAX_INT8_ROWS = 32  # from here on a product computes for longer than it reads, and int8 gains nothing
 _MOST_ROWS = 1_024  # of tokens in one product: with more of them it is long until the next yield point
 WORTH_ONEDNN = 2**19  # numbers of a weight: oneDNN compiles a kernel for every new number of rows, 0.3 ms each
 _THREAD = threading.local()
@@ -48,16 +51,21 @@ PREPACKED: Direction = (
     "prepacked"  # forward, of a weight that is: what may be chosen for a few rows in place of FORWARD
 )
 Choices = Mapping[str, Mapping[int, str]]  # by `product_name` and one of MEASURED_ROWS: the name of a way
-Exactness = Literal["same bits", "rounding"]  # as torch's own product gives; its sums in another order
+# as torch's own product gives; its sums in another order; the sums of a rounded weight
+Exactness = Literal["same bits", "rounding", "int8"]
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One frozen weight [O, I]; `forward` and `backward` are oneDNN's own copies, None where it is used as it is."""
+    """One frozen weight [O, I]; `forward` and `backward` are oneDNN's own copies, None where it is used as it is.
+
+    `int8` is the weight rounded, for few rows where the kernels are to use it (`FrozenLinearKernels.with_int8`).
+    """
 
     weight: Tensor
     forward: Tensor | None = None
     backward: Tensor | None = None
+    int8: Int8Weight | None = None
     choices: Choices = field(default_factory=dict)
     block_of: int | None = None  # O as its product is named, for a block of a head that is cut differently each time
     _times: dict[int, Times] = field(default_factory=dict, init=False, repr=False, compare=False)  # by rows
@@ -87,6 +95,8 @@ class PackedWeight:
         """The name of the way that so many rows take."""
         if num_rows == 0:
             return "linear"
+        if self.int8 is not None and direction == FORWARD and num_rows <= MAX_INT8_ROWS:
+            return "int8"
         chosen = self._chosen(direction, num_rows)
         way = None if chosen is None else WAYS.get(chosen)
         is_usable = way is not None and way.applies(self, direction, num_rows)
@@ -175,6 +185,23 @@ def _transposed_back(packed: PackedWeight, grads: Tensor) -> Tensor:
     return (packed.weight.t() @ columns).t().contiguous().view(*grads.shape[:-1], -1)
 
 
+def _native(packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
+    return thin_linear(rows, packed.weight, bias)
+
+
+def _int8(packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
+    assert packed.int8 is not None
+    return packed.int8.times(rows, bias)
+
+
+def _is_thin(packed: PackedWeight, direction: Direction, num_rows: int) -> bool:
+    return direction != BACKWARD and num_rows <= MAX_NATIVE_ROWS and has_thin_linear(packed.weight)
+
+
+def _has_int8(packed: PackedWeight, direction: Direction, num_rows: int) -> bool:
+    return direction == FORWARD and packed.int8 is not None and num_rows <= MAX_INT8_ROWS
+
+
 def _on_cpu(packed: PackedWeight, direction: Direction, num_rows: int) -> bool:
     return packed.weight.device.type == "cpu" and packed.weight.dtype in (torch.float32, torch.bfloat16)
 
@@ -194,6 +221,8 @@ WAYS: Mapping[str, Way] = {
     "onednn": Way(_onednn, _onednn_back, _has_onednn, "rounding"),
     "prepacked": Way(_prepacked, _onednn_back, _is_prepacked, "rounding"),
     "transposed": Way(_transposed, _transposed_back, _on_cpu, "rounding"),
+    "native": Way(_native, _linear_back, _is_thin, "rounding"),
+    "int8": Way(_int8, _linear_back, _has_int8, "int8"),
 }
 
 
@@ -215,6 +244,28 @@ class FrozenLinearKernels:
         self._packed: dict[Storage, PackedWeight] = {}
         self._found: dict[Tensor, PackedWeight | None] = {}  # by the parameter itself: what `weight` returns for it
         self._heads: dict[Storage, list[PackedWeight]] = {}
+        self._int8: dict[Storage, Int8Weight] = {}  # all that `with_int8` has made
+        self._uses_int8 = False
+
+    def with_int8(self, layers: nn.Module, head: Tensor | None) -> FrozenLinearKernels:
+        """The same kernels, but that up to MAX_INT8_ROWS rows are multiplied by int8 weights of the linear layers and
+        the head [V, D]; these are made once. A weight that `can_quantise` refuses stays as it is.
+        """
+        found = [pair for pair in linear_weights(layers) if can_quantise(pair[1])]
+        if head is not None and can_quantise(head):
+            found.append((head, head))
+        for weight, matrix in found:
+            yield_point()
+            if _storage(weight) not in self._int8:
+                self._int8[_storage(weight)] = quantised(matrix)
+        others = FrozenLinearKernels(self.choices)
+        others._packed, others._int8, others._uses_int8 = self._packed, self._int8, True
+        return others
+
+    @property
+    def int8_bytes(self) -> int:
+        """Memory of the int8 weights in use."""
+        return sum(weight.num_bytes for weight in self._int8.values()) if self._uses_int8 else 0
 
     def with_choices(self, choices: Choices) -> FrozenLinearKernels:
         """The same weights, prepacked ones too, with other choices; those under PREPACKED are left to these kernels."""
@@ -298,7 +349,8 @@ class FrozenLinearKernels:
         torch's own product is as good."""
         if weight not in self._found:
             found = self._packed.get(_storage(weight)) or PackedWeight(weight.t() if is_transposed else weight)
-            mine = replace(found, choices=self.choices)
+            int8 = self._int8.get(_storage(weight)) if self._uses_int8 else None
+            mine = replace(found, choices=self.choices, int8=int8)
             self._found[weight] = None if weight.dim() != 2 or mine.is_plain else mine
         return self._found[weight]
 

@@ -259,9 +259,10 @@ def _generation(
         stop_ids=frozenset(deps.base.stop_ids) - frozenset(body.stop_token_ids),
         echoes=echoes,
     )
+    fingerprint = model.fingerprint(deps.base, deps.engine.weights)
     return Generation(
-        client=deps.client, model=model, fingerprint=model.fingerprint(deps.base), requests=requests, output=output,
-        engine=deps.engine, limiter=deps.limiter, metrics=deps.metrics, log=deps.log,
+        client=deps.client, model=model, fingerprint=fingerprint, requests=requests, output=output, engine=deps.engine,
+        limiter=deps.limiter, metrics=deps.metrics, log=deps.log,
     )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class Completion(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
-    system_fingerprint: str = Field(description="Hash of the base and the soft prompt.")
+    system_fingerprint: str = Field(description="Hash of base and soft prompt; ends in _int8 under --weights int8.")
     choices: list[CompletionChoice]
     usage: Usage
 
@@ -127,7 +127,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
-    system_fingerprint: str = Field(description="Hash of the base and the soft prompt.")
+    system_fingerprint: str = Field(description="Hash of base and soft prompt; ends in _int8 under --weights int8.")
     choices: list[ChatChoice]
     usage: Usage
 

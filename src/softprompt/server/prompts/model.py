@@ -32,10 +32,12 @@ class Model:
     created: float = field(default_factory=time.time)
     alias: str | None = None  # the alias that the request used
 
-    def fingerprint(self, base: Base) -> str:
-        """A hash of base and soft prompt, whatever their names: equal where equal requests get equal answers."""
+    def fingerprint(self, base: Base, weights: str = "loaded") -> str:
+        """A hash of base and soft prompt, whatever their names, and the weights in use where they are not as loaded:
+        equal where equal requests get equal answers."""
         parts = (base.fingerprint, "" if self.prompt is None else self.prompt.content_hash)
-        return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
+        digits = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
+        return f"fp_{digits}" + ("" if weights == "loaded" else f"_{weights}")
 
 
 @dataclass(frozen=True)
