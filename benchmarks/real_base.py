@@ -62,6 +62,8 @@ RANDOM_STEPS = 2  # of training on a random shape
 POSITIONS = 128  # llama.cpp's context
 JUDGED_STREAMS = 4
 OURS, PEFT, GENERATE, INT8 = "ours", "PEFT", "generate", "ours int8"
+CONTROL = "wrong prompts"
+TOLERANCE = 1e-3  # nats
 LLAMA = {"llama.cpp Q8_0": True, "llama.cpp Q4_1": False}  # whether the file is made of the package's Q4_1
 
 
@@ -104,12 +106,22 @@ def main() -> None:
     own = smollm2_file() if flags.shape == "smollm2" else flags.out / f"model-{flags.shape}"
     model = str(flags.model or own)
     facts = call_child(__file__, kind="model", folder=model, threads=flags.threads, shape=flags.shape)
-    report = measure_all(Bench(flags, model, facts))
+    bench = Bench(flags, model, facts)
+    report = measure_all(bench)
     text = tables(report)
     (flags.out / f"real_base-{flags.shape}.md").write_text(text)
     print(text)
     print(json.dumps({**report, "rounds": without_answers(report["rounds"])}))
-    sys.exit(bool(report["errors"]))
+    sys.exit(bool(report["errors"]) or disagrees(bench, report.get("agreement", {}).get("worst", {})))
+
+
+def disagrees(bench: Bench, worst: dict[str, float]) -> bool:
+    """Whether a token lies below the best, or the control does not (random weights repeat one token anyhow)."""
+    wrong = [name for name, gap in worst.items() if name != CONTROL and gap > TOLERANCE]
+    wrong += [name for name, gap in worst.items() if name == CONTROL and bench.is_real and gap <= TOLERANCE]
+    for name in wrong:
+        say(f"decode: the worst token of {name} lies {worst[name]:.4f} nats below the best")
+    return bool(wrong)
 
 
 def without_answers(rounds: Request) -> Request:
@@ -195,7 +207,7 @@ def train_request(bench: Bench, case: TrainCase) -> Request:
     num_rows = len(texts) if texts is not None else RANDOM_STEPS * BATCH_ROWS
     return {
         "model": bench.model, "texts": texts, "num_rows": num_rows, "virtual_tokens": case.virtual_tokens,
-        "epochs": case.epochs,
+        "epochs": case.epochs, "is_process": case.is_process,
     }  # fmt: skip
 
 
@@ -276,7 +288,7 @@ def check_agreement(bench: Bench, rounds: Request) -> Request:
     workload = decode_workload(judged)
     answers = {name: each[workload.name] for name, each in last.items()}
     found = bench.call("judge", folder=bench.model, dtype="float32", workload=asdict(workload), answers=answers)
-    gaps = {**found["gaps"], "wrong prompts": found["control"]}
+    gaps = {**found["gaps"], CONTROL: found["control"]}
     equal = {
         name: sum(one == other for one, other in zip(last[OURS][name], last[GENERATE][name], strict=True)) / len(own)
         for name, own in last[OURS].items()

@@ -66,7 +66,7 @@ def tables(report: Request) -> str:
 def training(report: Request) -> str:
     columns = (
         "case (rounds)", "ours s", "of it set-up", "PEFT s", "ratio", "target", "ours tok/s", "PEFT tok/s",
-        "whole process s", "peak MB", "share of the matrix rate", "mean loss",
+        "whole process s", "loading s", "peak MB", "share of the matrix rate", "mean loss",
     )  # fmt: skip
     rows = [training_row(report, case.name, case.target) for case in TRAIN_CASES if case.name in report["rounds"]]
     return table(columns, rows)
@@ -75,7 +75,7 @@ def training(report: Request) -> str:
 def training_row(report: Request, case: str, target: float) -> Sequence[str]:
     ours, peer = (report["rounds"][case].get(name, []) for name in ("ours", "PEFT"))
     if not ours or not peer:
-        return [f"{case}: failed", *[""] * 11]
+        return [f"{case}: failed", *[""] * 12]
     seconds, other = median(ours, "seconds"), median(peer, "seconds")
     tokens, peer_tokens = ours[0]["num_tokens"], peer[0]["num_tokens"]
     note = "" if tokens == peer_tokens else f" ({tokens} against {peer_tokens} tokens)"
@@ -85,6 +85,7 @@ def training_row(report: Request, case: str, target: float) -> Sequence[str]:
         f"{case} ({len(ours)}){note}", f"{seconds:.1f}", f"{median(ours, 'setup_seconds'):.1f}", f"{other:.1f}",
         f"{other / seconds:.2f}x", aim(report, other / seconds, target), f"{tokens / seconds:,.0f}",
         f"{peer_tokens / other:,.0f}", both(ours, peer, "process_seconds", 1, ".1f"),
+        f"{only(ours, 'load_seconds')} / {only(peer, 'load_seconds')}",
         both(ours, peer, "peak_bytes", 1e6, ",.0f"), f"{shares[0]:.0%} / {shares[1]:.0%} of "
         f"{report['rates'][case] / 1e9:,.0f} GFLOP/s",
         " / ".join(f"{statistics.fmean(runs[0]['losses']):.3f}" for runs in (ours, peer)),
@@ -200,6 +201,11 @@ def aim(report: Request, found: float, target: float | None) -> str:
 
 def median(runs: Sequence[Request], figure: str) -> float:
     return statistics.median(run[figure] for run in runs)
+
+
+def only(runs: Sequence[Request], figure: str) -> str:
+    """The median in seconds; ? where it is not known."""
+    return f"{median(runs, figure):.1f}" if all(figure in run for run in runs) else "?"
 
 
 def both(ours: Sequence[Request], peer: Sequence[Request], figure: str, unit: float, form: str) -> str:
