@@ -20,6 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
 Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
+Kernels = Literal["measured", "fixed"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Weights = Literal["loaded", "int8"]
 Criterion = Literal["loss", "accuracy", "f1_macro", "exact_match", "f1", "rouge_l", "chrf"]
@@ -47,6 +48,11 @@ class BaseConfig:
     device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:N or mps.")
     device_map: DeviceMap | None = option(
         None, "Spread a big base over all devices: auto, balanced, balanced_low_0 or sequential."
+    )
+    kernels: Kernels = option(
+        "measured",
+        "How products with the frozen weights run on a CPU: as measured once per machine (see softprompt info), or by "
+        "fixed rules for its kind of processor.",
     )
     trust_remote_code: bool = option(False, "Run the model code in the base's own repository.")
     offline: bool = option(False, "Use local files only; never connect to the Hub.")

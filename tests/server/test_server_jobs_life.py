@@ -7,12 +7,14 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+import torch
 from fastapi import FastAPI
 from openai import OpenAI
 from support.job_server import (
@@ -31,9 +33,12 @@ from support.job_server import (
     wait_for_success,
     words,
 )
+from support.kernel_tables import own_cache, table_of, write_table
 from support.slow_truth import plain_nats
+from support.tiny_bases import build_base
 
 from softprompt.base import Base
+from softprompt.families.frozen_linear import FORWARD, MEASURED_ROWS, PREPACKED, can_prepack_float32
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import Client
 from softprompt.server.dependencies import dependency_of
@@ -368,3 +373,22 @@ def test_a_job_that_fails_on_its_validation_file_names_it(server: tuple[OpenAI, 
     job = wait_for_end(client, create_job(client, training, {"epochs": 1}, validation_file=validation).id)
     assert job.status == "failed" and job.error
     assert (job.error.param, job.error.code) == ("validation_file", "invalid_file") and validation in job.error.message
+
+
+@pytest.mark.skipif(not can_prepack_float32(torch.zeros(2, 2)), reason="here torch has no second way with other bits")
+def test_a_job_equals_a_training_under_measured_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where the server's own answers use prepacked weights, which a training by itself does not have."""
+
+    def base() -> Base:
+        return build_base("llama", hidden_size=64, intermediate_size=1_024)
+
+    cache = own_cache(monkeypatch, tmp_path / "cache")
+    table = table_of(base(), "onednn")
+    copies = {name.replace(FORWARD, PREPACKED): dict.fromkeys(MEASURED_ROWS, "prepacked") for name in table.choices}
+    write_table(cache, replace(table, choices={**table.choices, **copies}))
+    with job_server(base(), tmp_path / "state") as (client, app):
+        done = wait_for_success(client, create_job(client, upload(client, plain_rows())).id)
+        mine = served_prompt(app, str(done.fine_tuned_model))
+    assert same_bits(mine, trained_alone(base(), tmp_path, plain_rows()))
+    write_table(cache, table_of(base(), "linear"))
+    assert not same_bits(mine, trained_alone(base(), tmp_path, plain_rows()))  # the control

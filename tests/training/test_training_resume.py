@@ -5,12 +5,15 @@ import json
 
 import pytest
 import torch
+from support.kernel_tables import own_cache, table_of, write_table
 from support.ready import ready_run
 from support.slow_truth import relative_error
 from support.tiny_bases import build_base
 
 from softprompt.config import TrainConfig
 from softprompt.errors import StorageError
+from softprompt.families import forward_of
+from softprompt.families.frozen_linear import active_kernels, can_prepack_float32
 from softprompt.training import Candidate, ResumePoint, RunState, train, train_together
 
 SHORT = {"virtual_tokens": 4, "epochs": 3, "batch_rows": 8, "save_every": 1}
@@ -118,3 +121,74 @@ def test_another_dtype_goes_on_with_the_same_run(texts):
     resumed = train(bases[torch.bfloat16], texts, config(), resume=states[3])
     assert len(resumed.losses) == len(straight.losses)
     assert resumed.losses == pytest.approx(straight.losses, rel=0.05)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    return own_cache(monkeypatch, tmp_path / "cache")
+
+
+def wide_base():
+    """Wide enough that each way sums in an order of its own, and not used before."""
+    return build_base("llama", hidden_size=64, intermediate_size=1_024)
+
+
+def trained_under(way, cache, texts, **how):
+    base = wide_base()
+    write_table(cache, table_of(base, way))
+    return points_of(lambda sink: train(base, texts, config(), sink=sink, **how))
+
+
+@pytest.mark.skipif(not can_prepack_float32(torch.zeros(2, 2)), reason="here torch has no second way with other bits")
+def test_a_resumed_run_uses_its_own_kernels_whatever_the_cache_says(cache, texts):
+    straight, states = trained_under("onednn", cache, texts)
+    assert "onednn" in str(states[2].metadata["kernels"])
+    changed, _ = trained_under("linear", cache, texts)
+    assert not torch.equal(changed.prompt.tensor, straight.prompt.tensor)  # the control
+    resumed, _ = trained_under("linear", cache, texts, resume=states[2])
+    assert torch.equal(resumed.prompt.tensor, straight.prompt.tensor)
+    assert resumed.losses == straight.losses != changed.losses
+    assert resumed.plan.kernels == straight.plan.kernels
+
+
+def test_a_run_that_is_resumed_on_another_processor_is_planned_anew_and_says_so(cache, texts):
+    _, states = trained_under("transposed", cache, texts)
+    kernels = states[2].metadata["kernels"]
+    moved = {**kernels, "machine": {**kernels["machine"], "processor": "another one"}}
+    state = dataclasses.replace(states[2], metadata={**states[2].metadata, "kernels": moved})
+    resumed, _ = trained_under("linear", cache, texts, resume=state)
+    (note,) = [note for note in resumed.notes if "matrix kernels" in note]
+    assert "processor was another one, is " in note and "are planned anew" in note
+    assert "transposed" not in str(resumed.plan.kernels["choices"])
+
+
+def test_a_state_of_a_release_that_recorded_no_kernels_follows_the_fixed_rules(cache, texts):
+    base = wide_base()
+    straight, states = points_of(
+        lambda sink: train(dataclasses.replace(base, kernels="fixed"), texts, config(), sink=sink)
+    )
+    earlier = {key: value for key, value in states[2].metadata.items() if key != "kernels"}
+    resumed, _ = trained_under("transposed", cache, texts, resume=dataclasses.replace(states[2], metadata=earlier))
+    assert torch.equal(resumed.prompt.tensor, straight.prompt.tensor)
+
+
+def test_a_state_with_kernels_that_are_none_is_refused(cache, texts):
+    _, states = trained_under("transposed", cache, texts)
+    hostile = dataclasses.replace(states[2], metadata={**states[2].metadata, "kernels": {"machine": "evil"}})
+    with pytest.raises(StorageError, match="the record of the matrix kernels is malformed"):
+        trained_under("transposed", cache, texts, resume=hostile)
+
+
+def test_a_score_is_computed_with_the_kernels_of_the_run(cache, texts, held_out):
+    base, seen = wide_base(), []
+    write_table(cache, table_of(base, "transposed"))
+    forward = forward_of(base)
+    forward.head.kernels.choose({})  # as those of a server whose weights are prepacked differ from a run's
+
+    def score(prompt):
+        with forward.head.kernels.active():
+            seen.append(active_kernels().choices)
+        return 1.0
+
+    train(base, texts, config(best_by="accuracy", epochs=1), validation=held_out, score=score)
+    assert seen and all("transposed" in str(choices) for choices in seen)

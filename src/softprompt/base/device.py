@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 from pathlib import Path
@@ -55,14 +56,24 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(_FAST_BF16_FLAGS & _cpu_flags())
 
 
+def processor() -> str:
+    """The processor's name and a digest of what it can do, so that two with one name differ where their speed may."""
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    kind = [*sorted(_cpu_flags()), *(_cpuinfo(field) for field in ("cpu family", "model", "stepping"))]
+    return f"{name} ({hashlib.sha256(' '.join(kind).encode()).hexdigest()[:8]})"
+
+
 def _cpu_flags() -> set[str]:
+    return set(_cpuinfo("flags").split())
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if platform.system() != "Linux" or not cpuinfo.exists():
-        return set()
-    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("flags"):
-            return set(line.split(":", 1)[1].split())
-    return set()
+        return ""
+    lines = [line.split(":", 1) for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return next((line[1].strip() for line in lines if len(line) == 2 and line[0].strip() == field), "")
 
 
 CGROUP_FILES = (

@@ -40,7 +40,7 @@ from softprompt.base.gguf_model import read_gguf
 from softprompt.base.model import Base
 from softprompt.base.source import BaseSource, find_base
 from softprompt.base.tokens import bos_ids_of, check_tokenizer, eos_id_of, stop_ids_of
-from softprompt.config import BaseConfig
+from softprompt.config import BaseConfig, Kernels
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
 from softprompt.guard import one_sentence
 from softprompt.openmp import adapt_waiting_to_load
@@ -76,6 +76,7 @@ def load_base(base: str | BaseConfig, **settings: Any) -> Base:
             folder=checkpoint,
             max_length=config.max_length,
             source=source.reload,
+            kernels=config.kernels,
         )
     if loaded.rules.note is not None:
         _log.info("base %r: %s", loaded.name, loaded.rules.note)
@@ -160,10 +161,12 @@ def freeze_base(
     folder: str | None = None,
     max_length: int | None = None,
     source: str | None = None,
+    kernels: Kernels = "measured",
 ) -> Base:
     """A Base from a model already in memory: eval mode, every parameter frozen. The model is not copied.
 
-    `source` is the Hub id or path that adapters record as their base; without one, `name`.
+    `source` is the Hub id or path that adapters record as their base; without one, `name`. `kernels`: as in
+    BaseConfig.
 
     Raises BaseModelError where its input embeddings are not an embedding table or the tokenizer does not fit them.
     """
@@ -185,6 +188,7 @@ def freeze_base(
         eos_id=eos_id_of(tokenizer),
         stop_ids=stop_ids_of(model, tokenizer, name),
         source=source,
+        kernels=kernels,
         rules=rules_of(getattr(model, "generation_config", None), name, embedding.num_embeddings),
     )
 

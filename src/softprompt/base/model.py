@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from softprompt.base.fingerprint import fingerprint
 from softprompt.base.generation import GenerationRules
 from softprompt.base.tokens import encode_text
+from softprompt.config import Kernels
 from softprompt.errors import EncodingError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Base:
     stop_ids: tuple[int, ...] = ()  # every id that ends an answer
     source: str | None = None  # for loading it again: Hub id or absolute path; None for a model made in Python
     rules: GenerationRules = GenerationRules()  # on the tokens of answers, by its generation settings
+    kernels: Kernels = "measured"  # how its products run on a CPU
 
     def __repr__(self) -> str:
         kind, dtype = self.model.config.model_type, str(self.dtype).removeprefix("torch.")

@@ -111,18 +111,25 @@ def results_width() -> int:
     return _results().width
 
 
-def load(config: BaseConfig) -> Base:
-    """Load a base and print what was loaded, with `auto` resolved."""
+def load(config: BaseConfig, *, training: bool = False, measure: bool = True) -> Base:
+    """Load a base and print what was loaded, with `auto` resolved.
+
+    Its matrix kernels are measured if they never were on this machine, those that `training` needs too,
+    unless `measure` is off.
+    """
     from transformers.utils import logging
 
     from softprompt.base import load_base
     from softprompt.base.load import describe
+    from softprompt.families import kernel_table
 
     logging.disable_progress_bar()
     base = load_base(config)
     say(describe(base))
     if base.rules.note is not None:
         say(f"note: {base.rules.note}")
+    if measure:
+        kernel_table(base, training=training, say=say)
     warning = load_warning()
     if warning is not None:
         say(f"warning: {warning}")

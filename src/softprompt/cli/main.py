@@ -32,6 +32,7 @@ _COMMANDS = {
     "prompts": ("softprompt.cli.prompts", "List, show, check, import, export, remove, push or pull prompts."),
     "runs": ("softprompt.cli.runs", "List training runs, or show one with its curves."),
     "keys": ("softprompt.cli.keys", "Create, list or revoke API keys of the server."),
+    "info": ("softprompt.cli.info", "Show versions, this machine, the cache and the measured matrix kernels."),
     "demo": (
         "softprompt.cli.demo",
         "Train three prompts on the embedded base, and compare before and after.",

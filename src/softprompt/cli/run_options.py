@@ -181,6 +181,6 @@ def load_among(config: BaseConfig, ranks: Ranks) -> Base:
     from softprompt.cli.console import load
     from softprompt.launch.accelerated import config_of_rank, shard_base
 
-    base = load(config_of_rank(config, ranks))
+    base = load(config_of_rank(config, ranks), training=True)
     shard_base(base, ranks)
     return base

@@ -84,7 +84,7 @@ def _serve(base_config: BaseConfig, config: ServerConfig, engine_config: EngineC
 
     with bind(config.host, config.port) as place:
         _check_keys(config)
-        base = load(base_config)
+        base = load(base_config, training=True)  # for its jobs
         set_up_logging(config.log_format)
         app = serving_app(base, config, engine_config, offline=base_config.offline)
         url = url_of(place)

@@ -6,11 +6,12 @@ from softprompt.families.exactness import TESTED_FAMILIES, forward_of
 from softprompt.families.forward import Forward, ModelCache, Packing
 from softprompt.families.frozen_linear import FrozenLinearKernels, PackedWeight
 from softprompt.families.head import Head
+from softprompt.families.kernel_choice import KernelTable, kernel_table, this_machine
 from softprompt.families.kv_buffer import KeysValues, KVBuffer
 from softprompt.families.patches import decoder_layers
 
 __all__ = [
-    "TESTED_FAMILIES", "CachedBatch", "Forward", "FrozenLinearKernels", "Head", "KVBuffer", "KeysValues", "ModelCache",
-    "PackedBatch", "PackedWeight", "Packing", "QueryChunk", "Segment", "batch_order", "cached_batch", "decoder_layers",
-    "forward_of", "has_native_attention",
+    "TESTED_FAMILIES", "CachedBatch", "Forward", "FrozenLinearKernels", "Head", "KVBuffer", "KernelTable", "KeysValues",
+    "ModelCache", "PackedBatch", "PackedWeight", "Packing", "QueryChunk", "Segment", "batch_order", "cached_batch",
+    "decoder_layers", "forward_of", "has_native_attention", "kernel_table", "this_machine",
 ]  # fmt: skip

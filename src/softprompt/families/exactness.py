@@ -30,6 +30,7 @@ from softprompt.families.batch import PackedBatch, Segment
 from softprompt.families.forward import CacheKind, Forward, ModelCache, Packing
 from softprompt.families.frozen_linear import FrozenLinearKernels
 from softprompt.families.head import Head, head_of
+from softprompt.families.kernel_choice import kernel_table
 from softprompt.families.patches import install_attention, install_kernels, remove_attention
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def forward_of(base: Base) -> Forward:
     Raises BaseModelError where the base does not answer on embeddings as its model does on token ids.
     """
     if base not in _FORWARDS:
-        _FORWARDS[base] = _found(base)
+        forward = _found(base)
+        forward.head.kernels.choose(kernel_table(base).choices)
+        _FORWARDS[base] = forward
     return _FORWARDS[base]
 
 

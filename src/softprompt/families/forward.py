@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from softprompt.base import PerLayerEmbeddings
 from softprompt.families.batch import AttentionBatch, BatchCache, BatchMask, Carrier
+from softprompt.families.frozen_linear import Choices
 from softprompt.families.head import Head
 
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")  # Mamba's and RWKV's have names of their own
@@ -118,6 +119,13 @@ class Forward:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         return self.head(hidden)
+
+    def with_choices(self, choices: Choices) -> Forward:
+        """The same base, its products by other choices; itself where they are the same."""
+        kernels = self.head.kernels
+        if choices == kernels.choices:
+            return self
+        return replace(self, head=replace(self.head, kernels=kernels.with_choices(choices)))
 
     def bytes_to_prepack(self, both_ways: bool = True) -> int:
         """Memory that `prepack` would take; 0 where it would not help, or has been done."""

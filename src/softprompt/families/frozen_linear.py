@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -244,6 +245,7 @@ class FrozenLinearKernels:
         self._packed: dict[Storage, PackedWeight] = {}
         self._found: dict[Tensor, PackedWeight | None] = {}  # by the parameter itself: what `weight` returns for it
         self._heads: dict[Storage, list[PackedWeight]] = {}
+        self._family = WeakSet([self])  # all kernels of these weights but int8 ones
         self._int8: dict[Storage, Int8Weight] = {}  # all that `with_int8` has made
         self._uses_int8 = False
 
@@ -270,7 +272,8 @@ class FrozenLinearKernels:
     def with_choices(self, choices: Choices) -> FrozenLinearKernels:
         """The same weights, prepacked ones too, with other choices; those under PREPACKED are left to these kernels."""
         others = FrozenLinearKernels(choices)
-        others._packed, others._heads = self._packed, self._heads
+        others._packed, others._heads, others._family = self._packed, self._heads, self._family
+        self._family.add(others)
         return others
 
     def choose(self, choices: Choices) -> None:
@@ -280,9 +283,12 @@ class FrozenLinearKernels:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside it the linear layers that this thread calls use these kernels."""
+        """Inside it the linear layers that this thread calls use these kernels.
+
+        Inside kernels of the same weights with other choices those stay in use: a run's own, while it is scored.
+        """
         before = active_kernels()
-        _THREAD.kernels = self
+        _THREAD.kernels = self._in_use()
         try:
             yield
         finally:
@@ -305,7 +311,8 @@ class FrozenLinearKernels:
                 self._packed[_storage(head)] = packed_weight(head, both_ways=False)
 
     def _prepack_layers(self, layers: nn.Module, both_ways: bool) -> None:
-        self._found.clear()
+        for kernels in self._family:
+            kernels._found.clear()
         for weight, matrix in self._weights_to_copy(layers, both_ways):
             yield_point()
             found = self._packed.get(_storage(weight))
@@ -364,7 +371,11 @@ class FrozenLinearKernels:
         return None if kept is None else [self._block(block) for block in kept]
 
     def _block(self, block: PackedWeight) -> PackedWeight:
-        return replace(block, choices=self.choices, block_of=HEAD_BLOCK)
+        return replace(block, choices=self._in_use().choices, block_of=HEAD_BLOCK)
+
+    def _in_use(self) -> FrozenLinearKernels:
+        active = active_kernels()
+        return active if active is not None and active in self._family else self
 
 
 def active_kernels() -> FrozenLinearKernels | None:

@@ -15,6 +15,7 @@ from softprompt.base import Base
 from softprompt.compute_share import ComputeShare
 from softprompt.config import EngineConfig, ServerConfig
 from softprompt.engine import AsyncEngine, Engine
+from softprompt.families import kernel_table
 from softprompt.server.app import create_app
 from softprompt.server.clients.auth import asks_for_keys, check_listening
 from softprompt.server.clients.keys import KeyCache
@@ -50,6 +51,7 @@ def serving_app(
 ) -> FastAPI:
     """The app that serves a base. Its lifespan runs the engine. `offline`: no prompt is fetched from the Hub."""
     compute_share = ComputeShare(config.training_share, _seconds(config.training_latency_ms))
+    kernel_table(base, training=True)  # measured before there are requests and jobs, if it never was
     engine = AsyncEngine(Engine(base, _with_bounded_queue(engine_config)), compute_share)
     database = Database.of(config)
     check_listening(config, database)

@@ -71,7 +71,11 @@ class TrainingLoop:
         return ResumePoint(step=self.step, state=self._state(), prompts=prompts)
 
     def _state(self) -> RunState:
-        metadata = {"micro_batch_rows": self.micro_batch_rows, "trials": [trial.state() for trial in self.trials]}
+        metadata = {
+            "micro_batch_rows": self.micro_batch_rows,
+            "kernels": self.trials[0].plan.kernels,
+            "trials": [trial.state() for trial in self.trials],
+        }
         tensors = {
             f"{index}/{name}": tensor
             for index, trial in enumerate(self.trials)
@@ -160,7 +164,9 @@ class TrainingLoop:
             yield SliceDone(step=self.step, num_tokens=piece.num_tokens)
         self.ranks.sum([sums_K2])
         for trial, (nats, tokens) in zip(due, sums_K2.tolist(), strict=True):
-            yield trial.record_validation(nats / max(tokens, 1.0) if trial.validation else None)
+            with self.forward.head.kernels.active():  # a score runs the base too
+                event = trial.record_validation(nats / max(tokens, 1.0) if trial.validation else None)
+            yield event
 
     def _drop(self) -> Iterator[Event]:
         for trial in losers(self.trials) if self.halving else ():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -38,11 +38,16 @@ class Plan:
     dtype: str
     device: str
     num_threads: int
+    kernels: Mapping[str, Any] = field(default_factory=dict)  # a KernelTable as JSON: how its products are computed
 
     def to_json(self) -> dict[str, Any]:
         """The plan for `run.json`; the order of the rows follows from seed and lengths and is left out."""
         record = {key: value for key, value in asdict(self).items() if key != "epochs"}
         return {**record, "versions": versions(), "machine": platform.machine()}
+
+    def to_record(self) -> dict[str, Any]:
+        """The plan for the prompt's own record, without what only a resumed run needs."""
+        return {key: value for key, value in self.to_json().items() if key != "kernels"}
 
 
 def make_plan(base: Base, forward: Forward, data: ExampleSet, config: TrainConfig) -> Plan:

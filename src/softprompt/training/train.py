@@ -17,7 +17,7 @@ from softprompt.base import Base, free_bytes
 from softprompt.config import TrainConfig
 from softprompt.data import Rows, as_rows, build_examples
 from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError
-from softprompt.families import Forward, forward_of
+from softprompt.families import Forward, KernelTable, forward_of, kernel_table, this_machine
 from softprompt.prompt import SoftPrompt, StartTexts, drift, starting_tensor
 from softprompt.settings import check_kinds
 from softprompt.training.events import Event, RunState
@@ -211,7 +211,7 @@ def _result(ready: Prepared, trial: Trial, interrupted: bool, seconds: float) ->
         diverged_after=trial.step if trial.is_diverged else None,
     )  # fmt: skip
     moved = [token.to_json() for token in drift(trial.start, kept)]
-    run = {**result.to_json(), "seconds": round(seconds, 3), "plan": trial.plan.to_json(), "drift": moved}
+    run = {**result.to_json(), "seconds": round(seconds, 3), "plan": trial.plan.to_record(), "drift": moved}
     record = replace(kept.record, run={**kept.record.run, **run})
     return replace(result, prompt=SoftPrompt(kept.tensor, record))
 
@@ -232,7 +232,9 @@ def prepare(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Prepared:
     """A loop that is ready to run, its steps fitted to the memory. Raises as `train` does."""
-    forward, ranks = forward_of(base), ranks or Alone()
+    ranks = ranks or Alone()
+    table, kernel_notes = _kernels(base, ranks, resume)
+    forward = forward_of(base).with_choices(table.choices)
     _check_in_step(base, forward, ranks)
     reader = _Reader(base)
     trials = [_trial(base, forward, candidate, reader) for candidate in candidates]
@@ -241,7 +243,7 @@ def prepare(
     resumed_rows = None if resume is None else resume.metadata["micro_batch_rows"]
     rows, split_note = fit_micro_batches(base, forward, trials, ranks, resumed_rows)
     for trial in trials:
-        trial.plan = replace(trial.plan, micro_batch_rows=rows)
+        trial.plan = replace(trial.plan, micro_batch_rows=rows, kernels=table.to_json())
     loop = TrainingLoop(
         base=base, forward=forward, trials=trials, micro_batch_rows=rows, clock=clock, halving=halving,
         checkpoint_layers=any(trial.plan.config.checkpoint_layers for trial in trials), ranks=ranks,
@@ -249,8 +251,27 @@ def prepare(
     )  # fmt: skip
     if resume is not None:
         _resume(loop, resume)
-        notes.append(f"resumed after step {resume.step}")
+        notes += [f"resumed after step {resume.step}", *kernel_notes]
     return Prepared(loop=loop, notes=tuple(dict.fromkeys((*notes, *split_note))))
+
+
+def _kernels(base: Base, ranks: Ranks, resume: RunState | None) -> tuple[KernelTable, tuple[str, ...]]:
+    """How the run's products are computed: as when it was begun, or else as the cache has it; and a note.
+
+    A base that is sharded over ranks follows the fixed rules, as did runs of releases that recorded nothing.
+    """
+    machine = this_machine()
+    fixed = KernelTable("fixed", machine, {})
+    if ranks.in_step or (resume is not None and "kernels" not in resume.metadata):
+        return fixed, ()
+    begun = None if resume is None else KernelTable.from_json(resume.metadata["kernels"])
+    if begun is not None and begun.machine == machine:
+        return begun, ()
+    found = kernel_table(base, training=True).for_training()
+    if begun is None:
+        return found, ()
+    changed = f"the run was begun elsewhere ({begun.machine.differences(machine)})"
+    return found, (f"{changed}: its matrix kernels are planned anew, so its last digits may differ",)
 
 
 class _Reader:
@@ -381,7 +402,7 @@ def _record(base: Base, data: ExampleSet, plan: Plan, start: SoftPrompt | None) 
         base_fingerprint=base.fingerprint,
         form=data.form,
         parent=start.content_hash if start is not None else None,
-        run={"plan": plan.to_json(), "data_hash": data.data_hash, "source": data.report.source},
+        run={"plan": plan.to_record(), "data_hash": data.data_hash, "source": data.report.source},
     )
 
 
