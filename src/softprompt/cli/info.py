@@ -72,7 +72,7 @@ def _machine(device_name: str, dtype_name: Any) -> dict[str, Any]:
     from softprompt.base.cache import cache_folder
     from softprompt.base.device import resolve_device, resolve_dtype
     from softprompt.families import this_machine
-    from softprompt.families.cached_attention import native_library
+    from softprompt.families.native import native_library
     from softprompt.training.plan import versions
 
     device, machine, folder = resolve_device(device_name), this_machine(), cache_folder()

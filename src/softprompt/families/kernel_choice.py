@@ -45,6 +45,7 @@ from softprompt.families.frozen_linear import (
     packed_weight,
     product_name,
 )
+from softprompt.families.native import native_library
 
 FILE_NAME = "kernels.json"  # in the cache
 MEASURING = "measuring which matrix kernels this processor runs fastest (once)..."
@@ -72,7 +73,7 @@ class Machine:
     """All that a choice depends on, besides the product itself."""
 
     processor: str  # its name and a digest of what it can do
-    capability: str  # what torch uses of it, and limits set in the environment
+    capability: str  # what torch uses of it, limits set in the environment, and whether our own C is there
     torch: str
     version: int
     ways: tuple[str, ...]
@@ -94,10 +95,11 @@ def _shown(value: Any) -> str:  # Any: a Machine's field
 
 
 def this_machine() -> Machine:
+    own = ["own C"] if native_library() is not None else []
     limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
     return Machine(
         processor=processor(),
-        capability=" ".join([torch.backends.cpu.get_cpu_capability(), *limits]),
+        capability=", ".join([torch.backends.cpu.get_cpu_capability(), *own, *limits]),
         torch=torch.__version__,
         version=_VERSION,
         ways=tuple(WAYS),
