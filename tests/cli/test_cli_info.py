@@ -22,7 +22,7 @@ def test_it_shows_the_machine_and_what_is_in_the_cache(cache):
     assert found["free_memory"] > 2**20
     assert "No matrix kernels are measured yet" in succeed("info").out
     write_table(cache, table_of(build_base(), "transposed"))
-    assert "transposed" in succeed("info").out
+    assert "1-1024 transposed" in succeed("info").out
     (table,) = succeed("info", "--json").json["kernels"]
     assert KernelTable.from_json(table) == table_of(build_base(), "transposed")
 
@@ -38,7 +38,7 @@ def test_with_a_base_it_measures_once(cache, base_folder):
     assert cache.read_text() == before
     again = succeed(*where, "--measure-again")
     assert again.err.count("measuring which matrix kernels") == 1
-    assert "measuring" not in succeed("generate", "--base", base_folder, "--dtype", "float32", "--text", "w1").err
+    assert "measuring" not in succeed("generate", "--base", base_folder, "--dtype", "float32", "w1").err
 
 
 def test_a_base_with_fixed_kernels_is_not_measured(cache, base_folder):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -94,13 +96,17 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _show(table: KernelTable) -> None:
-    from softprompt.families.frozen_linear import MEASURED_ROWS
-
     machine = table.machine
     where = f"{machine.processor}, {machine.capability}, torch {machine.torch}, {machine.threads} threads"
     if not table.choices:
         why = "--kernels is fixed" if table.kind == "fixed" else "the base is too small, or on no CPU"
         print_words(f"Nothing is measured ({why}): products follow fixed rules.")
         return
-    rows = [[name, *(ways.get(count, "") for count in MEASURED_ROWS)] for name, ways in sorted(table.choices.items())]
-    print_table(f"Fastest by rows: {where}", ["product", *map(str, MEASURED_ROWS)], rows, figures=True)
+    rows = [[name, _by_rows(ways)] for name, ways in sorted(table.choices.items())]
+    print_table(f"Fastest ways to multiply: {where}", ["product", "by rows"], rows)
+
+
+def _by_rows(ways: Mapping[int, str]) -> str:
+    """`1 onednn, 2-4 transposed`: neighbours that go one way together."""
+    groups = [(way, [rows for rows, _ in pairs]) for way, pairs in groupby(ways.items(), key=lambda pair: pair[1])]
+    return ", ".join(f"{rows[0]}{f'-{rows[-1]}' if len(rows) > 1 else ''} {way}" for way, rows in groups)
