@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
+from softprompt.families.frozen_linear import FrozenLinearKernels
 from softprompt.families.native import native_library
+from softprompt.families.patches import RMS_NORMS, install_kernels
 from softprompt.families.thin_linear import (
     can_quantise,
     has_thin_linear,
@@ -86,3 +93,37 @@ def test_two_threads_multiply_by_one_weight_at_once() -> None:
     alone = [weight.times(rows) for rows in inputs]
     with ThreadPoolExecutor(2) as pool:
         assert all(map(torch.equal, pool.map(weight.times, inputs), alone))
+
+
+@pytest.mark.parametrize("name", RMS_NORMS)
+def test_our_rms_norm_is_that_of_each_family_it_replaces(name: str) -> None:
+    module = rms_norm_module(name)
+    torch.nn.init.normal_(module.weight, 1.0, 0.5)
+    for shape in ((1, 1, 40), (7, 40), (64, 40), (65, 40)):  # more rows than 64 are the family's own affair
+        hidden = matrix(*shape[:-1], 40, seed=1) * 3
+        truth = module(hidden)
+        install_kernels(module)
+        with torch.no_grad(), FrozenLinearKernels().active():
+            found = module(hidden)
+        vars(module).pop("forward")
+        torch.testing.assert_close(found, truth, rtol=2e-6, atol=1e-7)
+        assert (found - truth.flip(-1)).abs().max() > 0.1
+
+
+def rms_norm_module(name: str) -> Any:
+    """An instance, 40 wide, of the class of that name in one of transformers' model files."""
+    folder = Path(transformers.__file__).parent / "models"
+    for file in sorted(folder.glob("*/modeling_*.py")):
+        if f"class {name}(" in file.read_text(encoding="utf-8"):
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            return getattr(module, name)(40)
+    return pytest.skip(f"this transformers has no {name}")
+
+
+def test_a_norm_with_gradient_is_the_familys_own() -> None:
+    module = rms_norm_module("LlamaRMSNorm")
+    hidden = matrix(3, 40).requires_grad_(True)
+    install_kernels(module)
+    with FrozenLinearKernels().active():
+        module(hidden).sum().backward()
+    assert hidden.grad is not None

@@ -192,7 +192,7 @@ def _native(packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
 
 def _int8(packed: PackedWeight, rows: Tensor, bias: Tensor | None) -> Tensor:
     assert packed.int8 is not None
-    return packed.int8.times(rows, bias)
+    return thin_linear(rows, packed.int8.numbers, bias, packed.int8.scales)
 
 
 def _is_thin(packed: PackedWeight, direction: Direction, num_rows: int) -> bool:

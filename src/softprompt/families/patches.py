@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from softprompt.families.attention import attend
 from softprompt.families.batch import AttentionBatch, BatchCache, BatchMask, Carrier, PackedBatch, Scoring, once
 from softprompt.families.frozen_linear import FrozenLinearKernels, active_kernels, frozen_linear
+from softprompt.families.thin_linear import can_normalise, rms_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ class Patch:
 
 
 def install_kernels(model: nn.Module) -> None:
-    """Replace linear layers and activations that have a faster exact kernel."""
+    """Replace linear layers, norms and activations that have a faster exact kernel."""
     for module in model.modules():
         patch = _KERNELS.get(type(module)) or _KERNELS.get(type(module).__name__)
         if patch is not None:
@@ -279,10 +280,27 @@ def _gelu(module: Any, inputs: Tensor) -> Tensor:
     return torch.nn.functional.gelu(inputs, approximate="tanh")
 
 
+def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
+    """RMSNorm, which these families write out in six elementwise operations, in one call; without gradient."""
+    is_ours = active_kernels() is not None and not torch.is_grad_enabled() and can_normalise(hidden, module.weight)
+    if not is_ours:
+        written_out: Tensor = type(module).forward(module, hidden)
+        return written_out
+    return rms_norm(hidden, module.weight, module.variance_epsilon)
+
+
+# Classes whose forward is that of LlamaRMSNorm; others multiply by 1 + weight, or round elsewhere.
+_RMS_NORM_FAMILIES = """
+    Apertus DeepseekV2 DeepseekV3 Ernie4_5 Exaone4 FalconH1 Glm Glm4 Granite GraniteMoe HunYuanDenseV1 Jamba Lfm2 Llama
+    Ministral Ministral3 Mistral Mixtral Olmoe Phi3 Qwen2 Qwen2Moe Qwen3 Qwen3Moe SeedOss SmolLM3
+"""
+RMS_NORMS = tuple(f"{family}RMSNorm" for family in _RMS_NORM_FAMILIES.split())
+
 _KERNELS: dict[type | str, Patch] = {
     nn.Linear: Patch("forward", _linear),
     Conv1D: Patch("forward", _conv1d),
     **dict.fromkeys(("BloomGelu", "NewGELUActivation", "FastGELUActivation"), Patch("forward", _gelu)),
+    **dict.fromkeys(RMS_NORMS, Patch("forward", _rms_norm)),
 }
 
 

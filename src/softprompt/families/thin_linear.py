@@ -1,4 +1,5 @@
-"""Products of few rows with a frozen weight, by this package's own C (`thin_linear.c`), and weights stored in int8.
+"""Products of few rows with a frozen weight by this package's own C (`thin_linear.c`), weights stored in int8, and
+RMSNorm of few rows (`rms_norm.c`).
 
 A step of generation multiplies one row per running sequence, so it takes as long as reading the weights does; what
 torch ships reads a weight of two to 32 rows at a half to a quarter of the memory's rate (figures in
@@ -85,7 +86,7 @@ def thin_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, scales
     `weight` [O, I] is dense, float32 or bfloat16, or int8 with `scales`. Raises MemoryError where there is no memory
     for a few rows of the weight in float32.
     """
-    rows = rows.contiguous()
+    rows = rows.contiguous()  # nothing, of rows that are
     num_outputs, num_inputs = weight.shape
     out = rows.new_empty(*rows.shape[:-1], num_outputs)
     failed = _function()(
@@ -110,3 +111,33 @@ def _function() -> Any:  # Any: a function of ctypes
 @cache
 def _generation() -> int:
     return _GENERATIONS.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def can_normalise(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `rms_norm` computes rows [..., D]: few ones, dense float32 on the CPU."""
+    return (
+        hidden.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and hidden.device.type == "cpu"
+        and 0 < hidden.numel() <= MAX_ROWS * hidden.shape[-1]
+        and hidden.is_contiguous()
+        and native_library() is not None
+    )
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm (Zhang and Sennrich 2019, 1910.07467) of rows [..., D] by `rms_norm.c`. No gradient."""
+    out = torch.empty_like(hidden)
+    width = hidden.shape[-1]
+    _rms_norm_function()(hidden.numel() // width, width, epsilon, hidden.data_ptr(), weight.data_ptr(), out.data_ptr())
+    return out
+
+
+@cache
+def _rms_norm_function() -> Any:  # Any: a function of ctypes
+    library = native_library()
+    assert library is not None
+    function = library.softprompt_rms_norm
+    function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_float, *[ctypes.c_void_p] * 3]
+    function.restype = None
+    return function
