@@ -116,8 +116,7 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bo
 
     `prepack`: for many requests, with weights repacked and memory allocated in advance.
     """
-    if prepack and not forward.int8_bytes:
-        _prepack(base, forward)
+    prepacked_bytes = _prepack(base, forward) if prepack and not forward.int8_bytes else 0
     free = free_bytes(base.device)
     kv_bytes = config.kv_bytes or int(free * _KV_SHARE)
     prefix_bytes = int(free * _PREFIX_SHARE) if config.prefix_bytes is None else config.prefix_bytes
@@ -129,6 +128,10 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bo
     if prepack and cost.problem is None:
         kv_cache.preallocate(_sample_buffer(base, forward), max_sequences)
     notes = ["answers run batched over cached keys and values" if cost.problem is None else cost.problem]
+    if prepacked_bytes:
+        notes.append(
+            f"weights kept once more, as this CPU multiplies them fastest ({prepacked_bytes / 2**20:,.0f} MiB)"
+        )
     if forward.int8_bytes:
         notes.append(
             "answers and their log-probabilities are those of int8 weights in steps of at most 32 tokens "
@@ -148,11 +151,13 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bo
     )
 
 
-def _prepack(base: Base, forward: Forward) -> None:
-    """Keep the weights as this processor reads them fastest, where there is memory for it."""
+def _prepack(base: Base, forward: Forward) -> int:
+    """Keep the weights as this processor reads them fastest, where there is memory for it; the bytes that it took."""
     needed = forward.bytes_to_prepack(both_ways=False)
-    if needed and needed < free_bytes(base.device) * _KV_SHARE:
-        forward.prepack(both_ways=False)
+    if not 0 < needed < free_bytes(base.device) * _KV_SHARE:
+        return 0
+    forward.prepack(both_ways=False)
+    return needed
 
 
 class BatchedRunner:

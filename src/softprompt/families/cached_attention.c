@@ -220,7 +220,7 @@ FOR_EACH_PROCESSOR void softprompt_head_bfloat16(const Task *task, int64_t numbe
     attend_head(task, number, head, scratch, 1);
 }
 
-int softprompt_version(void) { return 2; } /* as `VERSION` of native.py */
+int softprompt_version(void) { return 3; } /* as `VERSION` of native.py */
 
 /* 0, or 1 where there was no memory for the scores of a head. */
 int softprompt_attend(const Task *task) {

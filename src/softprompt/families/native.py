@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 _LOG = logging.getLogger(__name__)
 LIBRARY = "softprompt.families._native"
-VERSION = 2  # as `softprompt_version` in cached_attention.c: raised with every change of a signature or a structure
+VERSION = 3  # as `softprompt_version` in cached_attention.c: raised with every change of a signature or a structure
 
 
 @cache

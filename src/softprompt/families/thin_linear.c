@@ -14,6 +14,8 @@
 #define GROUP 32 /* inputs that share a scale */
 #define PANEL 24 /* outputs that a thread computes at once, a multiple of OUT */
 
+#define PREFETCH 8192 /* bytes ahead; the processor's own prefetching ends with each page */
+
 enum { FLOAT32, BFLOAT16, INT8 };
 static const int64_t SIZES[] = {4, 2, 1};
 

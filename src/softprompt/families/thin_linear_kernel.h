@@ -53,6 +53,7 @@ INLINE void NAME(block)(const Linear *task, const void *weight, const uint16_t *
             NAME(floats) row[TOK];
             UNROLLED for (int t = 0; t < num_tok; t++) row[t] = NAME(load)(rows, t * inputs + at, FLOAT32, 1);
             UNROLLED for (int o = 0; o < num_out; o++) {
+                __builtin_prefetch((const char *)weight + (o * inputs + at) * SIZES[storage] + PREFETCH);
                 NAME(floats) column = NAME(load)(weight, o * inputs + at, storage, scale[o]);
                 UNROLLED for (int t = 0; t < num_tok; t++) sums[o][t] += row[t] * column;
             }
