@@ -157,3 +157,13 @@ class TestCompare:
         assert found["base"] == ask(None, TEXTS[0])[0]["text"]
         assert found["critic"] == ask("critic", "--raw", TEXTS[0])[0]["text"]
         assert found["helper"] == ask("helper", "--raw", TEXTS[0])[0]["text"]
+
+
+def test_int8_weights_are_named_beside_the_answers_that_they_gave():
+    bare = ("generate", "--base", "embedded", "--dtype", "float32", "The lid", "--max-new-tokens", 4, "--json")
+    ran, loaded = succeed(*bare, "--weights", "int8"), succeed(*bare)
+    assert ran.json[0]["weights"] == "int8"
+    assert "are those of int8 weights in steps of at most 32 tokens" in ran.err
+    assert loaded.json[0]["weights"] == "loaded"
+    assert "int8" not in loaded.err
+    assert ran.json[0]["log_probs"] != loaded.json[0]["log_probs"]

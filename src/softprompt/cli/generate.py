@@ -63,6 +63,7 @@ def command(
     sampling, inputs = config_of(SamplingConfig, flags), _inputs(texts, fields, messages, raw)
     base_config = config_of(BaseConfig, flags)
     from softprompt.cli.inputs import stop_notes
+    from softprompt.engine import int8_note
     from softprompt.storage import load_prompt, resolve_prompt
 
     base = load(base_config)
@@ -71,7 +72,10 @@ def command(
     for note in stop_notes(base, sampling.stop):
         say(f"note: {note}")
     answer = _label_answers if _is_among_labels(soft, sampling, raw) else _generated
-    answers = answer(base, soft, inputs, sampling, raw, config_of(EngineConfig, flags))
+    config = config_of(EngineConfig, flags)
+    answers = answer(base, soft, inputs, sampling, raw, config)
+    if config.weights == "int8" and answer is _generated:
+        say(f"note: {int8_note(base)}")
     if as_json:
         print_json(answers)
         return

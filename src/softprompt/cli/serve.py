@@ -87,10 +87,20 @@ def _serve(base_config: BaseConfig, config: ServerConfig, engine_config: EngineC
         base = load(base_config, training=True)  # for its jobs
         set_up_logging(config.log_format)
         app = serving_app(base, config, engine_config, offline=base_config.offline)
+        _say_notes(app)
         url = url_of(place)
         release_omp_threads()
         _spare_the_collector()
         run_server(app, place, config, lambda: click.echo(_start_message(app, url)))
+
+
+def _say_notes(app: FastAPI) -> None:
+    from softprompt.cli.console import say
+    from softprompt.engine import AsyncEngine
+    from softprompt.server.dependencies import dependency_of
+
+    for note in dependency_of(app, AsyncEngine).notes:
+        say(f"note: {note}")
 
 
 def _spare_the_collector() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from softprompt.engine.async_engine import AsyncEngine
 from softprompt.engine.engine import Engine
 from softprompt.engine.generate import generate
+from softprompt.engine.model_runner import int8_note
 from softprompt.engine.request import (
     Aborted,
     AbortReason,
@@ -27,6 +28,7 @@ from softprompt.engine.stats import EngineStats
 __all__ = [
     "AbortReason", "Aborted", "Answer", "AsyncEngine", "Engine", "EngineStats", "Event", "Failed", "FinishReason",
     "Finished", "PromptLogprobs", "Request", "Terminal", "TokenLogProb", "Tokens", "generate",
+    "int8_note",
 ]  # fmt: skip
 
 _RENAMED = {"TextRead": "PromptLogprobs"}

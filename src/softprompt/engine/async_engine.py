@@ -93,6 +93,11 @@ class AsyncEngine:
         """`EngineConfig.weights`."""
         return self._engine.config.weights
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """`Engine.notes`."""
+        return self._engine.notes
+
     def check(self, request: Request) -> None:
         """See `Engine.check`; needs no running engine and never waits."""
         self._engine.check(request)

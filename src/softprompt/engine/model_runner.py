@@ -31,6 +31,7 @@ from softprompt.families import (
     QueryChunk,
     batch_order,
     cached_batch,
+    forward_of,
     has_native_attention,
 )
 from softprompt.splice import TokenSpan, embed_spans
@@ -111,6 +112,15 @@ def with_weights(forward: Forward, base: Base, weights: Weights) -> Forward:
     return found
 
 
+def int8_note(base: Base) -> str:
+    """What it means that answers of this base were generated with int8 weights, and the memory that these take."""
+    extra = forward_of(base).with_int8().int8_bytes / 2**20
+    return (
+        "answers and their log-probabilities are those of int8 weights in steps of at most 32 tokens "
+        f"({extra:,.1f} MiB more)"
+    )
+
+
 def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bool, kind: RunnerKind) -> Runners:
     """Both runners of one base, tested, with the memory that the machine allows where `config` does not say.
 
@@ -133,10 +143,7 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bo
             f"weights kept once more, as this CPU multiplies them fastest ({prepacked_bytes / 2**20:,.0f} MiB)"
         )
     if forward.int8_bytes:
-        notes.append(
-            "answers and their log-probabilities are those of int8 weights in steps of at most 32 tokens "
-            f"({forward.int8_bytes / 2**20:,.1f} MiB more)"
-        )
+        notes.append(int8_note(base))
     return Runners(
         batched=BatchedRunner(base, forward, kv_cache, prefix_cache, compiled=kind != "torch"),
         eager=EagerRunner(base, forward, kv_bytes, cost),
