@@ -45,7 +45,7 @@ from softprompt.families.frozen_linear import (
     packed_weight,
     product_name,
 )
-from softprompt.families.native import native_library
+from softprompt.families.native import VERSION, native_library
 
 FILE_NAME = "kernels.json"  # in the cache
 MEASURING = "measuring which matrix kernels this processor runs fastest (once)..."
@@ -95,7 +95,7 @@ def _shown(value: Any) -> str:  # Any: a Machine's field
 
 
 def this_machine() -> Machine:
-    own = ["own C"] if native_library() is not None else []
+    own = [f"own C, version {VERSION}"] if native_library() is not None else []
     limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
     return Machine(
         processor=processor(),
