@@ -154,15 +154,16 @@ def embedding_rms(embedding: nn.Embedding, device: torch.device) -> float:
     """Root mean square over all entries of the table [V, H], in float64, after the module's own scaling.
 
     `device` is the device of its ids. Gemma-3's embedding module multiplies what it looks up; the table's raw weights
-    would be off by that factor.
+    would be off by that factor. Each row is summed by one thread, and the rows' sums exactly: learning rates follow
+    from the result, so its bits must not depend on the number of threads.
     """
-    total = 0.0
+    sums: list[float] = []
     with torch.no_grad():
         for first in range(0, embedding.num_embeddings, RMS_CHUNK_ROWS):
             last = min(first + RMS_CHUNK_ROWS, embedding.num_embeddings)
             ids = torch.arange(first, last, device=device)
-            total += float(embedding(ids).double().square_().sum())
-    return math.sqrt(total / (embedding.num_embeddings * embedding.embedding_dim))
+            sums += embedding(ids).double().square_().sum(dim=1).tolist()
+    return math.sqrt(math.fsum(sums) / (embedding.num_embeddings * embedding.embedding_dim))
 
 
 _KINDS = ("gemma3n_text", "gemma4_text")
