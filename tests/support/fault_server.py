@@ -20,8 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_TESTS = Path(__file__).resolve().parents[1]
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(_TESTS)}
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 _URL = re.compile(r"^(http://\S+)/v1 serves", re.MULTILINE)
 _START_S = 60.0
 _NEW_USER, _NEW_MOUNTS = 0x10000000, 0x00020000  # of unshare

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
-
 
 @contextmanager
 def job_process(state: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Its URL and the process, which is killed at the end if it has not been."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, __file__, str(state)], stdout=subprocess.PIPE, text=True, env=environment
     )

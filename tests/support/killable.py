@@ -12,12 +12,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
 from support.command_line import ENVIRONMENT
 
-_ENVIRONMENT = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])}
+_ENVIRONMENT = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}  # the code that this process runs
 
 
 class Forks:
