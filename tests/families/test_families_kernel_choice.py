@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from itertools import count
 
 import pytest
@@ -106,6 +109,46 @@ def test_the_cache_is_used_by_a_bases_forward(base, file):
     write_table(file, table_of(base, "transposed"))
     chosen = forward_of(base).head.kernels.choices
     assert {way for ways in chosen.values() for way in ways.values()} == {"transposed"}
+
+
+MEASURER = """
+import json, sys, time
+from itertools import count
+from pathlib import Path
+from support.tiny_bases import build_base
+from softprompt.families import kernel_choice
+
+def wait_for_the_other(line):
+    (folder / sys.argv[2]).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.01)
+
+def clock():
+    next(readings)
+    return time.perf_counter()
+
+folder, readings = Path(sys.argv[1]), count()
+kernel_choice.LEAST_NUMBERS = kernel_choice.LEAST_NUMBERS_OF_BASE = 1
+base = build_base("llama", hidden_size=32, intermediate_size=48)
+table = kernel_choice.kernel_table(base, say=wait_for_the_other, clock=clock)
+print(json.dumps({"readings": next(readings), "table": table.to_json()}))
+"""
+
+
+@pytest.mark.medium
+def test_of_two_processes_that_measure_at_once_one_does_and_both_use_its_choices(file, tmp_path):
+    """Both find nothing in the cache and begin to measure; their times would differ."""
+    (tmp_path / "ready").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    commands = [[sys.executable, "-c", MEASURER, tmp_path / "ready", name] for name in "ab"]
+    processes = [subprocess.Popen(each, stdout=subprocess.PIPE, text=True, env=environment) for each in commands]
+    first, second = (json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes)
+    assert first["table"] == second["table"]
+    assert first["table"]["choices"]
+    fewest, most = sorted((first["readings"], second["readings"]))
+    assert fewest < 5 and most > 100
+    (record,) = json.loads(file.read_text())["machines"].values()
+    assert record == first["table"]
 
 
 def test_measuring_again_leaves_other_bases_as_they_are(base, file):
