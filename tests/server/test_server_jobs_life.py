@@ -17,6 +17,8 @@ import pytest
 import torch
 from fastapi import FastAPI
 from openai import OpenAI
+from support.command_line import succeed
+from support.gguf_files import write_gguf
 from support.job_server import (
     SETTINGS,
     Record,
@@ -37,7 +39,7 @@ from support.kernel_tables import own_cache, table_of, write_table
 from support.slow_truth import plain_nats
 from support.tiny_bases import build_base
 
-from softprompt.base import Base
+from softprompt.base import Base, load_base
 from softprompt.families.frozen_linear import FORWARD, MEASURED_ROWS, PREPACKED, can_prepack_float32
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import Client
@@ -45,6 +47,7 @@ from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.prompts.registry import PromptRegistry
+from softprompt.storage import load_prompt
 
 
 @pytest.fixture(scope="module")
@@ -373,6 +376,21 @@ def test_a_job_that_fails_on_its_validation_file_names_it(server: tuple[OpenAI, 
     job = wait_for_end(client, create_job(client, training, {"epochs": 1}, validation_file=validation).id)
     assert job.status == "failed" and job.error
     assert (job.error.param, job.error.code) == ("validation_file", "invalid_file") and validation in job.error.message
+
+
+def test_a_job_on_a_gguf_file_equals_the_command_on_it(tmp_path: Path) -> None:
+    file, rows = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in plain_rows()))
+    flags = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)]
+    command = ("train", "--base", file, "--data", rows, "--text-column", "text", "--dtype", "float32", *flags)
+    with job_server(load_base(str(file), dtype="float32"), tmp_path / "state") as (client, app):
+        done = wait_for_success(client, create_job(client, upload(client, plain_rows())).id)
+        mine = served_prompt(app, str(done.fine_tuned_model))
+    succeed(*command, "--out", tmp_path / "prompt")
+    assert same_bits(mine, load_prompt(tmp_path / "prompt"))
+    assert mine.record.base_fingerprint == load_prompt(tmp_path / "prompt").record.base_fingerprint
+    succeed(*command, "--out", tmp_path / "other", "--seed", 1)
+    assert not same_bits(mine, load_prompt(tmp_path / "other"))  # the control
 
 
 @pytest.mark.skipif(not can_prepack_float32(torch.zeros(2, 2)), reason="here torch has no second way with other bits")
