@@ -38,7 +38,7 @@ class TestGenerate:
 
     def test_json(self, generate):
         (answer,) = generate("w5 w6", "--min-new-tokens", 8, "--json").json
-        assert set(answer) == {"text", "finish_reason", "ids", "log_probs"}
+        assert set(answer) == {"text", "finish_reason", "ids", "log_probs", "weights"}
         assert len(answer["ids"]) == len(answer["log_probs"]) == 8
         assert answer["finish_reason"] == "length"
         assert answer["text"].split() == [f"w{token}" for token in answer["ids"]]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from softprompt.base.cache import VARIABLE
 from softprompt.config import BaseConfig, EngineConfig, ServerConfig
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -23,7 +24,7 @@ SETTINGS = {f"SOFTPROMPT_{item.name.upper()}" for kind in (BaseConfig, ServerCon
 def test_every_setting_named_in_deploy_exists(path):
     named = set(re.findall(r"SOFTPROMPT_[A-Z_]+", path.read_text()))
     assert named
-    assert named <= SETTINGS
+    assert named <= {*SETTINGS, VARIABLE}
 
 
 def test_the_units_stop_timeout_covers_drain_and_checkpoint():
