@@ -1,12 +1,15 @@
 """What prompts reach by which recipe: the table of docs/quality.md.
 
     python benchmarks/quality.py ../shared/data --out build/quality
+    python benchmarks/quality.py ../shared/data --out build/quality --base smollm2     # a real base, other contenders
 
 Every recipe trains on the same rows for the same epochs. The grid is tried with two seeds first; the six of each length
 that validate best are tried with five, and of those the best by validation is the one to reach. All scores are of the
 test rows: nats per text token (or per token of the label), and accuracy by label likelihood where there are labels.
 `--recipe '{"relative_learning_rate": 1}'` measures another recipe too; `--skip-grid` leaves the grid out.
 What was measured is kept in --out, one JSON file per case, and not measured again.
+
+On SmolLM2 there is no grid: its contenders are those of quality_real.py, and each is kept as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from quality_cases import LENGTHS, Case, Settings, grid, make_case, peers
+import quality_real
+from quality_cases import LENGTHS, Case, Settings, grid, make_case, make_real_case, peers
 
 from softprompt import SoftPrompt, TrainConfig
 from softprompt.data import build_examples
@@ -30,6 +34,7 @@ CASES = (
     "quotes-25", "quotes-200", "roles-50", "sst2-200", "embedded-quotes-25", "embedded-coach-50", "embedded-reviews-50",
     "embedded-reviews-200",
 )  # fmt: skip
+REAL_CASES = ("quotes-25", "roles-50", "sst2-50", "sst2-200")
 EPOCHS = 6
 SEEDS = (0, 1, 2, 3, 4)
 FIRST_SEEDS, FINALISTS = SEEDS[:2], 12
@@ -131,8 +136,11 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     flags = parse()
     flags.out.mkdir(parents=True, exist_ok=True)
+    if flags.base == "smollm2":
+        run_real(flags)
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        for name in flags.cases.split(","):
+        for name in (flags.cases or ",".join(CASES)).split(","):
             case = make_case(name, flags.material, Path(scratch))
             measured = Measured(case, flags.out / f"{name}.json")
             measured.bare()
@@ -145,13 +153,21 @@ def main() -> None:
             show(measured, named, {} if flags.skip_grid else run_grid(measured))
 
 
+def run_real(flags: argparse.Namespace) -> None:
+    names = (flags.cases or ",".join(REAL_CASES)).split(",")
+    cases = [make_real_case(name, flags.material, flags.test_rows) for name in names]
+    quality_real.run(cases, flags.out, flags.seeds, {text: json.loads(text) for text in flags.recipe})
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "material", type=Path, help="folder with models/, english-quotes/, awesome-chatgpt-prompts/, sst2/"
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--base", choices=("small", "smollm2"), default="small", help="small: the two of the tables")
+    parser.add_argument("--cases", help=f"of {', '.join(CASES)}; of SmolLM2: {', '.join(REAL_CASES)}, or other counts")
+    parser.add_argument("--test-rows", type=int, help="of SmolLM2's sets at most, for a quick look")
     parser.add_argument("--recipe", action="append", default=[], help="settings as JSON, to measure beside the default")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--skip-grid", action="store_true")

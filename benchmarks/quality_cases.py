@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from softprompt import Base, DataConfig, load_base, read_rows
+from softprompt import Base, DataConfig, load_base, read_rows, rows_from_records
 from softprompt.data import Rows
 from softprompt.data.rows import with_labels
 from softprompt.demo.tasks import REVIEW_COMPLETION, REVIEW_TEMPLATE
@@ -21,6 +22,7 @@ Settings = dict[str, Any]
 SST2_NAMES = {"0": "negative", "1": "positive"}
 LENGTHS = (4, 20)  # of the grid
 HELD_OUT = 200  # rows that choose among the grid, and as many again that score, where there are so many
+REAL_TEXTS, REAL_LABELS = 100, 400  # test rows of the real base
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,45 @@ def _reviews(name: str, count: int, material: Path, scratch: Path) -> Case:
     return _halved(name, train, held_out, count, "Say whether the review is positive or negative.")
 
 
+def make_real_case(name: str, material: Path, num_test: int | None = None) -> Case:
+    """A set of the real base by name; what chooses is the contender's own part of the training rows."""
+    kind, _, count = name.rpartition("-")
+    train, test, instruction = _REAL_MAKERS[kind](material, int(count))
+    scored = test.select(range(min(len(test), num_test or len(test))))
+    return Case(f"smollm2-{name}", _smollm2(), train, train.select(()), scored, instruction)
+
+
+def _real_quotes(material: Path, count: int) -> tuple[Rows, Rows, str]:
+    return (*_ends(material / "english-quotes" / "quotes.jsonl", "quote", count), "A wise quote about life and love:\n")
+
+
+def _real_roles(material: Path, count: int) -> tuple[Rows, Rows, str]:
+    return (*_ends(material / "awesome-chatgpt-prompts" / "prompts.csv", "prompt", count), "I want you to act as a")
+
+
+def _ends(source: Path, column: str, count: int) -> tuple[Rows, Rows]:
+    """The first rows to train on, the last ones to score."""
+    rows = read_rows(DataConfig(data=str(source), text_column=column))
+    return rows.select(range(count)), rows.select(range(len(rows) - REAL_TEXTS, len(rows)))
+
+
+def _real_sst2(material: Path, count: int) -> tuple[Rows, Rows, str]:
+    train = _sst2_rows(material / "sst2" / "train.txt", 5).select(range(count))
+    test = _sst2_rows(material / "sst2" / "test.txt", 3).select(range(REAL_LABELS))
+    return train, test, "Say whether the review is positive or negative.\n"
+
+
+def _sst2_rows(source: Path, seed: int) -> Rows:
+    """The rows of a file, shuffled."""
+    lines = source.read_text(encoding="utf-8", errors="replace").splitlines()
+    random.Random(seed).shuffle(lines)
+    pairs = [line.partition(" ")[::2] for line in lines]
+    records = [{"text": text, "label": SST2_NAMES[label]} for label, text in pairs]
+    return with_labels(
+        rows_from_records(records, source=str(source), template=REVIEW_TEMPLATE, completion=REVIEW_COMPLETION)
+    )
+
+
 def _halved(name: str, train: Rows, held_out: Rows, count: int, instruction: str) -> Case:
     """The embedded sets: of the held-out rows, whose classes take turns, the first half chooses, the second scores."""
     half = len(held_out) // 2
@@ -113,6 +154,11 @@ def _embedded() -> Base:
     return load_base("embedded", dtype="float32")
 
 
+@cache
+def _smollm2() -> Base:
+    return load_base("smollm2", dtype="float32", device="cpu")
+
+
 def _sst2_csv(source: Path, target: Path, num_rows: int) -> Path:
     """The first rows of each class, in turn, so that both are as many."""
     rows: dict[str, list[str]] = {"0": [], "1": []}
@@ -135,6 +181,7 @@ _MAKERS = {
     "embedded-coach": _coach,
     "embedded-reviews": _reviews,
 }
+_REAL_MAKERS = {"quotes": _real_quotes, "roles": _real_roles, "sst2": _real_sst2}
 
 
 def peers(instruction: str) -> dict[str, Settings]:
