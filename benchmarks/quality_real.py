@@ -58,7 +58,7 @@ class Contender:
     run: Callable[[Case, int], Result]
     settings: Settings
     seeded: bool = False
-    epochs: int = 0  # over the training rows, for the estimate of the time
+    passes: float = 0  # over the training rows, counted in forward passes, for the estimate of the time
 
 
 class Bench:
@@ -90,7 +90,7 @@ class Bench:
             return 0.0
         train_tokens, test_tokens = (_num_tokens(self.case.base, rows) for rows in (self.case.train, self.case.test))
         scored = test_tokens * max(1, len(self.case.train.form.labels))
-        tokens = sum(scored + item.epochs * TRAINING_COST * train_tokens for item, _ in self.missing)
+        tokens = sum(scored + item.passes * train_tokens for item, _ in self.missing)
         return tokens * self._seconds_per_token()
 
     def _seconds_per_token(self) -> float:
@@ -154,9 +154,10 @@ def paired(found: Sequence[Result], bare: Result) -> tuple[float, float, float]:
 
 def _contenders(case: Case, folder: Path, others: dict[str, Settings]) -> Iterator[Contender]:
     if case.has_labels:
-        yield Contender(BARE, _best_template, {"templates": list(WRITTEN_TEMPLATES)})
+        passes = len(WRITTEN_TEMPLATES) * len(case.train.form.labels)
+        yield Contender(BARE, _best_template, {"templates": list(WRITTEN_TEMPLATES)}, passes=passes)
         yield Contender("bag of words", _bag_of_words, {})
-        yield Contender("linear probe", _linear_probe, {"cs": PROBE_CS.tolist()})
+        yield Contender("linear probe", _linear_probe, {"cs": PROBE_CS.tolist()}, passes=1)
     else:
         yield Contender(BARE, lambda case, _: _scored(case, None, time.perf_counter()), {})
         yield Contender("an instruction's words", _instruction, {"instruction": case.instruction})
@@ -178,7 +179,7 @@ def _trained(name: str, settings: Settings, folder: Path) -> Contender:
         return _scored(case, result.prompt, began, f"training loss {statistics.mean(result.losses[-10:]):.2f}")
 
     config = TrainConfig(**settings)
-    return Contender(name, run, asdict(config), seeded=True, epochs=config.epochs)
+    return Contender(name, run, asdict(config), seeded=True, passes=config.epochs * TRAINING_COST)
 
 
 def _prompt_folder(folder: Path, case: Case, name: str, seed: int) -> Path:
