@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +130,31 @@ def test_a_norm_with_gradient_is_the_familys_own() -> None:
     with FrozenLinearKernels().active():
         module(hidden).sum().backward()
     assert hidden.grad is not None
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_the_products_for_older_processors_pass_these_tests_too(capability: str) -> None:
+    """torch's own switch says which of the compiled products are used; a processor without AVX2 has the last alone."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    shown = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
+    ran = subprocess.run([sys.executable, "-c", shown], env=environment, capture_output=True, text=True, check=True)
+    if ran.stdout.strip() != capability:
+        pytest.skip(f"torch cannot be held to {capability} on this processor")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not medium",
+        "-k",
+        "not norm",
+        __file__,
+    ]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout[-2000:]
+    assert again.stdout.count(".") > 20
+    assert "[100%]" in again.stdout

@@ -14,8 +14,9 @@ from support.app_server import AppServer, app_server, events_of, words
 from support.tiny_bases import build_base, build_model
 
 from softprompt.base import Base
-from softprompt.config import TrainConfig
+from softprompt.config import EngineConfig, TrainConfig
 from softprompt.data import rows_from_records
+from softprompt.families.native import native_library
 from softprompt.prompt import SoftPrompt
 from softprompt.server.dependencies import dependency_of
 from softprompt.server.errors import ApiError
@@ -256,6 +257,19 @@ def test_the_fingerprint_is_of_base_and_prompt(place, base, prompts):
     assert fingerprint("ends", "/v1/chat/completions", **chat) == fingerprint("ends")
     dependency_of(place.app, PromptRegistry).publish(Model(id="again", prompt=prompts["ends"]))
     assert fingerprint("again") == fingerprint("ends")
+
+
+@pytest.mark.skipif(native_library() is None, reason="the C library was not compiled")
+def test_a_server_with_int8_weights_says_so_in_its_fingerprint(tmp_path):
+    wide = build_base(hidden_size=64, intermediate_size=96)
+    body = {"model": "base", "prompt": "w3", "max_tokens": 3, "logprobs": 0, "ignore_eos": True}
+    found = {}
+    for weights in ("loaded", "int8"):
+        with app_server(wide, tmp_path / weights, {}, EngineConfig(weights=weights)) as server:
+            found[weights] = server.post("/v1/completions", body).json()
+    assert found["int8"]["system_fingerprint"] == f"{found['loaded']['system_fingerprint']}_int8"
+    log_probs = [found[weights]["choices"][0]["logprobs"]["token_logprobs"] for weights in found]
+    assert log_probs[0] != log_probs[1]
 
 
 def test_the_root_says_what_this_is_and_the_version_is_as_vllm_has_it(place):

@@ -71,11 +71,13 @@ def command(
         soft = load_prompt(resolve_prompt(prompt, library), base, force=force) if prompt is not None else None
     for note in stop_notes(base, sampling.stop):
         say(f"note: {note}")
-    answer = _label_answers if _is_among_labels(soft, sampling, raw) else _generated
     config = config_of(EngineConfig, flags)
-    answers = answer(base, soft, inputs, sampling, raw, config)
-    if config.weights == "int8" and answer is _generated:
-        say(f"note: {int8_note(base)}")
+    if soft is not None and _is_among_labels(soft, sampling, raw):
+        answers = _label_answers(base, soft, inputs)
+    else:
+        answers = _generated(base, soft, inputs, sampling, raw, config)
+        if config.weights == "int8":
+            say(f"note: {int8_note(base)}")
     if as_json:
         print_json(answers)
         return
@@ -97,8 +99,8 @@ def _inputs(texts: Sequence[str], fields: Sequence[str], messages: Sequence[str]
     return [parse_messages(messages)] if messages else list(texts)
 
 
-def _is_among_labels(soft: SoftPrompt | None, sampling: SamplingConfig, raw: bool) -> bool:
-    return soft is not None and bool(soft.record.form.labels) and not raw and not sampling.is_guided
+def _is_among_labels(soft: SoftPrompt, sampling: SamplingConfig, raw: bool) -> bool:
+    return bool(soft.record.form.labels) and not raw and not sampling.is_guided
 
 
 def _generated(
@@ -122,19 +124,11 @@ def _generated(
     ]  # fmt: skip
 
 
-def _label_answers(
-    base: Base,
-    soft: SoftPrompt | None,
-    inputs: Sequence[Input],
-    sampling: SamplingConfig,
-    raw: bool,
-    config: EngineConfig,
-) -> list[Mapping[str, Any]]:
+def _label_answers(base: Base, soft: SoftPrompt, inputs: Sequence[Input]) -> list[Mapping[str, Any]]:
     """The likeliest labels, computed as in `compare`."""
     from softprompt.data import template_text
     from softprompt.evaluation import label_answers
 
-    assert soft is not None
     idle = sorted(given_flags() & {*SamplingConfig.__dataclass_fields__, "weights"})
     if idle:
         say(f"note: --{idle[0].replace('_', '-')} has no effect on an answer among labels; --raw generates freely")

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from softprompt.base import Base
-from softprompt.config import DataConfig, SamplingConfig, TrainConfig
+from softprompt.config import SamplingConfig, TrainConfig
 from softprompt.data import Rows, build_examples, render_row, split_rows
 from softprompt.demo.job import Say, lay_out_data
 from softprompt.demo.peers import peft_prompt
-from softprompt.demo.tasks import INPUTS, REVIEW_COMPLETION, REVIEW_TEMPLATE, Task
-from softprompt.embedded import data_file
+from softprompt.demo.tasks import INPUTS, TASKS, Task
 from softprompt.evaluation import Comparison, Interval, compare, paired_interval, verdict_of
 from softprompt.families import forward_of
 from softprompt.loss import score_examples
@@ -44,15 +43,11 @@ class RealTask(Task):
     with_peft: bool = False
 
 
+_DATA = {task.name: task.data for task in TASKS}
 REAL_TASKS = (
     RealTask(
         name="coach",
-        data=DataConfig(
-            data=str(data_file("coach-prompts.csv")),
-            text_column="prompt",
-            rows=50,
-            test=str(data_file("coach-prompts-heldout.csv")),
-        ),
+        data=_DATA["coach"],
         train=TrainConfig(virtual_tokens=4, epochs=6),
         num_test=30,
         written=(
@@ -62,12 +57,7 @@ REAL_TASKS = (
     ),
     RealTask(
         name="quotes",
-        data=DataConfig(
-            data=str(data_file("quotes.jsonl")),
-            text_column="quote",
-            rows=25,
-            test=str(data_file("quotes-heldout.jsonl")),
-        ),
+        data=replace(_DATA["quotes"], rows=25),
         train=TrainConfig(virtual_tokens=4, epochs=6),
         num_test=60,
         written=("Write an inspiring quote about love, hope and kindness.\n", "A quote about friendship: "),
@@ -75,13 +65,7 @@ REAL_TASKS = (
     ),
     RealTask(
         name="reviews",
-        data=DataConfig(
-            data=str(data_file("reviews.csv")),
-            template=REVIEW_TEMPLATE,
-            completion=REVIEW_COMPLETION,
-            rows=64,
-            test=str(data_file("reviews-heldout.csv")),
-        ),
+        data=replace(_DATA["reviews"], rows=64),
         train=TrainConfig(virtual_tokens=8, epochs=2),
         num_test=80,
     ),

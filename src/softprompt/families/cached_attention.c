@@ -13,11 +13,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bfloat16.h"
+
 #define LANES 16
 typedef float vec __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t half_vec __attribute__((vector_size(32), aligned(2)));
 typedef uint32_t word_vec __attribute__((vector_size(64)));
-#define INLINE static inline __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -40,20 +41,6 @@ typedef struct { /* `_Task` of cached_attention.py, field by field */
     void *keys, *values;      /* the buffer */
     void *out;                /* [S, h, dv] */
 } Task;
-
-INLINE float widened(uint16_t half) {
-    uint32_t word = (uint32_t)half << 16;
-    float out;
-    memcpy(&out, &word, 4);
-    return out;
-}
-
-INLINE uint16_t rounded(float value) { /* to the nearest bfloat16, ties to even */
-    uint32_t word;
-    memcpy(&word, &value, 4);
-    if ((word & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return (uint16_t)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-}
 
 INLINE vec load(const void *from, int64_t index, int is_bfloat16) {
     vec out;

@@ -9,7 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "bfloat16.h"
+
 #define UNROLLED _Pragma("GCC unroll 8")
 #define GROUP 32 /* inputs that share a scale */
 #define PANEL 24 /* outputs that a thread computes at once, a multiple of OUT */
@@ -30,20 +31,6 @@ typedef struct {
 } Linear;
 
 typedef void (*Kernel)(const Linear *, int64_t, int64_t, float *);
-
-INLINE float widened(uint16_t half) {
-    uint32_t word = (uint32_t)half << 16;
-    float out;
-    memcpy(&out, &word, 4);
-    return out;
-}
-
-INLINE uint16_t rounded(float value) { /* to the nearest bfloat16, ties to even */
-    uint32_t word;
-    memcpy(&word, &value, 4);
-    if ((word & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return (uint16_t)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-}
 
 INLINE float one_weight(const void *from, int64_t at, int storage) { /* int8 weights have no tail */
     return storage == BFLOAT16 ? widened(((const uint16_t *)from)[at]) : ((const float *)from)[at];

@@ -11,15 +11,13 @@ T rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from softprompt.families.native import native_library
+from softprompt.families.native import native_function, native_library
 
 MAX_ROWS = 64  # with more of them the blocks of a library are as fast
 GROUP = 32  # inputs of an int8 weight that share a scale, as in llama.cpp's Q8_0
@@ -89,7 +87,7 @@ def thin_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, scales
     rows = rows.contiguous()  # nothing, of rows that are
     num_outputs, num_inputs = weight.shape
     out = rows.new_empty(*rows.shape[:-1], num_outputs)
-    failed = _function()(
+    failed = native_function("softprompt_thin_linear", "nnnnnnppppp")(
         rows.numel() // num_inputs, num_inputs, num_outputs,
         _STORAGES[weight.dtype], rows.dtype is torch.bfloat16, _generation(), rows.data_ptr(), weight.data_ptr(),
         None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
@@ -97,15 +95,6 @@ def thin_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, scales
     if failed:
         raise MemoryError("no memory for the panels of a product")
     return out
-
-
-@cache
-def _function() -> Any:  # Any: a function of ctypes
-    library = native_library()
-    assert library is not None
-    function = library.softprompt_thin_linear
-    function.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_void_p] * 5
-    return function
 
 
 @cache
@@ -129,15 +118,6 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019, 1910.07467) of rows [..., D] by `rms_norm.c`. No gradient."""
     out = torch.empty_like(hidden)
     width = hidden.shape[-1]
-    _rms_norm_function()(hidden.numel() // width, width, epsilon, hidden.data_ptr(), weight.data_ptr(), out.data_ptr())
+    normalise = native_function("softprompt_rms_norm", "nnfppp")
+    normalise(hidden.numel() // width, width, epsilon, hidden.data_ptr(), weight.data_ptr(), out.data_ptr())
     return out
-
-
-@cache
-def _rms_norm_function() -> Any:  # Any: a function of ctypes
-    library = native_library()
-    assert library is not None
-    function = library.softprompt_rms_norm
-    function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_float, *[ctypes.c_void_p] * 3]
-    function.restype = None
-    return function
