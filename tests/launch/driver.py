@@ -133,11 +133,15 @@ def run(ranks: Ranks) -> dict[str, Any]:
 if __name__ == "__main__":
     own = ranks_of_environment("cpu")
     assert not isinstance(own, Alone), "no launcher started this"
-    with one_voice(own):
-        print(f"rank {own.rank} speaks")
-        print(f"rank {own.rank} complains", file=sys.stderr)
-        torch.save(run(own), Path(sys.argv[1]) / f"rank-{own.rank}.pt")
-        if "rank-1-fails" in sys.argv and own.rank == 1:
-            raise DataError("rank 1 cannot go on")  # and rank 0 waits for it
+    code = 0
+    try:
+        with one_voice(own):
+            print(f"rank {own.rank} speaks")
+            print(f"rank {own.rank} complains", file=sys.stderr)
+            torch.save(run(own), Path(sys.argv[1]) / f"rank-{own.rank}.pt")
+            if "rank-1-fails" in sys.argv and own.rank == 1:
+                raise DataError("rank 1 cannot go on")  # and rank 0 waits for it
+    except SystemExit as ended:
+        code = int(str(ended.code))
     sys.stdout.flush()
-    os._exit(0)  # as the command line does
+    os._exit(code)  # as the command line does: in the interpreter's shutdown torch's threads have aborted

@@ -70,6 +70,19 @@ def test_a_crash_of_another_shows_its_traceback(capfd):
     assert said.endswith("ZeroDivisionError: division by zero\n")
 
 
+@pytest.mark.parametrize("first", ["os.abort()", "time.sleep(0.2); os.abort()"])
+def test_an_error_of_another_is_shown_where_the_first_aborted_for_want_of_it(first, capfd):
+    """Threads of torch's collectives may abort when another process leaves."""
+    code, _, said = run(f"if rank == 0: {first}\nif rank == 2: time.sleep(0.1); 1 / 0\nsys.exit(3)", capfd)
+    assert code == 1
+    assert said.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_an_abort_that_no_other_explains_is_named(capfd):
+    code, _, said = run("if rank == 0: os.abort()\nsys.exit(3)", capfd)
+    assert (code, said.split(";")[0]) == (134, "softprompt: process 0 of 3 was ended by SIGABRT")
+
+
 def test_the_others_may_end_a_little_later(capfd, tmp_path):
     body = f"time.sleep(0.3 * rank); open({str(tmp_path)!r} + f'/{{rank}}', 'w')"
     assert run(body, capfd)[0] == 0

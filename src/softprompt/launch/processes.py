@@ -130,6 +130,11 @@ class _Member:
         """By itself, not because another had gone."""
         return self.process.poll() not in (None, 0, PEERS_LEFT)
 
+    @property
+    def has_aborted(self) -> bool:
+        """As threads of torch's collectives do at times when another process has left."""
+        return self.process.poll() == -signal.SIGABRT
+
 
 def _start(command: Sequence[str], rank: int, count: int, folder: Path) -> _Member:
     words = folder / f"stderr-{rank}"
@@ -184,17 +189,21 @@ def _wait(group: Sequence[_Member]) -> _Member | None:
         give_up = min(give_up, time.monotonic() + _PATIENCE_S) if failed is not None else math.inf
         time.sleep(_POLL_S)
     _let_others_end(group)
-    return failed or _failed(group)
+    if failed is None or failed.has_aborted:
+        return _failed(group)
+    return failed
 
 
 def _failed(group: Sequence[_Member]) -> _Member | None:
-    return next((member for member in group if member.has_failed), None)
+    """The first that failed by itself; one that aborted only if no other did, whose end it may be the result of."""
+    failed = [member for member in group if member.has_failed]
+    return min(failed, key=lambda member: member.has_aborted, default=None)
 
 
 def _let_others_end(group: Sequence[_Member]) -> None:
-    """By themselves, where the first process went well or has lost them."""
+    """By themselves, where the first process went well, has lost them, or aborted as it may when it loses them."""
     give_up = time.monotonic() + _PATIENCE_S
-    while group[0].process.poll() in (0, PEERS_LEFT) and time.monotonic() < give_up:
+    while group[0].process.poll() in (0, PEERS_LEFT, -signal.SIGABRT) and time.monotonic() < give_up:
         if all(member.process.poll() is not None for member in group):
             return
         time.sleep(_POLL_S)
