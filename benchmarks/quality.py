@@ -34,7 +34,9 @@ CASES = (
     "quotes-25", "quotes-200", "roles-50", "sst2-200", "embedded-quotes-25", "embedded-coach-50", "embedded-reviews-50",
     "embedded-reviews-200",
 )  # fmt: skip
-REAL_CASES = ("quotes-25", "roles-50", "sst2-50", "sst2-200")
+REAL_CASES = (
+    "quotes-25", "quotes-200", "roles-50", "sst2-50", "sst2-200", "sst2-1000", "topics-200", "records-200", "chat-100",
+)  # fmt: skip
 EPOCHS = 6
 SEEDS = (0, 1, 2, 3, 4)
 FIRST_SEEDS, FINALISTS = SEEDS[:2], 12

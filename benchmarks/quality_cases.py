@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import quality_generated as generated
 
 from softprompt import Base, DataConfig, load_base, read_rows, rows_from_records
 from softprompt.data import Rows
 from softprompt.data.rows import with_labels
-from softprompt.demo.tasks import REVIEW_COMPLETION, REVIEW_TEMPLATE
+from softprompt.demo.tasks import REVIEW_COMPLETION, REVIEW_TEMPLATE, WRITTEN_TEMPLATES
 from softprompt.embedded import data_file
 
 Settings = dict[str, Any]
@@ -35,10 +37,16 @@ class Case:
     validation: Rows
     test: Rows
     instruction: str  # what a written start would say
+    templates: tuple[str, ...] = ()  # what a person would write instead of a prompt; none for plain texts and chats
 
     @property
     def has_labels(self) -> bool:
         return bool(self.train.form.labels)
+
+    @property
+    def has_exact_answers(self) -> bool:
+        """Whether each row has the one right answer, which is no label."""
+        return self.train.form.kind == "template" and not self.has_labels
 
 
 def make_case(name: str, material: Path, scratch: Path) -> Case:
@@ -82,20 +90,40 @@ def _reviews(name: str, count: int, material: Path, scratch: Path) -> Case:
     return _halved(name, train, held_out, count, "Say whether the review is positive or negative.")
 
 
-def make_real_case(name: str, material: Path, num_test: int | None = None) -> Case:
+class RealSet(NamedTuple):
+    """The rows of a set of the real base; no row's text is in both parts."""
+
+    train: Rows
+    test: Rows
+    instruction: str
+    templates: tuple[str, ...] = ()
+
+
+def make_real_case(name: str, material: Path, num_test: int | None = None, dtype: str = "float32") -> Case:
     """A set of the real base by name; what chooses is the contender's own part of the training rows."""
-    kind, _, count = name.rpartition("-")
-    train, test, instruction = _REAL_MAKERS[kind](material, int(count))
+    train, test, instruction, templates = real_set(name, material)
     scored = test.select(range(min(len(test), num_test or len(test))))
-    return Case(f"smollm2-{name}", _smollm2(), train, train.select(()), scored, instruction)
+    return Case(f"smollm2-{name}", _smollm2(dtype), train, train.select(()), scored, instruction, templates)
 
 
-def _real_quotes(material: Path, count: int) -> tuple[Rows, Rows, str]:
-    return (*_ends(material / "english-quotes" / "quotes.jsonl", "quote", count), "A wise quote about life and love:\n")
+def real_set(name: str, material: Path) -> RealSet:
+    """By kind and number of training rows, such as "sst2-200". Raises SystemExit for another name."""
+    kind, _, count = name.rpartition("-")
+    if kind not in _REAL_SETS or not count.isdecimal() or not int(count):
+        raise SystemExit(f"{name!r} is no set; give a kind and a number of rows ({'-N, '.join(_REAL_SETS)}-N)")
+    return _REAL_SETS[kind](material, int(count))
 
 
-def _real_roles(material: Path, count: int) -> tuple[Rows, Rows, str]:
-    return (*_ends(material / "awesome-chatgpt-prompts" / "prompts.csv", "prompt", count), "I want you to act as a")
+def _real_quotes(material: Path, count: int) -> RealSet:
+    return RealSet(
+        *_ends(material / "english-quotes" / "quotes.jsonl", "quote", count), "A wise quote about life and love:\n"
+    )
+
+
+def _real_roles(material: Path, count: int) -> RealSet:
+    return RealSet(
+        *_ends(material / "awesome-chatgpt-prompts" / "prompts.csv", "prompt", count), "I want you to act as a"
+    )
 
 
 def _ends(source: Path, column: str, count: int) -> tuple[Rows, Rows]:
@@ -104,10 +132,30 @@ def _ends(source: Path, column: str, count: int) -> tuple[Rows, Rows]:
     return rows.select(range(count)), rows.select(range(len(rows) - REAL_TEXTS, len(rows)))
 
 
-def _real_sst2(material: Path, count: int) -> tuple[Rows, Rows, str]:
+def _real_sst2(material: Path, count: int) -> RealSet:
     train = _sst2_rows(material / "sst2" / "train.txt", 5).select(range(count))
     test = _sst2_rows(material / "sst2" / "test.txt", 3).select(range(REAL_LABELS))
-    return train, test, "Say whether the review is positive or negative.\n"
+    return RealSet(train, test, "Say whether the review is positive or negative.\n", WRITTEN_TEMPLATES)
+
+
+def _topics(material: Path, count: int) -> RealSet:
+    parts = generated.tickets(count, REAL_LABELS)
+    form = {"template": generated.TICKET_TEMPLATE, "completion": generated.TICKET_COMPLETION}
+    train, test = (with_labels(rows_from_records(part, source="tickets", **form)) for part in parts)
+    return RealSet(train, test, generated.TICKET_INSTRUCTION, generated.TICKET_TEMPLATES)
+
+
+def _records(material: Path, count: int) -> RealSet:
+    parts = generated.records(count, REAL_TEXTS)
+    form = {"template": generated.RECORD_TEMPLATE, "completion": generated.RECORD_COMPLETION}
+    train, test = (rows_from_records(part, source="notes", **form) for part in parts)
+    return RealSet(train, test, generated.RECORD_INSTRUCTION, generated.RECORD_TEMPLATES)
+
+
+def _chat(material: Path, count: int) -> RealSet:
+    parts = generated.chats(count, REAL_TEXTS)
+    train, test = (rows_from_records(part, source="chats", messages_column="messages") for part in parts)
+    return RealSet(train, test, generated.CHAT_INSTRUCTION)
 
 
 def _sst2_rows(source: Path, seed: int) -> Rows:
@@ -155,8 +203,8 @@ def _embedded() -> Base:
 
 
 @cache
-def _smollm2() -> Base:
-    return load_base("smollm2", dtype="float32", device="cpu")
+def _smollm2(dtype: str) -> Base:
+    return load_base("smollm2", dtype=dtype, device="cpu")
 
 
 def _sst2_csv(source: Path, target: Path, num_rows: int) -> Path:
@@ -181,7 +229,10 @@ _MAKERS = {
     "embedded-coach": _coach,
     "embedded-reviews": _reviews,
 }
-_REAL_MAKERS = {"quotes": _real_quotes, "roles": _real_roles, "sst2": _real_sst2}
+_REAL_SETS = {
+    "quotes": _real_quotes, "roles": _real_roles, "sst2": _real_sst2, "topics": _topics, "records": _records,
+    "chat": _chat,
+}  # fmt: skip
 
 
 def peers(instruction: str) -> dict[str, Settings]:
