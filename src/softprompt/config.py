@@ -20,6 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
 Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
+Loss = Literal["auto", "tokens", "labels"]
 Kernels = Literal["measured", "fixed"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Weights = Literal["loaded", "int8"]
@@ -129,6 +130,11 @@ class TrainConfig:
     )
     init_text: str | None = option(
         None, "Instruction whose embeddings are the initial vectors, for --init text.", typed=True
+    )
+    loss: Loss = option(
+        "auto",
+        "What is trained: tokens, to write each next token among the whole vocabulary; or labels, to choose the right "
+        "one of the data's labels, with a small share of tokens. Default: tokens.",
     )
     epochs: int = option(6, "Passes over the training rows.")
     max_steps: int | None = option(None, "Optimiser steps at most.")

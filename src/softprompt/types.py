@@ -6,7 +6,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FormKind = Literal["plain", "template", "chat"]
 
@@ -60,6 +60,13 @@ class InputForm:
         return cls(**{**record, "labels": tuple(record.get("labels", ()))})
 
 
+class Branch(NamedTuple):
+    """Where a row's label could become another one: the ids that come next in the labels that begin as it does."""
+
+    column: int  # of the id among the row's ids
+    ids: tuple[int, ...]  # sorted; the row's own is one of them
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One training row as token ids.
@@ -75,6 +82,7 @@ class Example:
     num_special: int
     has_eos: bool  # the last id is EOS; its loss is trained on but reported apart
     row: int  # zero-based index of the row in its source
+    branches: tuple[Branch, ...] = ()  # of its label, in order; none where the rows have no labels
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.target_mask), (len(self.ids), len(self.target_mask))

@@ -130,3 +130,33 @@ def test_the_report_says_what_was_read(llama_base):
 def test_the_example_shows_the_prompt_uncounted(byte_base):
     made = build_examples(byte_base, rows_from_records(REVIEWS, **FORM), eos=True, max_length=200)
     assert made.report.example == "[soft prompt]Review: a good film\nSentiment:⟦ positive<|endoftext|>⟧"
+
+
+def walked(base, prompt, own, labels):
+    """The ids of the labels that begin as the row's own, behind its prompt, at each of its ids, and at its end."""
+    end = () if base.eos_id is None else (base.eos_id,)
+    paths = [completion_ids(base, prompt, label) + end for label in labels]
+    path = completion_ids(base, prompt, own) + end
+    return [
+        {other[i] for other in paths if other[: i + 1][:-1] == path[:i] and i < len(other)} for i in range(len(path))
+    ]
+
+
+@pytest.mark.parametrize("template", ["Review: {text}\nSentiment:", "{text} "])
+def test_branches_are_where_labels_differ_behind_each_rows_own_prompt(any_base, template):
+    labels = ("positive", "pos", "negative", "neither")
+    rows = [{"text": f"a {word} film", "label": label} for label in labels for word in ("good", "bad")]
+    completion = " {label}" if template.endswith(":") else "{label}"
+    made = build_examples(
+        any_base, rows_from_records(rows, template=template, completion=completion), eos=True, max_length=200
+    )
+    for row, example in zip(rows, made.examples, strict=True):
+        prompt = template.format(text=row["text"])
+        first = len(any_base.bos_ids) + len(any_base.encode(prompt))
+        nodes = walked(any_base, prompt, completion.format(**row), made.form.labels)
+        expected = [(first + i, tuple(sorted(ids))) for i, ids in enumerate(nodes) if len(ids) > 1]
+        assert [tuple(branch) for branch in example.branches] == expected != []
+        assert all(example.ids[column] in ids for column, ids in example.branches)
+    assert not any(
+        each.branches for each in build_examples(any_base, rows_from_texts(["a", "b"]), eos=True, max_length=9).examples
+    )

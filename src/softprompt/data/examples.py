@@ -16,9 +16,9 @@ from softprompt.base import Base
 from softprompt.compute_share import yield_point
 from softprompt.data.chat import ChatIds, chat_ids
 from softprompt.data.rows import Rows, RowText, labelled_form, render_rows, text_hash
-from softprompt.data.tokens import completion_ids, first_ids
+from softprompt.data.tokens import completion_ids, first_ids, label_branches
 from softprompt.errors import DataError, EncodingError, LengthError
-from softprompt.types import DataReport, Example, ExampleSet
+from softprompt.types import Branch, DataReport, Example, ExampleSet
 
 
 class _Encoded(NamedTuple):
@@ -26,18 +26,19 @@ class _Encoded(NamedTuple):
     is_truncated: bool  # the length limit cut some ids off
 
 
-def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> ExampleSet:
+def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int, branches: bool = True) -> ExampleSet:
     """The rows as examples of at most `max_length` ids each (the soft prompt not counted).
 
     EOS is a target if `eos` and the base has one. A row without anything to learn is skipped and reported; a longer
-    one is cut, gets no EOS and is reported.
+    one is cut, gets no EOS and is reported. `branches` finds where labels differ, for a loss among them.
     Raises DataError, naming the row, for one that cannot be used, and where no row is left; LengthError where BOS
     alone fills `max_length`.
     """
     if max_length <= len(base.bos_ids):
         raise LengthError(f"max_length is {max_length} tokens; no text fits behind the soft prompt")
     texts = render_rows(rows)
-    encoder = _Encoder(base, rows, eos, max_length)
+    form = labelled_form(rows.form, texts)
+    encoder = _Encoder(base, rows, eos, max_length, form.labels if branches else ())
     encoded = [encoder.encode(position, text) for position, text in enumerate(texts)]
     examples = [row.example for row in encoded if any(row.example.target_mask)]
     for example in examples:
@@ -46,7 +47,7 @@ def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> Exa
         raise DataError(_nothing_left(rows, any(row.is_truncated for row in encoded), max_length))
     return ExampleSet(
         examples=tuple(examples),
-        form=labelled_form(rows.form, texts),
+        form=form,
         report=_report(base, rows, encoded, examples),
         data_hash=text_hash(texts),
     )
@@ -55,8 +56,8 @@ def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int) -> Exa
 class _Encoder:
     """Encodes the rows of one source, each within the same limits."""
 
-    def __init__(self, base: Base, rows: Rows, eos: bool, max_length: int) -> None:
-        self._base, self._rows, self._max_length = base, rows, max_length
+    def __init__(self, base: Base, rows: Rows, eos: bool, max_length: int, labels: Sequence[str]) -> None:
+        self._base, self._rows, self._max_length, self._labels = base, rows, max_length, labels
         self._teaches_end = eos
         self._eos_ids = (base.eos_id,) if eos and base.eos_id is not None else ()
 
@@ -71,12 +72,20 @@ class _Encoder:
             if kind == "chat":
                 return self._fit_chat(row, chat_ids(base, text.messages, where, self._max_length))
             if kind == "template":
-                return self._fit(row, base.encode(text.prompt), completion_ids(base, text.prompt, text.text))
+                target = completion_ids(base, text.prompt, text.text)
+                return self._fit(row, base.encode(text.prompt), target, self._branches(text))
             return self._fit(row, (), tuple(first_ids(base.encode, text.text, self._max_length + 1)))
         except EncodingError as error:
             raise DataError(f"{where}: {error}") from error
 
-    def _fit(self, row: int, context: tuple[int, ...], target: tuple[int, ...]) -> _Encoded:
+    def _branches(self, text: RowText) -> tuple[Branch, ...]:
+        if not self._labels:
+            return ()
+        return label_branches(self._base, text.prompt, text.text, self._labels, self._eos_ids)
+
+    def _fit(
+        self, row: int, context: tuple[int, ...], target: tuple[int, ...], branches: Sequence[Branch] = ()
+    ) -> _Encoded:
         """BOS, context, targets, EOS. Where they do not fit, EOS is dropped, then the context's start, then the
         targets' end.
 
@@ -90,9 +99,10 @@ class _Encoder:
             context = context[max(0, len(context) + len(target) - max_ids) :]
         mask = (False,) * (len(bos) + len(context)) + (True,) * (len(target) + len(eos))
         ids = bos + context + target + eos
-        return _Encoded(
-            Example(ids=ids, target_mask=mask, num_special=len(bos), has_eos=bool(eos), row=row), is_truncated
-        )
+        first = len(bos) + len(context)
+        kept = tuple(Branch(first + column, among) for column, among in branches if first + column < len(ids))
+        example = Example(ids=ids, target_mask=mask, num_special=len(bos), has_eos=bool(eos), row=row, branches=kept)
+        return _Encoded(example, is_truncated)
 
     def _fit_chat(self, row: int, chat: ChatIds) -> _Encoded:
         """Cut at the end. Turns end as the template ends them; EOS is added only to a last turn without an end."""

@@ -22,6 +22,7 @@ from softprompt.compute_share import yield_point
 from softprompt.data.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
 from softprompt.data.messages import MESSAGES_PER_YIELD, Message
 from softprompt.errors import DataError, EncodingError
+from softprompt.types import Branch
 
 _USUAL_CHARACTERS = 8  # per token, at most, in most texts
 _UNSURE_IDS = 64  # at the end of a cut text; the rest of the text may change them
@@ -35,7 +36,10 @@ _ANCHORS = ("\n", ".", "a", "1", ")")
 
 def completion_ids(base: Base, prompt: str, completion: str) -> tuple[int, ...]:
     """Ids of `completion` after `prompt`, nothing added behind."""
-    prompt_ids = base.encode(prompt)
+    return _ids_behind(base, prompt, base.encode(prompt), completion)
+
+
+def _ids_behind(base: Base, prompt: str, prompt_ids: tuple[int, ...], completion: str) -> tuple[int, ...]:
     joined_ids = base.encode(prompt + completion)
     if joined_ids[: len(prompt_ids)] == prompt_ids:
         return joined_ids[len(prompt_ids) :]
@@ -45,6 +49,24 @@ def completion_ids(base: Base, prompt: str, completion: str) -> tuple[int, ...]:
 def label_ids(base: Base, prompt: str, label: str) -> tuple[int, ...]:
     """Ids of a label after `prompt`, as in training but without EOS."""
     return completion_ids(base, prompt, label)
+
+
+def label_branches(
+    base: Base, prompt: str, own: str, labels: Sequence[str], end_ids: tuple[int, ...]
+) -> tuple[Branch, ...]:
+    """Where the label `own` could become another of the labels after `prompt`; columns count from its first id.
+
+    `end_ids` (EOS, or nothing) end each label, so that one that ends differs from a longer one that begins with it.
+    """
+    prompt_ids = base.encode(prompt)
+    paths = [_ids_behind(base, prompt, prompt_ids, label) + end_ids for label in dict.fromkeys((own, *labels))]
+    next_ids = [{path[i] for path in paths if _continues(path, paths[0], i)} for i in range(len(paths[0]))]
+    return tuple(Branch(column, tuple(sorted(ids))) for column, ids in enumerate(next_ids) if len(ids) > 1)
+
+
+def _continues(path: tuple[int, ...], own: tuple[int, ...], index: int) -> bool:
+    """Whether the path begins as the other does up to `index`, and goes on."""
+    return len(path) > index and path[:index] == own[:index]
 
 
 def continuation_ids(base: Base, text: str) -> tuple[int, ...]:

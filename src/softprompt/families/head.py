@@ -44,6 +44,16 @@ class Head:
         logits = products * self.scale if self.scale != 1.0 else products
         return torch.tanh(logits / self.cap) * self.cap if self.cap is not None else logits
 
+    def logits_of(self, hidden_ND: Tensor, ids_U: Tensor) -> Tensor:
+        """Logits [N, U] of some ids alone, in float32 (float64 of a float64 base); gradients flow into the states."""
+        linear, wide = self.linear, torch.promote_types(hidden_ND.dtype, torch.float32)
+        if type(linear) is not nn.Linear or hasattr(linear, "_hf_hook"):
+            whole: Tensor = self(hidden_ND)[:, ids_U]
+            return whole.to(wide)
+        weight, bias = linear.weight.detach()[ids_U].to(wide), linear.bias
+        own_bias = None if bias is None else bias.detach()[ids_U].to(wide)
+        return self.bend(nn.functional.linear(hidden_ND.to(wide), weight, own_bias))
+
     @property
     def weight(self) -> Tensor | None:
         """[V, D], where the head is one plain frozen matrix that may be used in blocks of rows."""

@@ -31,7 +31,20 @@ def weighted_nll(
 
     Log-softmax is float32 (float64 for a float64 base). `num_classes` is V; it sets the size of a chunk.
     """
-    total, nll = _WeightedNll.apply(hidden_ND, target_ids_N, weights_N, head, num_classes)  # type: ignore[no-untyped-call]
+    return with_gradient(
+        lambda hidden, weights: _gradient(head, hidden, target_ids_N, weights, num_classes), hidden_ND, weights_N
+    )
+
+
+Gradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of hidden states [N, D] and weights [N]
+
+
+def with_gradient(gradient: Gradient, hidden_ND: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sum of nats, with gradient, and the nats [N], without.
+
+    `gradient` gives the gradient [N, D] of that sum and the nats, both at once.
+    """
+    total, nll = _WeightedNll.apply(hidden_ND, weights_N, gradient)  # type: ignore[no-untyped-call]
     return total, nll
 
 
@@ -46,9 +59,9 @@ def nll(head: AnyHead, hidden_ND: Tensor, target_ids_N: Tensor, num_classes: int
 class _WeightedNll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, ids: Tensor, weights: Tensor, head: AnyHead, num_classes: int
+        ctx: Any, hidden: Tensor, weights: Tensor, gradient: Gradient
     ) -> tuple[Tensor, Tensor]:  # Any: autograd's context
-        grad, nll_N = _gradient(head, hidden, ids, weights, num_classes)
+        grad, nll_N = gradient(hidden, weights)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * weights).sum(), nll_N
@@ -56,7 +69,7 @@ class _WeightedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_total.to(grad_hidden.dtype), None, None, None, None
+        return grad_hidden * grad_total.to(grad_hidden.dtype), None, None
 
 
 def _is_one_matrix(head: AnyHead) -> TypeGuard[Head]:
@@ -90,12 +103,13 @@ def _logits_nll(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(wide, ids, reduction="none")
 
 
-def _chunk_rows(num_classes: int) -> int:
+def chunk_rows(num_classes: int) -> int:
+    """Targets of one chunk of logits."""
     return max(1, CHUNK_BYTES // (4 * num_classes))
 
 
 def _split(tensor: Tensor, num_classes: int) -> tuple[Tensor, ...]:
-    chunks: tuple[Tensor, ...] = tensor.split(_chunk_rows(num_classes))  # an empty tensor is one empty chunk
+    chunks: tuple[Tensor, ...] = tensor.split(chunk_rows(num_classes))  # an empty tensor is one empty chunk
     return chunks
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.errors import DataError
+from softprompt.types import Branch
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Row:
     ids: Sequence[int]
     prompt: int | None = None
     targets: Sequence[float] | None = None  # one per id: the weight of its loss; 0 or False where none is wanted
+    branches: Sequence[Branch] | None = None  # of its label, each at a target, where the loss is among the labels
 
     def __post_init__(self) -> None:
         if self.prompt is None and not self.ids:

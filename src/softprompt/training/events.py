@@ -70,12 +70,12 @@ class StepDone:
 
     step: int  # counted from 1
     epoch: float
-    loss: float  # nats per counted target, over the whole step
+    loss: float  # nats per target, over the whole step; with a loss among the labels each row is one target
     learning_rate: float
     grad_norm: float  # before clipping
     num_rows: int
     num_tokens: int
-    num_targets: int
+    num_targets: int  # that `loss` is the mean over
     seconds: float  # of the step, which all prompts in training take together
     candidate: str | None = None  # None where one prompt trains alone
 

@@ -127,7 +127,7 @@ def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> N
     owner = lengths.index(max(lengths))
     longest = max(trials[owner].examples, key=lambda example: len(example.ids))
     config = trials[owner].plan.config
-    row = replace(training_row(longest, config.eos_weight), prompt=owner)
+    row = replace(training_row(longest, config), prompt=owner)
     leaves = [trial.prompt().requires_grad_(True) for trial in trials]
     list(accumulate_gradient(base, forward, leaves, [row], 1, config.checkpoint_layers))
 

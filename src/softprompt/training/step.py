@@ -2,7 +2,8 @@
 
 The loss of a step is the weighted sum of its targets' negative log-likelihoods, divided once by the sum of the weights
 (their number, where all weigh 1). Rows name their prompt, so several prompts may train on one base at once; each is
-divided by its own sum.
+divided by its own sum. Rows whose loss is among the labels (`softprompt.loss.labels`) have the mean over the rows of
+that, and `TOKENS_SHARE` times the other.
 
 The prompts run through the base once per step, however many micro-batches there are: the micro-batches give the
 gradient by the prompts' keys and values, and one backward pass of the prompts alone carries their sum on. By the chain
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.families import Forward
-from softprompt.loss import weighted_nll
+from softprompt.loss import TOKENS_SHARE, weighted_label_nll, weighted_nll
 from softprompt.splice import Prefix, Row, run_prompts, target_states
+from softprompt.types import Branch
 
 
 def accumulate_gradient(
@@ -35,14 +37,15 @@ def accumulate_gradient(
 ) -> Iterator[Tensor]:
     """Add a step's gradient to the prompts' `.grad`, one micro-batch at a time; yields each one's nats by prompt [K].
 
-    The sums stay on the device, so that nothing waits for it.
+    The nats are those of the targets, or, where a row's loss is among the labels, of its branches. The sums stay on the
+    device, so that nothing waits for it.
 
     Rows of like length go together, so that little of a padded micro-batch is padding. `checkpoint` keeps each layer's
     input only. `mine` are the rows that this process runs, where others run the rest: the loss of all is divided by the
     targets of all, so that the sum over the processes is the whole. `least_batches` is how many micro-batches to run at
     least, where the processes run in step: those that have no row left run one without targets, which adds zero.
     """
-    weights = torch.tensor(_row_weights(rows, len(prompts)), dtype=torch.float64)
+    weights = torch.tensor(_row_weights(rows, len(prompts)), dtype=torch.float64)  # [B, 2]
     order = sorted(range(len(rows)) if mine is None else mine, key=lambda index: len(rows[index].ids))
     batches = [order[first : first + micro_batch_rows] for first in range(0, len(order), micro_batch_rows)]
     num_idle = max(least_batches - len(batches), 0)
@@ -60,20 +63,29 @@ def accumulate_gradient(
 
 
 def num_targets(row: Row) -> int:
-    """Tokens of a row whose loss counts."""
+    """What a row's loss is counted over: the tokens whose loss counts, or the one label."""
+    if row.branches is not None:
+        return 1
     return sum(1 for weight in row.targets or () if weight)
 
 
 def _idle_row(rows: Sequence[Row]) -> Row:
-    return replace(min(rows, key=lambda row: len(row.ids)), targets=None)
+    return replace(min(rows, key=lambda row: len(row.ids)), targets=None, branches=None)
 
 
-def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[float]:
-    sums = [0.0] * num_prompts
+def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[tuple[float, float]]:
+    """What each row's loss over the vocabulary is multiplied by, and its loss among the labels."""
+    sums, counts = [0.0] * num_prompts, [0] * num_prompts
     for row in rows:
         assert row.prompt is not None, "a training row names its prompt"
         sums[row.prompt] += sum(row.targets or ())
-    return [1.0 / (sums[row.prompt] or 1.0) for row in rows if row.prompt is not None]
+        counts[row.prompt] += 1
+    shares = [(1.0, 0.0) if row.branches is None else (TOKENS_SHARE, 1.0) for row in rows]
+    return [
+        (over_all / (sums[row.prompt] or 1.0), among_labels / counts[row.prompt])
+        for row, (over_all, among_labels) in zip(rows, shares, strict=True)
+        if row.prompt is not None
+    ]
 
 
 def _micro_batch(
@@ -81,17 +93,52 @@ def _micro_batch(
     forward: Forward,
     prompts: Sequence[Tensor],
     rows: Sequence[Row],
-    row_weights_B: Tensor,
+    row_weights_B2: Tensor,
     prefix: Prefix | None,
     checkpoint: bool,
 ) -> Tensor:
     hidden_ND, wanted = target_states(base, forward, rows, prompts, prefix, checkpoint)
-    weights = row_weights_B.to(base.device)[wanted.rows] * wanted.weights
-    weights = weights.to(torch.promote_types(base.dtype, torch.float32))
+    over_all_B, among_labels_B = row_weights_B2.to(base.device).unbind(1)
+    weights = (over_all_B[wanted.rows] * wanted.weights).to(torch.promote_types(base.dtype, torch.float32))
     total, nats = weighted_nll(forward.head, hidden_ND, wanted.ids, weights, base.vocab_size)
+    counted, of_rows = nats.double().masked_fill(among_labels_B[wanted.rows] > 0, 0.0), wanted.rows
+    found = list(_branches(rows))
+    if found:
+        among, label_nats, label_rows = _among_labels(base, forward, hidden_ND, rows, found, among_labels_B)
+        total = total + among
+        counted = torch.cat([counted, label_nats.double()])
+        of_rows = torch.cat([of_rows, label_rows])
     total.backward()
-    owners = torch.tensor([row.prompt for row in rows], device=base.device)[wanted.rows]
-    return torch.zeros(len(prompts), dtype=torch.float64, device=base.device).index_add(0, owners, nats.double())
+    owners = torch.tensor([row.prompt for row in rows], device=base.device)[of_rows]
+    return torch.zeros(len(prompts), dtype=torch.float64, device=base.device).index_add(0, owners, counted)
+
+
+def _among_labels(
+    base: Base,
+    forward: Forward,
+    hidden_ND: Tensor,
+    rows: Sequence[Row],
+    found: Sequence[tuple[int, int, Branch]],
+    weights_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The branches' loss times their rows' weights, with gradient; their nats [M], without, and their rows [M]."""
+    targets, owners, _ = zip(*found, strict=True)
+    own_ids = [rows[number].ids[branch.column] for _, number, branch in found]
+    targets_M, rows_M = torch.tensor([targets, owners], device=base.device)
+    weights = weights_B[rows_M].to(torch.promote_types(base.dtype, torch.float32))
+    among = [branch.ids for _, _, branch in found]
+    total, nats = weighted_label_nll(forward.head, hidden_ND[targets_M], own_ids, among, weights, base.vocab_size)
+    return total, nats, rows_M
+
+
+def _branches(rows: Sequence[Row]) -> Iterator[tuple[int, int, Branch]]:
+    """Each branch, after its number among the rows' targets, which lie in row order, and the number of its row."""
+    num_before = 0
+    for number, row in enumerate(rows):
+        columns = [column for column, weight in enumerate(row.targets or ()) if weight]
+        target = {column: num_before + index for index, column in enumerate(columns)}
+        yield from ((target[branch.column], number, branch) for branch in row.branches or ())
+        num_before += len(columns)
 
 
 def _leaves(prefix: Prefix) -> Prefix:

@@ -16,7 +16,8 @@ from torch import Tensor
 from softprompt.base import Base, free_bytes
 from softprompt.config import TrainConfig
 from softprompt.data import Rows, as_rows, build_examples
-from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError
+from softprompt.data.rows import MAX_LABELS
+from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError, shortened
 from softprompt.families import Forward, KernelTable, forward_of, kernel_table, this_machine
 from softprompt.prompt import SoftPrompt, StartTexts, drift, starting_tensor
 from softprompt.settings import check_kinds
@@ -30,6 +31,7 @@ from softprompt.types import ExampleSet, InputForm, PromptRecord, brief_repr
 
 _PREPACK_MEMORY_SHARE = 0.25  # of the free memory, at most
 _TOKENS_WORTH_PREPACKING = 20_000  # prepacking takes as long as some 2,000 tokens, and saves a tenth of each
+_AS_BEFORE = (("loss", "tokens"),)  # what runs did before there was such a setting
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
 
 # Texts, dictionaries, a DataFrame or a data set of the `datasets` library count as rows too.
@@ -87,7 +89,7 @@ class TrainResult:
 
     prompt: SoftPrompt  # the best by validation; without validation, the last
     plan: Plan
-    losses: tuple[float, ...]  # nats per counted target, one per step
+    losses: tuple[float, ...]  # nats per target, one per step; see StepDone
     validation_losses: tuple[tuple[int, float], ...]  # (step, nats per text token)
     kept_step: int  # the step that `prompt` is from
     interrupted: bool  # stopped by KeyboardInterrupt
@@ -280,24 +282,26 @@ class _Reader:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._rows: dict[int, Rows] = {}
-        self._known: dict[tuple[int, bool, int], ExampleSet] = {}
+        self._known: dict[tuple[int, bool, int, bool], ExampleSet] = {}
 
     def examples(self, data: Data, config: TrainConfig, form: InputForm | None = None) -> ExampleSet:
-        """`form` is that of the training rows, for rows of validation that come without one."""
-        key = (id(data), config.eos, config.virtual_tokens)
+        """`form` is that of the training rows, for rows of validation, which may come without one."""
+        branches = form is None and config.loss != "tokens"
+        key = (id(data), config.eos, config.virtual_tokens, branches)
         if key not in self._known:
-            self._known[key] = self._built(data, config, form)
+            self._known[key] = self._built(data, config, form, branches)
             _check_lengths(self._base, self._known[key], config)
         return self._known[key]
 
-    def _built(self, data: Data, config: TrainConfig, form: InputForm | None) -> ExampleSet:
+    def _built(self, data: Data, config: TrainConfig, form: InputForm | None, branches: bool) -> ExampleSet:
         if isinstance(data, ExampleSet):
             return data
         if id(data) not in self._rows:  # kept, since an iterator gives its rows once
             self._rows[id(data)] = as_rows(data, form)
         return build_examples(
-            self._base, self._rows[id(data)], eos=config.eos, max_length=self._base.max_length - config.virtual_tokens
-        )
+            self._base, self._rows[id(data)], eos=config.eos, branches=branches,
+            max_length=self._base.max_length - config.virtual_tokens,
+        )  # fmt: skip
 
 
 def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) -> Trial:
@@ -308,6 +312,7 @@ def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) 
     data = reader.examples(candidate.data, config)
     validation = reader.examples(candidate.validation, config, data.form) if candidate.validation is not None else None
     _check_checkpointing(forward, config)
+    config = _with_loss(config, data)
     start_PH, start_notes = _start(base, data, config, start)
     plan = make_plan(base, forward, data, config)
     read = data.report.notes + (validation.report.notes if validation is not None else ())
@@ -329,6 +334,24 @@ def _check_criterion(candidate: Candidate) -> None:
         raise ConfigError(
             f"best_by is {wanted!r}, but no score was given: pass score=softprompt.evaluation.criterion(...)"
         )
+
+
+def _with_loss(config: TrainConfig, data: ExampleSet) -> TrainConfig:
+    """The settings with the loss resolved. Raises ConfigError for a loss among labels where the rows have none."""
+    if config.loss == "labels" and not any(example.branches for example in data.examples):
+        raise ConfigError(
+            f"loss is 'labels', but {data.report.source} has {_no_labels(data)}; use loss 'tokens'", param="loss"
+        )
+    return replace(config, loss="tokens") if config.loss == "auto" else config
+
+
+def _no_labels(data: ExampleSet) -> str:
+    if not data.form.labels:
+        return (
+            f"no labels (a template's completion, or a label column, with 2 to {MAX_LABELS} different texts that "
+            "occur twice each on average)"
+        )
+    return f"labels that all have the same tokens, {', '.join(map(shortened, data.form.labels[:3]))}"
 
 
 def _check_lengths(base: Base, data: ExampleSet, config: TrainConfig) -> None:
@@ -417,7 +440,8 @@ def _identity(base: Base, trials: Sequence[Trial]) -> str:
 
 
 def _identifying(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if name not in _NOT_IDENTITY}
+    known = {name: value for name, value in vars(config).items() if name not in _NOT_IDENTITY}
+    return {name: value for name, value in known.items() if (name, value) not in _AS_BEFORE}
 
 
 def _resume(loop: TrainingLoop, state: RunState) -> None:

@@ -47,10 +47,10 @@ class Trial:
         self.best: SoftPrompt | None = None
         self.best_step = 0
         self.best_value = math.inf  # of the best validation, lower for better
-        self.losses: list[float] = []  # nats per counted target, one per step
+        self.losses: list[float] = []  # nats per counted target or label, one per step
         self.validations: list[tuple[int, float | None, float | None]] = []  # step, nats per text token, score
         self._validations_without_gain = 0
-        self._rows = [training_row(example, plan.config.eos_weight) for example in data.examples]
+        self._rows = [training_row(example, plan.config) for example in data.examples]
         self._steps = [
             (rows, epoch + (index + 1) / len(steps))
             for epoch, steps in enumerate(plan.epochs)
@@ -193,14 +193,14 @@ class Trial:
                 )
 
 
-def training_row(example: Example, eos_weight: float) -> Row:
+def training_row(example: Example, config: TrainConfig) -> Row:
     """The example's row under prompt 0; its EOS counts as `eos_weight` text tokens."""
     yield_point()
     weights = [
-        eos_weight if is_eos else float(counted)
+        config.eos_weight if is_eos else float(counted)
         for counted, is_eos in zip(example.target_mask, example.eos_mask, strict=True)
     ]
-    return Row(example.ids, 0, weights)
+    return Row(example.ids, 0, weights, example.branches if config.loss == "labels" else None)
 
 
 @dataclass(frozen=True)
