@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 FormKind = Literal["plain", "template", "chat"]
+NO_VALIDATION = "none"  # of `DataConfig.validation`; None there is the default
 
 
 class _Short(reprlib.Repr):
@@ -179,3 +180,8 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_row_count(part: str) -> bool:
+    """Whether a `validation` or `test` is a share of the rows, their number or none, and no file."""
+    return part == NO_VALIDATION or is_number(part)

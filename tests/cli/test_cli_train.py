@@ -242,7 +242,8 @@ def test_what_was_guessed_and_what_is_not_used_is_said_before_the_training_and_k
     ran = succeed("train", "--base", base_folder, "--data", data, "--out", tmp_path / "run", "--max-steps", 1, *QUICK)
     notes = [line for line in ran.err.splitlines() if line.startswith(f"note: {data}: ")]
     assert "labels in column 'label' (2: 'w90', 'w91')" in notes[0]
-    assert notes[1:] == [f"note: {data}: columns not used: 'author'"]
+    assert notes[1] == f"note: {data}: columns not used: 'author'"
+    assert "no rows are kept for validation: 8 are too few" in notes[2]
     assert ran.err.index(notes[0]) < ran.err.index("loss ")
     kept = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [f"note: {note}" for note in kept["notes"]][:2] == notes
+    assert [f"note: {note}" for note in kept["notes"]][:3] == notes

@@ -109,3 +109,75 @@ def test_an_impossible_split_is_refused(source, settings, message):
 def test_a_held_out_file_with_only_training_text_is_refused(source):
     with pytest.raises(DataError, match="the text of every row is in training too"):
         split(source, test=str(source))
+
+
+class TestValidationByDefault:
+    """Where rows can be judged: where they have labels, or a task score chooses the checkpoint."""
+
+    TEMPLATE = {"template": "{text}:", "completion": " {label}"}  # noqa: RUF012  # never changed
+
+    @pytest.fixture
+    def labelled(self, tmp_path):
+        def write(count, labels="ab"):
+            path = tmp_path / f"{count}.csv"
+            rows = (f"t{i},{labels[i % len(labels)]}\n" for i in range(count))
+            path.write_text("text,label\n" + "".join(rows))
+            return path
+
+        return write
+
+    @pytest.mark.parametrize(("count", "kept"), [(40, 20), (64, 20), (200, 20), (300, 30)])
+    def test_is_a_tenth_of_labelled_rows_but_at_least_20(self, labelled, count, kept):
+        path = labelled(count)
+        parts = split(path, **self.TEMPLATE)
+        assert (len(parts.train), len(parts.validation)) == (count - kept, kept)
+        assert not set(texts_with_prompts(parts.train)) & set(texts_with_prompts(parts.validation))
+        assert parts.train.notes[-1] == (
+            f"{kept} of {count} rows are kept for validation (labels); --validation none trains on all"
+        )
+        again = split(path, **self.TEMPLATE, validation=parts.validation_setting)  # what a run records
+        assert (again.train.indices, again.validation) == (parts.train.indices, parts.validation)
+
+    def test_is_none_of_fewer_than_40_rows_with_a_note(self, labelled):
+        parts = split(labelled(39), **self.TEMPLATE)
+        assert (len(parts.train), parts.validation, parts.validation_setting) == (39, None, "none")
+        assert parts.train.notes[-1] == ("no rows are kept for validation: 39 are too few; from 40 rows on, 20 are")
+
+    def test_counts_the_rows_that_are_trained_on_and_moves_no_test_row(self, labelled):
+        path = labelled(300)
+        parts, whole = (split(path, **self.TEMPLATE, rows=60, validation=each) for each in (None, "none"))
+        assert (len(parts.train), len(parts.validation)) == (40, 20)
+        assert set(parts.train.indices) | set(parts.validation.indices) == set(whole.train.indices)
+        assert parts.test == whole.test
+        assert whole.validation is None
+
+    def test_of_repeated_texts_is_none_with_a_note(self, tmp_path):
+        path = tmp_path / "same.csv"
+        path.write_text("text,label\n" + "".join(f"t{i // 2},{'ab'[i // 2 % 2]}\n" for i in range(60)))
+        parts = split(path, **self.TEMPLATE)
+        assert (len(parts.train), parts.validation) == (60, None)
+        assert parts.train.notes[-1] == "no rows are kept for validation: of 60, 0 have text of their own"
+
+    def test_of_plain_text_is_none_unless_a_score_chooses(self, source):
+        config = DataConfig(data=str(source))
+        parts, scored = (split_rows(config, scored=each) for each in (False, True))
+        assert (parts.validation, parts.train.notes) == (None, scored.train.notes[:-1])
+        assert len(scored.validation) == 30
+        assert "(a task score)" in scored.train.notes[-1]
+
+    @pytest.mark.parametrize("validation", [None, "20"])
+    def test_leaves_each_label_a_row_in_training(self, labelled, validation):
+        """Of labels with two rows each, some lose both where rows are drawn without looking at labels."""
+        letters = "abcdefghijklmnopqrstuvwxyz"[:24]
+        for seed in range(5):
+            parts = split(labelled(48, letters), seed, **self.TEMPLATE, validation=validation)
+            assert {row.text for row in render_rows(parts.train)} == {f" {letter}" for letter in letters}
+            assert len(parts.train.form.labels) == 24
+            assert len(parts.train) + len(parts.validation) == 48
+            assert 10 <= len(parts.validation) <= 20
+            if validation is None:
+                assert parts.train.notes[-1].startswith(f"{len(parts.validation)} of 48 rows are kept")
+
+
+def texts_with_prompts(rows):
+    return [row.key for row in render_rows(rows)]

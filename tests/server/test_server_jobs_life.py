@@ -235,7 +235,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"epochs": 3, "n_epochs": 4}}, "given twice"),
     ({"settings": {"init": "text"}}, "init 'text' needs init_text"),
     ({"settings": {"init_text": 3}}, "init_text is 3"),
-    ({"settings": {"best_by": "accuracy"}}, "no validation_file"),
+    ({"settings": {"best_by": "accuracy"}}, "no validation rows"),
     ({"settings": {"best_by": "beauty"}}, "best_by is 'beauty'"),
     ({"seed": -1}, "seed is -1"),
     ({"suffix": "a/b"}, "suffix is 'a/b'"),

@@ -118,11 +118,11 @@ def served_prompt(app: FastAPI, name: str) -> SoftPrompt:
 
 def trained_alone(
     base: Base, folder: Path, rows: Sequence[Record], settings: Record = SETTINGS, *,
-    validation: Sequence[Record] | None = None, start: SoftPrompt | None = None, **data: Any,
+    validation: Sequence[Record] | None = None, kept: str | None = None, start: SoftPrompt | None = None, **data: Any,
 ) -> SoftPrompt:  # fmt: skip
-    """What `softprompt train` makes of a file of these rows."""
+    """What `softprompt train` makes of a file of these rows; `kept` is the part of them that is for validation."""
     file = _written(folder / "alone.jsonl", rows)
-    held_out = None if validation is None else str(_written(folder / "alone-validation.jsonl", validation))
+    held_out = kept if validation is None else str(_written(folder / "alone-validation.jsonl", validation))
     config = TrainConfig(**settings)
     split = split_rows(DataConfig(data=str(file), validation=held_out, **data), seed=config.seed)
     return train(base, split.train, config, validation=split.validation, start=start).prompt

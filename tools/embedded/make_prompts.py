@@ -27,7 +27,8 @@ def main() -> None:
 
 
 def _trained(base: Base, task: Task) -> SoftPrompt:
-    found = train(base, split_rows(task.data).train, task.train).prompt
+    rows = split_rows(replace(task.data, validation="none")).train  # none is chosen by
+    found = train(base, rows, task.train).prompt
     public = json.loads(publishable_record(record_to_bytes(found), task.name))["run"]
     run = {name: value for name, value in public.items() if name not in _LEFT_OUT}
     return SoftPrompt(found.tensor, replace(found.record, run={**run, "source": Path(task.data.data).name}))

@@ -14,7 +14,7 @@ from softprompt.data import Rows, held_out_record, split_rows
 from softprompt.errors import ConfigError, DataError, SoftpromptError
 from softprompt.prompt import SoftPrompt
 from softprompt.settings import typed_text
-from softprompt.types import InputForm
+from softprompt.types import NO_VALIDATION, InputForm, is_row_count
 
 if TYPE_CHECKING:
     from softprompt.base import Base
@@ -118,6 +118,7 @@ def _recorded(run: Mapping[str, Any]) -> _Recorded:  # Any: a record is JSON, an
     known = {item.name for item in dataclass_fields(DataConfig)}
     try:
         settings = {key: value for key, value in run["data"].items() if key in known}
+        settings["validation"] = settings.get("validation") or NO_VALIDATION  # None: by an earlier release
         seed = run["data"].get("seed", run["plan"]["config"]["seed"])
         folder = Path(run["data"]["folder"])
         moved = {key: _from_folder(settings.get(key), folder) for key in ("data", "test", "validation")}
@@ -128,7 +129,7 @@ def _recorded(run: Mapping[str, Any]) -> _Recorded:  # Any: a record is JSON, an
 
 def _from_folder(path: str | None, folder: Path) -> str | None:
     """A relative path of the training, resolved in the folder where the training ran, if it still exists."""
-    if path is None or not (folder / path).exists():
+    if path is None or is_row_count(path) or not (folder / path).exists():
         return path
     return str(folder / path)
 

@@ -18,6 +18,7 @@ from softprompt.cli.console import print_json, say
 from softprompt.config import KEPT_CHECKPOINTS, BaseConfig
 from softprompt.errors import ConfigError
 from softprompt.launch.processes import run_processes
+from softprompt.types import NO_VALIDATION, is_row_count
 
 if TYPE_CHECKING:
     from softprompt.base import Base
@@ -149,12 +150,17 @@ def resumed_settings(out: str, flags: Mapping[str, Any], given: Collection[str],
 
 
 def _relocated(recorded: Mapping[str, Any]) -> Settings:
-    """The settings, relative paths as seen from where the run was begun, if they still exist there."""
+    """The settings, relative paths as seen from where the run was begun, if they still exist there.
+
+    A run of an earlier release recorded no validation where it had none.
+    """
     folder = Path(str(recorded.get("folder", "")))
     settings = {name: value for name, value in recorded.items() if name != "folder"}
+    if "validation" in settings and settings["validation"] is None:
+        settings["validation"] = NO_VALIDATION
     for name in _PATHS:
         path = settings.get(name)
-        if isinstance(path, str) and (folder / path).exists():
+        if isinstance(path, str) and not is_row_count(path) and (folder / path).exists():
             settings[name] = str(folder / path)
     return settings
 

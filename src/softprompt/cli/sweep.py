@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,8 +22,9 @@ from softprompt.cli.run_options import (
     run_options,
 )
 from softprompt.cli.sweep_file import Sweep, read_sweep
-from softprompt.config import BaseConfig
+from softprompt.config import BaseConfig, DataConfig
 from softprompt.errors import ConfigError, StorageError
+from softprompt.types import NO_VALIDATION
 
 if TYPE_CHECKING:
     from softprompt.runs.session import TrainingTask
@@ -68,7 +70,7 @@ def _train(file: str, sweep: Sweep, target: RunTarget, flags: Settings, ranks: R
     from softprompt.runs.session import tasks_metadata
 
     base_config = config_of(BaseConfig, flags)
-    tasks = _tasks(sweep, offline=base_config.offline)
+    tasks = _tasks(_with_begun_splits(sweep, target), offline=base_config.offline)
     base = load_among(base_config, ranks)
     recorder = target.recorder({**tasks_metadata(tasks), SWEEP_KEY: sweep.to_json()}, flags)
     run_session(
@@ -98,12 +100,30 @@ def _tasks(sweep: Sweep, *, offline: bool) -> list[TrainingTask]:
     from softprompt.data import split_rows
     from softprompt.runs.session import TrainingTask, rows_metadata
 
-    tasks = []
+    tasks, scored = [], any(config.best_by != "loss" for config in sweep.candidates.values())
     for name, data in sweep.tasks.items():
-        split = split_rows(data, seed=sweep.seed, offline=offline)
+        split = split_rows(data, seed=sweep.seed, offline=offline, scored=scored)
         metadata = rows_metadata(data, sweep.seed, split)
         tasks.append(TrainingTask(name=name, split=split, configs=sweep.candidates, metadata=metadata))
     return tasks
+
+
+def _with_begun_splits(sweep: Sweep, target: RunTarget) -> Sweep:
+    """The sweep with the validation that its tasks were begun with, where the file gives none."""
+    from softprompt.runs import RunFolder
+    from softprompt.runs.run_folder import TASKS_KEY
+
+    if not target.is_resumed:
+        return sweep
+    plan = RunFolder(Path(target.out)).read_plan()
+    begun = plan.get(TASKS_KEY, {"": plan})
+    return replace(sweep, tasks={name: _with_begun_split(data, begun[name]) for name, data in sweep.tasks.items()})
+
+
+def _with_begun_split(data: DataConfig, begun: Mapping[str, Any]) -> DataConfig:
+    if data.validation is not None:
+        return data
+    return replace(data, validation=begun.get("data", {}).get("validation") or NO_VALIDATION)
 
 
 def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:

@@ -27,13 +27,13 @@ from typing import Any, TypeVar
 from softprompt.config import NAMED_BASES, BaseConfig, DataConfig, TrainConfig
 from softprompt.errors import ConfigError
 from softprompt.settings import Table, check_settings, checked_value, located, read_section, read_toml, require_table
-from softprompt.types import is_number
+from softprompt.types import is_row_count
 
 ConfigT = TypeVar("ConfigT")
 
 _SECTIONS = ("base", "data", "train", "grid", "candidates", "tasks")
 _SWITCHES = {"halving": True, "ensemble": False}  # and their defaults
-_PARTS = ("validation", "test")  # a share, a number of rows or a file
+_PARTS = ("validation", "test")  # a share, a number of rows, a file, or no validation
 # The settings of a shared section that a more specific one replaces.
 _REPLACED_BY: Mapping[str, tuple[str, ...]] = {
     "learning_rate": ("relative_learning_rate",),
@@ -143,7 +143,7 @@ def _data_settings(table: object, where: str, folder: Path) -> Table:
     if "data" in found:
         found["data"] = _data_place(found["data"], folder)
     for name in _PARTS:
-        if name in found and not is_number(found[name]):
+        if name in found and not is_row_count(found[name]):
             found[name] = str(folder / os.path.expanduser(found[name]))
     return found
 

@@ -94,12 +94,14 @@ def _train(target: RunTarget, flags: Mapping[str, Any], ranks: Ranks, as_json: b
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
     config = config_of(TrainConfig, flags)
     configs, base_id = _candidates(config, flags), _base_id(flags)
-    split = split_rows(data_config, seed=config.seed, offline=base_config.offline)
+    scored = any(each.best_by != "loss" for each in configs.values())
+    split = split_rows(data_config, seed=config.seed, offline=base_config.offline, scored=scored)
     metadata = rows_metadata(data_config, config.seed, split)
     base = load_among(base_config, ranks)
     task = TrainingTask(split=split, configs=configs, start=_start(flags, base), metadata=metadata)
+    recorder = target.recorder(metadata, {**flags, "validation": split.validation_setting})
     run_session(
-        base, [task], target.recorder(metadata, flags), ranks=ranks, as_json=as_json, halving=flags["halving"],
+        base, [task], recorder, ranks=ranks, as_json=as_json, halving=flags["halving"],
         ensemble=flags["ensemble"], base_id=base_id, start_name=flags["init_from"],
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Splits rows into training, validation (selects the checkpoint) and test (read by `compare` only).
 
 Held-out rows are never in training, by index or by text: a row whose text is also among the training rows is not held
-out. Test rows are not validation rows either.
+out. Test rows are not validation rows either. No row of validation is the only one of its label.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from softprompt.config import DataConfig
 from softprompt.data.read import read_all_rows, row_order
 from softprompt.data.rows import Rows, render_row, rows_hash, with_labels
 from softprompt.errors import ConfigError, DataError
-from softprompt.types import InputForm, brief_repr
+from softprompt.types import NO_VALIDATION, InputForm, brief_repr
 
 DEFAULT_TEST_ROWS = 200
+LEAST_VALIDATION_ROWS = 20  # kept where `validation` is left out and the rows can be judged
+LEAST_SPLIT_ROWS = 2 * LEAST_VALIDATION_ROWS  # so that training keeps at least half of them
+_DEFAULT_VALIDATION_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class Split:
     train: Rows
     validation: Rows | None  # selects the checkpoint
     test: Rows | None  # read by compare only
+    validation_setting: str | None = None  # of DataConfig, that keeps the same rows again: "20", say, or "none"
 
 
 class _SplitRequest(NamedTuple):
@@ -41,28 +45,63 @@ class _SplitRequest(NamedTuple):
     file: str | None = None
 
 
-def split_rows(config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None) -> Split:
+def split_rows(
+    config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None, scored: bool = False
+) -> Split:
     """Read the data once and split it; the same settings and seed give the same rows.
 
     `rows` selects the first N for training (after `shuffle`). `validation` and, where training would use every row,
     `test` are drawn from those rows by seed; otherwise the test rows are those after them, in order. `form` is as in
-    `read_rows`.
+    `read_rows`. Without `validation`, a tenth of the rows but at least 20 are drawn for it, of 40 or more that have
+    labels or are `scored`, that is, have a task score to choose the checkpoint by; a note of the training rows says so.
     Raises DataError as that does and where a split would be empty; ConfigError for a value that is not valid.
     """
-    validation, test = (_split_request(name, getattr(config, name)) for name in ("validation", "test"))
+    check_validation(config)
+    test = _split_request("test", config.test)
     splitter = _Splitter(read_all_rows(config, offline=offline, form=form), config, seed)
     if test is not None and test.file is None:
         splitter.hold_out_test(test)
+    form = with_labels(splitter.rows.select(splitter.train)).form
+    setting, notes = _default(splitter, form, scored) if config.validation is None else (config.validation, ())
+    validation = _split_request("validation", setting)
     if validation is not None and validation.file is None:
-        splitter.hold_out_validation(validation)
-    train = with_labels(splitter.rows.select(splitter.train))
+        splitter.hold_out_validation(validation, form.labels)
+        notes = _kept_note(splitter, form) if config.validation is None else ()
+    train = replace(splitter.rows.select(splitter.train), form=form, notes=(*splitter.rows.notes, *notes))
     parts = {
         "validation": _read_part(config, validation, train, offline) or splitter.part(splitter.validation),
         "test": _read_part(config, test, train, offline) or splitter.part(splitter.test),
     }
     if test is None:
         parts["test"] = splitter.part(splitter.behind(DEFAULT_TEST_ROWS))
-    return _without_shared_text(train, parts)
+    return replace(_without_shared_text(train, parts), validation_setting=setting)
+
+
+def _default(splitter: _Splitter, form: InputForm, scored: bool) -> tuple[str, tuple[str, ...]]:
+    """The `validation` of settings that leave it out, and a note on it where rows have something to be judged by."""
+    if not form.labels and not scored:
+        return NO_VALIDATION, ()
+    total = len(splitter.train)
+    if total < LEAST_SPLIT_ROWS:
+        why = f"{total} are too few; from {LEAST_SPLIT_ROWS} rows on, {LEAST_VALIDATION_ROWS} are"
+        return NO_VALIDATION, (f"no rows are kept for validation: {why}",)
+    count = max(LEAST_VALIDATION_ROWS, round(_DEFAULT_VALIDATION_SHARE * total))
+    if len(own := splitter.rows_of_own_text()) < count:
+        return NO_VALIDATION, (f"no rows are kept for validation: of {total:,}, {len(own):,} have text of their own",)
+    return str(count), ()
+
+
+def _kept_note(splitter: _Splitter, form: InputForm) -> tuple[str, ...]:
+    kept, total = len(splitter.validation), len(splitter.validation) + len(splitter.train)
+    reason = "labels" if form.labels else "a task score"
+    return (
+        f"{kept:,} of {total:,} rows are kept for validation ({reason}); --validation {NO_VALIDATION} trains on all",
+    )
+
+
+def check_validation(config: DataConfig) -> None:
+    """Raises ConfigError for a `validation` that is no share, number of rows, file or "none"; reads nothing."""
+    _split_request("validation", config.validation)
 
 
 def held_out_record(rows: Rows) -> dict[str, Any]:  # Any: JSON for the run's record
@@ -96,8 +135,15 @@ class _Splitter:
                 f"{self.rows.source} there are {len(self.test):,} with text of their own; ask for fewer"
             )
 
-    def hold_out_validation(self, part: _SplitRequest) -> None:
-        self.validation = self._draw("validation", _num_rows(part, len(self.train), "validation"))
+    def hold_out_validation(self, part: _SplitRequest, labels: Sequence[str]) -> None:
+        """A row of each label that would have none left in training stays there, unless that is all rows drawn."""
+        before = self.train
+        drawn = self._draw("validation", _num_rows(part, len(before), "validation"))
+        left = {render_row(self.rows, position).text for position in self.train} if labels else set()
+        of_lost = {render_row(self.rows, position).text: position for position in drawn} if labels else {}
+        needed = {position for label, position in of_lost.items() if label not in left}
+        self.validation = [position for position in drawn if position not in needed] or drawn
+        self.train = [position for position in before if position not in set(self.validation)]
 
     def behind(self, count: int) -> list[int]:
         """The first rows after the training rows, without empty ones and without text that another split has."""
@@ -110,13 +156,17 @@ class _Splitter:
     def part(self, positions: Sequence[int]) -> Rows | None:
         return self.rows.select(positions) if positions else None
 
-    def _draw(self, name: str, count: int) -> list[int]:
-        """Move rows out of training, drawn by seed from those whose text occurs once, so that no copy stays in it."""
+    def rows_of_own_text(self) -> list[int]:
+        """The training rows whose text occurs once."""
         keys = [self._key(position) for position in self.train]
         counts: dict[str | None, int] = {None: 2}
         for key in keys:
             counts[key] = counts.get(key, 0) + 1
-        candidates = [position for position, key in zip(self.train, keys, strict=True) if counts[key] == 1]
+        return [position for position, key in zip(self.train, keys, strict=True) if counts[key] == 1]
+
+    def _draw(self, name: str, count: int) -> list[int]:
+        """Move rows out of training, drawn by seed from those whose text occurs once, so that no copy stays in it."""
+        candidates = self.rows_of_own_text()
         if count > len(candidates) or count >= len(self.train):
             raise DataError(
                 f"{name} asks for {count:,} of {len(self.train):,} rows of {self.rows.source}, of which "
@@ -136,7 +186,7 @@ class _Splitter:
 
 
 def _split_request(name: str, value: str | None) -> _SplitRequest | None:
-    if value is None:
+    if value is None or (name == "validation" and value == NO_VALIDATION):
         return None
     if re.fullmatch(r"\d+", value):
         return _SplitRequest(num_rows=int(value)) if int(value) else _refuse_request(name, value)
@@ -148,7 +198,10 @@ def _split_request(name: str, value: str | None) -> _SplitRequest | None:
 
 
 def _refuse_request(name: str, value: str) -> _SplitRequest:
-    raise ConfigError(f"{name} is {value!r}; it must be a share between 0 and 1, a number of rows from 1 up, or a file")
+    other = f", or {NO_VALIDATION}" if name == "validation" else ""
+    raise ConfigError(
+        f"{name} is {value!r}; it must be a share between 0 and 1, a number of rows from 1 up, or a file{other}"
+    )
 
 
 def _num_rows(part: _SplitRequest, available: int, name: str) -> int:

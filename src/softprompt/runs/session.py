@@ -62,9 +62,10 @@ class TrainingTask:
 
 
 def rows_metadata(data: DataConfig, seed: int, split: Split) -> dict[str, Any]:
-    """Where a task's rows came from, and which of them were held out as test rows; `seed` dealt the rows."""
-    test = held_out_record(split.test) if split.test is not None else None
-    return {"data": {**asdict(data), "seed": seed, "folder": os.getcwd()}, "test": test}
+    """Where a task's rows came from, and which of them were held out for what; `seed` dealt the rows."""
+    test, validation = (None if rows is None else held_out_record(rows) for rows in (split.test, split.validation))
+    settings = {**asdict(data), "validation": split.validation_setting}
+    return {"data": {**settings, "seed": seed, "folder": os.getcwd()}, "test": test, "validation": validation}
 
 
 def tasks_metadata(tasks: Sequence[TrainingTask]) -> dict[str, Any]:

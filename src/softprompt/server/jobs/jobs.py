@@ -20,6 +20,7 @@ from pathlib import Path
 from softprompt.base import Base
 from softprompt.compute_share import ComputeShare
 from softprompt.config import ServerConfig, TrainConfig
+from softprompt.data.split import LEAST_SPLIT_ROWS
 from softprompt.errors import shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import Client
@@ -29,12 +30,13 @@ from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
 from softprompt.server.jobs.run import JobContext, JobRun, StopSignal, forget_state
 from softprompt.server.jobs.schemas import CreateJob, Json
-from softprompt.server.jobs.settings import check_rows, train_config
+from softprompt.server.jobs.settings import check_rows, train_config, validation_setting
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobEventRow, JobRow
 from softprompt.storage import save_prompt
 from softprompt.storage.library import NAME
+from softprompt.types import NO_VALIDATION
 
 _log = logging.getLogger(__name__)
 
@@ -86,10 +88,12 @@ class Jobs:
         """Queue a job. Raises ApiError for one that cannot be trained, and 429 where the client has too many."""
         _check_request(asked)
         model = self._context.registry.resolve(asked.model, client)
-        config = train_config(asked, self._context.base, model.prompt)
+        config, validation = train_config(asked, self._context.base, model.prompt), validation_setting(asked)
         with self._context.files.changes:  # no file is deleted before the job that needs it is recorded
-            self._check_files(asked, config, client)
-            return self._add(self._row(asked, client, model.id, config, model.prompt), client, model.prompt)
+            self._check_files(asked, config, validation, client)
+            row = self._row(asked, client, model.id, config, model.prompt)
+            row.settings = {**row.settings, "validation": validation}
+            return self._add(row, client, model.prompt)
 
     def get(self, job: str, client: Client) -> JobRow:
         """Raises ApiError 404, in the same words for an unknown job and another client's."""
@@ -157,14 +161,15 @@ class Jobs:
         self._woken.set()
         return self.get(job, client)
 
-    def _check_files(self, asked: CreateJob, config: TrainConfig, client: Client) -> None:
+    def _check_files(self, asked: CreateJob, config: TrainConfig, setting: str | None, client: Client) -> None:
         training = self._file(asked.training_file, client, "training_file")
         check_rows(config, training.num_rows)
         validation = None
         if asked.validation_file is not None:
             validation = self._file(asked.validation_file, client, "validation_file")
             _check_forms(training, validation)
-        _check_criterion(config, validation)
+        is_kept = setting != NO_VALIDATION if setting is not None else training.num_rows >= LEAST_SPLIT_ROWS
+        _check_criterion(config, has_rows=validation is not None or is_kept)
 
     def _file(self, file: str, client: Client, param: str) -> StoredFile:
         try:
@@ -276,10 +281,11 @@ def _check_forms(training: StoredFile, validation: StoredFile) -> None:
         )  # fmt: skip
 
 
-def _check_criterion(config: TrainConfig, validation: StoredFile | None) -> None:
-    if config.best_by != "loss" and validation is None:
+def _check_criterion(config: TrainConfig, *, has_rows: bool) -> None:
+    if config.best_by != "loss" and not has_rows:
         raise ApiError(
-            400, f"best_by is {config.best_by!r}, but there is no validation_file to choose by; give one",
+            400, f"best_by is {config.best_by!r}, but there are no validation rows to choose by; give a "
+            f"validation_file, or {LEAST_SPLIT_ROWS} rows or more, of which some are kept",
             "invalid_value", "hyperparameters.best_by",
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from softprompt import errors
 from softprompt.base import Base
 from softprompt.compute_share import ComputeShare
 from softprompt.config import KEPT_CHECKPOINTS, DataConfig, TrainConfig
-from softprompt.data import Rows, Split, split_rows
+from softprompt.data import Rows, Split, held_out_record, split_rows
 from softprompt.errors import ConfigError, DatabaseError
 from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
@@ -35,6 +35,7 @@ from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.schema import JobRow
 from softprompt.storage import load_prompt
 from softprompt.training import Checkpoint, Event, Prepared, StepDone, TrainResult
+from softprompt.types import NO_VALIDATION
 
 _log = logging.getLogger(__name__)
 
@@ -114,8 +115,11 @@ class JobRun:
         self._check_base()
         self._events.add("reading the files")
         self._events.write()
-        recorder = Recorder(self._folder.path, {"job": self._metadata()}, resume=self._folder.has_begun())
-        task = TrainingTask(split=self._split(), configs={"": self._config}, start=self._start())
+        split = self._split()
+        rows = {"validation": None if split.validation is None else held_out_record(split.validation)}
+        metadata = {"job": {**self._metadata(), "validation": self._setting_to_resume(split)}, **rows}
+        recorder = Recorder(self._folder.path, metadata, resume=self._folder.has_begun())
+        task = TrainingTask(split=split, configs={"": self._config}, start=self._start(), metadata=rows)
         return TrainingSession(
             self._context.base, [task], recorder, max_steps=MAX_STEPS, save_every_s=_SAVE_EVERY_S,
             should_stop=self._should_stop, on_start=self._started, on_event=self.handle_event,
@@ -145,12 +149,26 @@ class JobRun:
         files, wanted = self._context.files, self._row.validation_file
         train = files.get(self._row.training_file, self._client)
         validation = None if wanted is None else files.get(wanted, self._client)
-        split = split_rows(data_config(train, validation), seed=self._config.seed)
+        config = data_config(train, validation or self._validation())
+        split = split_rows(config, seed=self._config.seed, scored=self._config.best_by != "loss")
+        held_out = split.validation
         return replace(
             split,
             train=_with_owners_name(split.train, train),
-            validation=_with_owners_name(split.validation, validation) if split.validation and validation else None,
+            validation=None if held_out is None else _with_owners_name(held_out, validation or train),
         )
+
+    def _validation(self) -> str | None:
+        """Which of the training file's rows are kept for validation, where no other file has them.
+
+        A job that was begun keeps those that it was begun with; earlier releases kept none.
+        """
+        if self._folder.has_begun():
+            return self._folder.read_plan()["job"].get("validation") or NO_VALIDATION
+        return self._row.settings.get("validation")
+
+    def _setting_to_resume(self, split: Split) -> str | None:
+        return split.validation_setting if self._row.validation_file is None else None
 
     def _start(self) -> SoftPrompt | None:
         if not self._row.settings["has_start"]:
@@ -270,9 +288,9 @@ def forget_state(context: JobContext, job: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def data_config(train: StoredFile, validation: StoredFile | None) -> DataConfig:
-    """The settings with which `softprompt train` reads such files."""
-    held_out = None if validation is None else str(validation.path)
+def data_config(train: StoredFile, validation: StoredFile | str | None) -> DataConfig:
+    """The settings with which `softprompt train` reads such files; `validation` may be a part of the training file."""
+    held_out = str(validation.path) if isinstance(validation, StoredFile) else validation
     if train.form == "template":
         return DataConfig(
             data=str(train.path), template="{prompt}", completion="{completion}", validation=held_out
@@ -283,8 +301,10 @@ def data_config(train: StoredFile, validation: StoredFile | None) -> DataConfig:
 
 
 def _with_owners_name(rows: Rows, file: StoredFile) -> Rows:
-    """The rows, named as their owner knows the file."""
-    return replace(rows, source=f"{file.id} ({file.filename})")
+    """The rows, named as their owner knows the file; their notes name hyperparameters in place of flags."""
+    flag, ours = f"--validation {NO_VALIDATION}", f"the hyperparameter validation {NO_VALIDATION!r}"
+    notes = tuple(note.replace(flag, ours) for note in rows.notes)
+    return replace(rows, source=f"{file.id} ({file.filename})", notes=notes)
 
 
 def _code_and_param(error: Exception) -> tuple[str, str | None]:

@@ -6,16 +6,19 @@ from dataclasses import fields
 from typing import Any
 
 from softprompt.base import Base
-from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig, check_start_stays
+from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, DataConfig, TrainConfig, check_start_stays
+from softprompt.data.split import check_validation
 from softprompt.errors import ConfigError, shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.schemas import CreateJob, Json
 from softprompt.settings import check_names, checked_value, require
+from softprompt.types import is_row_count
 
 _OPENAI = {"n_epochs": "epochs", "batch_size": "batch_rows", "learning_rate_multiplier": "relative_learning_rate"}
 _OURS = tuple(item.name for item in fields(TrainConfig))
 _SERVERS = {"micro_batch_rows": "the server fits it to its memory"}  # what a client may not choose
+_ROWS = "validation"  # which of the training file's rows choose the checkpoint; no setting of TrainConfig
 _LEAST_WIDTH_LIMIT = 1024  # of a residual MLP; wider than four times the base's width it learns nothing more
 _LARGEST_MULTIPLIER = 1_000_000  # of the default learning rate
 MAX_EPOCHS = 1_000
@@ -39,6 +42,25 @@ def train_config(asked: CreateJob, base: Base, start: SoftPrompt | None) -> Trai
     return config
 
 
+def validation_setting(asked: CreateJob) -> str | None:
+    """The hyperparameter `validation`: a share of the training file's rows, their number or "none"; None: the default.
+
+    Raises ApiError 400 for anything else, and beside a validation file.
+    """
+    try:
+        given = next((some[_ROWS] for some in reversed(_given(asked)) if some.get(_ROWS) is not None), None)
+        config = DataConfig(data=asked.training_file, validation=None if given == "auto" else given)
+        check_validation(config)
+        value = config.validation
+        is_part = value is None or is_row_count(value)
+        require(is_part, _ROWS, given, "a share of the rows, their number or 'none'")
+        if value is not None and asked.validation_file is not None:
+            raise ConfigError("a validation_file is given, and validation too; give one", param="validation")
+    except ConfigError as error:
+        raise _refusal(_ROWS, str(error)) from None
+    return value
+
+
 def check_rows(config: TrainConfig, num_rows: int) -> None:
     """Raises ApiError 400 where the passes over so many rows are more than can be planned."""
     if config.epochs * num_rows > MAX_ROW_VISITS:
@@ -53,10 +75,10 @@ def _settings(asked: CreateJob) -> Json:
     method = asked.method
     if method is not None and method.type != "supervised":
         raise ApiError(400, f"method.type is {method.type!r}; it must be 'supervised'", "invalid_value", "method.type")
-    supervised = method.supervised if method is not None else None
-    given = [asked.hyperparameters or {}, (supervised.hyperparameters if supervised else None) or {}]
     found: Json = {} if asked.seed is None else {"seed": asked.seed}
-    for name, value in (pair for some in given for pair in some.items()):
+    for name, value in (pair for some in _given(asked) for pair in some.items()):
+        if name == _ROWS:
+            continue
         setting, value = _setting(name, value)
         if value is None:
             continue
@@ -67,11 +89,16 @@ def _settings(asked: CreateJob) -> Json:
     return found
 
 
+def _given(asked: CreateJob) -> list[Json]:
+    supervised = asked.method.supervised if asked.method is not None else None
+    return [asked.hyperparameters or {}, (supervised.hyperparameters if supervised else None) or {}]
+
+
 def _setting(name: str, value: Any) -> tuple[str, Any]:  # Any: as JSON gave it
     """Our name for it and the value; None is the default."""
     if name in _SERVERS:
         raise ConfigError(f"{name} cannot be asked for: {_SERVERS[name]}; leave it out", param=name)
-    check_names([name], [*_OPENAI, *_OURS])
+    check_names([name], [*_OPENAI, *_OURS, _ROWS])
     if value is None or value == "auto":
         return _OPENAI.get(name, name), None
     return _OPENAI.get(name, name), _rate(value) if name == "learning_rate_multiplier" else value
@@ -94,5 +121,5 @@ def _check_limits(config: TrainConfig, base: Base) -> None:
 
 
 def _refusal(name: str | None, message: str) -> ApiError:
-    is_known = name in _OPENAI or name in _OURS
+    is_known = name in _OPENAI or name in _OURS or name == _ROWS
     return ApiError(400, message, "invalid_value", f"hyperparameters.{name}" if is_known else "hyperparameters")

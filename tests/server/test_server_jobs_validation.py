@@ -1,0 +1,92 @@
+"""Fine-tuning jobs without a validation file keep rows of the training file, as `softprompt train` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from fastapi import FastAPI
+from openai import OpenAI
+from support.job_server import (
+    SETTINGS,
+    create_job,
+    job_server,
+    plain_rows,
+    same_bits,
+    served_prompt,
+    template_rows,
+    trained_alone,
+    upload,
+    wait_for_success,
+)
+
+from softprompt.base import Base
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OpenAI, FastAPI]]:
+    with job_server(tiny_llama, tmp_path_factory.mktemp("state")) as found:
+        yield found
+
+
+def messages(client: OpenAI, job: str) -> list[str]:
+    return [event.message for event in client.fine_tuning.jobs.list_events(job, limit=100)]
+
+
+def test_a_labelled_file_keeps_rows_as_train_does(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, tmp_path: Path
+) -> None:
+    client, app = server
+    rows = template_rows(44)
+    done = wait_for_success(client, create_job(client, upload(client, rows)).id)
+    mine = served_prompt(app, str(done.fine_tuned_model))
+    data = {"template": "{prompt}", "completion": "{completion}"}
+    assert same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **data))
+    said = "20 of 44 rows are kept for validation (labels); the hyperparameter validation 'none' trains on all"
+    assert any(said in message for message in messages(client, done.id))
+    assert mine.record.run["validation_losses"]
+
+
+def test_the_hyperparameter_none_trains_on_all_rows(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, tmp_path: Path
+) -> None:
+    client, app = server
+    rows = template_rows(44)
+    job = create_job(client, upload(client, rows), {**SETTINGS, "validation": "none"})
+    mine = served_prompt(app, str(wait_for_success(client, job.id).fine_tuned_model))
+    data = {"template": "{prompt}", "completion": "{completion}"}
+    assert same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **data, kept="none"))
+    assert not same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **data))  # the control
+    assert mine.record.run["validation_losses"] == []
+
+
+def test_a_share_is_kept_of_plain_text_too(server: tuple[OpenAI, FastAPI]) -> None:
+    client, app = server
+    job = create_job(client, upload(client, plain_rows()), {**SETTINGS, "validation": 0.25})
+    mine = served_prompt(app, str(wait_for_success(client, job.id).fine_tuned_model))
+    assert mine.record.run["validation_losses"]
+
+
+def test_a_score_may_choose_on_kept_rows(server: tuple[OpenAI, FastAPI]) -> None:
+    client, app = server
+    job = create_job(client, upload(client, template_rows(44)), {**SETTINGS, "best_by": "accuracy"})
+    mine = served_prompt(app, str(wait_for_success(client, job.id).fine_tuned_model))
+    assert mine.record.run["scores"]
+
+
+@pytest.mark.parametrize("value", ["reviews.csv", "/etc/passwd", 0, 1.5, True, [1]])
+def test_a_validation_that_is_no_part_of_the_file_is_refused(server: tuple[OpenAI, FastAPI], value: object) -> None:
+    client, _ = server
+    file = upload(client, template_rows(44))
+    with pytest.raises(openai.BadRequestError) as refused:
+        wait_for_success(client, create_job(client, file, {**SETTINGS, "validation": value}).id)
+    assert refused.value.param == "hyperparameters.validation"
+
+
+def test_a_validation_file_and_a_part_of_the_training_file_exclude_each_other(server: tuple[OpenAI, FastAPI]) -> None:
+    client, _ = server
+    file, other = upload(client, template_rows(44)), upload(client, template_rows(4))
+    with pytest.raises(openai.BadRequestError, match="a validation_file is given, and validation too"):
+        create_job(client, file, {**SETTINGS, "validation": "0.1"}, validation_file=other)
