@@ -9,7 +9,14 @@ test rows: nats per text token (or per token of the label), and accuracy by labe
 `--recipe '{"relative_learning_rate": 1}'` measures another recipe too; `--skip-grid` leaves the grid out.
 What was measured is kept in --out, one JSON file per case, and not measured again.
 
-On SmolLM2 there is no grid: its contenders are those of quality_real.py, and each is kept as soon as it is measured.
+On SmolLM2 the contenders are those of quality_contenders.py, and each is kept with its seed as soon as it is measured:
+
+    python benchmarks/quality.py ../shared/data --out build/quality --base smollm2 --threads 1 &
+    python benchmarks/quality.py ../shared/data --out build/quality --base smollm2 --threads 1 &
+    python benchmarks/quality.py ../shared/data --out build/quality --base smollm2 --table
+
+Processes that work on one folder never measure the same twice. What matters most comes first: the bare base, ours, the
+notebook's settings, random vectors and the probe on every set, seed by seed; then the rest, PEFT's grid, its winner.
 """
 
 from __future__ import annotations
@@ -21,6 +28,8 @@ import tempfile
 from pathlib import Path
 
 import quality_real
+import quality_report
+import torch
 from quality_cases import LENGTHS, Case, Settings, grid, make_case, make_real_case, peers
 
 from softprompt import SoftPrompt, TrainConfig
@@ -157,8 +166,21 @@ def main() -> None:
 
 def run_real(flags: argparse.Namespace) -> None:
     names = (flags.cases or ",".join(REAL_CASES)).split(",")
-    cases = [make_real_case(name, flags.material, flags.test_rows) for name in names]
-    quality_real.run(cases, flags.out, flags.seeds, {text: json.loads(text) for text in flags.recipe})
+    if flags.table:
+        quality_report.print_tables(flags.out, names if flags.cases else ())
+        return
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    others = {text: json.loads(text) for text in flags.recipe}
+    grid_sets = () if flags.skip_grid else tuple(f"smollm2-{name}" for name in flags.grid_cases.split(","))
+    benches = [
+        quality_real.Bench(
+            make_real_case(name, flags.material, flags.test_rows, flags.dtype), flags.out, flags.seeds, others,
+            grid_sets, flags.only,
+        )
+        for name in names
+    ]  # fmt: skip
+    quality_real.run(benches, by_sets=flags.order == "sets")
 
 
 def parse() -> argparse.Namespace:
@@ -174,6 +196,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--skip-grid", action="store_true")
     parser.add_argument("--skip-peers", action="store_true")
+    real = parser.add_argument_group("of SmolLM2")
+    real.add_argument("--only", action="append", default=[], metavar="TEXT", help="contenders whose name has it")
+    real.add_argument("--order", choices=("stages", "sets"), default="stages", help="what matters most, or set by set")
+    real.add_argument("--grid-cases", default="sst2-200,quotes-25,roles-50", help="sets with PEFT's grid of twelve")
+    real.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the machine's")
+    real.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, or torch's choice")
+    real.add_argument("--table", action="store_true", help="print what is known and measure nothing")
     return parser.parse_args()
 
 
