@@ -154,6 +154,9 @@ class TrainConfig:
         "fall to 0 from the start.",
     )
     warmup_steps: int = option(0, "Optimiser steps over which the learning rate rises from 0.")
+    averaging: float = option(
+        0.0, "Share of the steps, at the end, whose prompts are averaged into the kept one; 0 keeps the last."
+    )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float | None = option(
         None, "Clip the norm of each step's gradient, of the loss per target token; default: off."
@@ -176,6 +179,7 @@ class TrainConfig:
         require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         require(self.batch_rows >= 1, "batch_rows", self.batch_rows, "at least 1")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.averaging <= 1, "averaging", self.averaging, "between 0 and 1")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, and finite")
         require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
         require(self.bottleneck >= 1, "bottleneck", self.bottleneck, "at least 1")
@@ -404,6 +408,7 @@ NOTEBOOK_PRESET: Mapping[str, Any] = {
     "reparameterisation": "none",
     "max_grad_norm": 1.0,
     "eos": False,
+    "averaging": 0.0,
 }
 # What --preset sets among the flags of `train`; the notebook ran in float32.
 PRESETS: Mapping[str, Mapping[str, Any]] = {"notebook": {**NOTEBOOK_PRESET, "dtype": "float32"}}

@@ -42,6 +42,7 @@ VARIANTS = {
     "split": {"micro_batch_rows": 3},
     "patience": {"learning_rate": 5.0, "patience": 3, "validate_every": 1},
     "tokens": {"batch_tokens": 40},
+    "averaged": {"averaging": 0.6},
 }
 
 

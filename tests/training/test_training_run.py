@@ -23,7 +23,7 @@ from softprompt.families import forward_of
 from softprompt.loss import score_examples
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
-from softprompt.training import Checkpoint, SliceDone, StepDone, train
+from softprompt.training import Checkpoint, ResumePoint, SliceDone, StepDone, train
 from softprompt.training.step import accumulate_gradient
 
 SHORT = {
@@ -58,6 +58,34 @@ def test_the_base_is_bit_identical_after_everything_and_only_the_prompt_moved(fa
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.model.modules())
     start, _ = ready_run(base, texts, config()).trial.start, None
     assert not torch.equal(result.prompt.tensor, start)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 0.2])
+def test_the_kept_prompt_is_the_mean_over_the_last_steps(share, tiny_llama, texts, held_out):
+    def run(averaging):
+        seen = []
+        settings = config(epochs=3, batch_rows=4, save_every=1, averaging=averaging)
+        sink = lambda event: seen.append(event.prompts[None].tensor) if isinstance(event, ResumePoint) else None  # noqa: E731
+        return train(tiny_llama, texts, settings, sink=sink), seen
+
+    last, prompts = run(0.0)
+    mean, seen = run(share)
+    first = len(prompts) - int(share * len(prompts))
+    expected = [torch.stack(prompts[first : end + 1]).double().mean(0) for end in range(first, len(prompts))]
+    assert mean.losses == last.losses  # the steps themselves are the same
+    assert all(torch.equal(a, b) for a, b in zip(seen[:first], prompts[:first], strict=True))
+    for found, wanted in zip(seen[first:], expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
+    assert torch.equal(mean.prompt.tensor, seen[-1])
+    assert (mean.prompt.tensor - last.prompt.tensor).abs().max() > 1e-4  # the control
+
+
+def test_a_validation_scores_the_mean(tiny_llama, texts, held_out):
+    result = train(tiny_llama, texts, config(averaging=0.5), validation=held_out)
+    examples = build_examples(tiny_llama, rows_from_texts(held_out), eos=True, max_length=50).examples
+    scores = score_examples(tiny_llama, forward_of(tiny_llama), examples, result.prompt.tensor)
+    nats = sum(score.text_nats for score in scores) / sum(score.num_text for score in scores)
+    assert dict(result.validation_losses)[result.kept_step] == pytest.approx(nats, rel=1e-5)
 
 
 def test_training_lowers_the_loss(tiny_llama):

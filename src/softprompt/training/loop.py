@@ -188,7 +188,7 @@ def validation_slices(base: Base, forward: Forward, trials: Sequence[Trial], ran
 
     Ranks in step run one row at a time, and idle forwards at the end, so that all of them run as many.
     """
-    prompts = [trial.prompt() for trial in trials]
+    prompts = [trial.averaged() for trial in trials]
     pairs = [(example, index) for index, trial in enumerate(trials) for example in trial.validation]
     mine = share(pairs, [len(example.ids) for example, _ in pairs], ranks)
     for chosen in [[pair] for pair in mine] if ranks.in_step else _cut(mine):

@@ -40,6 +40,11 @@ class Plan:
     num_threads: int
     kernels: Mapping[str, Any] = field(default_factory=dict)  # a KernelTable as JSON: how its products are computed
 
+    @property
+    def first_averaged_step(self) -> int:
+        """The first step, counted from 1, whose prompt is part of the mean; beyond the last one without averaging."""
+        return self.num_steps + 1 - math.floor(self.num_steps * self.config.averaging)
+
     def to_json(self) -> dict[str, Any]:
         """The plan for `run.json`; the order of the rows follows from seed and lengths and is left out."""
         record = {key: value for key, value in asdict(self).items() if key != "epochs"}

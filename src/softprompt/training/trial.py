@@ -50,6 +50,7 @@ class Trial:
         self.losses: list[float] = []  # nats per counted target or label, one per step
         self.validations: list[tuple[int, float | None, float | None]] = []  # step, nats per text token, score
         self._validations_without_gain = 0
+        self._mean_PH: Tensor | None = None  # of the prompts after the last steps, as many as are averaged
         self._rows = [training_row(example, plan.config) for example in data.examples]
         self._steps = [
             (rows, epoch + (index + 1) / len(steps))
@@ -88,13 +89,20 @@ class Trial:
         return rate_factor(config.schedule, config.warmup_steps, self.plan.num_steps, self.step)
 
     def prompt(self) -> Tensor:
-        """The current prompt [P, H], outside of any graph."""
+        """The prompt [P, H] that the next step runs, outside of any graph."""
         with torch.no_grad():
             return self._parameters.fold().detach().clone()
 
+    def averaged(self) -> Tensor:
+        """The prompt [P, H] that is validated and kept: the mean over the last steps, or else the current one.
+
+        Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407), here under the run's own schedule.
+        """
+        return self.prompt() if self._mean_PH is None else self._mean_PH.clone()
+
     def snapshot(self) -> SoftPrompt:
-        """The current prompt; of a run that has diverged, the best one or the start."""
-        prompt = self.prompt()
+        """The prompt so far; of a run that has diverged, the best one or the start."""
+        prompt = self.averaged()
         self.is_diverged = self.is_diverged or not bool(prompt.isfinite().all())
         if self.is_diverged:
             return self.best or SoftPrompt(self.start, self.record)
@@ -120,7 +128,16 @@ class Trial:
             group["lr"] = peak * self._rate_factor
         self._optimizer.step()
         self.step += 1
+        self._average()
         return norm
+
+    def _average(self) -> None:
+        num_averaged = self.step - self.plan.first_averaged_step
+        if num_averaged == 0:
+            self._mean_PH = self.prompt()
+        elif num_averaged > 0:
+            assert self._mean_PH is not None
+            self._mean_PH += (self.prompt() - self._mean_PH) / (num_averaged + 1)
 
     @property
     def validation_is_due(self) -> bool:
@@ -163,11 +180,13 @@ class Trial:
         }  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the state: parameters, AdamW's moments, the best prompt."""
+        """The tensors of the state: parameters, AdamW's moments, the mean so far, the best prompt."""
         found = {f"parameter/{name}": leaf.detach().cpu().clone() for name, leaf in self._parameters.leaves.items()}
         for name, leaf in self._parameters.leaves.items():
             kept = self._optimizer.state.get(leaf, {})
             found |= {f"{moment}/{name}": kept[moment].detach().cpu().clone() for moment in _MOMENTS if moment in kept}
+        if self._mean_PH is not None:
+            found["mean"] = self._mean_PH.cpu().clone()
         return found if self.best is None else {**found, "best": self.best.tensor}
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -179,6 +198,7 @@ class Trial:
         self.losses = [math.nan if loss is None else loss for loss in state["losses"]]
         self.validations = [(step, loss, score) for step, loss, score in state["validations"]]
         self.best = SoftPrompt(tensors["best"], self.record) if "best" in tensors else None
+        self._mean_PH = tensors["mean"].to(self.start).clone() if "mean" in tensors else None
         with torch.no_grad():
             for name, value in within("parameter/", tensors).items():
                 self._parameters.leaves[name].copy_(value)
