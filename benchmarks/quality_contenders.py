@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from quality_cases import Case
+from quality_product import rows_file, train_as_command
 from quality_scoring import Scores, as_prompt, context_ids, score_rows, shots, text_figures, with_system, with_template
 from quality_store import (
     BARE,
@@ -36,6 +37,7 @@ from softprompt.config import NOTEBOOK_PRESET
 from softprompt.data import Rows, render_rows
 from softprompt.errors import DivergedError
 from softprompt.families import forward_of
+from softprompt.training import TrainResult
 
 GRID_SETS = ("smollm2-sst2-200", "smollm2-quotes-25", "smollm2-roles-50")
 GRID_RATES = (3e-3, 1.5e-2, 6e-2, 3e-1)  # 0.02 to 2.3 times the RMS of SmolLM2's embeddings
@@ -43,8 +45,12 @@ GRID_HELD_OUT = 5  # the last fifth of the training rows chooses
 SHORT_SETS = ("smollm2-quotes-25",)  # with the notebook's own four vectors too
 PROBE_CS, PROBE_FOLDS = np.logspace(-5, 1, 7), 5
 LENGTH = 20
-PEFT = {**NOTEBOOK_PRESET, "loss": "tokens"}  # run by our trainer, whose runs equal PEFT's (tests/training)
-TRAINING_COST = 2.0  # forward passes that a step on the same tokens takes: backward computes no weight's gradient
+PEFT = {
+    **NOTEBOOK_PRESET,
+    "loss": "tokens",
+    "averaging": 0.0,
+}  # run by our trainer, whose runs equal PEFT's (tests/training)
+TRAINING_COST = 2.3  # forward passes that a step on the same tokens takes: backward computes no gradient of a weight
 FIRST, LATER, SEARCH, CHOSEN = range(4)  # stages, in the order in which a bench of all sets comes to them
 
 _DIVERGED = 1e3  # nats per token
@@ -73,9 +79,9 @@ def contenders_of(
         stage = FIRST if length == LENGTH else LATER
         notebook = {**PEFT, "virtual_tokens": length}
         yield _trained(f"{NOTEBOOK}, P={length}", notebook, store, stage)
-        yield _trained(f"{OURS}, P={length}", {"virtual_tokens": length}, store, stage)
+        yield _ours(f"{OURS}, P={length}", {"virtual_tokens": length}, store, stage)
     for name, settings in others.items():
-        yield _trained(name, settings, store)
+        yield _ours(name, settings, store)
     yield _random(store, f"{OURS}, P={LENGTH}")
     if case.name in grid_sets:
         yield from _search(case, store)
@@ -127,6 +133,29 @@ def _in_context(case: Case, seed: int) -> Result:
     return result_of(score_rows(case.base, case.test, as_prompt(case.base, ids)), began, f"{len(ids)} tokens in front")
 
 
+def _ours(name: str, settings: Settings, store: Store, stage: int = LATER) -> Contender:
+    """As the command trains: where rows have labels, some of them are kept to choose the checkpoint."""
+
+    def run(case: Case, seed: int) -> Result:
+        began = time.perf_counter()
+        config = TrainConfig(**{**settings, "seed": seed})
+        result = train_as_command(case.base, case.train, config, rows_file(case, store.folder))
+        return _keep_and_score(case, name, seed, store, result, began)
+
+    config = TrainConfig(**settings)
+    passes = config.epochs * TRAINING_COST
+    return Contender(name, run, asdict(config), seeded=True, passes=passes, stage=stage)
+
+
+def _keep_and_score(
+    case: Case, name: str, seed: int, store: Store, result: TrainResult, began: float, note: str = ""
+) -> Result:
+    save_prompt(result.prompt, store.prompt_folder(name, seed), overwrite=True)
+    kept = f", step {result.kept_step} of {len(result.losses)}" if result.validation_losses or result.scores else ""
+    note = note or f"training loss {statistics.mean(result.losses[-10:]):.2f}{kept}"
+    return result_of(score_rows(case.base, case.test, result.prompt), began, note)
+
+
 def _trained(name: str, settings: Settings, store: Store, stage: int = LATER) -> Contender:
     def run(case: Case, seed: int) -> Result:
         return _train_and_score(case, name, settings, seed, store)
@@ -139,9 +168,7 @@ def _trained(name: str, settings: Settings, store: Store, stage: int = LATER) ->
 def _train_and_score(case: Case, name: str, settings: Settings, seed: int, store: Store, note: str = "") -> Result:
     began = time.perf_counter()
     result = train(case.base, case.train, TrainConfig(**{**settings, "seed": seed}))
-    save_prompt(result.prompt, store.prompt_folder(name, seed), overwrite=True)
-    note = note or f"training loss {statistics.mean(result.losses[-10:]):.2f}"
-    return result_of(score_rows(case.base, case.test, result.prompt), began, note)
+    return _keep_and_score(case, name, seed, store, result, began, note)
 
 
 def _random(store: Store, like: str) -> Contender:

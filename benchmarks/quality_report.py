@@ -164,7 +164,7 @@ def targets(own: SetResults) -> list[str]:
     found = [_judged("not below bare", own.gap(ours, own.reference()), own), *_learnt(own, ours)]
     if own.values(BEST):
         found.append(_judged("not below PEFT's grid", own.gap(ours, BEST), own))
-        found += [] if own.has_labels else [_way(own, ours)]
+        found += [_way(own, ours)] if not own.has_labels and own.values(own.reference()) else []
     if len(own.values(ours)) > 1:
         found.append(_spread_target(own, ours))
     gap = own.gap(RANDOM, ours)

@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from support.command_line import succeed
 
-from softprompt import DataConfig, SamplingConfig, load_base, read_rows, rows_from_records
+from softprompt import DataConfig, SamplingConfig, TrainConfig, load_base, load_prompt, read_rows, rows_from_records
 from softprompt.data import render_rows
 from softprompt.data.rows import with_labels
 from softprompt.demo.tasks import REVIEW_COMPLETION, REVIEW_TEMPLATE
@@ -207,6 +209,8 @@ def test_the_summary_says_which_targets_are_met(module: Any, store: Any) -> None
         "met: not below bare", "MISSED: not below PEFT's grid", "MISSED: 0.65 of the way to the grid",
         "MISSED: spread 2.3 %", "met: random is worse",
     ]  # fmt: skip
+    partly = kept([], ours=[[2.0, 3.0, 4.0]], grid=[[1.0, 2.0, 3.0]])  # while the bare base is not yet measured
+    assert len(report.targets(partly)) == 1 and report.targets(kept([], bare=[[4.0, 5.0, 6.0]])) == []
     labels = kept(["a", "b"], bare=[[0.0, 0.0, 0.0]], ours=[[1.0, 1.0, 1.0]], drawn=[[1.0, 1.0, 1.0]])
     assert [line.split(" (")[0] for line in report.targets(labels)] == [
         "MISSED: not below bare", "MISSED: mean -100.0 points to bare", "MISSED: random is worse",
@@ -253,6 +257,23 @@ def test_an_answer_is_exact_where_the_greedy_one_is_it(scoring: Any, case: Any, 
 
     assert sum(exact(str)) >= len(ended) - 1 > 2
     assert sum(exact(lambda line: line[: len(line) // 2])) == 0 == sum(exact(lambda line: f"{line} x"))
+
+
+@pytest.mark.medium
+def test_ours_is_what_the_command_keeps_of_the_same_rows(module: Any, case: Any, tmp_path: Path) -> None:
+    """Also where rows with labels are kept for validation."""
+    product, rows = module("quality_product"), case.train
+    rows = replace(rows, records=rows.records * 3, indices=tuple(range(48)))
+    rows = replace(rows, records=tuple({**row, "text": f"{row['text']} {n}"} for n, row in enumerate(rows.records)))
+    file = tmp_path / "rows.jsonl"
+    settings = {"virtual_tokens": 2, "epochs": 2, "seed": 3}
+    found = product.train_as_command(case.base, rows, TrainConfig(**settings), file)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **product.columns(rows)}.items()]
+    ran = succeed(
+        "train", "--base=embedded", "--dtype=float32", f"--data={file}", f"--out={tmp_path / 'run'}", *flags
+    )  # fmt: skip
+    assert len(found.validation_losses) == 2 and "20 of 48 rows are kept" in ran.err
+    assert torch.equal(load_prompt(tmp_path / "run").tensor, found.prompt.tensor)
 
 
 @pytest.mark.medium
