@@ -49,6 +49,25 @@ def test_a_labelled_file_keeps_rows_as_train_does(
     assert mine.record.run["validation_losses"]
 
 
+def test_a_job_ends_with_whether_its_prompt_helps(server: tuple[OpenAI, FastAPI]) -> None:
+    client, app = server
+    job = wait_for_success(client, create_job(client, upload(client, template_rows(44))).id)
+    extra = job.model_extra or {}
+    assert extra["recommendation"] in ("prompt", "bare base")
+    assert extra["verdict"].startswith("On 20 validation rows the prompt is right in ")
+    last, *_ = client.fine_tuning.jobs.list_events(job.id, limit=1).data
+    assert last.message == extra["verdict"]
+    assert (last.level == "warn") == (extra["recommendation"] == "bare base")
+    run = served_prompt(app, str(job.fine_tuned_model)).record.run
+    assert (run["held_out"]["text"], run["recommendation"]) == (extra["verdict"], extra["recommendation"])
+
+
+def test_a_job_on_plain_text_has_no_recommendation(server: tuple[OpenAI, FastAPI]) -> None:
+    client, _ = server
+    job = wait_for_success(client, create_job(client, upload(client, plain_rows(44))).id)
+    assert (job.model_extra or {})["recommendation"] is None
+
+
 def test_the_hyperparameter_none_trains_on_all_rows(
     server: tuple[OpenAI, FastAPI], tiny_llama: Base, tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ def command(
     """
     sampling, scoring = config_of(SamplingConfig, flags), _scoring(flags)
     base_config = config_of(BaseConfig, flags)
-    from softprompt.cli.inputs import named_prompts, parse_fields, stop_notes
+    from softprompt.cli.inputs import named_prompts, parse_fields, say_judgements, stop_notes
     from softprompt.evaluation import compare, to_markdown
     from softprompt.storage import load_prompt, load_set
     from softprompt.storage.atomic import write_file
@@ -85,6 +85,7 @@ def command(
     with warnings_as_lines():
         loaded = {name: load_prompt(folder, base, force=force) for name, folder in folders.items()}
         ensembles = {name: load_set(folder, base, force=force) for name, folder in set_folders.items()}
+    say_judgements(loaded)
     for note in stop_notes(base, sampling.stop if inputs else ()):
         say(f"note: {note}")
     voters = {f"{name}/{own}": each for name, members in ensembles.items() for own, each in members.items()}

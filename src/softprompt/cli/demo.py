@@ -83,7 +83,10 @@ def _train_shown(base: Base, task: TrainingTask, recorder: Recorder) -> TrainRes
             on_start=lambda ready: progress.begin(max(trial.plan.num_steps for trial in ready.loop.trials)),
         )  # fmt: skip
         (result,) = session.train()
-    session.finish([result])
+    judgements = session.judge([result])
+    session.finish([result], judgements)
+    for judgement in judgements.values():
+        say(judgement.text)
     return result
 
 

@@ -12,7 +12,7 @@ from softprompt.cli.console import say
 from softprompt.config import DataConfig
 from softprompt.data import Rows, held_out_record, split_rows
 from softprompt.errors import ConfigError, DataError, SoftpromptError
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import Judgement, SoftPrompt
 from softprompt.settings import typed_text
 from softprompt.types import NO_VALIDATION, InputForm, is_row_count
 
@@ -82,6 +82,14 @@ def _why_never(base: Base, text: str) -> str | None:
     known = set(" ").union(*base.tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True))
     lacking = next((character for character in text if character not in known), None)
     return None if lacking is None else f"no token of the base writes {lacking!r}"
+
+
+def say_judgements(prompts: Mapping[str, SoftPrompt]) -> None:
+    """What each prompt's training found on its validation rows, where it measured that."""
+    for name, prompt in prompts.items():
+        judgement = Judgement.from_json(prompt.record.run.get("held_out"))
+        if judgement is not None:
+            say(f"note: {name}, when it was trained: {judgement.text}")
 
 
 class _Recorded(NamedTuple):

@@ -21,7 +21,15 @@ from softprompt.data import Rows, build_examples, read_rows
 from softprompt.errors import ConfigError, SoftpromptError
 from softprompt.evaluation import Interval, LeaveOneOut, leave_one_out
 from softprompt.families import forward_of
-from softprompt.prompt import Drift, NearestTokens, SimilarPair, SoftPrompt, drift_from_json, nearest_tokens
+from softprompt.prompt import (
+    Drift,
+    Judgement,
+    NearestTokens,
+    SimilarPair,
+    SoftPrompt,
+    drift_from_json,
+    nearest_tokens,
+)
 from softprompt.storage import Library
 
 _LARGEST_MATRIX = 10  # prompts
@@ -150,6 +158,7 @@ def _record_rows(prompt: SoftPrompt) -> list[list[str]]:
         "data": Path(str(run.get("source", ""))).name,
         "steps": str(run.get("kept_step", "")),
         "training loss": _curve(run.get("losses")),
+        "does it help": "" if (judgement := Judgement.from_json(run.get("held_out"))) is None else judgement.text,
     }
     return [[name, value] for name, value in rows.items() if value]
 

@@ -144,6 +144,9 @@ def summary(run: RunHistory) -> list[list[str]]:
         "checkpoints": ", ".join(f"step {step:,}" for step in run.checkpoints),
         "kept": "" if kept_step is None else f"step {kept_step:,}",
         "loss": _losses(run),
+        "does it help": "\n".join(
+            f"{task}: {each.text}" if task else each.text for task, each in run.judgements.items()
+        ),
         **_settings(run.prompts),
         "notes": "\n".join(run.notes),
     }
@@ -157,6 +160,7 @@ def to_json(run: RunHistory) -> dict[str, Any]:
         **list_entry(run),
         "checkpoints": [{"step": step, "folder": str(path)} for step, path in run.checkpoints.items()],
         "notes": run.notes,
+        "judgements": {task: judgement.to_json() for task, judgement in run.judgements.items()},
         "prompts": [
             {
                 "task": prompt.task, "name": prompt.name, "kept": prompt.is_kept, "steps": prompt.steps,

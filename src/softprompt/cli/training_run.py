@@ -42,18 +42,19 @@ def run_session(
         results = session.train()
     interrupted = results[0].interrupted
     if ranks.rank == 0:
-        verdicts = {} if interrupted or ranks.count > 1 else session.judge(results)
-        outcome = session.finish(results, verdicts)
+        judgements = session.judge(results)
+        outcome = session.finish(results, judgements)
         if interrupted:
             _say_interrupted(session, results[0], command)
-        for verdict in verdicts.values():
-            say(verdict.text)
         if session.is_one_prompt:
             _say_result(session, results[0])
         else:
             if not as_json:
                 _show_candidates(session, results, start_name)
             say(f"saved to {recorder.folder}")
+        for name, judgement in judgements.items():
+            line = f"{name}: {judgement.text}" if name else judgement.text
+            say(line) if as_json else click.echo(line)
         if as_json:
             print_json({"out": str(recorder.folder), **outcome})
     if interrupted:

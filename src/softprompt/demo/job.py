@@ -105,12 +105,15 @@ def _train(base: Base, task: Task, folder: Path, say: Say, overwrite: bool) -> _
     wanted = TrainingTask(split=split, configs={"": task.train}, metadata=rows)
     session = TrainingSession(base, [wanted], Recorder(folder, rows, overwrite=overwrite))
     (result,) = session.train()
-    session.finish([result])
+    judgements = session.judge([result])
+    session.finish([result], judgements)
     losses, took = result.losses, result.prompt.record.run["seconds"]
     say(
         f"{task.name}: {len(split.train)} rows, {task.train.virtual_tokens} virtual tokens, {len(losses)} steps, "
         f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, {took:.1f} s"
     )
+    for judgement in judgements.values():
+        say(f"{task.name}: {judgement.text}")
     room = base.max_length - task.train.virtual_tokens
     began = time.perf_counter()
     peft = peft_prompt(base, build_examples(base, split.train, eos=task.train.eos, max_length=room), task.train)

@@ -27,6 +27,7 @@ from softprompt.evaluation.heldout import (
     mean_loss,
     paired_interval,
 )
+from softprompt.evaluation.judge import judge
 from softprompt.evaluation.report import (
     ReportTable,
     accuracy_tables,
@@ -74,6 +75,7 @@ __all__ = [
     "ensemble_tables",
     "held_out_losses",
     "is_small",
+    "judge",
     "label_answers",
     "leave_one_out",
     "likeliest_labels",

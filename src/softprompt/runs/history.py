@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softprompt.errors import AdapterError, StorageError
+from softprompt.prompt import Judgement
 from softprompt.runs import RunFolder
 from softprompt.runs.run_folder import CHECKPOINTS_NAME, METRICS_NAME, PLAN_NAME, TASKS_KEY
 
@@ -56,6 +57,7 @@ class RunHistory:
     checkpoints: Mapping[int, Path]
     prompts: tuple[PromptHistory, ...]
     notes: tuple[str, ...]
+    judgements: Mapping[str, Judgement]  # by task, of an ended run
 
     @property
     def by_task(self) -> dict[str, list[PromptHistory]]:
@@ -136,8 +138,16 @@ def _history(run: RunFolder, plan: Mapping[str, Any], lines: Sequence[Mapping[st
         steps=max(prompt.steps for prompt in prompts),
         planned_steps=max(prompt.plan["num_steps"] for prompt in prompts),
         checkpoints={checkpoint.step: checkpoint.path for checkpoint in run.checkpoints()},
-        prompts=prompts, notes=tuple(plan.get("notes", ())),
+        prompts=prompts, notes=tuple(plan.get("notes", ())), judgements=_judgements(result),
     )  # fmt: skip
+
+
+def _judgements(result: Mapping[str, Any] | None) -> dict[str, Judgement]:
+    """Of the only task, or of each by name."""
+    known = (result or {}).get("held_out") or {}
+    named = {"": known} if "rows" in known else known
+    found = {task: Judgement.from_json(each) for task, each in named.items()}
+    return {task: judgement for task, judgement in found.items() if judgement is not None}
 
 
 def _state(result: Mapping[str, Any] | None) -> State:

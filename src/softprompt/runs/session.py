@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from softprompt.base import Base
 from softprompt.config import DataConfig, TrainConfig
 from softprompt.data import Split, held_out_record
 from softprompt.errors import ConfigError, DataError
-from softprompt.evaluation import Verdict, criterion, verdict_of
-from softprompt.prompt import SoftPrompt
+from softprompt.evaluation import criterion, judge
+from softprompt.evaluation.classification import wilson_interval
+from softprompt.prompt import Judgement, SoftPrompt
 from softprompt.runs.recorder import Recorder
 from softprompt.runs.run_folder import TASKS_KEY
 from softprompt.training import (
@@ -32,10 +33,6 @@ from softprompt.training import (
     train_together,
 )
 from softprompt.training.loop import TrainingLoop
-
-# Rows of a labelled set that are judged at the end of a training; compare reads all of them.
-_MOST_JUDGED_ROWS, _LEAST_JUDGED_ROWS = 100, 20
-_MOST_JUDGED_LABELS = 1_000  # rows times labels: each label of a row is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,17 +142,21 @@ class TrainingSession:
         left = iter(results)
         return [(task, [next(left) for _ in task.configs]) for task in self.tasks]
 
-    def judge(self, results: Sequence[TrainResult]) -> dict[str, Verdict]:
-        """By task: how often the kept prompt of a labelled task is right on the validation rows.
+    def judge(self, results: Sequence[TrainResult]) -> dict[str, Judgement]:
+        """By task: the kept prompt beside the bare base on the validation rows, where these have labels or a score.
 
-        Test rows are left to `compare`.
+        None of an interrupted run, or of a base that is sharded over ranks. Test rows are left to `compare`.
         """
-        judged = {task.name: self._verdict(task, best_of(rivals)) for task, rivals in self.by_task(results)}
-        return {name: verdict for name, verdict in judged.items() if verdict is not None}
+        if results[0].interrupted or (self.ranks.count > 1 and self.ranks.in_step):
+            return {}
+        judged = {task.name: self._judgement(task, best_of(rivals)) for task, rivals in self.by_task(results)}
+        return {name: judgement for name, judgement in judged.items() if judgement is not None}
 
-    def finish(self, results: Sequence[TrainResult], verdicts: Mapping[str, Verdict] | None = None) -> dict[str, Any]:
+    def finish(
+        self, results: Sequence[TrainResult], judgements: Mapping[str, Judgement] | None = None
+    ) -> dict[str, Any]:
         """Write the kept prompts and the result into the run's folder; returns the result with every step's loss."""
-        held_out = {name: _held_out_metadata(verdict) for name, verdict in (verdicts or {}).items()}
+        held_out = {name: held_out_metadata(judgement) for name, judgement in (judgements or {}).items()}
         for task, rivals in self.by_task(results):
             metadata = {**task.metadata, **held_out.get(task.name, {})}
             others = rivals if len(rivals) > 1 else ()
@@ -166,7 +167,7 @@ class TrainingSession:
             self.recorder.end({"plan": only.plan.to_json(), "result": result})
             return result
         kept = {task.name: best_of(rivals).name for task, rivals in self.by_task(results)}
-        result = {"kept": kept if any(kept) else kept[""], "interrupted": results[0].interrupted}
+        result = {"kept": kept if any(kept) else kept[""], "interrupted": results[0].interrupted, **_by_task(held_out)}
         candidates = {str(each.name): each.to_json() for each in results}
         self.recorder.end({
             "candidates": {
@@ -236,31 +237,35 @@ class TrainingSession:
         record = replace(prompt.record, base_name=self._base_id, base_source=self._base_id)
         return SoftPrompt(prompt.tensor, record)
 
-    def _verdict(self, task: TrainingTask, kept: TrainResult) -> Verdict | None:
+    def _judgement(self, task: TrainingTask, kept: TrainResult) -> Judgement | None:
         form, rows = kept.prompt.record.form, task.split.validation
-        if not form.labels:
-            return None
         if rows is None:
-            self._on_note("no validation rows, so the prompt's accuracy is unknown; softprompt compare measures it")
+            if form.labels:
+                self._on_note("no validation rows, so the prompt's accuracy is unknown; softprompt compare measures it")
             return None
-        num_rows = min(len(rows), _MOST_JUDGED_ROWS, max(_LEAST_JUDGED_ROWS, _MOST_JUDGED_LABELS // len(form.labels)))
-        first = replace(rows.select(range(num_rows)), form=form)
+        best_by, num_rows = kept.plan.config.best_by, len(task.split.train)
         try:
-            return verdict_of(self.base, "the validation set", first, task.name or "the prompt", kept.prompt)
+            return judge(self.base, replace(rows, form=form), kept.prompt, best_by, train_rows=num_rows)
         except DataError as error:
             self._on_note(f"no accuracy on the validation set: {error}")
             return None
 
 
-def _held_out_metadata(verdict: Verdict) -> dict[str, Any]:
-    """The part of a verdict that the prompt's record and the run's result keep."""
-    known = verdict.baselines
-    return {
-        "held_out": {
-            "rows": verdict.num_rows, "accuracy": verdict.accuracy, "interval": list(astuple(verdict.interval)),
-            "majority": known.majority, "bare_base": known.template,
-        }
-    }  # fmt: skip
+def held_out_metadata(judgement: Judgement) -> dict[str, Any]:
+    """The part of a judgement that the prompt's record and the run's result keep."""
+    figures = judgement.to_json()
+    if judgement.measure == "accuracy":
+        interval = wilson_interval(round(judgement.prompt * judgement.rows), judgement.rows)
+        figures |= {"accuracy": judgement.prompt, "interval": [interval.low, interval.high]}
+    return {"held_out": figures, "recommendation": judgement.recommendation}
+
+
+def _by_task(held_out: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of several tasks, by their names; plain where there is one task without a name."""
+    if "" in held_out:
+        return dict(held_out[""])
+    keys = ("held_out", "recommendation") if held_out else ()
+    return {key: {name: found[key] for name, found in held_out.items()} for key in keys}
 
 
 def _without_losses(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from softprompt.config import EMBEDDED_BASE, SMOLLM2_BASE
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import Judgement, SoftPrompt
 from softprompt.types import InputForm
 
 _SETTINGS = (
@@ -73,7 +73,13 @@ def _form(prompt: SoftPrompt) -> str:
 def _figures(prompt: SoftPrompt) -> str:
     """Figures on held-out rows, where training measured them."""
     run = prompt.record.run
-    lines = [*_accuracy_lines(run.get("held_out")), *_loss_lines(run.get("validation_losses"), run.get("kept_step"))]
+    judgement = Judgement.from_json(run.get("held_out"))
+    judged = [] if judgement is None else [f"{judgement.text}.", ""]
+    lines = [
+        *judged,
+        *_accuracy_lines(run.get("held_out")),
+        *_loss_lines(run.get("validation_losses"), run.get("kept_step")),
+    ]
     return "\n".join(["## On rows that it was not trained on", "", *lines, ""]) if lines else ""
 
 

@@ -128,6 +128,8 @@ def _job(row: JobRow) -> FineTuningJob:
         trained_tokens=outcome.get("trained_tokens") if has_ended else None,
         estimated_finish=int(estimate) if is_running and estimate is not None else None,
         result_files=outcome.get("result_files", []),
+        recommendation=outcome.get("recommendation"),
+        verdict=outcome.get("held_out", {}).get("text"),
         metadata=row.settings.get("metadata"),
         user_provided_suffix=row.suffix,
     )

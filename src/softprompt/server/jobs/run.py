@@ -21,11 +21,11 @@ from softprompt.config import KEPT_CHECKPOINTS, DataConfig, TrainConfig
 from softprompt.data import Rows, Split, held_out_record, split_rows
 from softprompt.errors import ConfigError, DatabaseError
 from softprompt.openmp import release_omp_threads
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt import Judgement, SoftPrompt
 from softprompt.runs import RunFolder
 from softprompt.runs.recorder import Recorder
 from softprompt.runs.run_folder import CHECKPOINTS_NAME
-from softprompt.runs.session import SessionStopped, TrainingSession, TrainingTask
+from softprompt.runs.session import SessionStopped, TrainingSession, TrainingTask, held_out_metadata
 from softprompt.server.clients.keys import Client
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile
@@ -100,7 +100,8 @@ class JobRun:
             ):  # reading too: Python runs in one thread at a time
                 session = self._session = self._open_session()
                 (result,) = session.train()
-            self._succeed(session, result)
+                judgements = session.judge([result])
+            self._succeed(session, result, judgements)
         except SessionStopped as stopped:
             self._end_stopped(str(stopped))
         except DatabaseError:  # nothing can be written; the queue's thread begins anew when the database is back
@@ -214,23 +215,34 @@ class JobRun:
             self._context.registry.forget(old["model"], self._row.owner)
         self._events.outcome["checkpoints"] = [*known[1 - KEPT_CHECKPOINTS :], entry]
 
-    def _keep(self, prompt: SoftPrompt, name: str, source: str, more: Mapping[str, Any]) -> SoftPrompt:
-        run = {**prompt.record.run, "job": {**self._metadata(), **more}}
+    def _keep(
+        self,
+        prompt: SoftPrompt,
+        name: str,
+        source: str,
+        more: Mapping[str, Any],
+        judged: Mapping[str, Any] | None = None,
+    ) -> SoftPrompt:
+        run = {**prompt.record.run, "job": {**self._metadata(), **more}, **(judged or {})}
         record = replace(prompt.record, base_source=None, run=run)  # no client sees a path of the server's
         kept = SoftPrompt(prompt.tensor, record)
         self._context.registry.keep(kept, name=name, owner=self._row.owner, source=source, job=self._row.id)
         return kept
 
-    def _succeed(self, session: TrainingSession, result: TrainResult) -> None:
-        """Serve the prompt first, and then report it."""
+    def _succeed(self, session: TrainingSession, result: TrainResult, judgements: Mapping[str, Judgement]) -> None:
+        """Serve the prompt first, and then report it, and whether it helps."""
         records, row = self._context.records, self._row
         if result.diverged_after is not None:
             self._events.add(f"{result.diverged_words}; the best before is kept", "warn")
-        prompt = self._keep(result.prompt, self._name, "job", {"step": result.kept_step})
-        session.finish([replace(result, prompt=prompt)])
+        judgement = judgements.get("")
+        judged = {} if judgement is None else held_out_metadata(judgement)
+        prompt = self._keep(result.prompt, self._name, "job", {"step": result.kept_step}, judged)
+        session.finish([replace(result, prompt=prompt)], judgements)
         results = add_results(self._context.files, records, row.owner, self._folder.read_metrics())
         self._events.add(f"step {result.kept_step:,} is kept, and served as {self._name}")
-        self._events.outcome |= {"estimated_finish": None, "result_files": [results]}
+        if judgement is not None:
+            self._events.add(judgement.text, "warn" if judgement.recommendation == "bare base" else "info")
+        self._events.outcome |= {"estimated_finish": None, "result_files": [results], **judged}
         has_moved = records.move(
             row.id, TAKEN, "succeeded", self._events.pop_unwritten(), fine_tuned_model=self._name,
             finished=time.time(), outcome=self._events.outcome,

@@ -136,6 +136,10 @@ class FineTuningJob(BaseModel):
     trained_tokens: int | None
     estimated_finish: int | None = None
     result_files: list[str]
+    recommendation: Literal["prompt", "bare base"] | None = Field(
+        None, description="Of a job that has succeeded and has validation rows with labels or a score."
+    )
+    verdict: str | None = Field(None, description="The figures behind it, in a sentence.")
     organization_id: str = ""
     integrations: list[Json] | None = None
     metadata: dict[str, str] | None

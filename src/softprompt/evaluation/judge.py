@@ -1,0 +1,108 @@
+"""The judgement at the end of a training: the prompt beside the bare base on the validation rows, in the same form.
+
+Labels are compared by their likelihood, other answers as greedy decoding gives them, by the score that chose the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+
+from softprompt.base import Base
+from softprompt.config import Criterion, TextScore
+from softprompt.data import Rows
+from softprompt.evaluation.classification import (
+    class_scores,
+    confusion_matrix,
+    labelled_rows,
+    macro_f1,
+    predicted_labels,
+)
+from softprompt.evaluation.heldout import CONFIDENCE, NUM_RESAMPLES, bootstrap_interval
+from softprompt.evaluation.scores import greedy_answers, questions_of, text_scores
+from softprompt.families import forward_of
+from softprompt.prompt import Judgement, SoftPrompt
+
+MOST_ROWS = 400  # of labels; compare reads all of them
+MOST_LABEL_SCORES = 4_000  # rows times labels: each label of a row is read
+LEAST_ROWS = 20
+MOST_ANSWERS = 200
+
+
+def judge(base: Base, rows: Rows, prompt: SoftPrompt, best_by: Criterion, *, train_rows: int) -> Judgement | None:
+    """How the prompt and the bare base do on the first rows; None where they have neither labels nor a task score.
+
+    `rows` have the prompt's form. Raises DataError for a row whose completion is none of the labels.
+    """
+    labels = rows.form.labels
+    if labels:
+        count = min(len(rows), MOST_ROWS, max(LEAST_ROWS, MOST_LABEL_SCORES // len(labels)))
+        return _by_labels(base, rows.select(range(count)), prompt, best_by, train_rows)
+    if best_by in ("loss", "accuracy", "f1_macro"):
+        return None
+    return _by_answers(base, rows, prompt, cast(TextScore, best_by), train_rows)
+
+
+def _by_labels(base: Base, rows: Rows, prompt: SoftPrompt, best_by: Criterion, train_rows: int) -> Judgement:
+    known, forward = labelled_rows(rows), forward_of(base)
+    own, count = known.own, len(known.own)
+    ours, bare = (predicted_labels(base, forward, known, each) for each in (prompt, None))
+    majority = max(own.count(label) for label in set(own)) / count
+    is_constant = len(set(ours)) == 1 and majority < 1.0
+    right, base_right = ([a == b for a, b in zip(found, own, strict=True)] for found in (ours, bare))
+    better = sum(a and not b for a, b in zip(right, base_right, strict=True))
+    worse = sum(b and not a for a, b in zip(right, base_right, strict=True))
+    shares = (sum(right) / count, sum(base_right) / count)
+    difference = None
+    if best_by == "f1_macro":
+        scores = _f1_of(known.labels, own)
+        everything = np.arange(count)
+        shares = (scores(ours, everything), scores(bare, everything))
+        difference = _f1_difference(scores, ours, bare)
+    return Judgement(
+        measure="f1_macro" if best_by == "f1_macro" else "accuracy", rows=count, train_rows=train_rows,
+        prompt=shares[0], bare_base=shares[1], better_rows=better, worse_rows=worse, difference=difference,
+        majority=None if best_by == "f1_macro" else majority, is_constant=is_constant,
+    )  # fmt: skip
+
+
+MacroF1 = Callable[[Sequence[int], np.ndarray], float]  # of predicted labels, on the rows of these numbers
+
+
+def _f1_of(labels: Sequence[str], own: Sequence[int]) -> MacroF1:
+    def score(found: Sequence[int], chosen: np.ndarray) -> float:
+        confusion = confusion_matrix([own[i] for i in chosen], [found[i] for i in chosen], len(labels))
+        return macro_f1(class_scores(labels, confusion), confusion)
+
+    return score
+
+
+def _f1_difference(score: MacroF1, ours: Sequence[int], bare: Sequence[int]) -> tuple[float, float]:
+    """Percentile bootstrap over rows of the difference in macro F1, as `compare` does for a mean."""
+    generator = np.random.default_rng(0)
+    draws = generator.integers(0, len(ours), (NUM_RESAMPLES, len(ours)))
+    gaps = [score(ours, chosen) - score(bare, chosen) for chosen in draws]
+    low, high = np.quantile(gaps, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _by_answers(base: Base, rows: Rows, prompt: SoftPrompt, score: TextScore, train_rows: int) -> Judgement | None:
+    questions, forward = questions_of(base, rows, MOST_ANSWERS).items, forward_of(base)
+    if not questions:
+        return None
+    references = [question.reference for question in questions]
+    ours, bare = (
+        text_scores(score, greedy_answers(base, forward, questions, each), references) for each in (prompt, None)
+    )
+    gaps = [a - b for a, b in zip(ours, bare, strict=True)]
+    interval = None if score == "exact_match" else bootstrap_interval(gaps, [1] * len(gaps), 0)
+    return Judgement(
+        measure=score, rows=len(gaps), train_rows=train_rows, prompt=sum(ours) / len(gaps),
+        bare_base=sum(bare) / len(gaps), better_rows=sum(gap > 0 for gap in gaps),
+        worse_rows=sum(gap < 0 for gap in gaps),
+        difference=None if interval is None else (interval.low, interval.high),
+        has_template=rows.form.kind == "template",
+    )  # fmt: skip
