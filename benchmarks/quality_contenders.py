@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -139,12 +139,20 @@ def _ours(name: str, settings: Settings, store: Store, stage: int = LATER) -> Co
     def run(case: Case, seed: int) -> Result:
         began = time.perf_counter()
         config = TrainConfig(**{**settings, "seed": seed})
-        result = train_as_command(case.base, case.train, config, rows_file(case, store.folder))
-        return _keep_and_score(case, name, seed, store, result, began)
+        kept = train_as_command(case.base, case.train, config, rows_file(case, store.folder))
+        found = _keep_and_score(case, name, seed, store, kept.result, began)
+        return replace(found, recommendation=kept.recommendation, resolved=_resolved(kept.result, config))
 
     config = TrainConfig(**settings)
     passes = config.epochs * TRAINING_COST
     return Contender(name, run, asdict(config), seeded=True, passes=passes, stage=stage)
+
+
+def _resolved(result: TrainResult, config: TrainConfig) -> Settings:
+    """What the plan decided that the settings left open."""
+    asked = asdict(config)
+    found = {name: value for name, value in asdict(result.plan.config).items() if value != asked[name]}
+    return {**found, "learning_rate": result.plan.learning_rate}
 
 
 def _keep_and_score(

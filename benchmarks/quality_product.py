@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from quality_cases import Case
 
 from softprompt import Base, DataConfig, TrainConfig
 from softprompt.data import Rows, split_rows
+from softprompt.evaluation import judge
 from softprompt.runs.session import TrainingTask
 from softprompt.training import TrainResult, train_together
 
 
-def train_as_command(base: Base, rows: Rows, config: TrainConfig, file: Path) -> TrainResult:
+class Kept(NamedTuple):
+    """What the command keeps of a training, and what its last line says of it."""
+
+    result: TrainResult
+    recommendation: str | None  # None where it has nothing to judge by
+
+
+def train_as_command(base: Base, rows: Rows, config: TrainConfig, file: Path) -> Kept:
     """The prompt that the command would keep of these rows, which `file` gets as JSON lines.
 
     Raises whatever `split_rows` and `train_together` raise.
@@ -21,7 +31,12 @@ def train_as_command(base: Base, rows: Rows, config: TrainConfig, file: Path) ->
     write_rows(rows, file)
     split = split_rows(DataConfig(data=str(file), **columns(rows)), seed=config.seed)
     task = TrainingTask(split=split, configs={"": config})
-    return train_together(base, task.candidates(base, 0))[0]
+    (result,) = train_together(base, task.candidates(base, 0))
+    judged = None
+    if split.validation is not None:
+        held_out = replace(split.validation, form=result.prompt.record.form)
+        judged = judge(base, held_out, result.prompt, config.best_by, train_rows=len(split.train))
+    return Kept(result, None if judged is None else judged.recommendation)
 
 
 def write_rows(rows: Rows, file: Path) -> None:

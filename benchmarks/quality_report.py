@@ -115,13 +115,20 @@ def set_table(name: str, kept: Mapping[str, Any]) -> str:
 
 def _line(own: SetResults, name: str) -> list[str]:
     found, gap, greedy = own.results(name), own.gap(name, BARE), own.greedy(name)
-    note = f" ({found[0].note})" if found[0].note else ""
+    notes = [found[0].note, *_recommended(found)]
+    note = f" ({'; '.join(each for each in notes if each)})" if any(notes) else ""
     return [
         f"{name}{note}", _spread(own, name), "" if greedy is None else f"{greedy:.1f} %", str(len(found)),
         "" if gap is None else own.signed(gap[0]),
         "" if gap is None else f"{own.signed(gap[1])} to {own.signed(gap[2])}",
         f"{statistics.mean(item.seconds for item in found):.0f}",
     ]  # fmt: skip
+
+
+def _recommended(found: Sequence[Result]) -> list[str]:
+    """How often the product itself, by its validation rows, says that the prompt helps."""
+    said = [item.recommendation for item in found if item.recommendation is not None]
+    return [f"recommended {said.count('prompt')} times of {len(said)}"] if said else []
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -167,6 +174,7 @@ def targets(own: SetResults) -> list[str]:
         found += [_way(own, ours)] if not own.has_labels and own.values(own.reference()) else []
     if len(own.values(ours)) > 1:
         found.append(_spread_target(own, ours))
+    found += _recommended(own.results(ours))
     gap = own.gap(RANDOM, ours)
     if gap is not None:
         found.append(f"{'met' if own.worse_by(gap) > 0 else 'MISSED'}: random is worse ({own.signed(gap[0])})")

@@ -38,6 +38,8 @@ class Result:
     greedy: list[int] | None = None  # 1 for a row whose greedy answer is its label or its record
     loss: float | None = None  # nats per token of the own label, among the whole vocabulary
     commit: str = ""
+    recommendation: str | None = None  # of ours, by its own validation rows: the prompt or the base
+    resolved: Settings | None = None  # of ours: what was decided by task
 
     @property
     def mean(self) -> float:

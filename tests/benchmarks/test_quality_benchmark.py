@@ -267,13 +267,14 @@ def test_ours_is_what_the_command_keeps_of_the_same_rows(module: Any, case: Any,
     rows = replace(rows, records=tuple({**row, "text": f"{row['text']} {n}"} for n, row in enumerate(rows.records)))
     file = tmp_path / "rows.jsonl"
     settings = {"virtual_tokens": 2, "epochs": 2, "seed": 3}
-    found = product.train_as_command(case.base, rows, TrainConfig(**settings), file)
+    found, recommendation = product.train_as_command(case.base, rows, TrainConfig(**settings), file)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **product.columns(rows)}.items()]
     ran = succeed(
         "train", "--base=embedded", "--dtype=float32", f"--data={file}", f"--out={tmp_path / 'run'}", *flags
     )  # fmt: skip
     assert len(found.validation_losses) == 2 and "20 of 48 rows are kept" in ran.err
     assert torch.equal(load_prompt(tmp_path / "run").tensor, found.prompt.tensor)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["recommendation"] == recommendation
 
 
 @pytest.mark.medium
