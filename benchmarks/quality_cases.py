@@ -238,7 +238,8 @@ _REAL_SETS = {
 def peers(instruction: str) -> dict[str, Settings]:
     """Other people's recipes at the notebook's length; the Trainer's linear decay and clipping at 1."""
     trainer = {
-        "virtual_tokens": 4, "schedule": "linear", "reparameterisation": "none", "max_grad_norm": 1.0, "eos": False,
+        "virtual_tokens": 4, "schedule": "linear", "loss": "tokens", "reparameterisation": "none", "max_grad_norm": 1.0,
+        "eos": False,
     }  # fmt: skip
     return {
         "PEFT's defaults (20 tokens)": {**trainer, "virtual_tokens": 20, "init": "peft", "learning_rate": 5e-5},
@@ -260,5 +261,6 @@ def grid(instruction: str) -> Iterator[tuple[str, Settings]]:
     for (start, a), (rate, b), schedule, length in itertools.product(
         starts.items(), rates.items(), ("constant", "linear"), LENGTHS
     ):
-        settings = {**a, **b, "schedule": schedule, "virtual_tokens": length, "reparameterisation": "none"}
+        plain = {"loss": "tokens", "reparameterisation": "none"}
+        settings = {**a, **b, **plain, "schedule": schedule, "virtual_tokens": length}
         yield f"{start}, {rate}, {schedule}, P={length}", settings

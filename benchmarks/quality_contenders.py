@@ -34,7 +34,7 @@ from quality_store import (
 
 from softprompt import Base, SoftPrompt, TrainConfig, load_prompt, save_prompt, train
 from softprompt.config import NOTEBOOK_PRESET
-from softprompt.data import Rows, render_rows
+from softprompt.data import Rows, render_rows, task_of
 from softprompt.errors import DivergedError
 from softprompt.families import forward_of
 from softprompt.training import TrainResult
@@ -78,11 +78,11 @@ def contenders_of(
     for length in lengths:
         stage = FIRST if length == LENGTH else LATER
         notebook = {**PEFT, "virtual_tokens": length}
-        yield _trained(f"{NOTEBOOK}, P={length}", notebook, store, stage)
-        yield _ours(f"{OURS}, P={length}", {"virtual_tokens": length}, store, stage)
+        yield _trained(case, f"{NOTEBOOK}, P={length}", notebook, store, stage)
+        yield _ours(case, f"{OURS}, P={length}", {"virtual_tokens": length}, store, stage)
     for name, settings in others.items():
-        yield _ours(name, settings, store)
-    yield _random(store, f"{OURS}, P={LENGTH}")
+        yield _ours(case, name, settings, store)
+    yield _random(case, store, f"{OURS}, P={LENGTH}")
     if case.name in grid_sets:
         yield from _search(case, store)
 
@@ -133,7 +133,12 @@ def _in_context(case: Case, seed: int) -> Result:
     return result_of(score_rows(case.base, case.test, as_prompt(case.base, ids)), began, f"{len(ids)} tokens in front")
 
 
-def _ours(name: str, settings: Settings, store: Store, stage: int = LATER) -> Contender:
+def _config(case: Case, settings: Settings) -> TrainConfig:
+    """With the defaults for the rows' task, so that a change of them is measured anew."""
+    return TrainConfig(**settings).resolved(task_of(case.train.form))
+
+
+def _ours(case: Case, name: str, settings: Settings, store: Store, stage: int = LATER) -> Contender:
     """As the command trains: where rows have labels, some of them are kept to choose the checkpoint."""
 
     def run(case: Case, seed: int) -> Result:
@@ -143,7 +148,7 @@ def _ours(name: str, settings: Settings, store: Store, stage: int = LATER) -> Co
         found = _keep_and_score(case, name, seed, store, kept.result, began)
         return replace(found, recommendation=kept.recommendation, resolved=_resolved(kept.result, config))
 
-    config = TrainConfig(**settings)
+    config = _config(case, settings)
     passes = config.epochs * TRAINING_COST
     return Contender(name, run, asdict(config), seeded=True, passes=passes, stage=stage)
 
@@ -164,11 +169,11 @@ def _keep_and_score(
     return result_of(score_rows(case.base, case.test, result.prompt), began, note)
 
 
-def _trained(name: str, settings: Settings, store: Store, stage: int = LATER) -> Contender:
+def _trained(case: Case, name: str, settings: Settings, store: Store, stage: int = LATER) -> Contender:
     def run(case: Case, seed: int) -> Result:
         return _train_and_score(case, name, settings, seed, store)
 
-    config = TrainConfig(**settings)
+    config = _config(case, settings)
     passes = config.epochs * TRAINING_COST
     return Contender(name, run, asdict(config), seeded=True, passes=passes, stage=stage)
 
@@ -179,7 +184,7 @@ def _train_and_score(case: Case, name: str, settings: Settings, seed: int, store
     return _keep_and_score(case, name, seed, store, result, began, note)
 
 
-def _random(store: Store, like: str) -> Contender:
+def _random(case: Case, store: Store, like: str) -> Contender:
     def run(case: Case, seed: int) -> Result:
         """Directions drawn at random, each as long as the trained vector in its place."""
         began = time.perf_counter()
@@ -188,7 +193,7 @@ def _random(store: Store, like: str) -> Contender:
         vectors = drawn / drawn.norm(dim=1, keepdim=True) * trained.norm(dim=1, keepdim=True)
         return result_of(score_rows(case.base, case.test, SoftPrompt(vectors)), began)
 
-    settings = asdict(TrainConfig(virtual_tokens=LENGTH))
+    settings = asdict(_config(case, {"virtual_tokens": LENGTH}))
     return Contender(RANDOM, run, settings, seeded=True, stage=FIRST, after=(like,))
 
 
@@ -209,7 +214,7 @@ def _search(case: Case, store: Store) -> Iterator[Contender]:
     """The grid on four fifths of the training rows, chosen on the others; then its winner on all of them."""
     tried = {f"{GRID}{name}": settings for name, settings in grid_settings(case.instruction).items()}
     for name, settings in tried.items():
-        config = TrainConfig(**settings)
+        config = _config(case, settings)
         yield Contender(
             name, _grid_run(settings), asdict(config), stage=SEARCH,
             passes=config.epochs * TRAINING_COST * (1 - 1 / GRID_HELD_OUT),

@@ -29,7 +29,7 @@ from softprompt.errors import ConfigError
 from softprompt.evaluation import ScoreConfig
 from softprompt.server.errors import ApiError
 from softprompt.server.jobs.schemas import CreateJob
-from softprompt.server.jobs.settings import train_config
+from softprompt.server.jobs.settings import job_settings
 
 CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, EngineConfig, ServerConfig, ScoreConfig]
 NEEDED = {BaseConfig: {"base": "x"}, DataConfig: {"data": "x"}}
@@ -200,7 +200,7 @@ def test_a_mistake_in_training_has_one_message_as_flag_in_toml_and_over_http(fla
     file.write_text(f"[base]\nbase = 'embedded'\n[data]\ndata = 'x.csv'\n[train]\n{toml}\n")
     assert run("sweep", file, "--out", tmp_path / "out").complaint == f"{file} [train]: {sentence}"
     with pytest.raises(ApiError) as refused:
-        train_config(CreateJob(model="base", training_file="file", hyperparameters=asked), base=None, start=None)
+        job_settings(CreateJob(model="base", training_file="file", hyperparameters=asked), base=None, start=None)
     assert (refused.value.status, refused.value.message) == (400, sentence)
 
 

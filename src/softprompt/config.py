@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -21,13 +21,24 @@ Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
 Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
 Loss = Literal["auto", "tokens", "labels"]
+TaskKind = Literal["text", "labels", "chat", "answers"]  # answers: a template's completions that are no set of labels
 Kernels = Literal["measured", "fixed"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Weights = Literal["loaded", "int8"]
 Criterion = Literal["loss", "accuracy", "f1_macro", "exact_match", "f1", "rouge_l", "chrf"]
 TextScore = Literal["exact_match", "f1", "rouge_l", "chrf"]
 
-DEFAULT_RELATIVE_LEARNING_RATE = 0.3  # times the RMS of the input embeddings; docs/log.md, 2026-11-23
+# The defaults of TrainConfig that go by task, and nowhere else; docs/decisions/2026-11-29-defaults-by-task.md.
+_USUAL_DEFAULTS: Mapping[str, Any] = {
+    "loss": "tokens", "relative_learning_rate": 0.3, "reparameterisation": "residual-mlp", "epochs": 6,
+}  # fmt: skip
+TASK_DEFAULTS: Mapping[TaskKind, Mapping[str, Any]] = {
+    "text": _USUAL_DEFAULTS,
+    "labels": {"loss": "labels", "relative_learning_rate": 0.1, "reparameterisation": "none", "epochs": 4},
+    "chat": _USUAL_DEFAULTS,
+    "answers": _USUAL_DEFAULTS,
+}
+_DEFAULTS_BEFORE = {"loss": "tokens", "relative_learning_rate": 0.3}  # of releases without defaults by task
 EMBEDDED_BASE = "embedded"
 SMOLLM2_BASE = "smollm2"
 NAMED_BASES = (EMBEDDED_BASE, SMOLLM2_BASE)  # by a name of ours, whatever lies in the working folder
@@ -118,13 +129,13 @@ class DataConfig:
 @settings_class
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a soft prompt is trained."""
+    """How a soft prompt is trained. Defaults by task depend on the rows: text, labels, chat or other answers."""
 
     virtual_tokens: int = option(20, "Length of the soft prompt (vectors).")
-    reparameterisation: Reparameterisation = option(
-        "residual-mlp",
+    reparameterisation: Reparameterisation | None = option(
+        None,
         "Train the vectors through a residual MLP, through a low-rank update, or directly (none); the saved prompt is "
-        "plain vectors in each case.",
+        "plain vectors in each case. Default by task.",
     )
     bottleneck: int = option(64, "Width of the residual MLP, or rank of the low-rank update.")
     init: Start = option(
@@ -136,9 +147,9 @@ class TrainConfig:
     loss: Loss = option(
         "auto",
         "What is trained: tokens, to write each next token among the whole vocabulary; or labels, to choose the right "
-        "one of the data's labels, with a small share of tokens. Default: tokens.",
+        "one of the data's labels, with a small share of tokens; auto is by task.",
     )
-    epochs: int = option(6, "Passes over the training rows.")
+    epochs: int | None = option(None, "Passes over the training rows; default by task.")
     max_steps: int | None = option(None, "Optimiser steps at most.")
     batch_rows: int = option(8, "Rows per optimiser step.")
     batch_tokens: int | None = option(None, "Tokens per optimiser step at most, in place of --batch-rows.")
@@ -146,7 +157,9 @@ class TrainConfig:
     checkpoint_layers: bool = option(
         False, "Recompute each layer's activations in the backward pass: less memory, more time."
     )
-    relative_learning_rate: float | None = option(None, "Learning rate, in units of the embeddings' RMS; default 0.3.")
+    relative_learning_rate: float | None = option(
+        None, "Learning rate, in units of the embeddings' RMS; default by task."
+    )
     learning_rate: float | None = option(None, "Absolute learning rate, in place of the relative one.")
     schedule: Schedule = option(
         "stable-decay",
@@ -176,14 +189,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require(self.virtual_tokens >= 1, "virtual_tokens", self.virtual_tokens, "at least 1")
-        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         require(self.batch_rows >= 1, "batch_rows", self.batch_rows, "at least 1")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.averaging <= 1, "averaging", self.averaging, "between 0 and 1")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, and finite")
         require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
         require(self.bottleneck >= 1, "bottleneck", self.bottleneck, "at least 1")
-        for name in ("max_steps", "batch_tokens", "micro_batch_rows", "validate_every", "patience", "save_every"):
+        for name in ("epochs", "max_steps", "batch_tokens", "micro_batch_rows", "validate_every", "patience",
+                     "save_every"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         for name in ("relative_learning_rate", "learning_rate", "max_grad_norm", "eos_weight"):
@@ -200,6 +213,31 @@ class TrainConfig:
             raise ConfigError(
                 f"init_text is given, but init is {self.init!r}; it must be 'text' to start from it", param="init_text"
             )
+
+    def defaults_by_task(self, task: TaskKind) -> Mapping[str, Any]:
+        """The settings that are left to the task, with their values for it."""
+        left = {name: value for name, value in TASK_DEFAULTS[task].items() if getattr(self, name) in (None, "auto")}
+        if self.learning_rate is not None:
+            left.pop("relative_learning_rate", None)
+        return left
+
+    def resolved(self, task: TaskKind) -> TrainConfig:
+        """These settings with the task's defaults filled in."""
+        return replace(self, **self.defaults_by_task(task))
+
+    def as_begun(self, begun: TrainConfig, task: TaskKind) -> TrainConfig:
+        """These settings with what they leave to the task as in `begun`, where its default has changed since."""
+        left = self.defaults_by_task(task)
+        return replace(self, **{name: getattr(begun, name) for name in left if getattr(begun, name) != left[name]})
+
+    @classmethod
+    def of_record(cls, settings: Mapping[str, Any]) -> TrainConfig:
+        """The settings as a run or a job recorded them; those of a release without defaults by task keep its own."""
+        before = {} if "loss" in settings else _DEFAULTS_BEFORE
+        given = {name: value for name, value in settings.items() if value is not None}
+        if "learning_rate" in given:
+            before = {name: value for name, value in before.items() if name != "relative_learning_rate"}
+        return cls(**{**before, **given})
 
 
 @settings_class
@@ -405,6 +443,7 @@ NOTEBOOK_PRESET: Mapping[str, Any] = {
     "batch_rows": 8,
     "learning_rate": 3e-3,
     "schedule": "linear",
+    "loss": "tokens",
     "reparameterisation": "none",
     "max_grad_norm": 1.0,
     "eos": False,

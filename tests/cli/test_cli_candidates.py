@@ -10,7 +10,7 @@ from support.material import QUICK, TEMPLATE
 from support.tiny_bases import build_model
 
 from softprompt.cli.train import vary
-from softprompt.config import TrainConfig
+from softprompt.config import TASK_DEFAULTS, TrainConfig
 from softprompt.errors import ConfigError
 from softprompt.runs import RunFolder
 from softprompt.storage import is_set, load_prompt, load_set
@@ -83,14 +83,21 @@ def test_what_cannot_be_chosen_is_refused(flags, said, train, tmp_path):
 
 def test_variations_begin_with_the_given_recipe_and_are_all_different():
     given = TrainConfig(relative_learning_rate=0.5, seed=7)
-    found = vary(given, 12, ("seed", "rate", "start", "length"))
+    found = vary(given, 12, ("seed", "rate", "start", "length"), "labels")
     assert found["c0"] == given
     assert len({repr(config) for config in found.values()}) == 12
     assert {config.seed for config in found.values()} == set(range(7, 19))
-    assert [config.relative_learning_rate for config in vary(given, 3, ("rate",)).values()] == [0.5, 1.5, 0.5 / 3]
-    assert vary(TrainConfig(learning_rate=1e-3), 2, ("rate",))["c1"].learning_rate == pytest.approx(3e-3)
+    assert [config.relative_learning_rate for config in vary(given, 3, ("rate",), "labels").values()] == [
+        0.5,
+        1.5,
+        0.5 / 3,
+    ]
+    assert vary(TrainConfig(learning_rate=1e-3), 2, ("rate",), "labels")["c1"].learning_rate == pytest.approx(3e-3)
+    for task, defaults in TASK_DEFAULTS.items():
+        rate = vary(TrainConfig(), 2, ("rate",), task)["c1"].relative_learning_rate
+        assert rate == pytest.approx(3 * defaults["relative_learning_rate"])
     with pytest.raises(ConfigError, match="makes 4"):
-        vary(given, 5, ("rate",))
+        vary(given, 5, ("rate",), "text")
 
 
 def test_pefts_own_adapter_is_trained_further(train, tmp_path):

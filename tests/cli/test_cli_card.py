@@ -39,7 +39,8 @@ def test_both_snippets_run(prompts, base_folder, name):
     ours, theirs = re.findall(r"```python\n(.*?)```", card_of(prompts / name), re.DOTALL)
     assert f"load_base({str(base_folder)!r})" in ours
     answer = said_by(ours.replace("TEXT", "w7 w8"), prompts / name).strip()
-    assert re.fullmatch(r"(w\d+ ?)+", answer), answer
+    assert re.fullmatch(r"(w\d+ ?)*", answer), answer
+    assert answer or name == "critic"  # which may end at once, when it writes freely
     assert said_by(theirs.replace("TEXT", "w7 w8"), prompts / name).strip()
 
 

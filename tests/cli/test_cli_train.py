@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from support.command_line import run, succeed
 from support.material import QUICK, TEMPLATE, review, save_base, sentence, write_csv, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from softprompt.config import NOTEBOOK_PRESET
+from softprompt.config import NOTEBOOK_PRESET, TASK_DEFAULTS
 from softprompt.runs import RunFolder
 from softprompt.storage import load_prompt
 
@@ -244,6 +245,31 @@ def test_what_was_guessed_and_what_is_not_used_is_said_before_the_training_and_k
     assert "labels in column 'label' (2: 'w90', 'w91')" in notes[0]
     assert notes[1] == f"note: {data}: columns not used: 'author'"
     assert "no rows are kept for validation: 8 are too few" in notes[2]
-    assert ran.err.index(notes[0]) < ran.err.index("loss ")
+    assert ran.err.index(notes[0]) < ran.err.index("\nloss ")
     kept = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [f"note: {note}" for note in kept["notes"]][:3] == notes
+
+
+def test_the_task_and_what_follows_from_it_are_said_and_kept(base_folder, reviews, tmp_path):
+    flags = ("--base", base_folder, "--data", reviews, *TEMPLATE, "--rows", 12, "--virtual-tokens", 3, "--epochs", 1)
+    ran = succeed("train", *flags, "--out", tmp_path / "run")
+    labels = TASK_DEFAULTS["labels"]
+    rate = labels["relative_learning_rate"]
+    said = f"task: labels (2 of them in 12 rows): loss among the labels, rate {rate:g} x RMS, plain vectors"
+    assert said in ran.err.splitlines()
+    assert "(nats per label)" in ran.err
+    plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
+    assert plan["task"] == "labels"
+    assert {name: plan["config"][name] for name in labels} == {**labels, "epochs": 1}
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- task: labels\n- loss: labels\n" in card
+    assert f"- relative learning rate: {rate:g}\n" in card
+    shown = succeed("runs", "show", tmp_path / "run").out
+    assert re.search(r"task +.? *labels", shown) and "epochs" in shown and "relative" not in shown
+
+
+def test_labels_that_are_not_there_cannot_be_chosen_among(base_folder, texts, untouched):
+    flags = ("--base", base_folder, "--data", texts, "--text-column", "prompt", "--loss", "labels")
+    ran = run("train", *flags, "--out", untouched)
+    assert ran.code == 2
+    assert re.search(r"loss is 'labels', but .* has no labels .*; use loss 'tokens'", ran.complaint)

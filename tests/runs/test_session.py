@@ -11,7 +11,8 @@ from support.tiny_bases import random_ids
 
 from softprompt.base import Base
 from softprompt.config import TrainConfig
-from softprompt.data import Split, rows_from_texts
+from softprompt.data import Split, rows_from_records, rows_from_texts
+from softprompt.data.rows import with_labels
 from softprompt.errors import ConfigError, ExistsError
 from softprompt.runs import RunFolder
 from softprompt.runs.recorder import Recorder
@@ -110,3 +111,30 @@ def test_a_finished_session_leaves_an_adapter_and_its_result(
     recorder = Recorder(folder, {})
     with pytest.raises(ExistsError):
         TrainingSession(tiny_llama, session.tasks, recorder).train()
+
+
+def test_a_resumed_run_keeps_the_defaults_that_it_was_begun_with(tiny_llama: Base, tmp_path: Path) -> None:
+    """Those of a release that had other ones, and no loss among labels."""
+    rows = [{"text": text, "label": f"w{90 + row % 2}"} for row, text in enumerate(texts(10))]
+    labelled = rows_from_records(rows, template="w5 {text} w6", completion=" {label}")
+    split = Split(train=with_labels(labelled), validation=None, test=None)
+    former = {"loss": "tokens", "relative_learning_rate": 0.3, "reparameterisation": "residual-mlp", "epochs": 3}
+
+    def session(name: str, config: TrainConfig, **settings: object) -> TrainingSession:
+        recorder = Recorder(tmp_path / name, {}, resume=RunFolder(tmp_path / name).has_begun())
+        return TrainingSession(tiny_llama, [TrainingTask(split=split, configs={"": config})], recorder, **settings)  # type: ignore[arg-type]
+
+    config = TrainConfig(virtual_tokens=3, **former)  # type: ignore[arg-type]
+    (straight,) = session("straight", config).train()
+    seen: list[Event] = []
+    with pytest.raises(SessionStopped):
+        session("run", config, on_event=seen.append, should_stop=lambda: "pause" if len(seen) > 3 else None).train()
+    run = RunFolder(tmp_path / "run")
+    plan = run.read_plan()
+    del plan["plan"]["config"]["loss"], plan["plan"]["task"]
+    plan["plan"]["config"]["relative_learning_rate"] = None
+    run.write_plan(plan)
+    (resumed,) = session("run", TrainConfig(virtual_tokens=3)).train()
+    assert torch.equal(resumed.prompt.tensor, straight.prompt.tensor)
+    (anew,) = session("anew", TrainConfig(virtual_tokens=3)).train()
+    assert anew.plan.config.loss == "labels" and len(anew.losses) > len(straight.losses)

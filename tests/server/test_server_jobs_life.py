@@ -40,6 +40,7 @@ from support.slow_truth import plain_nats
 from support.tiny_bases import build_base
 
 from softprompt.base import Base, load_base
+from softprompt.config import TASK_DEFAULTS
 from softprompt.families.frozen_linear import FORWARD, MEASURED_ROWS, PREPACKED, can_prepack_float32
 from softprompt.prompt import SoftPrompt
 from softprompt.server.clients.keys import Client
@@ -217,6 +218,30 @@ def test_openais_hyperparameters_are_translated_to_ours(
     assert same_bits(served_prompt(app, str(done.fine_tuned_model)), alone)
 
 
+def test_what_goes_by_task_is_shown_once_the_rows_are_read(
+    server: tuple[OpenAI, FastAPI], tiny_llama: Base, tmp_path: Path
+) -> None:
+    client, app = server
+    rows, few = template_rows(), {"virtual_tokens": 3, "max_steps": 2}
+    job = create_job(client, upload(client, rows), few, hyperparameters={"learning_rate_multiplier": 2})
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.learning_rate_multiplier) == ("auto", 2)
+    done = wait_for_success(client, job.id)
+    labels = TASK_DEFAULTS["labels"]
+    found, settings = done.hyperparameters, done.method.supervised.hyperparameters  # type: ignore[union-attr]
+    assert (found.n_epochs, found.learning_rate_multiplier) == (labels["epochs"], 2)
+    assert settings.model_dump()["loss"] == labels["loss"]  # type: ignore[union-attr]
+    said = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    assert any(message.startswith("task: labels (2 of them in") for message in said)
+    asked = {**few, "relative_learning_rate": 2 * labels["relative_learning_rate"]}
+    assert same_bits(served_prompt(app, str(done.fine_tuned_model)), trained_alone(tiny_llama, tmp_path, rows, asked))
+
+    plain = wait_for_success(client, create_job(client, upload(client, plain_rows()), few).id).hyperparameters
+    assert (plain.n_epochs, plain.learning_rate_multiplier) == (TASK_DEFAULTS["text"]["epochs"], 1)
+    absolute = create_job(client, upload(client, plain_rows()), {**few, "learning_rate": 0.1})
+    assert absolute.hyperparameters.learning_rate_multiplier is None
+    wait_for_success(client, absolute.id)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"virtual_token": 3}}, "no setting 'virtual_token' here; did you mean 'virtual_tokens'"),
     ({"settings": {"n_epoch": 3}}, "did you mean 'n_epochs'"),
@@ -233,6 +258,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"learning_rate_multiplier": "fast"}}, "learning_rate_multiplier is 'fast'"),
     ({"settings": {"learning_rate_multiplier": -1}}, "learning_rate_multiplier is -1"),
     ({"settings": {"epochs": 3, "n_epochs": 4}}, "given twice"),
+    ({"settings": {"learning_rate_multiplier": 2, "relative_learning_rate": 0.1}}, "exclude each other; give one"),
     ({"settings": {"init": "text"}}, "init 'text' needs init_text"),
     ({"settings": {"init_text": 3}}, "init_text is 3"),
     ({"settings": {"best_by": "accuracy"}}, "no validation rows"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import fields as dataclass_fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,14 +245,14 @@ def _begun(run: RunHistory) -> str:
 def _settings(prompts: Sequence[PromptHistory]) -> dict[str, str]:
     """What all prompts share and is no default, and how it was run."""
     first = prompts[0].plan
-    defaults = {item.name: item.default for item in dataclass_fields(TrainConfig)}
+    defaults = vars(TrainConfig().resolved(first.get("task", "text")))
     shared = {
         name: value
         for name, value in first["config"].items()
         if all(prompt.plan["config"].get(name) == value for prompt in prompts)
-        and (name == "virtual_tokens" or value != defaults.get(name))
+        and (name == "virtual_tokens" or value not in (None, defaults.get(name)))
     }
-    how = {name: first[name] for name in ("dtype", "device", "layout", "micro_batch_rows")}
+    how = {name: first[name] for name in ("task", "dtype", "device", "layout", "micro_batch_rows") if name in first}
     rates = {prompt.plan["learning_rate"] for prompt in prompts}
     if len(rates) == 1:
         how["learning_rate"] = f"{first['learning_rate']:.3g}"

@@ -22,7 +22,7 @@ from softprompt.cli.run_options import (
     run_options,
 )
 from softprompt.cli.sweep_file import Sweep, read_sweep
-from softprompt.config import BaseConfig, DataConfig
+from softprompt.config import TASK_DEFAULTS, BaseConfig, DataConfig
 from softprompt.errors import ConfigError, StorageError
 from softprompt.types import NO_VALIDATION
 
@@ -142,14 +142,18 @@ def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
 
 
 def _check_same(file: str, now: Mapping[str, Any], begun: Mapping[str, Any], out: str) -> None:
-    """Raises ConfigError where the file means another sweep than the one begun, the base's settings aside."""
+    """Raises ConfigError where the file means another sweep than the one begun, the base's settings aside.
+
+    What it leaves to the task may have been a setting in a release without defaults by task.
+    """
     for section in ("tasks", "candidates"):
         names, known = list(now[section]), list(begun.get(section, ()))
         if names != known:
             _refuse(file, out, f"has the {section} {', '.join(names)}", ", ".join(known))
     here, there = (dict(_leaves(sweep)) for sweep in (now, begun))
     for path, value in here.items():
-        if path[0] != "base" and path[-1] not in MAY_CHANGE and value != there.get(path):
+        is_by_task = path[-1] in TASK_DEFAULTS["text"] and value in (None, "auto")
+        if path[0] != "base" and path[-1] not in MAY_CHANGE and value != there.get(path) and not is_by_task:
             _refuse(file, out, f"says {'.'.join(filter(None, path))} = {value!r}", repr(there.get(path)))
 
 

@@ -14,10 +14,10 @@ from softprompt.cli.command import Command, OneOf, Setting, config_of, given_fla
 from softprompt.cli.console import warnings_as_lines
 from softprompt.cli.run_options import RUN_FLAGS, RunTarget, in_processes, load_among, resumed_settings, run_options
 from softprompt.config import (
-    DEFAULT_RELATIVE_LEARNING_RATE,
     PRESETS,
     BaseConfig,
     DataConfig,
+    TaskKind,
     TrainConfig,
     check_start_stays,
 )
@@ -88,16 +88,18 @@ def command(
 
 def _train(target: RunTarget, flags: Mapping[str, Any], ranks: Ranks, as_json: bool) -> None:
     from softprompt.cli.training_run import run_session
-    from softprompt.data import split_rows
+    from softprompt.data import split_rows, task_of
     from softprompt.runs.session import TrainingTask, rows_metadata
 
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
     config = config_of(TrainConfig, flags)
-    configs, base_id = _candidates(config, flags), _base_id(flags)
-    scored = any(each.best_by != "loss" for each in configs.values())
+    _check_candidates(flags)
+    base_id = _base_id(flags)
+    scored = config.best_by != "loss"
     split = split_rows(data_config, seed=config.seed, offline=base_config.offline, scored=scored)
     metadata = rows_metadata(data_config, config.seed, split)
     base = load_among(base_config, ranks)
+    configs = _candidates(config, flags, task_of(split.train.form))
     task = TrainingTask(split=split, configs=configs, start=_start(flags, base), metadata=metadata)
     recorder = target.recorder(metadata, {**flags, "validation": split.validation_setting})
     run_session(
@@ -106,14 +108,18 @@ def _train(target: RunTarget, flags: Mapping[str, Any], ranks: Ranks, as_json: b
     )  # fmt: skip
 
 
-def _candidates(config: TrainConfig, flags: Mapping[str, Any]) -> dict[str, TrainConfig]:
+def _check_candidates(flags: Mapping[str, Any]) -> None:
     count = flags["candidates"]
     if flags["ensemble"] and count < 2:
         raise ConfigError(f"--ensemble needs several prompts to vote, and --candidates is {count}; give 5, say")
     fixed = sorted({"start", "length"} & set(flags["vary"]))
     if count > 1 and fixed and flags["init_from"] is not None:
         raise ConfigError(f"--init-from gives every candidate its start and length; leave --vary {fixed[0]} out")
-    return {"": config} if count == 1 else vary(config, count, flags["vary"])
+
+
+def _candidates(config: TrainConfig, flags: Mapping[str, Any], task: TaskKind) -> dict[str, TrainConfig]:
+    count = flags["candidates"]
+    return {"": config} if count == 1 else vary(config, count, flags["vary"], task)
 
 
 def _base_id(flags: Mapping[str, Any]) -> str | None:
@@ -159,12 +165,14 @@ def _start(flags: Mapping[str, Any], base: Base) -> SoftPrompt | None:
     return start
 
 
-def vary(config: TrainConfig, count: int, what: Sequence[str]) -> dict[str, TrainConfig]:
+def vary(config: TrainConfig, count: int, what: Sequence[str], task: TaskKind) -> dict[str, TrainConfig]:
     """`count` settings by name, no two alike: with seeds among `what`, any number; else every combination at most.
+
+    Rates vary about the one given, or the task's default.
 
     Raises: ConfigError where there are not so many.
     """
-    variants = _variants(config, what)
+    variants = _variants(config, what, task)
     if count > len(variants) and "seed" not in what:
         raise ConfigError(
             f"--candidates is {count}, but --vary {' '.join(what)} makes {len(variants)}; vary the seed too"
@@ -176,7 +184,7 @@ def vary(config: TrainConfig, count: int, what: Sequence[str]) -> dict[str, Trai
     return {f"c{index}": each for index, each in enumerate(chosen)}
 
 
-def _variants(config: TrainConfig, what: Sequence[str]) -> list[TrainConfig]:
+def _variants(config: TrainConfig, what: Sequence[str], task: TaskKind) -> list[TrainConfig]:
     found = [config]
     if "length" in what:
         found = [
@@ -185,7 +193,7 @@ def _variants(config: TrainConfig, what: Sequence[str]) -> list[TrainConfig]:
     if "start" in what:
         found = [each for start in _starts(config) for each in (replace(item, **start) for item in found)]
     if "rate" in what:
-        found = [replace(each, **_rate(each, by)) for by in _RATES for each in found]
+        found = [replace(each, **_rate(each, by, task)) for by in _RATES for each in found]
     return found
 
 
@@ -194,8 +202,9 @@ def _starts(config: TrainConfig) -> list[dict[str, Any]]:
     return [{}, *({"init": start, "init_text": None} for start in others)]
 
 
-def _rate(config: TrainConfig, by: float) -> dict[str, Any]:
+def _rate(config: TrainConfig, by: float, task: TaskKind) -> dict[str, Any]:
     if config.learning_rate is not None:
         return {"learning_rate": config.learning_rate * by}
-    relative = config.relative_learning_rate
-    return {"relative_learning_rate": (DEFAULT_RELATIVE_LEARNING_RATE if relative is None else relative) * by}
+    relative = config.resolved(task).relative_learning_rate
+    assert relative is not None
+    return {"relative_learning_rate": relative * by}

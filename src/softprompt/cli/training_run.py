@@ -64,10 +64,13 @@ def run_session(
 def _say_prepared(session: TrainingSession, ready: Prepared, start_name: str | None) -> None:
     plan = ready.trial.plan
     say(trainable_line(session.base, plan.config.virtual_tokens))
-    reports = {id(examples): examples.report for examples in (*ready.data, *ready.validation) if examples is not None}
-    for report in reports.values():
+    for report in dict.fromkeys(
+        examples.report for examples in (*ready.data, *ready.validation) if examples is not None
+    ):
         for line in report_lines(report):
             say(line)
+    for line in ready.task_lines:
+        say(line)
     if session.is_one_prompt:
         start = plan.config.init if start_name is None else f"prompt {start_name}"
         say(
@@ -93,7 +96,8 @@ def _say_result(session: TrainingSession, only: TrainResult) -> None:
         say(f"note: {only.diverged_words}; the best before is kept")
     if only.losses:
         began, ended = session.recorder.epoch_loss(0), session.recorder.epoch_loss(-1)
-        say(f"loss {began:.3f} in the first epoch, {ended:.3f} in the last (nats per target)")
+        per = "label" if only.plan.config.loss == "labels" else "target"
+        say(f"loss {began:.3f} in the first epoch, {ended:.3f} in the last (nats per {per})")
     say(f"kept step {only.kept_step} of {len(only.losses)}, saved to {session.recorder.folder}")
 
 

@@ -13,7 +13,16 @@ from softprompt.data.chat_template import DEFAULT_CHAT_TEMPLATE
 from softprompt.data.examples import build_examples, plan_epoch, report_lines
 from softprompt.data.form import Input, form_ids, input_ids, prompt_text, template_text
 from softprompt.data.read import as_rows, read_rows, rows_from_records, rows_from_texts
-from softprompt.data.rows import Rows, RowText, fill_template, render_row, render_rows, rows_hash, template_fields
+from softprompt.data.rows import (
+    Rows,
+    RowText,
+    fill_template,
+    render_row,
+    render_rows,
+    rows_hash,
+    task_of,
+    template_fields,
+)
 from softprompt.data.split import Split, held_out_record, split_rows
 from softprompt.data.tokens import completion_ids, label_ids
 
@@ -42,6 +51,7 @@ __all__ = [
     "rows_from_texts",
     "rows_hash",
     "split_rows",
+    "task_of",
     "template_fields",
     "template_text",
 ]

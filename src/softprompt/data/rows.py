@@ -20,6 +20,7 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 from softprompt.compute_share import yield_point
+from softprompt.config import TaskKind
 from softprompt.data.messages import Message, is_learned, read_messages
 from softprompt.errors import ConfigError, DataError, shortened
 from softprompt.types import InputForm, brief_repr
@@ -257,6 +258,13 @@ def labelled_form(form: InputForm, texts: Sequence[RowText]) -> InputForm:
     if form.kind != "template" or form.labels:
         return form
     return replace(form, labels=labels_of([row.text for row in texts if not row.is_empty]))
+
+
+def task_of(form: InputForm) -> TaskKind:
+    """What rows of this form are trained for; the form names their labels if they have any."""
+    if form.kind == "template":
+        return "labels" if form.labels else "answers"
+    return "chat" if form.kind == "chat" else "text"
 
 
 def with_labels(rows: Rows) -> Rows:

@@ -14,7 +14,7 @@ import torch
 
 from softprompt.base import Base
 from softprompt.config import TrainConfig
-from softprompt.data import Rows, render_rows
+from softprompt.data import Rows, render_rows, task_of
 from softprompt.errors import MissingDependencyError
 from softprompt.prompt import SoftPrompt
 from softprompt.types import Example, ExampleSet, PromptRecord
@@ -34,6 +34,7 @@ def peft_prompt(base: Base, data: ExampleSet, config: TrainConfig) -> SoftPrompt
         from transformers import PrinterCallback, Trainer
     except ImportError as error:
         raise MissingDependencyError("the demo compares with PEFT; pip install 'softprompt[demo]'") from error
+    config = config.resolved(task_of(data.form))
     torch.manual_seed(config.seed)
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.virtual_tokens)
     model = get_peft_model(copy.deepcopy(base.model), settings)
@@ -93,6 +94,7 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def _arguments(folder: str, config: TrainConfig, base: Base) -> Any:  # Any: transformers' TrainingArguments
     from transformers import TrainingArguments
 
+    assert config.epochs is not None, "the task's defaults are filled in"
     return TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=config.batch_rows,

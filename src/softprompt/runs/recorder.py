@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from softprompt.config import KEPT_CHECKPOINTS
+from softprompt.config import KEPT_CHECKPOINTS, TaskKind, TrainConfig
 from softprompt.errors import MissingDependencyError
 from softprompt.prompt import SoftPrompt
 from softprompt.runs.run_folder import BOARD_NAME, RunFolder, SavedState
@@ -37,6 +37,17 @@ class Recorder:
     def load_latest(self) -> tuple[SavedState | None, tuple[str, ...]]:
         """The state to resume from, if there is any, and a sentence for each broken checkpoint after it."""
         return RunFolder(self.folder).load_latest() if self._resume else (None, ())
+
+    def as_begun(self, task: str, kind: TaskKind, configs: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
+        """The settings of a task's candidates; of a run that is resumed with the defaults that it was begun with."""
+        plan = RunFolder(self.folder).read_plan() if self._resume else {}
+        plans = {name: entry["plan"] for name, entry in plan.get("candidates", {"": plan}).items() if "plan" in entry}
+        begun = {name: TrainConfig.of_record(each["config"]) for name, each in plans.items()}
+        names = {name: "/".join(part for part in (task, name) if part) for name in configs}
+        return {
+            name: config.as_begun(begun[names[name]], kind) if names[name] in begun else config
+            for name, config in configs.items()
+        }
 
     def begin(self, ready: Prepared) -> None:
         """Make the folder, or go back in it to the step that is resumed from."""

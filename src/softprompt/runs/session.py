@@ -14,7 +14,7 @@ from typing import Any
 
 from softprompt.base import Base
 from softprompt.config import DataConfig, TrainConfig
-from softprompt.data import Split, held_out_record
+from softprompt.data import Split, held_out_record, task_of
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import criterion, judge
 from softprompt.evaluation.classification import wilson_interval
@@ -47,6 +47,11 @@ class TrainingTask:
 
     def candidates(self, base: Base, group: int) -> list[Candidate]:
         return [self._candidate(base, group, name, config) for name, config in self.configs.items()]
+
+    def as_begun(self, recorder: Recorder) -> TrainingTask:
+        """With the defaults that the run was begun with, where it is resumed."""
+        configs = recorder.as_begun(self.name, task_of(self.split.train.form), self.configs)
+        return replace(self, configs=configs)
 
     def _candidate(self, base: Base, group: int, name: str, config: TrainConfig) -> Candidate:
         validation, score = self.split.validation, None
@@ -100,7 +105,8 @@ class TrainingSession:
         as soon as there is one; it may raise SessionStopped itself, to stop without saving. `on_note` gets sentences
         for the user.
         """
-        self.base, self.tasks, self.recorder, self.ranks = base, tasks, recorder, ranks or Alone()
+        self.base, self.recorder, self.ranks = base, recorder, ranks or Alone()
+        self.tasks = [task.as_begun(recorder) for task in tasks]
         self.halving, self.ensemble = halving and not ensemble, ensemble
         self._base_id, self._max_steps, self._save_every_s = base_id, max_steps, save_every_s
         self._should_stop, self._on_start, self._on_event, self._on_note = should_stop, on_start, on_event, on_note

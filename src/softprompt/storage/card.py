@@ -16,9 +16,10 @@ from softprompt.prompt import Judgement, SoftPrompt
 from softprompt.types import InputForm
 
 _SETTINGS = (
-    "virtual_tokens", "init", "epochs", "max_steps", "steps", "kept_step", "interrupted", "seconds", "batch_rows",
-    "batch_tokens", "learning_rate", "relative_learning_rate", "schedule", "warmup_steps", "weight_decay",
-    "max_grad_norm", "eos", "seed", "rows", "data_hash", "dtype", "softprompt", "torch", "transformers",
+    "task", "loss", "virtual_tokens", "init", "reparameterisation", "epochs", "max_steps", "steps", "kept_step",
+    "interrupted", "seconds", "batch_rows", "batch_tokens", "learning_rate", "relative_learning_rate", "schedule",
+    "warmup_steps", "weight_decay", "max_grad_norm", "eos", "seed", "rows", "data_hash", "dtype", "softprompt", "torch",
+    "transformers",
 )  # fmt: skip
 PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")  # a setting or a version; no path, no sentence
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")

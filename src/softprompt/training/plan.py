@@ -13,7 +13,8 @@ import torch
 
 from softprompt.base import Base
 from softprompt.compute_share import yield_point
-from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, TrainConfig
+from softprompt.config import TaskKind, TrainConfig
+from softprompt.data import task_of
 from softprompt.data.examples import plan_epoch
 from softprompt.families import Forward
 from softprompt.types import ExampleSet, brief_repr
@@ -28,7 +29,7 @@ class Plan:
 
     __repr__ = brief_repr
 
-    config: TrainConfig
+    config: TrainConfig  # with the defaults of the task
     learning_rate: float  # absolute, at the top of its schedule
     embedding_rms: float
     epochs: tuple[tuple[tuple[int, ...], ...], ...]  # per epoch, per step: the rows' indices
@@ -38,6 +39,7 @@ class Plan:
     dtype: str
     device: str
     num_threads: int
+    task: TaskKind = "text"
     kernels: Mapping[str, Any] = field(default_factory=dict)  # a KernelTable as JSON: how its products are computed
 
     @property
@@ -56,7 +58,11 @@ class Plan:
 
 
 def make_plan(base: Base, forward: Forward, data: ExampleSet, config: TrainConfig) -> Plan:
-    """Resolve learning rate, steps and order. `micro_batch_rows` is the whole batch until the memory is known."""
+    """Resolve learning rate, steps and order, for settings with their task's defaults.
+
+    `micro_batch_rows` is the whole batch until the memory is known.
+    """
+    assert config.epochs is not None, "the task's defaults are filled in"
     lengths = [len(example.ids) for example in data.examples]
     epochs = tuple(_epoch(lengths, config, epoch) for epoch in range(config.epochs))
     num_steps = sum(len(steps) for steps in epochs)
@@ -72,6 +78,7 @@ def make_plan(base: Base, forward: Forward, data: ExampleSet, config: TrainConfi
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         num_threads=torch.get_num_threads(),
+        task=task_of(data.form),
     )
 
 
@@ -89,8 +96,8 @@ def versions() -> dict[str, str]:
 def _learning_rate(base: Base, config: TrainConfig) -> float:
     if config.learning_rate is not None:
         return config.learning_rate
-    relative = config.relative_learning_rate
-    return (DEFAULT_RELATIVE_LEARNING_RATE if relative is None else relative) * base.embedding_rms
+    assert config.relative_learning_rate is not None, "the task's defaults are filled in"
+    return config.relative_learning_rate * base.embedding_rms
 
 
 def rate_factor(schedule: str, warmup_steps: int, num_steps: int, step: int) -> float:

@@ -16,8 +16,7 @@ from torch import Tensor
 from softprompt.base import Base, free_bytes
 from softprompt.config import TrainConfig
 from softprompt.data import Rows, as_rows, build_examples
-from softprompt.data.rows import MAX_LABELS
-from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError, shortened
+from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError
 from softprompt.families import Forward, KernelTable, forward_of, kernel_table, this_machine
 from softprompt.prompt import SoftPrompt, StartTexts, drift, starting_tensor
 from softprompt.settings import check_kinds
@@ -26,12 +25,15 @@ from softprompt.training.loop import TrainingLoop
 from softprompt.training.memory import fit_micro_batches
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.ranks import Alone, Ranks
+from softprompt.training.task import resolved_for, task_line
 from softprompt.training.trial import Score, Trial
 from softprompt.types import ExampleSet, InputForm, PromptRecord, brief_repr
 
 _PREPACK_MEMORY_SHARE = 0.25  # of the free memory, at most
 _TOKENS_WORTH_PREPACKING = 20_000  # prepacking takes as long as some 2,000 tokens, and saves a tenth of each
-_AS_BEFORE = (("loss", "tokens"),)  # what runs did before there was such a setting
+# Of releases without defaults by task: the relative rate that they recorded as None, and the values that settings of
+# later releases have where a run does what it did then.
+_RATE_BEFORE, _SETTINGS_SINCE = 0.3, {"loss": "tokens", "averaging": 0.0}
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
 
 # Texts, dictionaries, a DataFrame or a data set of the `datasets` library count as rows too.
@@ -69,6 +71,11 @@ class Prepared:
     def trial(self) -> Trial:
         """The only one, or the first."""
         return self.loop.trials[0]
+
+    @property
+    def task_lines(self) -> tuple[str, ...]:
+        """What the rows are trained for, and the settings that follow; one sentence for all candidates alike."""
+        return tuple(dict.fromkeys(trial.task_line for trial in self.loop.trials))
 
     @property
     def data(self) -> tuple[ExampleSet, ...]:
@@ -249,10 +256,10 @@ def prepare(
     loop = TrainingLoop(
         base=base, forward=forward, trials=trials, micro_batch_rows=rows, clock=clock, halving=halving,
         checkpoint_layers=any(trial.plan.config.checkpoint_layers for trial in trials), ranks=ranks,
-        identity=_identity(base, trials),
+        identity=_identity(base, trials, _identifying),
     )  # fmt: skip
     if resume is not None:
-        _resume(loop, resume)
+        _resume(loop, resume, _identity(base, trials, _identifying_before))
         notes += [f"resumed after step {resume.step}", *kernel_notes]
     return Prepared(loop=loop, notes=tuple(dict.fromkeys((*notes, *split_note))))
 
@@ -312,7 +319,7 @@ def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) 
     data = reader.examples(candidate.data, config)
     validation = reader.examples(candidate.validation, config, data.form) if candidate.validation is not None else None
     _check_checkpointing(forward, config)
-    config = _with_loss(config, data)
+    line, config = task_line(config, data), resolved_for(config, data)
     start_PH, start_notes = _start(base, data, config, start)
     plan = make_plan(base, forward, data, config)
     read = data.report.notes + (validation.report.notes if validation is not None else ())
@@ -320,7 +327,7 @@ def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) 
     return Trial(
         name=candidate.name, plan=plan, data=data, validation_data=validation, record=_record(base, data, plan, start),
         start=start_PH.to(base.device, torch.promote_types(base.dtype, torch.float32)),
-        score=candidate.score, group=candidate.group, notes=(*read, *start_notes, *last_kept),
+        score=candidate.score, group=candidate.group, task_line=line, notes=(*read, *start_notes, *last_kept),
     )  # fmt: skip
 
 
@@ -334,24 +341,6 @@ def _check_criterion(candidate: Candidate) -> None:
         raise ConfigError(
             f"best_by is {wanted!r}, but no score was given: pass score=softprompt.evaluation.criterion(...)"
         )
-
-
-def _with_loss(config: TrainConfig, data: ExampleSet) -> TrainConfig:
-    """The settings with the loss resolved. Raises ConfigError for a loss among labels where the rows have none."""
-    if config.loss == "labels" and not any(example.branches for example in data.examples):
-        raise ConfigError(
-            f"loss is 'labels', but {data.report.source} has {_no_labels(data)}; use loss 'tokens'", param="loss"
-        )
-    return replace(config, loss="tokens") if config.loss == "auto" else config
-
-
-def _no_labels(data: ExampleSet) -> str:
-    if not data.form.labels:
-        return (
-            f"no labels (a template's completion, or a label column, with 2 to {MAX_LABELS} different texts that "
-            "occur twice each on average)"
-        )
-    return f"labels that all have the same tokens, {', '.join(map(shortened, data.form.labels[:3]))}"
 
 
 def _check_lengths(base: Base, data: ExampleSet, config: TrainConfig) -> None:
@@ -429,10 +418,10 @@ def _record(base: Base, data: ExampleSet, plan: Plan, start: SoftPrompt | None) 
     )
 
 
-def _identity(base: Base, trials: Sequence[Trial]) -> str:
+def _identity(base: Base, trials: Sequence[Trial], identifying: Callable[[TrainConfig], dict[str, Any]]) -> str:
     """sha256 of what is trained on what: base, rows, validation, starts, settings; not of device, dtype or splits."""
     parts = [[base.fingerprint, *(trial.data.data_hash for trial in trials)]] + [
-        [trial.name, _identifying(trial.plan.config), trial.plan.num_steps, trial.group, trial.record.parent,
+        [trial.name, identifying(trial.plan.config), trial.plan.num_steps, trial.group, trial.record.parent,
          [example.ids for example in trial.validation]]
         for trial in trials
     ]  # fmt: skip
@@ -440,12 +429,18 @@ def _identity(base: Base, trials: Sequence[Trial]) -> str:
 
 
 def _identifying(config: TrainConfig) -> dict[str, Any]:
-    known = {name: value for name, value in vars(config).items() if name not in _NOT_IDENTITY}
-    return {name: value for name, value in known.items() if (name, value) not in _AS_BEFORE}
+    return {name: value for name, value in vars(config).items() if name not in _NOT_IDENTITY}
 
 
-def _resume(loop: TrainingLoop, state: RunState) -> None:
-    if state.identity != loop.identity:
+def _identifying_before(config: TrainConfig) -> dict[str, Any]:
+    """As releases without defaults by task had it."""
+    known = _identifying(config)
+    known |= {"relative_learning_rate": None} if known["relative_learning_rate"] == _RATE_BEFORE else {}
+    return {name: value for name, value in known.items() if (name, value) not in _SETTINGS_SINCE.items()}
+
+
+def _resume(loop: TrainingLoop, state: RunState, identity_before: str) -> None:
+    if state.identity not in (loop.identity, identity_before):
         raise StorageError(
             "the checkpoint is of another run: base, rows or settings are not the same; "
             "resume with those that it was begun with, or start anew in another folder"

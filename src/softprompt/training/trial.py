@@ -34,12 +34,14 @@ class Trial:
 
     def __init__(
         self, *, name: str | None, plan: Plan, data: ExampleSet, validation_data: ExampleSet | None,
-        start: Tensor, record: PromptRecord, score: Score | None = None, group: int = 0, notes: Sequence[str] = (),
+        start: Tensor, record: PromptRecord, score: Score | None = None, group: int = 0, task_line: str = "",
+        notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.name, self.plan, self.data, self.validation_data = name, plan, data, validation_data
         self.examples: Sequence[Example] = data.examples
         self.validation: Sequence[Example] = validation_data.examples if validation_data is not None else ()
         self.start, self.record, self.score, self.group = start, record, score, group
+        self.task_line = task_line  # what its rows are trained for, and the settings that follow
         self.notes = notes  # what the user should know about how its rows were read and its start was made
         self.step = 0
         self.is_dropped = False

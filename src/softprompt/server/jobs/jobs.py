@@ -30,7 +30,7 @@ from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
 from softprompt.server.jobs.run import JobContext, JobRun, StopSignal, forget_state
 from softprompt.server.jobs.schemas import CreateJob, Json
-from softprompt.server.jobs.settings import check_rows, train_config, validation_setting
+from softprompt.server.jobs.settings import JobSettings, check_rows, job_settings, validation_setting
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobEventRow, JobRow
@@ -88,10 +88,10 @@ class Jobs:
         """Queue a job. Raises ApiError for one that cannot be trained, and 429 where the client has too many."""
         _check_request(asked)
         model = self._context.registry.resolve(asked.model, client)
-        config, validation = train_config(asked, self._context.base, model.prompt), validation_setting(asked)
+        settings, validation = job_settings(asked, self._context.base, model.prompt), validation_setting(asked)
         with self._context.files.changes:  # no file is deleted before the job that needs it is recorded
-            self._check_files(asked, config, validation, client)
-            row = self._row(asked, client, model.id, config, model.prompt)
+            self._check_files(asked, settings.train, validation, client)
+            row = self._row(asked, client, model.id, settings, model.prompt)
             row.settings = {**row.settings, "validation": validation}
             return self._add(row, client, model.prompt)
 
@@ -184,16 +184,17 @@ class Jobs:
         return found
 
     def _row(
-        self, asked: CreateJob, client: Client, model: str, config: TrainConfig, start: SoftPrompt | None
+        self, asked: CreateJob, client: Client, model: str, settings: JobSettings, start: SoftPrompt | None
     ) -> JobRow:
-        settings = {
-            "train": asdict(config), "metadata": asked.metadata, "has_start": start is not None,
+        record = {
+            "train": asdict(settings.train), "learning_rate_multiplier": settings.rate_multiplier,
+            "metadata": asked.metadata, "has_start": start is not None,
             "base_fingerprint": self._context.base.fingerprint,
         }  # fmt: skip
         return JobRow(
             id=f"ftjob-{uuid.uuid4().hex[:24]}", owner=client.id, status="queued", model=model,
             suffix=asked.suffix or None, training_file=asked.training_file, validation_file=asked.validation_file,
-            settings=settings, outcome={}, created=time.time(),
+            settings=record, outcome={}, created=time.time(),
         )  # fmt: skip
 
     def _add(self, row: JobRow, client: Client, start: SoftPrompt | None) -> JobRow:

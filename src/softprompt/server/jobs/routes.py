@@ -7,7 +7,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
-from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE
 from softprompt.server.clients.auth import CurrentClient
 from softprompt.server.dependencies import dependency
 from softprompt.server.error_schemas import error_responses
@@ -18,7 +17,6 @@ from softprompt.server.jobs.schemas import (
     CreateJob,
     EventList,
     FineTuningJob,
-    Hyperparameters,
     JobCheckpoint,
     JobEvent,
     JobList,
@@ -26,6 +24,7 @@ from softprompt.server.jobs.schemas import (
     Method,
     SupervisedMethod,
 )
+from softprompt.server.jobs.settings import hyperparameters
 from softprompt.server.state.schema import JobEventRow, JobRow
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], responses=error_responses(400, 401, 429, 503))
@@ -109,7 +108,8 @@ def list_job_checkpoints(
 
 
 def _job(row: JobRow) -> FineTuningJob:
-    settings, outcome = row.settings["train"], row.outcome
+    outcome = row.outcome
+    settings = outcome.get("settings") or row.settings["train"]
     is_running, has_ended = row.status == "running", row.finished is not None
     estimate = outcome.get("estimated_finish")
     return FineTuningJob(
@@ -122,7 +122,7 @@ def _job(row: JobRow) -> FineTuningJob:
         fine_tuned_model=row.fine_tuned_model,
         training_file=row.training_file,
         validation_file=row.validation_file,
-        hyperparameters=_hyperparameters(row),
+        hyperparameters=hyperparameters(row),
         method=Method(type="supervised", supervised=SupervisedMethod(hyperparameters=settings)),
         seed=settings["seed"],
         trained_tokens=outcome.get("trained_tokens") if has_ended else None,
@@ -132,17 +132,6 @@ def _job(row: JobRow) -> FineTuningJob:
         verdict=outcome.get("held_out", {}).get("text"),
         metadata=row.settings.get("metadata"),
         user_provided_suffix=row.suffix,
-    )
-
-
-def _hyperparameters(row: JobRow) -> Hyperparameters:
-    settings = row.settings["train"]
-    relative = settings["relative_learning_rate"]
-    if relative is None and settings["learning_rate"] is None:
-        relative = DEFAULT_RELATIVE_LEARNING_RATE
-    multiplier = None if relative is None else relative / DEFAULT_RELATIVE_LEARNING_RATE
-    return Hyperparameters(
-        n_epochs=settings["epochs"], batch_size=settings["batch_rows"], learning_rate_multiplier=multiplier
     )
 
 

@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from softprompt import errors
 from softprompt.base import Base
 from softprompt.compute_share import ComputeShare
 from softprompt.config import KEPT_CHECKPOINTS, DataConfig, TrainConfig
-from softprompt.data import Rows, Split, held_out_record, split_rows
+from softprompt.data import Rows, Split, held_out_record, split_rows, task_of
 from softprompt.errors import ConfigError, DatabaseError
 from softprompt.openmp import release_omp_threads
 from softprompt.prompt import Judgement, SoftPrompt
@@ -31,6 +31,7 @@ from softprompt.server.errors import ApiError
 from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import TAKEN, JobEventLog, JobRecords, add_results
 from softprompt.server.jobs.schemas import Json
+from softprompt.server.jobs.settings import with_rate
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.schema import JobRow
 from softprompt.storage import load_prompt
@@ -86,7 +87,7 @@ class JobRun:
         """`stop_signal` is called between two slices."""
         self._row, self._context, self.stop_signal = row, context, stop_signal
         self._client = Client(id=row.owner, is_admin=False)
-        self._config = TrainConfig(**row.settings["train"])
+        self._config = TrainConfig.of_record(row.settings["train"])
         self._name = model_name(context.registry.base.id, row)
         self._folder = RunFolder(context.runs / row.id)
         self._events = JobEventLog(context.records, row)
@@ -120,7 +121,9 @@ class JobRun:
         rows = {"validation": None if split.validation is None else held_out_record(split.validation)}
         metadata = {"job": {**self._metadata(), "validation": self._setting_to_resume(split)}, **rows}
         recorder = Recorder(self._folder.path, metadata, resume=self._folder.has_begun())
-        task = TrainingTask(split=split, configs={"": self._config}, start=self._start(), metadata=rows)
+        multiplier = self._row.settings.get("learning_rate_multiplier")
+        config = with_rate(self._config, multiplier, task_of(split.train.form))
+        task = TrainingTask(split=split, configs={"": config}, start=self._start(), metadata=rows)
         return TrainingSession(
             self._context.base, [task], recorder, max_steps=MAX_STEPS, save_every_s=_SAVE_EVERY_S,
             should_stop=self._should_stop, on_start=self._started, on_event=self.handle_event,
@@ -188,8 +191,10 @@ class JobRun:
         self._events.add(
             f"training continues after step {step:,} of {total:,}" if step else f"training begins: {total:,} steps"
         )
-        for note in ready.notes:
+        for note in (*ready.task_lines, *ready.notes):
             self._events.add(note)
+        plan = ready.trial.plan
+        self._events.outcome |= {"task": plan.task, "settings": asdict(plan.config)}
         if self._context.records.move(self._row.id, TAKEN, "running"):
             self._events.write()
 

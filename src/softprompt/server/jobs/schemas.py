@@ -48,11 +48,13 @@ Text = Annotated[str, AfterValidator(_sayable)]
 
 
 class Hyperparameters(BaseModel):
-    """OpenAI's three, resolved; ours stand in `method`."""
+    """OpenAI's three; ours stand in `method`. Until the rows are read, what depends on them is "auto"."""
 
-    n_epochs: int
+    n_epochs: int | Literal["auto"]
     batch_size: int
-    learning_rate_multiplier: float | None = Field(description="Times the default rate; null: an absolute one is set.")
+    learning_rate_multiplier: float | Literal["auto"] | None = Field(
+        description="Times the task's default rate; null: an absolute one is set."
+    )
 
 
 class SupervisedMethod(BaseModel):

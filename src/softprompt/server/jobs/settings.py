@@ -1,21 +1,23 @@
-"""A job's hyperparameters as a TrainConfig: OpenAI's names and ours, checked before the job is accepted."""
+"""A job's hyperparameters and a TrainConfig: OpenAI's names and ours, checked before the job is accepted."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Literal, NamedTuple
 
 from softprompt.base import Base
-from softprompt.config import DEFAULT_RELATIVE_LEARNING_RATE, DataConfig, TrainConfig, check_start_stays
+from softprompt.config import TASK_DEFAULTS, DataConfig, TaskKind, TrainConfig, check_start_stays
 from softprompt.data.split import check_validation
 from softprompt.errors import ConfigError, shortened
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
-from softprompt.server.jobs.schemas import CreateJob, Json
+from softprompt.server.jobs.schemas import CreateJob, Hyperparameters, Json
+from softprompt.server.state.schema import JobRow
 from softprompt.settings import check_names, checked_value, require
 from softprompt.types import is_row_count
 
-_OPENAI = {"n_epochs": "epochs", "batch_size": "batch_rows", "learning_rate_multiplier": "relative_learning_rate"}
+_MULTIPLIER = "learning_rate_multiplier"
+_OPENAI = {"n_epochs": "epochs", "batch_size": "batch_rows", _MULTIPLIER: _MULTIPLIER}
 _OURS = tuple(item.name for item in fields(TrainConfig))
 _SERVERS = {"micro_batch_rows": "the server fits it to its memory"}  # what a client may not choose
 _ROWS = "validation"  # which of the training file's rows choose the checkpoint; no setting of TrainConfig
@@ -25,7 +27,14 @@ MAX_EPOCHS = 1_000
 MAX_ROW_VISITS = 5_000_000  # the order of all epochs is planned ahead, in memory
 
 
-def train_config(asked: CreateJob, base: Base, start: SoftPrompt | None) -> TrainConfig:
+class JobSettings(NamedTuple):
+    """The settings that are asked for. Defaults by task are filled in when the rows are read."""
+
+    train: TrainConfig
+    rate_multiplier: float | None  # of the task's default relative learning rate
+
+
+def job_settings(asked: CreateJob, base: Base, start: SoftPrompt | None) -> JobSettings:
     """The settings that are asked for; "auto" and null are the defaults.
 
     Raises ApiError 400 for a name that is unknown, a value of the wrong type or out of range, and settings that
@@ -33,13 +42,42 @@ def train_config(asked: CreateJob, base: Base, start: SoftPrompt | None) -> Trai
     """
     try:
         settings = _settings(asked)
+        multiplier = settings.pop(_MULTIPLIER, None)
+        _check_one_rate(multiplier, settings)
         config = TrainConfig(**settings)
         _check_limits(config, base)
         if start is not None:
             check_start_stays(settings, start.num_virtual_tokens, repr(asked.model))
     except ConfigError as error:
         raise _refusal(error.param, str(error)) from None
-    return config
+    return JobSettings(config, multiplier)
+
+
+def with_rate(config: TrainConfig, multiplier: float | None, task: TaskKind) -> TrainConfig:
+    """The settings with the learning rate that a multiplier asks for."""
+    if multiplier is None:
+        return config
+    return replace(config, relative_learning_rate=multiplier * TASK_DEFAULTS[task]["relative_learning_rate"])
+
+
+def hyperparameters(row: JobRow) -> Hyperparameters:
+    """OpenAI's three of a job: "auto" for what goes by task, until the rows are read."""
+    config = TrainConfig.of_record(row.outcome.get("settings") or row.settings["train"])
+    return Hyperparameters(
+        n_epochs=config.epochs or "auto",
+        batch_size=config.batch_rows,
+        learning_rate_multiplier=_multiplier(row, config),
+    )
+
+
+def _multiplier(row: JobRow, config: TrainConfig) -> float | Literal["auto"] | None:
+    asked: float | None = row.settings.get(_MULTIPLIER)
+    if asked is not None:
+        return asked
+    if config.relative_learning_rate is None:
+        return "auto" if config.learning_rate is None else None
+    usual: float = TASK_DEFAULTS[row.outcome.get("task", "text")]["relative_learning_rate"]
+    return config.relative_learning_rate / usual
 
 
 def validation_setting(asked: CreateJob) -> str | None:
@@ -63,10 +101,11 @@ def validation_setting(asked: CreateJob) -> str | None:
 
 def check_rows(config: TrainConfig, num_rows: int) -> None:
     """Raises ApiError 400 where the passes over so many rows are more than can be planned."""
-    if config.epochs * num_rows > MAX_ROW_VISITS:
+    epochs = config.epochs or max(defaults["epochs"] for defaults in TASK_DEFAULTS.values())
+    if epochs * num_rows > MAX_ROW_VISITS:
         raise _refusal(
             "n_epochs",
-            f"{config.epochs:,} epochs of {num_rows:,} rows are more than {MAX_ROW_VISITS:,} rows in all; "
+            f"{epochs:,} epochs of {num_rows:,} rows are more than {MAX_ROW_VISITS:,} rows in all; "
             "ask for fewer epochs",
         )
 
@@ -101,14 +140,22 @@ def _setting(name: str, value: Any) -> tuple[str, Any]:  # Any: as JSON gave it
     check_names([name], [*_OPENAI, *_OURS, _ROWS])
     if value is None or value == "auto":
         return _OPENAI.get(name, name), None
-    return _OPENAI.get(name, name), _rate(value) if name == "learning_rate_multiplier" else value
+    return _OPENAI.get(name, name), _rate_multiplier(value) if name == _MULTIPLIER else value
 
 
-def _rate(multiplier: Any) -> float:  # Any: as above
-    name = "learning_rate_multiplier"
-    number: float = checked_value(float, multiplier, name)
-    require(0 < number <= _LARGEST_MULTIPLIER, name, multiplier, f"above 0 and at most {_LARGEST_MULTIPLIER:,}")
-    return number * DEFAULT_RELATIVE_LEARNING_RATE
+def _rate_multiplier(multiplier: Any) -> float:  # Any: as above
+    number: float = checked_value(float, multiplier, _MULTIPLIER)
+    require(0 < number <= _LARGEST_MULTIPLIER, _MULTIPLIER, multiplier, f"above 0 and at most {_LARGEST_MULTIPLIER:,}")
+    return number
+
+
+def _check_one_rate(multiplier: float | None, settings: Json) -> None:
+    other = next((name for name in ("learning_rate", "relative_learning_rate") if name in settings), None)
+    if multiplier is not None and other is not None:
+        raise ConfigError(
+            f"{_MULTIPLIER}={multiplier:g} and {other}={shortened(settings[other])} exclude each other; give one",
+            param=_MULTIPLIER,
+        )
 
 
 def _check_limits(config: TrainConfig, base: Base) -> None:
@@ -116,7 +163,7 @@ def _check_limits(config: TrainConfig, base: Base) -> None:
     widest = max(_LEAST_WIDTH_LIMIT, 4 * base.hidden_size)
     for name, limit in (("virtual_tokens", room), ("bottleneck", widest), ("epochs", MAX_EPOCHS)):
         value = getattr(config, name)
-        if value > limit:
+        if value is not None and value > limit:
             raise ConfigError(f"{name} is {value:,}; on this server it can be at most {limit:,}", param=name)
 
 

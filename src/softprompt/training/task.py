@@ -1,0 +1,66 @@
+"""What the rows are trained for, and the settings that follow from it where none are given (`config.TASK_DEFAULTS`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from softprompt.config import TrainConfig
+from softprompt.data import task_of
+from softprompt.data.rows import MAX_LABELS
+from softprompt.errors import ConfigError, shortened
+from softprompt.types import ExampleSet
+
+_LOSS = {"labels": "loss among the labels", "tokens": "loss on every token"}
+_REPARAMETERISATION = {"none": "plain vectors", "residual-mlp": "residual MLP", "low-rank": "low-rank update"}
+
+
+def resolved_for(config: TrainConfig, data: ExampleSet) -> TrainConfig:
+    """The settings with the defaults of the rows' task.
+
+    Raises ConfigError for a loss among labels where the rows have none.
+    """
+    resolved = config.resolved(task_of(data.form))
+    if resolved.loss == "labels" and not any(example.branches for example in data.examples):
+        raise ConfigError(
+            f"loss is 'labels', but {data.report.source} has {_no_labels(data)}; use loss 'tokens'", param="loss"
+        )
+    return resolved
+
+
+def task_line(given: TrainConfig, data: ExampleSet) -> str:
+    """The task, why it is that, and the settings that follow from it."""
+    task = task_of(data.form)
+    follows = given.defaults_by_task(task)
+    words = ", ".join(_words(follows)) or "every setting that goes by task is given"
+    return f"task: {task} ({_reason(data)}): {words}"
+
+
+def _reason(data: ExampleSet) -> str:
+    rows = f"{len(data):,} row{'' if len(data) == 1 else 's'}"
+    reasons = {
+        "text": f"{rows} of plain text",
+        "labels": f"{len(data.form.labels)} of them in {rows}",
+        "chat": f"{rows} of messages",
+        "answers": f"{rows} with a completion each, which are no set of labels",
+    }
+    return reasons[task_of(data.form)]
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    known = {
+        "loss": lambda value: _LOSS[value],
+        "relative_learning_rate": lambda value: f"rate {value:g} x RMS",
+        "reparameterisation": lambda value: _REPARAMETERISATION[value],
+        "epochs": lambda value: f"{value} epoch{'' if value == 1 else 's'}",
+    }
+    return [known[name](value) if name in known else f"{name} {value}" for name, value in settings.items()]
+
+
+def _no_labels(data: ExampleSet) -> str:
+    if not data.form.labels:
+        return (
+            f"no labels (a template's completion, or a label column, with 2 to {MAX_LABELS} different texts that "
+            "occur twice each on average)"
+        )
+    return f"labels that all have the same tokens, {', '.join(map(shortened, data.form.labels[:3]))}"
