@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.command_line import ENVIRONMENT, Ran, run_apart, succeed
-from support.material import save_base, sentence, write_csv
+from support.material import QUICK, TEMPLATE, review, save_base, sentence, write_csv, write_jsonl
 
 from softprompt.runs import RunFolder
 from softprompt.storage import load_prompt
@@ -69,6 +69,17 @@ def test_the_control_another_seed_is_another_prompt(flags, alone, tmp_path):
 def test_two_processes_make_the_prompt_that_one_makes(flags, alone, tmp_path):
     ran = run_apart(*flags, "--processes", 2, "--out", tmp_path / "two", "--json")
     assert_as_alone(ran, tmp_path / "two", alone)
+
+
+def test_two_processes_say_whether_the_prompt_helps(flags, tmp_path):
+    """One of them judges, with the whole base, as a single process does."""
+    data = write_jsonl(tmp_path / "reviews.jsonl", [review(i) for i in range(44)])
+    labelled = ("train", "--base", flags[2], *QUICK, "--device", "cpu", "--data", data, *TEMPLATE)
+    alone = succeed(*labelled, "--out", tmp_path / "alone")
+    ran = run_apart(*labelled, "--processes", 2, "--out", tmp_path / "two")
+    assert ran.code == 0, ran.err
+    assert ran.out == alone.out
+    assert ran.out.startswith("On 20 validation rows the prompt is right in ")
 
 
 @pytest.mark.slow

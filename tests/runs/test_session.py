@@ -79,6 +79,17 @@ def test_a_session_stopped_within_a_validation_finishes_it_first(open_session: C
     assert_same(result, straight)
 
 
+def test_a_session_stopped_behind_its_last_step_ends_as_the_unbroken_one(
+    open_session: Callable[..., TrainingSession],
+) -> None:
+    """While it is judged, say: its prompt is made of the last state again, without a step."""
+    (straight,) = open_session("stopped").train()
+    seen: list[Event] = []
+    (again,) = open_session("stopped", on_event=seen.append).train()
+    assert not any(isinstance(event, StepDone) for event in seen)
+    assert_same(again, straight)
+
+
 def test_a_session_that_raises_to_stop_saves_nothing(open_session: Callable[..., TrainingSession]) -> None:
     def should_stop() -> str | None:
         raise SessionStopped("cancel")
