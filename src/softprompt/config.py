@@ -31,14 +31,22 @@ TextScore = Literal["exact_match", "f1", "rouge_l", "chrf"]
 # The defaults of TrainConfig that go by task, and nowhere else; docs/decisions/2026-11-29-defaults-by-task.md.
 _USUAL_DEFAULTS: Mapping[str, Any] = {
     "loss": "tokens", "relative_learning_rate": 0.3, "reparameterisation": "residual-mlp", "epochs": 6,
+    "averaging": 0.0,
 }  # fmt: skip
 TASK_DEFAULTS: Mapping[TaskKind, Mapping[str, Any]] = {
     "text": _USUAL_DEFAULTS,
-    "labels": {"loss": "labels", "relative_learning_rate": 0.1, "reparameterisation": "none", "epochs": 4},
+    "labels": {
+        "loss": "labels",
+        "relative_learning_rate": 0.1,
+        "reparameterisation": "none",
+        "epochs": 4,
+        "averaging": 0.5,
+    },
     "chat": _USUAL_DEFAULTS,
     "answers": _USUAL_DEFAULTS,
 }
-_DEFAULTS_BEFORE = {"loss": "tokens", "relative_learning_rate": 0.3}  # of releases without defaults by task
+# Of releases without defaults by task:
+_DEFAULTS_BEFORE = {"loss": "tokens", "relative_learning_rate": 0.3, "averaging": 0.0}
 EMBEDDED_BASE = "embedded"
 SMOLLM2_BASE = "smollm2"
 NAMED_BASES = (EMBEDDED_BASE, SMOLLM2_BASE)  # by a name of ours, whatever lies in the working folder
@@ -167,8 +175,10 @@ class TrainConfig:
         "fall to 0 from the start.",
     )
     warmup_steps: int = option(0, "Optimiser steps over which the learning rate rises from 0.")
-    averaging: float = option(
-        0.0, "Share of the steps, at the end, whose prompts are averaged into the kept one; 0 keeps the last."
+    averaging: float | None = option(
+        None,
+        "Share of the steps, at the end, whose prompts are averaged into the kept one; 0 keeps the last. Default by "
+        "task.",
     )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float | None = option(
@@ -191,7 +201,7 @@ class TrainConfig:
         require(self.virtual_tokens >= 1, "virtual_tokens", self.virtual_tokens, "at least 1")
         require(self.batch_rows >= 1, "batch_rows", self.batch_rows, "at least 1")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
-        require(0 <= self.averaging <= 1, "averaging", self.averaging, "between 0 and 1")
+        require(self.averaging is None or 0 <= self.averaging <= 1, "averaging", self.averaging, "between 0 and 1")
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more, and finite")
         require(0 <= self.seed < _SEEDS, "seed", self.seed, "0 or more, and below 2 to the 63rd")
         require(self.bottleneck >= 1, "bottleneck", self.bottleneck, "at least 1")

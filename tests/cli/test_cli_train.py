@@ -255,8 +255,8 @@ def test_the_task_and_what_follows_from_it_are_said_and_kept(base_folder, review
     ran = succeed("train", *flags, "--out", tmp_path / "run")
     labels = TASK_DEFAULTS["labels"]
     rate = labels["relative_learning_rate"]
-    said = f"task: labels (2 of them in 12 rows): loss among the labels, rate {rate:g} x RMS, plain vectors"
-    assert said in ran.err.splitlines()
+    said = f"task: labels (2 of them in 12 rows): loss among the labels, rate {rate:g} x RMS, plain vectors, "
+    assert f"{said}the mean over the last 50% of the steps" in ran.err.splitlines()
     assert "(nats per label)" in ran.err
     plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
     assert plan["task"] == "labels"

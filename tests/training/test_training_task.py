@@ -18,7 +18,10 @@ from softprompt.families import forward_of
 from softprompt.training import Candidate, prepare, train
 
 FORM = {"template": "w5 {text} w6", "completion": " {label}"}
-EXPLICIT = {"loss": "tokens", "relative_learning_rate": 0.7, "reparameterisation": "low-rank", "epochs": 2}
+EXPLICIT = {
+    "loss": "tokens", "relative_learning_rate": 0.7, "reparameterisation": "low-rank", "epochs": 2,
+    "averaging": 0.25,
+}  # fmt: skip
 
 
 def rows_of(task: str) -> Rows:
@@ -71,7 +74,8 @@ def test_one_line_says_the_task_and_why_and_what_follows(tiny_llama):
         (line,) = ready_run(tiny_llama, rows_of(task), TrainConfig(virtual_tokens=3)).task_lines
         assert line.startswith(f"task: {task} ({reason}): loss ")
         rate, epochs = TASK_DEFAULTS[task]["relative_learning_rate"], TASK_DEFAULTS[task]["epochs"]
-        assert f"rate {rate:g} x RMS, " in line and line.endswith(f", {epochs} epochs")
+        assert f"rate {rate:g} x RMS, " in line and f", {epochs} epochs" in line
+        assert line.endswith(", the mean over the last 50% of the steps" if task == "labels" else " epochs")
     for name in EXPLICIT:
         config = dataclasses.replace(given, **{name: "auto" if name == "loss" else None})
         (line,) = ready_run(tiny_llama, rows_of("labels"), config).task_lines

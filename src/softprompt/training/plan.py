@@ -45,7 +45,7 @@ class Plan:
     @property
     def first_averaged_step(self) -> int:
         """The first step, counted from 1, whose prompt is part of the mean; beyond the last one without averaging."""
-        return self.num_steps + 1 - math.floor(self.num_steps * self.config.averaging)
+        return self.num_steps + 1 - math.floor(self.num_steps * (self.config.averaging or 0.0))
 
     def to_json(self) -> dict[str, Any]:
         """The plan for `run.json`; the order of the rows follows from seed and lengths and is left out."""

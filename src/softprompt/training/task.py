@@ -53,8 +53,10 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
         "relative_learning_rate": lambda value: f"rate {value:g} x RMS",
         "reparameterisation": lambda value: _REPARAMETERISATION[value],
         "epochs": lambda value: f"{value} epoch{'' if value == 1 else 's'}",
+        "averaging": lambda value: f"the mean over the last {value:.0%} of the steps" if value else "",
     }
-    return [known[name](value) if name in known else f"{name} {value}" for name, value in settings.items()]
+    words = [known[name](value) if name in known else f"{name} {value}" for name, value in settings.items()]
+    return [word for word in words if word]
 
 
 def _no_labels(data: ExampleSet) -> str:
