@@ -45,8 +45,8 @@ TASK_DEFAULTS: Mapping[TaskKind, Mapping[str, Any]] = {
     "chat": _USUAL_DEFAULTS,
     "answers": _USUAL_DEFAULTS,
 }
-# Of releases without defaults by task:
-_DEFAULTS_BEFORE = {"loss": "tokens", "relative_learning_rate": 0.3, "averaging": 0.0}
+# Of releases without defaults by task, which recorded None for them or knew no such setting.
+DEFAULTS_BEFORE: Mapping[str, Any] = {"loss": "tokens", "relative_learning_rate": 0.3, "averaging": 0.0}
 EMBEDDED_BASE = "embedded"
 SMOLLM2_BASE = "smollm2"
 NAMED_BASES = (EMBEDDED_BASE, SMOLLM2_BASE)  # by a name of ours, whatever lies in the working folder
@@ -242,12 +242,18 @@ class TrainConfig:
 
     @classmethod
     def of_record(cls, settings: Mapping[str, Any]) -> TrainConfig:
-        """The settings as a run or a job recorded them; those of a release without defaults by task keep its own."""
-        before = {} if "loss" in settings else _DEFAULTS_BEFORE
-        given = {name: value for name, value in settings.items() if value is not None}
-        if "learning_rate" in given:
-            before = {name: value for name, value in before.items() if name != "relative_learning_rate"}
-        return cls(**{**before, **given})
+        """The settings as a run or a job recorded them; see `with_former_defaults`."""
+        return cls(**{name: value for name, value in with_former_defaults(settings).items() if value is not None})
+
+
+def with_former_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Recorded settings of a training; those of a release without defaults by task with the ones that it had."""
+    if "loss" in settings:
+        return settings
+    before = {name: value for name, value in DEFAULTS_BEFORE.items() if settings.get(name) is None}
+    if settings.get("learning_rate") is not None:
+        before.pop("relative_learning_rate", None)
+    return {**settings, **before}
 
 
 @settings_class

@@ -341,6 +341,18 @@ class TestAnotherSweep:
         ran = resume(text, command=succeed)
         assert "resumed after step 10" in ran.err
 
+    def test_a_sweep_of_a_release_without_defaults_by_task_goes_on(self, resume, tmp_path):
+        folder = RunFolder(tmp_path / "run")
+        plan = folder.read_plan()
+        for name, each in plan["sweep"]["candidates"].items():
+            plan["sweep"]["candidates"][name] = {**each, "reparameterisation": "residual-mlp", "epochs": 2}
+        plans = [each["plan"] for each in plan["candidates"].values()]
+        for known in (*plan["sweep"]["candidates"].values(), *(each["config"] for each in plans)):
+            del known["loss"]
+            known["relative_learning_rate"] = None
+        folder.write_plan(plan)
+        assert "resumed after step 10" in resume(self.TEXT, command=succeed).err
+
     @pytest.mark.parametrize(
         ("old", "new", "said"),
         [

@@ -15,7 +15,7 @@ import click
 
 from softprompt.cli.command import Function, Setting
 from softprompt.cli.console import print_json, say
-from softprompt.config import KEPT_CHECKPOINTS, BaseConfig
+from softprompt.config import KEPT_CHECKPOINTS, BaseConfig, with_former_defaults
 from softprompt.errors import ConfigError
 from softprompt.launch.processes import run_processes
 from softprompt.types import NO_VALIDATION, is_row_count
@@ -133,6 +133,8 @@ def resumed_settings(out: str, flags: Mapping[str, Any], given: Collection[str],
     if begun_by != command:
         raise ConfigError(f"{out} is a run of softprompt {begun_by}; resume it with that")
     recorded = plan.get("settings")
+    if isinstance(recorded, dict) and command == "train":
+        recorded = {**with_former_defaults(recorded)}
     if not isinstance(recorded, dict):
         raise ConfigError(
             f"{out} does not record how it was begun, so it cannot be resumed; train further: --init-from"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ from softprompt.cli.run_options import (
     run_options,
 )
 from softprompt.cli.sweep_file import Sweep, read_sweep
-from softprompt.config import TASK_DEFAULTS, BaseConfig, DataConfig
+from softprompt.config import TASK_DEFAULTS, BaseConfig, DataConfig, TrainConfig
 from softprompt.errors import ConfigError, StorageError
 from softprompt.types import NO_VALIDATION
 
@@ -144,16 +145,19 @@ def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
 def _check_same(file: str, now: Mapping[str, Any], begun: Mapping[str, Any], out: str) -> None:
     """Raises ConfigError where the file means another sweep than the one begun, the base's settings aside.
 
-    What it leaves to the task may have been a setting in a release without defaults by task.
+    Settings that an earlier release did not have, or did not leave to the task, may be at their defaults.
     """
     for section in ("tasks", "candidates"):
         names, known = list(now[section]), list(begun.get(section, ()))
         if names != known:
             _refuse(file, out, f"has the {section} {', '.join(names)}", ", ".join(known))
     here, there = (dict(_leaves(sweep)) for sweep in (now, begun))
+    defaults = {item.name: item.default for kind in (DataConfig, TrainConfig) for item in dataclasses.fields(kind)}
     for path, value in here.items():
-        is_by_task = path[-1] in TASK_DEFAULTS["text"] and value in (None, "auto")
-        if path[0] != "base" and path[-1] not in MAY_CHANGE and value != there.get(path) and not is_by_task:
+        may_be_default = path not in there or path[-1] in TASK_DEFAULTS["text"]
+        if path[0] == "base" or path[-1] in MAY_CHANGE or (may_be_default and value == defaults.get(path[-1], value)):
+            continue
+        if value != there.get(path):
             _refuse(file, out, f"says {'.'.join(filter(None, path))} = {value!r}", repr(there.get(path)))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base import Base, free_bytes
-from softprompt.config import TrainConfig
+from softprompt.config import DEFAULTS_BEFORE, TrainConfig
 from softprompt.data import Rows, as_rows, build_examples
 from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError
 from softprompt.families import Forward, KernelTable, forward_of, kernel_table, this_machine
@@ -31,9 +31,7 @@ from softprompt.types import ExampleSet, InputForm, PromptRecord, brief_repr
 
 _PREPACK_MEMORY_SHARE = 0.25  # of the free memory, at most
 _TOKENS_WORTH_PREPACKING = 20_000  # prepacking takes as long as some 2,000 tokens, and saves a tenth of each
-# Of releases without defaults by task: the relative rate that they recorded as None, and the values that settings of
-# later releases have where a run does what it did then.
-_RATE_BEFORE, _SETTINGS_SINCE = 0.3, {"loss": "tokens", "averaging": 0.0}
+_RATE = "relative_learning_rate"
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
 
 # Texts, dictionaries, a DataFrame or a data set of the `datasets` library count as rows too.
@@ -259,7 +257,7 @@ def prepare(
         identity=_identity(base, trials, _identifying),
     )  # fmt: skip
     if resume is not None:
-        _resume(loop, resume, _identity(base, trials, _identifying_before))
+        _resume(loop, resume, [_identity(base, trials, each) for each in (_identifying_before, _with_open_rate_before)])
         notes += [f"resumed after step {resume.step}", *kernel_notes]
     return Prepared(loop=loop, notes=tuple(dict.fromkeys((*notes, *split_note))))
 
@@ -433,14 +431,19 @@ def _identifying(config: TrainConfig) -> dict[str, Any]:
 
 
 def _identifying_before(config: TrainConfig) -> dict[str, Any]:
-    """As releases without defaults by task had it."""
-    known = _identifying(config)
-    known |= {"relative_learning_rate": None} if known["relative_learning_rate"] == _RATE_BEFORE else {}
-    return {name: value for name, value in known.items() if (name, value) not in _SETTINGS_SINCE.items()}
+    """As releases without defaults by task had it, in which some settings had one value only."""
+    known, since = _identifying(config), DEFAULTS_BEFORE.items()
+    return {name: value for name, value in known.items() if name == _RATE or (name, value) not in since}
 
 
-def _resume(loop: TrainingLoop, state: RunState, identity_before: str) -> None:
-    if state.identity not in (loop.identity, identity_before):
+def _with_open_rate_before(config: TrainConfig) -> dict[str, Any]:
+    """The same where no rate was given."""
+    known = _identifying_before(config)
+    return known | ({_RATE: None} if known[_RATE] == DEFAULTS_BEFORE[_RATE] else {})
+
+
+def _resume(loop: TrainingLoop, state: RunState, identities_before: Sequence[str]) -> None:
+    if state.identity not in (loop.identity, *identities_before):
         raise StorageError(
             "the checkpoint is of another run: base, rows or settings are not the same; "
             "resume with those that it was begun with, or start anew in another folder"
