@@ -6,7 +6,7 @@ import json
 
 import pytest
 from support.command_line import succeed
-from support.material import QUICK, TEMPLATE, review, write_jsonl
+from support.material import QUICK, TEMPLATE, chat, review, write_jsonl
 
 from softprompt.config import DataConfig
 from softprompt.data import Rows, read_rows
@@ -143,3 +143,14 @@ def test_two_rows_still_train(base_folder, tmp_path):
 def test_a_task_score_needs_no_validation_of_its_own(train, tmp_path):
     train("--best-by", "accuracy")
     assert len(plan_of(tmp_path / "run")["result"]["scores"]) == 2
+
+
+@pytest.mark.parametrize(("score", "words"), [("chrf", "scores 0."), ("exact_match", "is right in ")])
+def test_a_score_of_chats_keeps_rows_and_judges_by_greedy_answers(base_folder, tmp_path, score, words):
+    data = write_jsonl(tmp_path / "chats.jsonl", [chat(i) for i in range(44)])
+    flags = ("--data", data, "--best-by", score, "--epochs", 1, "--out", tmp_path / "run")
+    ran = succeed("train", "--base", base_folder, *QUICK, *flags)
+    assert "20 of 44 rows are kept for validation (a task score); --validation none trains on all" in ran.err
+    assert ran.out.splitlines()[-1].startswith(f"On 20 validation rows the prompt {words}")
+    assert "the bare base with the same template" not in ran.out  # a chat has none
+    assert plan_of(tmp_path / "run")["result"]["held_out"]["measure"] == score

@@ -12,6 +12,7 @@ from openai import OpenAI
 from support.job_server import (
     SETTINGS,
     create_job,
+    hold_training,
     job_server,
     plain_rows,
     same_bits,
@@ -20,14 +21,23 @@ from support.job_server import (
     trained_alone,
     upload,
     wait_for_success,
+    wait_until,
 )
 
 from softprompt.base import Base
+from softprompt.runs import RunFolder
+
+FORM = {"template": "{prompt}", "completion": "{completion}"}
 
 
 @pytest.fixture(scope="module")
-def server(tiny_llama: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OpenAI, FastAPI]]:
-    with job_server(tiny_llama, tmp_path_factory.mktemp("state")) as found:
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Base, state: Path) -> Iterator[tuple[OpenAI, FastAPI]]:
+    with job_server(tiny_llama, state) as found:
         yield found
 
 
@@ -42,8 +52,7 @@ def test_a_labelled_file_keeps_rows_as_train_does(
     rows = template_rows(44)
     done = wait_for_success(client, create_job(client, upload(client, rows)).id)
     mine = served_prompt(app, str(done.fine_tuned_model))
-    data = {"template": "{prompt}", "completion": "{completion}"}
-    assert same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **data))
+    assert same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **FORM))
     said = "20 of 44 rows are kept for validation (labels); the hyperparameter validation 'none' trains on all"
     assert any(said in message for message in messages(client, done.id))
     assert mine.record.run["validation_losses"]
@@ -75,10 +84,32 @@ def test_the_hyperparameter_none_trains_on_all_rows(
     rows = template_rows(44)
     job = create_job(client, upload(client, rows), {**SETTINGS, "validation": "none"})
     mine = served_prompt(app, str(wait_for_success(client, job.id).fine_tuned_model))
-    data = {"template": "{prompt}", "completion": "{completion}"}
-    assert same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **data, kept="none"))
-    assert not same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **data))  # the control
+    assert same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **FORM, kept="none"))
+    assert not same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **FORM))  # the control
     assert mine.record.run["validation_losses"] == []
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["of this release", "of an earlier one"])
+def test_a_paused_job_is_resumed_on_the_rows_that_it_was_begun_with(
+    server: tuple[OpenAI, FastAPI], state: Path, tiny_llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    is_old: bool,
+) -> None:  # fmt: skip
+    """Earlier releases kept no rows of the training file, and recorded nothing of it."""
+    client, app = server
+    held, rows = hold_training(monkeypatch, 4), template_rows(44)
+    job = create_job(client, upload(client, rows), {**SETTINGS, **({"validation": "none"} if is_old else {})})
+    wait_until(lambda: 4 in held)
+    client.fine_tuning.jobs.pause(job.id)
+    wait_for_success(client, create_job(client, upload(client, plain_rows())).id)  # by now it has stopped
+    run = RunFolder(state / "jobs" / job.id)
+    plan = run.read_plan()
+    assert plan["job"]["validation"] == ("none" if is_old else "20")
+    if is_old:
+        run.write_plan({**plan, "job": {key: value for key, value in plan["job"].items() if key != "validation"}})
+    client.fine_tuning.jobs.resume(job.id)
+    mine = served_prompt(app, str(wait_for_success(client, job.id).fine_tuned_model))
+    kept = "none" if is_old else None
+    assert same_bits(mine, trained_alone(tiny_llama, tmp_path, rows, **FORM, kept=kept))
 
 
 def test_a_share_is_kept_of_plain_text_too(server: tuple[OpenAI, FastAPI]) -> None:
