@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,8 @@ REVIEW = "Review: {text}\nSentiment:"
 KNOWN_TO_THE_BASE = "{text}\nAll in all, my feeling about it is"
 COMPLETION = " {label}"
 TRAIN = ("train", "--base", "embedded", "--dtype", "float32")
+# Learns the reviews in few steps on this base, whatever the defaults are.
+FAST = ("--loss", "tokens", "--relative-learning-rate", 0.3, "--reparameterisation", "residual-mlp", "--averaging", 0)
 
 
 class Trained(NamedTuple):
@@ -57,7 +60,7 @@ def trained(folder: Path, data: Path, template: str, *flags: object) -> Trained:
 @pytest.fixture(scope="module")
 def helpful(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     place = tmp_path_factory.mktemp("helpful")
-    return trained(place, data_file("reviews.csv"), REVIEW, "--rows", 120, "--epochs", 4)
+    return trained(place, data_file("reviews.csv"), REVIEW, *FAST, "--rows", 120, "--epochs", 4)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,10 @@ def test_a_task_that_can_be_learnt_ends_with_the_prompt(helpful: Trained) -> Non
 
 
 def test_a_task_that_cannot_be_learnt_keeps_the_bare_base(useless: Trained) -> None:
-    assert "use the base without a prompt" in useless.last_line
+    assert re.match(
+        r"On 20 validation rows the prompt is right in \d+ and the bare base .* in \d+: ", useless.last_line
+    )
+    assert re.search("use the base without a prompt|use neither", useless.last_line)
     assert useless.result["recommendation"] == "bare base"
 
 
