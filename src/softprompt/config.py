@@ -35,13 +35,7 @@ _USUAL_DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 TASK_DEFAULTS: Mapping[TaskKind, Mapping[str, Any]] = {
     "text": _USUAL_DEFAULTS,
-    "labels": {
-        "loss": "labels",
-        "relative_learning_rate": 0.1,
-        "reparameterisation": "none",
-        "epochs": 4,
-        "averaging": 0.5,
-    },
+    "labels": {**_USUAL_DEFAULTS, "loss": "labels", "reparameterisation": "none", "averaging": 0.5},
     "chat": _USUAL_DEFAULTS,
     "answers": _USUAL_DEFAULTS,
 }
@@ -155,7 +149,7 @@ class TrainConfig:
     loss: Loss = option(
         "auto",
         "What is trained: tokens, to write each next token among the whole vocabulary; or labels, to choose the right "
-        "one of the data's labels, with a small share of tokens; auto is by task.",
+        "one of the data's labels, beside the loss on tokens; auto is by task.",
     )
     epochs: int | None = option(None, "Passes over the training rows; default by task.")
     max_steps: int | None = option(None, "Optimiser steps at most.")

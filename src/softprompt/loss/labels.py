@@ -19,7 +19,7 @@ from softprompt.compute_share import yield_point
 from softprompt.families import Head
 from softprompt.loss.chunked import chunk_rows, with_gradient
 
-TOKENS_SHARE = 0.1  # of the loss over the whole vocabulary, beside that among the labels; docs/log.md, 2026-11-29
+TOKENS_SHARE = 1.0  # of the loss over the whole vocabulary, beside that among the labels; docs/log.md, 2026-11-29
 
 
 def weighted_label_nll(
