@@ -12,7 +12,6 @@ from softprompt.config import TrainConfig
 from softprompt.data import build_examples, rows_from_records, rows_from_texts
 from softprompt.errors import ConfigError
 from softprompt.families import forward_of
-from softprompt.loss import TOKENS_SHARE
 from softprompt.training import Candidate, StepDone, train, train_together
 from softprompt.training.step import accumulate_gradient
 from softprompt.training.trial import training_row
@@ -63,7 +62,7 @@ def slow_step(base, vector, labels=LABELS, *, eos=True):
         *(slow_row(base, row["text"], row["label"], labels, vector, eos=eos) for row in records()), strict=True
     )
     loss = sum(among) / len(among)
-    (loss + TOKENS_SHARE * sum(tokens) / sum(weights)).backward()
+    (loss + sum(tokens) / sum(weights)).backward()
     return float(loss.detach()), vector.grad
 
 

@@ -2,8 +2,8 @@
 come next in one of them, and nothing elsewhere.
 
 Summed over a label it is the negative log-likelihood of that label when nothing but the labels can be written, as in
-guided decoding. The other ids of the vocabulary have no part in it, so a small share of the loss over the whole
-vocabulary is trained beside it: greedy answers have to become the label and to end.
+guided decoding. The other ids of the vocabulary have no part in it, so the loss over the whole vocabulary is trained
+beside it: greedy answers have to become the label and to end.
 
 M branches, D hidden width, U ids that occur in any of them.
 """
@@ -18,8 +18,6 @@ from torch import Tensor
 from softprompt.compute_share import yield_point
 from softprompt.families import Head
 from softprompt.loss.chunked import chunk_rows, with_gradient
-
-TOKENS_SHARE = 1.0  # of the loss over the whole vocabulary, beside that among the labels; docs/log.md, 2026-11-29
 
 
 def weighted_label_nll(

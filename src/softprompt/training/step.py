@@ -2,8 +2,8 @@
 
 The loss of a step is the weighted sum of its targets' negative log-likelihoods, divided once by the sum of the weights
 (their number, where all weigh 1). Rows name their prompt, so several prompts may train on one base at once; each is
-divided by its own sum. Rows whose loss is among the labels (`softprompt.loss.labels`) have the mean over the rows of
-that, and `TOKENS_SHARE` times the other.
+divided by its own sum. To that, rows whose loss is among the labels (`softprompt.loss.labels`) add the mean of it over
+the rows.
 
 The prompts run through the base once per step, however many micro-batches there are: the micro-batches give the
 gradient by the prompts' keys and values, and one backward pass of the prompts alone carries their sum on. By the chain
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.families import Forward
-from softprompt.loss import TOKENS_SHARE, weighted_label_nll, weighted_nll
+from softprompt.loss import weighted_label_nll, weighted_nll
 from softprompt.splice import Prefix, Row, run_prompts, target_states
 from softprompt.types import Branch
 
@@ -80,10 +80,9 @@ def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[tuple[float, flo
         assert row.prompt is not None, "a training row names its prompt"
         sums[row.prompt] += sum(row.targets or ())
         counts[row.prompt] += 1
-    shares = [(1.0, 0.0) if row.branches is None else (TOKENS_SHARE, 1.0) for row in rows]
     return [
-        (over_all / (sums[row.prompt] or 1.0), among_labels / counts[row.prompt])
-        for row, (over_all, among_labels) in zip(rows, shares, strict=True)
+        (1.0 / (sums[row.prompt] or 1.0), 0.0 if row.branches is None else 1.0 / counts[row.prompt])
+        for row in rows
         if row.prompt is not None
     ]
 
