@@ -88,6 +88,20 @@ def test_a_validation_scores_the_mean(tiny_llama, texts, held_out):
     assert dict(result.validation_losses)[result.kept_step] == pytest.approx(nats, rel=1e-5)
 
 
+def test_a_single_step_that_validates_best_gives_way_to_the_first_mean(tiny_llama, texts, held_out):
+    """Three steps are an epoch here, and each is validated at its end."""
+
+    def run(epochs, averaging):
+        scores = iter([0.9, 0.1, 0.3, 0.2])
+        settings = config(epochs=epochs, averaging=averaging, best_by="f1")
+        return train(tiny_llama, texts, settings, validation=held_out, score=lambda prompt: next(scores))
+
+    mean, single, early = run(4, 0.5), run(4, 0.0), run(1, 0.1)
+    assert (mean.kept_step, mean.value) == (9, -0.3)
+    assert (single.kept_step, single.value) == (3, -0.9)  # the control
+    assert (early.kept_step, early.value) == (3, -0.9)
+
+
 def test_training_lowers_the_loss(tiny_llama):
     alike = ["w5 w6 w5 w6 w5"] * 24
     losses = train(tiny_llama, alike, config(epochs=8, relative_learning_rate=1.0)).losses

@@ -112,9 +112,13 @@ class TrainResult:
 
     @property
     def value(self) -> float:
-        """What candidates are ranked by, lower is better: the best validation loss, or the negative of its score."""
-        values = [-score for _, score in self.scores] or [loss for _, loss in self.validation_losses]
-        return min((value for value in values if not math.isnan(value)), default=math.inf)
+        """What candidates are ranked by, lower is better: the best validation loss, or the negative of its score.
+
+        Of the means over the last steps, where the run came so far.
+        """
+        found = [(step, -score) for step, score in self.scores] or list(self.validation_losses)
+        means = [(step, value) for step, value in found if step >= self.plan.first_averaged_step]
+        return min((value for _, value in means or found if not math.isnan(value)), default=math.inf)
 
     def to_json(self) -> dict[str, Any]:
         """The outcome, as `run.json`, `--json` and the prompt's record give it; without plan and prompt."""

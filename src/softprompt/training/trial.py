@@ -158,12 +158,17 @@ class Trial:
         return self.step in self._ends_of_epochs
 
     def record_validation(self, loss: float | None) -> Checkpoint:
-        """Rank the current prompt by its validation loss, or by the caller's score where there is one."""
+        """Rank the current prompt by its validation loss, or by the caller's score where there is one.
+
+        The first mean replaces whatever single step was best before: on a few validation rows one of those may be the
+        best by luck, and is far from it elsewhere.
+        """
         prompt = self.snapshot()
         score = self.score(prompt) if self.score is not None and not self.is_diverged else None
         self.validations.append((self.step, loss, score))
         value = -score if score is not None else loss
-        is_best = not self.is_diverged and (value is None or value < self.best_value)
+        is_first_mean = self._mean_PH is not None and self.best_step < self.plan.first_averaged_step
+        is_best = not self.is_diverged and (value is None or is_first_mean or value < self.best_value)
         if is_best:
             self.best, self.best_step = prompt, self.step
             self.best_value = math.inf if value is None else value
