@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.ready import ready_run
@@ -10,9 +12,9 @@ from support.tiny_bases import EOS, build_base, random_ids, random_prompt
 
 from softprompt.config import TrainConfig
 from softprompt.data import build_examples, rows_from_records, rows_from_texts
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, StorageError
 from softprompt.families import forward_of
-from softprompt.training import Candidate, StepDone, train, train_together
+from softprompt.training import Candidate, ResumePoint, StepDone, train, train_together
 from softprompt.training.step import accumulate_gradient
 from softprompt.training.trial import training_row
 
@@ -147,6 +149,17 @@ def test_the_shares_of_several_processes_add_up_to_the_whole(tiny_llama64):
     ]
     assert float(sum(some)) == pytest.approx(float(nats), rel=1e-12)
     assert relative_error(parts.grad, whole.grad) < 1e-6
+
+
+def test_a_run_with_the_loss_among_labels_resumes_to_the_bit(tiny_llama):
+    config, seen = dataclasses.replace(CONFIG, batch_rows=4, max_steps=None, epochs=2), []
+    straight = train(tiny_llama, labelled(), config, sink=seen.append)
+    state = next(event.state for event in seen if isinstance(event, ResumePoint))
+    resumed = train(tiny_llama, labelled(), config, resume=state)
+    assert torch.equal(resumed.prompt.tensor, straight.prompt.tensor)
+    assert resumed.losses == straight.losses
+    with pytest.raises(StorageError, match="of another run"):
+        train(tiny_llama, labelled(), dataclasses.replace(config, loss="tokens"), resume=state)
 
 
 def test_a_row_that_is_cut_counts_what_is_left_of_its_label(tiny_llama64):
