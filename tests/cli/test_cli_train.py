@@ -258,6 +258,7 @@ def test_the_task_and_what_follows_from_it_are_said_and_kept(base_folder, review
     said = f"task: labels (2 of them in 12 rows): loss among the labels, rate {rate:g} x RMS, plain vectors, "
     assert f"{said}the mean over the last 50% of the steps" in ran.err.splitlines()
     assert "(nats per label)" in ran.err
+    assert "note: no validation rows: the mean over the last steps is kept" in ran.err
     plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
     assert plan["task"] == "labels"
     assert {name: plan["config"][name] for name in labels} == {**labels, "epochs": 1}

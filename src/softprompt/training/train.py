@@ -325,7 +325,8 @@ def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) 
     start_PH, start_notes = _start(base, data, config, start)
     plan = make_plan(base, forward, data, config)
     read = data.report.notes + (validation.report.notes if validation is not None else ())
-    last_kept = ("no validation rows: the last step is kept",) if validation is None else ()
+    kept = "the mean over the last steps" if config.averaging else "the last step"
+    last_kept = (f"no validation rows: {kept} is kept",) if validation is None else ()
     return Trial(
         name=candidate.name, plan=plan, data=data, validation_data=validation, record=_record(base, data, plan, start),
         start=start_PH.to(base.device, torch.promote_types(base.dtype, torch.float32)),
