@@ -13,7 +13,7 @@ from support.tiny_bases import EOS, build_base, random_ids, random_prompt
 from softprompt.config import TrainConfig
 from softprompt.data import build_examples, rows_from_records, rows_from_texts
 from softprompt.errors import ConfigError, StorageError
-from softprompt.families import forward_of
+from softprompt.families import Packing, forward_of
 from softprompt.training import Candidate, ResumePoint, StepDone, train, train_together
 from softprompt.training.step import accumulate_gradient
 from softprompt.training.trial import training_row
@@ -68,10 +68,11 @@ def slow_step(base, vector, labels=LABELS, *, eos=True):
     return float(loss.detach()), vector.grad
 
 
-def fast_step(base, rows, vector, config=CONFIG, micro_batch_rows=9):
+def fast_step(base, rows, vector, config=CONFIG, micro_batch_rows=9, **changes):
     examples = build_examples(base, rows, eos=config.eos, max_length=90).examples
     ours = [training_row(example, config) for example in examples]
-    nats = sum(accumulate_gradient(base, forward_of(base), [vector], ours, micro_batch_rows))
+    forward = dataclasses.replace(forward_of(base), **changes)
+    nats = sum(accumulate_gradient(base, forward, [vector], ours, micro_batch_rows))
     return float(nats) / len(ours), vector.grad
 
 
@@ -94,6 +95,18 @@ def test_a_step_equals_a_walk_through_the_tree_of_labels(family, eos, micro_batc
     assert relative_error(gradient, true_gradient) < 1e-9
     assert abs(other_loss - true_loss) > 1e-3
     assert relative_error(other_gradient, true_gradient) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes", [{"packing": Packing(None, "for this test")}, {"max_batchable_length": 5}], ids=["padded", "one by one"]
+)
+def test_rows_that_cannot_run_packed_have_the_same_loss_among_labels(changes):
+    base = build_base("llama", dtype=torch.float64)
+    with TrueDouble():
+        loss, gradient = fast_step(base, labelled(), fresh(base), micro_batch_rows=4, **changes)
+        true_loss, true_gradient = slow_step(base, fresh(base))
+    assert loss == pytest.approx(true_loss, rel=1e-12)
+    assert relative_error(gradient, true_gradient) < 1e-9
 
 
 def test_the_labels_likelihoods_add_up_to_one(tiny_llama64):
