@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,6 @@ from softprompt.server.errors import ApiError
 from softprompt.server.jobs.jobs import Jobs
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.storage import load_prompt
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
-
-
-@pytest.fixture(scope="module")
-def server(tiny_llama: Base, state: Path) -> Iterator[tuple[OpenAI, FastAPI]]:
-    with job_server(tiny_llama, state) as found:
-        yield found
 
 
 def nats(base: Base, texts: Sequence[str], prompt: SoftPrompt | None) -> float:

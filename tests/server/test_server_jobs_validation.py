@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -13,7 +12,6 @@ from support.job_server import (
     SETTINGS,
     create_job,
     hold_training,
-    job_server,
     plain_rows,
     same_bits,
     served_prompt,
@@ -28,17 +26,6 @@ from softprompt.base import Base
 from softprompt.runs import RunFolder
 
 FORM = {"template": "{prompt}", "completion": "{completion}"}
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
-
-
-@pytest.fixture(scope="module")
-def server(tiny_llama: Base, state: Path) -> Iterator[tuple[OpenAI, FastAPI]]:
-    with job_server(tiny_llama, state) as found:
-        yield found
 
 
 def messages(client: OpenAI, job: str) -> list[str]:
