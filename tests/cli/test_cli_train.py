@@ -265,6 +265,7 @@ def test_the_task_and_what_follows_from_it_are_said_and_kept(base_folder, review
     card = (tmp_path / "run" / "README.md").read_text()
     assert "- task: labels\n- loss: labels\n" in card
     assert f"- relative learning rate: {rate:g}\n" in card
+    assert "- averaging: 0.5\n" in card
     shown = succeed("runs", "show", tmp_path / "run").out
     assert re.search(r"task +.? *labels", shown) and "epochs" in shown and "relative" not in shown
 

@@ -17,9 +17,9 @@ from softprompt.types import InputForm
 
 _SETTINGS = (
     "task", "loss", "virtual_tokens", "init", "reparameterisation", "epochs", "max_steps", "steps", "kept_step",
-    "interrupted", "seconds", "batch_rows", "batch_tokens", "learning_rate", "relative_learning_rate", "schedule",
-    "warmup_steps", "weight_decay", "max_grad_norm", "eos", "seed", "rows", "data_hash", "dtype", "softprompt", "torch",
-    "transformers",
+    "averaging", "interrupted", "seconds", "batch_rows", "batch_tokens", "learning_rate", "relative_learning_rate",
+    "schedule", "warmup_steps", "weight_decay", "max_grad_norm", "eos", "seed", "rows", "data_hash", "dtype",
+    "softprompt", "torch", "transformers",
 )  # fmt: skip
 PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")  # a setting or a version; no path, no sentence
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
