@@ -21,7 +21,12 @@ Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
 Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
 Loss = Literal["auto", "tokens", "labels"]
-TaskKind = Literal["text", "labels", "chat", "answers"]  # answers: a template's completions that are no set of labels
+# What rows are trained for, by which defaults go. Of task "generate": text, labels, chat or answers (a template's
+# completions that are no set of labels); the other tasks by their names.
+TaskKind = Literal["text", "labels", "chat", "answers", "cloze", "classify", "tag", "answer", "embed"]
+TaskChoice = Literal["auto", "generate", "cloze", "classify", "tag", "answer", "embed"]
+PlacementChoice = Literal["auto", "front", "after-cls"]
+PoolingChoice = Literal["auto", "cls", "mean", "last", "peft"]
 Kernels = Literal["measured", "fixed"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Weights = Literal["loaded", "int8"]
@@ -33,11 +38,13 @@ _USUAL_DEFAULTS: Mapping[str, Any] = {
     "loss": "tokens", "relative_learning_rate": 0.3, "reparameterisation": "residual-mlp", "epochs": 6,
     "averaging": 0.0,
 }  # fmt: skip
+_TASK_DEFAULTS_OF_ENCODERS = {**_USUAL_DEFAULTS, "reparameterisation": "none", "epochs": 10}
 TASK_DEFAULTS: Mapping[TaskKind, Mapping[str, Any]] = {
     "text": _USUAL_DEFAULTS,
     "labels": {**_USUAL_DEFAULTS, "loss": "labels", "reparameterisation": "none", "averaging": 0.5},
     "chat": _USUAL_DEFAULTS,
     "answers": _USUAL_DEFAULTS,
+    **dict.fromkeys(("cloze", "classify", "tag", "answer", "embed"), _TASK_DEFAULTS_OF_ENCODERS),
 }
 # Of releases without defaults by task, which recorded None for them or knew no such setting.
 DEFAULTS_BEFORE: Mapping[str, Any] = {"loss": "tokens", "relative_learning_rate": 0.3, "averaging": 0.0}
@@ -54,7 +61,7 @@ _LARGEST_RATE = 1e30  # float32 still multiplies by it without overflow
 class BaseConfig:
     """The frozen base: where it is loaded from, and how it lies in memory."""
 
-    base: str = required("Hub id, folder or GGUF file of a causal language model, 'embedded' or 'smollm2'.")
+    base: str = required("Hub id, folder or GGUF file of a language model, 'embedded' or 'smollm2'.")
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     dtype: Dtype = option(
         "auto", "Dtype of the weights; auto is bfloat16 where the machine computes it fast, else float32."
@@ -134,6 +141,26 @@ class TrainConfig:
     """How a soft prompt is trained. Defaults by task depend on the rows: text, labels, chat or other answers."""
 
     virtual_tokens: int = option(20, "Length of the soft prompt (vectors).")
+    task: TaskChoice = option(
+        "auto",
+        "What is trained: generate (text to text), cloze (label words at a mask), classify, tag or answer (a head "
+        "beside the prompt, for texts, words or spans of a context) or embed (one vector per text); auto goes by base "
+        "and data.",
+    )
+    placement: PlacementChoice = option(
+        "auto",
+        "Where the virtual tokens stand in an encoder's input: in front of all tokens, or after [CLS]; auto is after "
+        "it.",
+    )
+    pooling: PoolingChoice = option(
+        "auto",
+        "Hidden state that classify and embed read: of [CLS], the mean over the text, of the last token, or the one "
+        "that PEFT reads; auto goes by base and task.",
+    )
+    decoder_prompt: bool = option(
+        False, "For an encoder-decoder: train a second soft prompt of the same length in front of the decoder's tokens."
+    )
+    head_learning_rate: float = option(1e-3, "Absolute learning rate of a head that is trained beside the prompt.")
     reparameterisation: Reparameterisation | None = option(
         None,
         "Train the vectors through a residual MLP, through a low-rank update, or directly (none); the saved prompt is "
@@ -203,7 +230,7 @@ class TrainConfig:
                      "save_every"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("relative_learning_rate", "learning_rate", "max_grad_norm", "eos_weight"):
+        for name in ("relative_learning_rate", "learning_rate", "max_grad_norm", "eos_weight", "head_learning_rate"):
             value = getattr(self, name)
             require(value is None or 0 < value < _LARGEST_RATE, name, value, f"above 0 and below {_LARGEST_RATE:g}")
         if self.relative_learning_rate is not None and self.learning_rate is not None:

@@ -9,6 +9,14 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 FormKind = Literal["plain", "template", "chat"]
+BaseKind = Literal["causal", "encoder", "seq2seq"]
+# generate: text to text; cloze: label words at a mask; classify, tag, answer: a trained head for whole texts, words, or
+# the span of a context that answers a question; embed: one vector per text
+Task = Literal["generate", "cloze", "classify", "tag", "answer", "embed"]
+Placement = Literal["front", "after-cls"]  # of the virtual tokens: before all tokens, or behind [CLS]
+# Of the hidden states of a text, what a head reads: [CLS]'s, the mean over the real tokens, the last token's, or the
+# one that PEFT reads, which in front of a BERT is the first virtual token's.
+Pooling = Literal["cls", "mean", "last", "peft"]
 NO_VALIDATION = "none"  # of `DataConfig.validation`; None there is the default
 
 
@@ -52,13 +60,24 @@ class InputForm:
     template: str | None = None  # kind "template": the prompt text with {column} fields
     completion: str | None = None  # kind "template": the completion text with {column} fields, e.g. " {label}"
     labels: tuple[str, ...] = ()  # the set's distinct completions when it is a classification set, sorted
+    task: Task = "generate"
+    placement: Placement = "front"
+    pooling: Pooling | None = None  # tasks "classify" and "embed"
+    label_words: tuple[tuple[str, ...], ...] = ()  # task "cloze": the words that stand for each label, by average
+    has_decoder_prompt: bool = False  # the second half of the vectors stands in front of the decoder's tokens
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Fields that only other tasks than "generate" need are left out at their defaults."""
+        later = ("task", "placement", "pooling", "label_words", "has_decoder_prompt")
+        default = InputForm()
+        return {
+            name: value for name, value in asdict(self).items() if name not in later or value != getattr(default, name)
+        }
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> InputForm:
-        return cls(**{**record, "labels": tuple(record.get("labels", ()))})
+        words = tuple(tuple(own) for own in record.get("label_words", ()))
+        return cls(**{**record, "labels": tuple(record.get("labels", ())), "label_words": words})
 
 
 class Branch(NamedTuple):
@@ -84,6 +103,12 @@ class Example:
     has_eos: bool  # the last id is EOS; its loss is trained on but reported apart
     row: int  # zero-based index of the row in its source
     branches: tuple[Branch, ...] = ()  # of its label, in order; none where the rows have no labels
+    num_before: int = 0  # ids in front of the virtual tokens: [CLS], where a prompt stands behind it
+    source: tuple[int, ...] = ()  # of an encoder-decoder: what the encoder reads; `ids` are then the decoder's targets
+    has_decoder_prompt: bool = False  # half of the vectors stand in front of the decoder's tokens
+    columns: tuple[int, ...] = ()  # of the ids: whose hidden states a head reads; -1 is the first virtual token
+    labels: tuple[int, ...] = ()  # what the head should find: one per column, or one for all of them, or a span's two
+    others: tuple[tuple[int, ...], ...] = ()  # task "embed": further texts, the positive one and then negative ones
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.target_mask), (len(self.ids), len(self.target_mask))
@@ -93,8 +118,9 @@ class Example:
     def text_mask(self) -> tuple[bool, ...]:
         """The targets that every reported loss covers: no EOS, and a real predecessor in the bare input."""
         last = len(self.ids) - 1
+        first = 0 if self.source else 1  # a decoder's start token precedes its first target
         return tuple(
-            counted and index > 0 and not (self.has_eos and index == last)
+            counted and index >= first and not (self.has_eos and index == last)
             for index, counted in enumerate(self.target_mask)
         )
 

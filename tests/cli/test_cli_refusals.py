@@ -13,7 +13,6 @@ import transformers as hf
 from safetensors.torch import save_file
 from support.command_line import run, succeed
 from support.material import QUICK, chat, save_base, sentence, write_csv, write_jsonl
-from support.tiny_bases import build_tokenizer
 
 
 @pytest.fixture
@@ -75,20 +74,6 @@ class TestBase:
         for file in folder.glob("*token*"):
             file.unlink()
         assert "cannot be loaded" in train(base=folder)
-
-    def test_an_encoder_decoder_is_refused_as_a_base(self, train, tmp_path):
-        config = hf.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, vocab_size=97)
-        hf.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-        build_tokenizer().save_pretrained(tmp_path / "t5")
-        assert "is an encoder-decoder model (t5)" in train(base=tmp_path / "t5")
-
-    def test_an_encoder_is_refused_as_a_base(self, train, tmp_path):
-        config = hf.BertConfig(
-            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=97
-        )
-        hf.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-        build_tokenizer().save_pretrained(tmp_path / "bert")
-        assert "is a BERT-like model (BertForMaskedLM)" in train(base=tmp_path / "bert")
 
     def test_a_hub_id_outside_the_cache_is_refused_offline(self, train):
         assert "nobody/nothing" in train(base="nobody/nothing")

@@ -4,7 +4,7 @@ import pytest
 import transformers as hf
 from support.tiny_bases import OTHERS, VOCAB, build_base, build_tokenizer
 
-from softprompt.base import freeze_base, load_base
+from softprompt.base import freeze_base
 from softprompt.errors import BaseModelError
 from softprompt.families import TESTED_FAMILIES, forward_of
 
@@ -49,22 +49,3 @@ def test_rows_of_a_family_that_mixes_them_run_one_at_a_time(monkeypatch):
     forward = forward_of(base)
     assert forward.max_batchable_length == 0
     assert "one at a time" in forward.packing.note
-
-
-def test_a_bert_folder_is_refused_by_name(tmp_path):
-    folder = saved(hf.BertForMaskedLM(hf.BertConfig(**SMALL)), tmp_path / "bert")
-    with pytest.raises(BaseModelError, match=r"BERT-like model \(BertForMaskedLM\).*come later"):
-        load_base(folder, dtype="float32", device="cpu")
-
-
-def test_an_encoder_decoder_folder_is_refused_by_name(tmp_path):
-    config = hf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    folder = saved(hf.T5ForConditionalGeneration(config), tmp_path / "t5")
-    with pytest.raises(BaseModelError, match=r"encoder-decoder model \(t5\).*come later"):
-        load_base(folder, dtype="float32", device="cpu")
-
-
-def test_a_bert_folder_without_a_head_is_refused(tmp_path):
-    folder = saved(hf.BertModel(hf.BertConfig(**SMALL)), tmp_path / "bert")
-    with pytest.raises(BaseModelError):
-        load_base(folder, dtype="float32", device="cpu")

@@ -21,13 +21,12 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from softprompt.base.architecture import refuse_incomplete, refuse_other_architectures
+from softprompt.base.architecture import auto_class_of, refuse_incomplete, refuse_other_architectures
 from softprompt.base.folder import check_memory, check_numbers, check_size
 from softprompt.base.gguf_header import GgufHeader, read_header
 from softprompt.base.source import INSTALL_GGUF
@@ -61,7 +60,7 @@ def read_gguf(
             tokenizer = AutoTokenizer.from_pretrained(empty, **where)
         check_size(config, base, dtype=read_in, device=device, stored_bytes=file.stat().st_size)
         options = {**where, **spread, **_dense(), "dtype": read_in, "config": config, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(empty, **options)  # Any: annotated as the model alone
+        loaded: Any = auto_class_of(config).from_pretrained(empty, **options)  # Any: annotated as the model alone
     refuse_incomplete(loaded[1], base)
     model: Any = _as_plain(loaded[0], file)  # Any: `to` of transformers is annotated wrongly
     tokenizer.name_or_path = str(file.absolute())

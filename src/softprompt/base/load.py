@@ -1,4 +1,4 @@
-"""Load a base from the Hub, a folder or a GGUF file, freeze it, and refuse what is not a decoder-only language model.
+"""Load a base from the Hub, a folder or a GGUF file, freeze it, and refuse what is not a language model.
 
 Loading from the Hub goes through transformers and huggingface_hub (revision pinning, HF_TOKEN, HF_ENDPOINT, offline);
 it is tested on folders and against an HTTP double, never yet on the real Hub.
@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from softprompt.base.architecture import refuse_adapter, refuse_incomplete, refuse_other_architectures
+from softprompt.base.architecture import (
+    auto_class_of,
+    kind_of_model,
+    refuse_adapter,
+    refuse_incomplete,
+    refuse_other_architectures,
+    without_new_pooler,
+)
 from softprompt.base.device import resolve_device, resolve_dtype
 from softprompt.base.folder import (
     CONFIG_NAME,
@@ -39,7 +40,7 @@ from softprompt.base.generation import rules_of
 from softprompt.base.gguf_model import read_gguf
 from softprompt.base.model import Base
 from softprompt.base.source import BaseSource, find_base
-from softprompt.base.tokens import bos_ids_of, check_tokenizer, eos_id_of, stop_ids_of
+from softprompt.base.tokens import bos_ids_of, check_tokenizer, end_ids_of, eos_id_of, stop_ids_of
 from softprompt.config import BaseConfig, Kernels
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
 from softprompt.guard import one_sentence
@@ -127,10 +128,11 @@ def _read(
         stored_bytes = 0 if folder is None else weights_bytes(folder, base)
         check_size(config, base, dtype=how["dtype"], device=device, stored_bytes=stored_bytes)
         options = {**where, **how, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)  # Any: annotated as the model alone
+        loaded: Any = auto_class_of(config).from_pretrained(source, **options)  # Any: annotated as the model alone
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     refuse_incomplete(info, base)
+    without_new_pooler(model, info)
     refuse_adapter(model, base)
     return model, tokenizer
 
@@ -178,13 +180,16 @@ def freeze_base(
     adapt_waiting_to_load()
     model.eval()
     model.requires_grad_(False)
+    kind = kind_of_model(model)
     return Base(
+        kind=kind,
         model=model,
         tokenizer=tokenizer,
         name=name,
         folder=folder,
         max_length=_max_length(model, max_length, name),
         bos_ids=bos_ids_of(tokenizer),
+        end_ids=() if kind == "causal" else end_ids_of(tokenizer),
         eos_id=eos_id_of(tokenizer),
         stop_ids=stop_ids_of(model, tokenizer, name),
         source=source,
@@ -232,8 +237,12 @@ def _max_length(model: PreTrainedModel, wanted: int | None, name: str) -> int:
 
 
 def _positions_are_relative(config: PretrainedConfig) -> bool:
-    """ALiBi: Bloom always, Falcon by a switch. MPT's is a table that transformers builds for max_seq_len positions."""
-    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
+    """ALiBi: Bloom always, Falcon by a switch. MPT's is a table that transformers builds for max_seq_len positions.
+
+    T5's buckets of distances.
+    """
+    has_buckets = config.is_encoder_decoder and getattr(config, "relative_attention_num_buckets", None) is not None
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False)) or has_buckets
 
 
 def _positions_before_first(model: PreTrainedModel) -> int:

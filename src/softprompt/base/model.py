@@ -26,6 +26,7 @@ from softprompt.base.generation import GenerationRules
 from softprompt.base.tokens import encode_text
 from softprompt.config import Kernels
 from softprompt.errors import EncodingError
+from softprompt.types import BaseKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # more than a second to import, and loading a base imports it
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """One causal language model in eval mode with no trainable parameter, and its tokenizer.
+    """One language model in eval mode with no trainable parameter, and its tokenizer.
 
     B batch, T tokens, H width of the input embeddings, W of all that a forward takes of a token, V vocabulary.
     """
@@ -49,6 +50,8 @@ class Base:
     source: str | None = None  # for loading it again: Hub id or absolute path; None for a model made in Python
     rules: GenerationRules = GenerationRules()  # on the tokens of answers, by its generation settings
     kernels: Kernels = "measured"  # how its products run on a CPU
+    kind: BaseKind = "causal"
+    end_ids: tuple[int, ...] = ()  # added by the tokenizer behind a text; empty for a causal base
 
     def __repr__(self) -> str:
         kind, dtype = self.model.config.model_type, str(self.dtype).removeprefix("torch.")
@@ -85,6 +88,24 @@ class Base:
     def num_parameters(self) -> int:
         """Parameters of the base, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id that stands for a word to be found; None where the tokenizer or the model has no masked words."""
+        mask_id: int | None = self.tokenizer.mask_token_id if self.kind == "encoder" else None
+        return mask_id if self.model.get_output_embeddings() is not None else None
+
+    @property
+    def decoder_start_id(self) -> int | None:
+        """Of an encoder-decoder: the id that the decoder begins with; None for other kinds, or where none is set."""
+        if self.kind != "seq2seq":
+            return None
+        own = getattr(self.model, "generation_config", None)
+        for config in (own, self.model.config):
+            found = getattr(config, "decoder_start_token_id", None)
+            if isinstance(found, int):
+                return found
+        return None
 
     @cached_property
     def embedding_rms(self) -> float:

@@ -80,19 +80,29 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, vocab_size: i
 
 def bos_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that the tokenizer puts before a text; empty for GPT-2 or Bloom, BOS for Llama."""
+    return _added_ids(tokenizer)[0]
+
+
+def end_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that the tokenizer puts behind a text: [SEP] for BERT, EOS for T5; empty for Llama."""
+    return _added_ids(tokenizer)[1]
+
+
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and behind a text."""
     for probe in _probes(tokenizer):
         with suppress(Exception):  # a tokenizer of words cannot encode a word that it does not have
             with_special = list(tokenizer(probe)["input_ids"])
             plain = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-            return _before(plain, with_special)
-    return ()
+            return _around(plain, with_special)
+    return (), ()
 
 
-def _before(plain: list[int], with_special: list[int]) -> tuple[int, ...]:
+def _around(plain: list[int], with_special: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for first in range(len(with_special) - len(plain) + 1):
         if with_special[first : first + len(plain)] == plain:
-            return tuple(with_special[:first])
-    return ()
+            return tuple(with_special[:first]), tuple(with_special[first + len(plain) :])
+    return (), ()
 
 
 def eos_id_of(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -24,6 +24,7 @@ from softprompt.data.rows import (
     template_fields,
 )
 from softprompt.data.split import Split, held_out_record, split_rows
+from softprompt.data.tasks import build_task_examples, with_task
 from softprompt.data.tokens import completion_ids, label_ids
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Split",
     "as_rows",
     "build_examples",
+    "build_task_examples",
     "chat_prompt_ids",
     "completion_ids",
     "fill_template",
@@ -54,6 +56,7 @@ __all__ = [
     "task_of",
     "template_fields",
     "template_text",
+    "with_task",
 ]
 
 _RENAMED = {"Written": "RowText", "write_row": "render_row", "write_rows": "render_rows"}

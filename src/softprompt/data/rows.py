@@ -262,6 +262,8 @@ def labelled_form(form: InputForm, texts: Sequence[RowText]) -> InputForm:
 
 def task_of(form: InputForm) -> TaskKind:
     """What rows of this form are trained for; the form names their labels if they have any."""
+    if form.task != "generate":
+        return form.task
     if form.kind == "template":
         return "labels" if form.labels else "answers"
     return "chat" if form.kind == "chat" else "text"

@@ -45,7 +45,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens that see each other causally, behind their prefix."""
+    """A run of tokens that see each other, causally or all of them, behind their prefix."""
 
     first: int  # among the packed tokens
     length: int
@@ -60,6 +60,7 @@ class PackedBatch:
     prefixes: dict[nn.Module, KeysValues] | None = None  # by attention module: keys and values of E tokens
     kept: dict[nn.Module, KeysValues] | None = None  # filled with this pass's own keys and values
     checkpoint: bool = False  # activation checkpointing: keep each layer's input, rerun the layer in the backward pass
+    is_causal: bool = True  # False: every token of a segment sees all of it (an encoder)
     made: dict[Any, Any] = field(default_factory=dict)  # by `once`
 
     @property

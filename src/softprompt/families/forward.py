@@ -81,11 +81,17 @@ class Forward:
     cache: CacheKind = "all"
     supports_chunked_prefill: bool = True  # False: a text runs whole, and only single tokens run over its cache
     per_layer: PerLayerEmbeddings | None = None  # of the embeddings that a forward takes, behind them
+    is_causal: bool = True  # False: every token of a row sees every other one, and the soft prompt sees the text
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether the base runs packed rows, without padding."""
+        return self.packing.carrier is not None
 
     @property
     def can_share_prefix(self) -> bool:
-        """Whether the base runs packed rows, and so a soft prompt once for many of them."""
-        return self.packing.carrier is not None
+        """Whether it runs a soft prompt once for many packed rows: what the prompt computes must not see the text."""
+        return self.can_pack and self.is_causal
 
     def new_cache(self) -> ModelCache | None:
         """An empty cache for one row; None for a base that has none, which runs a row whole for every token."""

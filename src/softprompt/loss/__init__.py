@@ -2,9 +2,10 @@
 
 from softprompt.loss.chunked import nll, weighted_nll
 from softprompt.loss.labels import weighted_label_nll
+from softprompt.loss.objective import NO_LABEL, Objective, ObjectiveWeights, num_labels, objective
 from softprompt.loss.score import RowScore, score_examples, score_under, target_nlls
 
 __all__ = [
-    "RowScore", "nll", "score_examples", "score_under", "target_nlls", "weighted_label_nll",
-    "weighted_nll",
+    "NO_LABEL", "Objective", "ObjectiveWeights", "RowScore", "nll", "num_labels", "objective", "score_examples",
+    "score_under", "target_nlls", "weighted_label_nll", "weighted_nll",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.families import Forward
 from softprompt.loss.chunked import nll
-from softprompt.splice import Prefix, Row, run_prompts, target_states
+from softprompt.loss.objective import ObjectiveWeights, num_labels
+from softprompt.splice import Prefix, Row, column_states, run_prompts, target_states
 from softprompt.types import Example
 
 SLOTS_PER_BATCH = 4_096  # pads included
@@ -38,9 +39,24 @@ def score_examples(base: Base, forward: Forward, examples: Sequence[Example], pr
 
 
 def score_under(
-    base: Base, forward: Forward, examples: Sequence[tuple[Example, int | None]], prompts: Sequence[Tensor]
+    base: Base,
+    forward: Forward,
+    examples: Sequence[tuple[Example, int | None]],
+    prompts: Sequence[Tensor],
+    heads: Sequence[ObjectiveWeights | None] = (),
 ) -> list[RowScore]:
-    """One score per example, in order, each under the prompt [P, H] that it names, or under the bare base."""
+    """One score per example, in order, each under the prompt [P, H] that it names, or under the bare base.
+
+    `heads` has for each prompt what reads its examples' columns; nats of those are per label.
+    """
+    of_heads = [number for number, (example, _) in enumerate(examples) if example.columns]
+    if of_heads:
+        by_number = dict(zip(of_heads, _head_scores(base, forward, [examples[i] for i in of_heads], prompts, heads),
+                             strict=True))  # fmt: skip
+        rest = [number for number in range(len(examples)) if number not in by_number]
+        others = score_under(base, forward, [examples[number] for number in rest], prompts) if rest else []
+        by_number |= dict(zip(rest, others, strict=True))
+        return [by_number[number] for number in range(len(examples))]
     used = sorted({index for _, index in examples if index is not None})
     position = {index: number for number, index in enumerate(used)}
     rows = [_scored_row(example, None if index is None else position[index]) for example, index in examples]
@@ -53,7 +69,7 @@ def target_nlls(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequ
     """For each row, the nats of each target by its index among the row's ids. Rows are batched by length."""
     result: list[dict[int, float]] = [{} for _ in rows]
     prefix = run_prompts(base, forward, prompts) if prompts and forward.can_share_prefix else None
-    lengths = [len(row.ids) + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
+    lengths = [row.num_tokens + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
     for batch in _by_length(lengths):
         some = [rows[index] for index in batch]
         for index, losses in zip(batch, _batch_nlls(base, forward, some, prompts, prefix), strict=True):
@@ -63,7 +79,32 @@ def target_nlls(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequ
 
 def _scored_row(example: Example, prompt: int | None) -> Row:
     wanted = [text or eos for text, eos in zip(example.text_mask, example.eos_mask, strict=True)]
-    return Row(example.ids, prompt, wanted)
+    return Row.of(example, prompt, wanted)
+
+
+@torch.no_grad()
+def _head_scores(
+    base: Base,
+    forward: Forward,
+    examples: Sequence[tuple[Example, int | None]],
+    prompts: Sequence[Tensor],
+    heads: Sequence[ObjectiveWeights | None],
+) -> list[RowScore]:
+    """The loss of examples with columns. Examples whose losses depend on each other are one batch."""
+    result: dict[int, RowScore] = {}
+    for index in sorted({index for _, index in examples if index is not None}):
+        head = heads[index]
+        assert head is not None, "examples with columns have an objective"
+        numbers = [number for number, (_, own) in enumerate(examples) if own == index]
+        rows = [Row.of(examples[number][0], 0, ()) for number in numbers]
+        lengths = [row.num_tokens + prompts[index].shape[0] for row in rows]
+        for batch in [list(range(len(rows)))] if head.objective.is_joint else _by_length(lengths):
+            some = [rows[number] for number in batch]
+            states_ND, owners_N = column_states(base, forward, some, [prompts[index]])
+            nats = head.objective.row_nats(states_ND, owners_N, some, head.weights).tolist()
+            for number, row, own in zip(batch, some, nats, strict=True):
+                result[numbers[number]] = RowScore(text_nats=own, num_text=num_labels(row), eos_nats=0.0, num_eos=0)
+    return [result[number] for number in range(len(examples))]
 
 
 def _row_score(example: Example, losses: dict[int, float]) -> RowScore:

@@ -116,7 +116,7 @@ def _plans(ready: Prepared) -> dict[str, Any]:
 
 def _with_metadata(result: TrainResult, metadata: Metadata) -> SoftPrompt:
     record = replace(result.prompt.record, run={**result.prompt.record.run, **metadata})
-    return SoftPrompt(result.prompt.tensor, record)
+    return replace(result.prompt, record=record)
 
 
 def require_tensorboard(wanted: bool) -> None:

@@ -241,7 +241,7 @@ class TrainingSession:
         if self._base_id is None:
             return prompt
         record = replace(prompt.record, base_name=self._base_id, base_source=self._base_id)
-        return SoftPrompt(prompt.tensor, record)
+        return replace(prompt, record=record)
 
     def _judgement(self, task: TrainingTask, kept: TrainResult) -> Judgement | None:
         form, rows = kept.prompt.record.form, task.split.validation

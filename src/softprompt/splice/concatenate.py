@@ -32,6 +32,7 @@ class Concatenated:
     mask_BS: Tensor  # 0 at pads in front, which a row must not see; 1 elsewhere
     positions_BS: Tensor  # counted from the first virtual token; 0 at pads
     lengths: tuple[int, ...]  # P + T of each row
+    text_slots: tuple[int, ...]  # flat, row * S + slot, of each row's first id
     targets: Targets
 
 
@@ -52,6 +53,7 @@ def concatenate(base: Base, rows: Sequence[Row], prompts: Sequence[Tensor], alig
         mask_BS=mask.to(base.device),
         positions_BS=positions.to(base.device),
         lengths=tuple(lengths),
+        text_slots=tuple(text_slots),
         targets=find_targets(rows, text_slots, [slot - 1 for slot in text_slots], base.device),
     )
 

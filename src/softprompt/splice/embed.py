@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.errors import DataError
-from softprompt.types import Branch
+from softprompt.types import Branch, Example
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,32 @@ class Row:
     prompt: int | None = None
     targets: Sequence[float] | None = None  # one per id: the weight of its loss; 0 or False where none is wanted
     branches: Sequence[Branch] | None = None  # of its label, each at a target, where the loss is among the labels
+    num_before: int = 0  # ids in front of the virtual tokens; only an encoder has any
+    source: Sequence[int] = ()  # of an encoder-decoder: what its encoder reads; `ids` are the decoder's, without start
+    has_decoder_prompt: bool = False  # the prompt's second half stands in front of the decoder's tokens
+    columns: Sequence[int] = ()  # of the ids, whose hidden states a head reads; -1 is the first virtual token
+    labels: Sequence[int] = ()  # what the head should find there
+    others: Sequence[Sequence[int]] = ()  # further texts under the same prompt, read alike (task "embed")
 
     def __post_init__(self) -> None:
         if self.prompt is None and not self.ids:
             raise DataError("an empty text has no token to continue from on the bare base; give at least one character")
-        assert self.targets is None or len(self.targets) == len(self.ids)
-        assert self.prompt is not None or not self.targets or not self.targets[0], "nothing predicts a bare first token"
+        assert not self.targets or len(self.targets) == len(self.ids)
+        is_predicted = self.prompt is not None or bool(self.source)
+        assert is_predicted or not self.targets or not self.targets[0], "nothing predicts a bare first token"
+
+    @classmethod
+    def of(cls, example: Example, prompt: int | None, targets: Sequence[float], with_branches: bool = False) -> Row:
+        """An example's row under a prompt."""
+        return cls(
+            example.ids, prompt, targets, example.branches if with_branches else None, example.num_before,
+            example.source, example.has_decoder_prompt, example.columns, example.labels, example.others,
+        )  # fmt: skip
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of all its texts, virtual ones not counted."""
+        return len(self.ids) + len(self.source) + sum(map(len, self.others))
 
 
 def embed_with_prompt(base: Base, pieces: Sequence[tuple[Tensor | None, Sequence[int]]]) -> Tensor:
@@ -86,6 +106,17 @@ class Targets:
     rows: Tensor  # its row
     columns: Tensor  # its index among the row's ids
     weights: Tensor  # of its loss, float64
+
+
+def find_columns(rows: Sequence[Row], first_slots: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The slots [N] of the rows' columns, and their rows [N], in row order, given the slot of each row's first id."""
+    found = [
+        (first + column, number)
+        for number, (row, first) in enumerate(zip(rows, first_slots, strict=True))
+        for column in row.columns
+    ]
+    slots, owners = torch.tensor(found, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
+    return slots, owners
 
 
 def find_targets(

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.base import Base
+from softprompt.errors import BaseModelError
 from softprompt.families import Forward, KeysValues, PackedBatch, Segment
 from softprompt.splice.concatenate import concatenate
-from softprompt.splice.embed import Row, Targets, embed_with_prompt, find_targets
+from softprompt.splice.embed import Row, Targets, embed_with_prompt, find_columns, find_targets
+from softprompt.splice.encoder import encoded_columns
+from softprompt.splice.seq2seq import decoded_targets
 
 Range = tuple[int, int]  # first, length
 
@@ -58,14 +61,65 @@ def target_states(
     checkpoint: bool = False,
 ) -> tuple[Tensor, Targets]:
     """The hidden states [N, D] that predict the rows' targets, and the targets."""
+    if base.kind == "seq2seq":
+        return decoded_targets(base, forward, rows, prompts, checkpoint)
+    if _must_run_alone(forward, rows, prompts):
+        return _targets_one_by_one(base, forward, rows, prompts)
+    found = _run(base, forward, rows, prompts, prefix, checkpoint)
+    targets = find_targets(rows, found.first_slots, found.slots_before, base.device)
+    return found.hidden[targets.slots], targets
+
+
+def column_states(
+    base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor], checkpoint: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The hidden states [N, D] at the rows' columns, in row order, and the number of each one's row [N].
+
+    Raises BaseModelError for an encoder-decoder, whose hidden states no head reads.
+    """
+    if base.kind == "encoder":
+        return encoded_columns(base, forward, rows, prompts, checkpoint)
+    if base.kind == "seq2seq":
+        raise BaseModelError(f"base {base.name!r} is an encoder-decoder; its hidden states are read by no head")
+    if _must_run_alone(forward, rows, prompts):
+        parts = [column_states(base, forward, [row], prompts) for row in rows]
+        owners = [torch.full_like(own, number) for number, (_, own) in enumerate(parts)]
+        return torch.cat([hidden for hidden, _ in parts]), torch.cat(owners)
+    found = _run(base, forward, rows, prompts, None, checkpoint)
+    slots, owners_N = find_columns(rows, found.first_slots, base.device)
+    return found.hidden[slots], owners_N
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """The last hidden states of one forward, and where those of each row lie."""
+
+    hidden: Tensor  # [slots, D]
+    first_slots: list[int]  # of each row's first id
+    slots_before: list[int]  # of the state that predicts it
+
+
+def _run(
+    base: Base,
+    forward: Forward,
+    rows: Sequence[Row],
+    prompts: Sequence[Tensor],
+    prefix: Prefix | None,
+    checkpoint: bool,
+) -> _Hidden:
     is_long = forward.max_batchable_length is not None and _longest(rows, prompts) > forward.max_batchable_length
-    if is_long and len(rows) > 1:
-        return _one_by_one(base, forward, rows, prompts)
-    if is_long or not forward.can_share_prefix:
-        spliced = concatenate(base, rows, prompts, align="left")
-        hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS).flatten(0, 1)
-        return hidden[spliced.targets.slots], spliced.targets
-    return _packed(base, forward, rows, prompts, prefix, checkpoint)
+    if forward.can_share_prefix and not is_long:
+        return _packed(base, forward, rows, prompts, prefix, checkpoint)
+    spliced = concatenate(base, rows, prompts, align="left")
+    hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS).flatten(0, 1)
+    first_slots = list(spliced.text_slots)
+    return _Hidden(hidden, first_slots, [slot - 1 for slot in first_slots])
+
+
+def _must_run_alone(forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> bool:
+    """Whether a long one would change the others (`Forward.max_batchable_length`)."""
+    limit = forward.max_batchable_length
+    return len(rows) > 1 and limit is not None and _longest(rows, prompts) > limit
 
 
 def _longest(rows: Sequence[Row], prompts: Sequence[Tensor]) -> int:
@@ -74,8 +128,9 @@ def _longest(rows: Sequence[Row], prompts: Sequence[Tensor]) -> int:
     return max(whole + [prompt.shape[0] for prompt in prompts])
 
 
-def _one_by_one(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> tuple[Tensor, Targets]:
-    """Each row alone, where a long one would change the others (`Forward.max_batchable_length`)."""
+def _targets_one_by_one(
+    base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]
+) -> tuple[Tensor, Targets]:
     parts = [target_states(base, forward, [row], prompts) for row in rows]
     numbered = [replace(targets, rows=targets.rows + number) for number, (_, targets) in enumerate(parts)]
     joined = {item.name: torch.cat([getattr(targets, item.name) for targets in numbered]) for item in fields(Targets)}
@@ -89,8 +144,8 @@ def _packed(
     prompts: Sequence[Tensor],
     prefix: Prefix | None,
     checkpoint: bool,
-) -> tuple[Tensor, Targets]:
-    """One packed sequence. Target slots count the prefix's K last hidden states first."""
+) -> _Hidden:
+    """One packed sequence. Slots count the prefix's K last hidden states first."""
     in_front = () if prefix is not None else prompts
     ranges = _ranges([prompt.shape[0] for prompt in prompts], 0) if prefix is None else prefix.ranges
     own = _ranges([len(row.ids) for row in rows], sum(prompt.shape[0] for prompt in in_front))
@@ -109,13 +164,11 @@ def _packed(
         parts.append(forward.packed_hidden_states(embeds_SH, _positions(batch.segments, base.device), batch))
     ends = [sum(own) - 1 for own in ranges] if prefix is None else list(range(len(ranges)))
     num_before = 0 if prefix is None else len(ranges)
-    targets = find_targets(
-        rows,
+    return _Hidden(
+        torch.cat(parts),
         first_slots=[num_before + first for first, _ in own],
         slots_before=[0 if row.prompt is None else ends[row.prompt] for row in rows],
-        device=base.device,
     )
-    return torch.cat(parts)[targets.slots], targets
 
 
 def _ranges(lengths: Sequence[int], first: int) -> tuple[Range, ...]:

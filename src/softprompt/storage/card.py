@@ -194,8 +194,8 @@ def _training(prompt: SoftPrompt) -> str:
 
 
 def _plain_settings(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Listed settings anywhere in the run: numbers, booleans and single plain words."""
-    for name, value in run.items():
+    """Listed settings anywhere in the run, outer ones first: numbers, booleans and single plain words."""
+    for name, value in sorted(run.items(), key=lambda item: isinstance(item[1], Mapping)):
         if isinstance(value, Mapping):
             yield from _plain_settings(value)
         elif name in _SETTINGS and isinstance(value, bool | int | float):

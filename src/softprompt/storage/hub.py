@@ -15,7 +15,6 @@ from typing import Any
 
 from softprompt.base import Base
 from softprompt.errors import ConfigError, StorageError
-from softprompt.prompt import SoftPrompt
 from softprompt.storage.adapter import TASK_TYPE, AdapterFiles
 from softprompt.storage.atomic import write_folder
 from softprompt.storage.card import PLAIN_WORD, is_hub_id, model_card
@@ -139,7 +138,7 @@ def _publishable(folder: Path) -> dict[str, bytes]:
     is_local = isinstance(named, str) and not is_hub_id(named) and prompt.record.base_source is not None
     if is_local:
         config = {**config, "base_model_name_or_path": prompt.record.base_name}
-        prompt = SoftPrompt(prompt.tensor, replace(prompt.record, base_source=None))
+        prompt = replace(prompt, record=replace(prompt.record, base_source=None))
     files = {SAFETENSORS_NAME: adapter.weights, CONFIG_NAME: dump_object(config) if is_local else adapter.config}
     if adapter.record is not None:
         files[RECORD_NAME] = publishable_record(adapter.record, f"{folder}/{RECORD_NAME}")

@@ -142,4 +142,4 @@ def _with_base(prompt: SoftPrompt, base: Base) -> SoftPrompt:
     if record.base_fingerprint is not None and record.base_fingerprint != base.fingerprint:
         raise WrongBaseError(other_base_problem(record, base, "the soft prompt"))
     name = base.name if record.base_name is None else record.base_name
-    return SoftPrompt(prompt.tensor, replace(record, base_name=name, base_fingerprint=base.fingerprint))
+    return replace(prompt, record=replace(record, base_name=name, base_fingerprint=base.fingerprint))

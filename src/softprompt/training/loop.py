@@ -11,7 +11,7 @@ K trials in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.families import Forward
-from softprompt.loss import score_under
+from softprompt.loss import ObjectiveWeights, score_under
 from softprompt.splice import Row
 from softprompt.training.events import Dropped, Event, ResumePoint, RunState, SliceDone, StepDone, within
 from softprompt.training.ranks import Alone, Ranks, most_shared, share
@@ -94,16 +94,18 @@ class TrainingLoop:
         began = self.clock()
         chosen = [trial.next_rows() for trial in running]
         rows = [replace(row, prompt=index) for index, (some, _) in enumerate(chosen) for row in some]
-        num_tokens = sum(len(row.ids) for row in rows)
+        num_tokens = sum(row.num_tokens for row in rows)
         prompts = [trial.prompt().requires_grad_(True) for trial in running]
+        heads = [trial.head() for trial in running]
         nats_K = torch.zeros(len(running), dtype=torch.float64, device=self.base.device)
-        for nats_so_far in self._gradient(prompts, rows):
+        for nats_so_far in self._gradient(prompts, rows, heads):
             nats_K = nats_so_far
             yield SliceDone(step=self.step, num_tokens=num_tokens)
-        gradients = [torch.zeros_like(prompt) if prompt.grad is None else prompt.grad for prompt in prompts]
-        self.ranks.sum([nats_K, *gradients])
+        gradients = [_gradient_of(prompt) for prompt in prompts]
+        of_heads = [{name: _gradient_of(weight) for name, weight in _weights(head).items()} for head in heads]
+        self.ranks.sum([nats_K, *gradients, *(gradient for own in of_heads for gradient in own.values())])
         rates = [trial.learning_rate for trial in running]
-        norms = [trial.update(gradient) for trial, gradient in zip(running, gradients, strict=True)]
+        norms = [trial.update(own, head) for trial, own, head in zip(running, gradients, of_heads, strict=True)]
         losses, norms_K = torch.stack([nats_K, torch.stack(norms).to(nats_K)]).tolist()  # the one device sync
         self.step += 1
         seconds = self.clock() - began
@@ -115,19 +117,21 @@ class TrainingLoop:
             events.append(
                 StepDone(
                     step=trial.step, epoch=epoch, loss=nats / counted, learning_rate=rate, grad_norm=norm,
-                    num_rows=len(some), num_tokens=sum(len(row.ids) for row in some), num_targets=counted,
+                    num_rows=len(some), num_tokens=sum(row.num_tokens for row in some), num_targets=counted,
                     seconds=seconds, candidate=trial.name,
                 )
             )  # fmt: skip
         self._validation_pending = any(trial.saving_is_due for trial in running)
         yield from events
 
-    def _gradient(self, prompts: Sequence[Tensor], rows: Sequence[Row]) -> Iterator[Tensor]:
+    def _gradient(
+        self, prompts: Sequence[Tensor], rows: Sequence[Row], heads: Sequence[ObjectiveWeights | None]
+    ) -> Iterator[Tensor]:
         """The step's gradient, yielding each prompt's nats so far; if CUDA runs out of memory, again in halves."""
-        mine = share(range(len(rows)), [len(row.ids) for row in rows], self.ranks)
+        mine = share(range(len(rows)), [row.num_tokens for row in rows], self.ranks)
         while True:
-            for prompt in prompts:
-                prompt.grad = None
+            for leaf in (*prompts, *(weight for head in heads for weight in _weights(head).values())):
+                leaf.grad = None
             try:
                 yield from accumulate(
                     accumulate_gradient(
@@ -139,6 +143,7 @@ class TrainingLoop:
                         self.checkpoint_layers,
                         mine,
                         self._least_batches(len(rows)),
+                        heads,
                     )
                 )
                 return
@@ -175,6 +180,14 @@ class TrainingLoop:
             yield Dropped(step=self.step, candidate=trial.name)
 
 
+def _weights(head: ObjectiveWeights | None) -> Mapping[str, Tensor]:
+    return {} if head is None else head.weights
+
+
+def _gradient_of(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
 @dataclass(frozen=True)
 class ValidationSlice:
     """A bounded part of a validation."""
@@ -189,26 +202,31 @@ def validation_slices(base: Base, forward: Forward, trials: Sequence[Trial], ran
     Ranks in step run one row at a time, and idle forwards at the end, so that all of them run as many.
     """
     prompts = [trial.averaged() for trial in trials]
+    heads = [trial.averaged_head() for trial in trials]
     pairs = [(example, index) for index, trial in enumerate(trials) for example in trial.validation]
-    mine = share(pairs, [len(example.ids) for example, _ in pairs], ranks)
+    mine = share(pairs, [_num_tokens(example) for example, _ in pairs], ranks)
     for chosen in [[pair] for pair in mine] if ranks.in_step else _cut(mine):
         sums_K2 = torch.zeros(len(trials), 2, dtype=torch.float64)
-        for (_, index), score in zip(chosen, score_under(base, forward, chosen, prompts), strict=True):
+        for (_, index), score in zip(chosen, score_under(base, forward, chosen, prompts, heads), strict=True):
             sums_K2[index] += torch.tensor([score.text_nats, score.num_text], dtype=torch.float64)
-        yield ValidationSlice(sums_K2.to(base.device), sum(len(example.ids) for example, _ in chosen))
+        yield ValidationSlice(sums_K2.to(base.device), sum(_num_tokens(example) for example, _ in chosen))
     for _ in range(most_shared(len(pairs), ranks) - len(mine) if ranks.in_step else 0):
-        score_under(base, forward, pairs[:1], prompts)
+        score_under(base, forward, pairs[:1], prompts, heads)
+
+
+def _num_tokens(example: Example) -> int:
+    return len(example.ids) + len(example.source) + sum(map(len, example.others))
 
 
 def _cut(pairs: Sequence[tuple[Example, int]]) -> list[list[tuple[Example, int]]]:
     slices: list[list[tuple[Example, int]]] = []
     num_left = 0  # tokens that the last slice still takes
     for pair in pairs:
-        if not slices or len(pair[0].ids) > num_left:
+        if not slices or _num_tokens(pair[0]) > num_left:
             slices.append([])
             num_left = _TOKENS_PER_VALIDATION_SLICE
         slices[-1].append(pair)
-        num_left -= len(pair[0].ids)
+        num_left -= _num_tokens(pair[0])
     return slices
 
 

@@ -129,7 +129,8 @@ def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> N
     config = trials[owner].plan.config
     row = replace(training_row(longest, config), prompt=owner)
     leaves = [trial.prompt().requires_grad_(True) for trial in trials]
-    list(accumulate_gradient(base, forward, leaves, [row], 1, config.checkpoint_layers))
+    heads = [trial.head() for trial in trials]
+    list(accumulate_gradient(base, forward, leaves, [row], 1, config.checkpoint_layers, heads=heads))
 
 
 def fit_rows(

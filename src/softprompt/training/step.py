@@ -20,8 +20,8 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.families import Forward
-from softprompt.loss import weighted_label_nll, weighted_nll
-from softprompt.splice import Prefix, Row, run_prompts, target_states
+from softprompt.loss import ObjectiveWeights, num_labels, weighted_label_nll, weighted_nll
+from softprompt.splice import Prefix, Row, column_states, run_prompts, target_states
 from softprompt.types import Branch
 
 
@@ -34,11 +34,15 @@ def accumulate_gradient(
     checkpoint: bool = False,
     mine: Sequence[int] | None = None,
     least_batches: int = 0,
+    heads: Sequence[ObjectiveWeights | None] = (),
 ) -> Iterator[Tensor]:
     """Add a step's gradient to the prompts' `.grad`, one micro-batch at a time; yields each one's nats by prompt [K].
 
     The nats are those of the targets, or, where a row's loss is among the labels, of its branches. The sums stay on the
     device, so that nothing waits for it.
+
+    `heads` has for each prompt what its rows with columns are trained for, and the weights of its head, whose `.grad`
+    is added to alike. Rows whose losses depend on each other are one micro-batch.
 
     Rows of like length go together, so that little of a padded micro-batch is padding. `checkpoint` keeps each layer's
     input only. `mine` are the rows that this process runs, where others run the rest: the loss of all is divided by the
@@ -47,6 +51,8 @@ def accumulate_gradient(
     """
     weights = torch.tensor(_row_weights(rows, len(prompts)), dtype=torch.float64)  # [B, 2]
     order = sorted(range(len(rows)) if mine is None else mine, key=lambda index: len(rows[index].ids))
+    if any(head is not None and head.objective.is_joint for head in heads):
+        micro_batch_rows = max(len(order), 1)
     batches = [order[first : first + micro_batch_rows] for first in range(0, len(order), micro_batch_rows)]
     num_idle = max(least_batches - len(batches), 0)
     shared = forward.can_share_prefix and len(batches) + num_idle > 1
@@ -54,9 +60,9 @@ def accumulate_gradient(
     leaves = _leaves(prefix) if prefix is not None else None
     for chosen in batches:
         some = [rows[index] for index in chosen]
-        yield _micro_batch(base, forward, prompts, some, weights[chosen], leaves, checkpoint)
+        yield _micro_batch(base, forward, prompts, some, weights[chosen], leaves, checkpoint, heads)
     for _ in range(num_idle):
-        yield _micro_batch(base, forward, prompts, [_idle_row(rows)], weights[:1], leaves, checkpoint)
+        yield _micro_batch(base, forward, prompts, [_idle_row(rows)], weights[:1], leaves, checkpoint, heads)
     if prefix is not None and leaves is not None:
         _carry_on(prefix, leaves)
         yield torch.zeros(len(prompts), dtype=torch.float64, device=base.device)
@@ -64,13 +70,15 @@ def accumulate_gradient(
 
 def num_targets(row: Row) -> int:
     """What a row's loss is counted over: the tokens whose loss counts, or the one label."""
+    if row.columns:
+        return num_labels(row)
     if row.branches is not None:
         return 1
     return sum(1 for weight in row.targets or () if weight)
 
 
 def _idle_row(rows: Sequence[Row]) -> Row:
-    return replace(min(rows, key=lambda row: len(row.ids)), targets=None, branches=None)
+    return replace(min(rows, key=lambda row: len(row.ids)), targets=None, branches=None, columns=())
 
 
 def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[tuple[float, float]]:
@@ -78,7 +86,7 @@ def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[tuple[float, flo
     sums, counts = [0.0] * num_prompts, [0] * num_prompts
     for row in rows:
         assert row.prompt is not None, "a training row names its prompt"
-        sums[row.prompt] += sum(row.targets or ())
+        sums[row.prompt] += num_labels(row) if row.columns else sum(row.targets or ())
         counts[row.prompt] += 1
     return [
         (1.0 / (sums[row.prompt] or 1.0), 0.0 if row.branches is None else 1.0 / counts[row.prompt])
@@ -95,7 +103,58 @@ def _micro_batch(
     row_weights_B2: Tensor,
     prefix: Prefix | None,
     checkpoint: bool,
+    heads: Sequence[ObjectiveWeights | None],
 ) -> Tensor:
+    nats_K = torch.zeros(len(prompts), dtype=torch.float64, device=base.device)
+    of_heads = [number for number, row in enumerate(rows) if row.columns]
+    of_tokens = [number for number, row in enumerate(rows) if not row.columns]
+    losses = []
+    if of_tokens:
+        some, weights_B2 = [rows[number] for number in of_tokens], row_weights_B2[of_tokens]
+        losses.append(_token_loss(base, forward, prompts, some, weights_B2, prefix, checkpoint))
+    if of_heads:
+        some, weights_B = [rows[number] for number in of_heads], row_weights_B2[of_heads][:, 0]
+        losses.append(_head_loss(base, forward, prompts, some, weights_B, checkpoint, heads))
+    torch.stack([total for total, _, _ in losses]).sum().backward()
+    for _, counted, owners in losses:
+        nats_K.index_add_(0, owners, counted)
+    return nats_K
+
+
+def _head_loss(
+    base: Base,
+    forward: Forward,
+    prompts: Sequence[Tensor],
+    rows: Sequence[Row],
+    weights_B: Tensor,
+    checkpoint: bool,
+    heads: Sequence[ObjectiveWeights | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted loss of rows with columns, with gradient; the nats of each row, without, and their prompts."""
+    states_ND, owners_N = column_states(base, forward, rows, prompts, checkpoint)
+    nats, owners = [], []
+    for index in sorted({row.prompt for row in rows if row.prompt is not None}):
+        head = heads[index]
+        assert head is not None, "rows with columns have an objective"
+        own = [number for number, row in enumerate(rows) if row.prompt == index]
+        nats.append(head.objective.nats_of(own, states_ND, owners_N, rows, head.weights))
+        owners += own
+    nats_B = torch.cat(nats)
+    total = (nats_B * weights_B[owners].to(nats_B)).sum()
+    of_prompts = torch.tensor([rows[number].prompt for number in owners], device=base.device)
+    return total, nats_B.detach().double(), of_prompts
+
+
+def _token_loss(
+    base: Base,
+    forward: Forward,
+    prompts: Sequence[Tensor],
+    rows: Sequence[Row],
+    row_weights_B2: Tensor,
+    prefix: Prefix | None,
+    checkpoint: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted loss of rows with targets, with gradient; the nats of each target, without, and their prompts."""
     hidden_ND, wanted = target_states(base, forward, rows, prompts, prefix, checkpoint)
     over_all_B, among_labels_B = row_weights_B2.to(base.device).unbind(1)
     weights = (over_all_B[wanted.rows] * wanted.weights).to(torch.promote_types(base.dtype, torch.float32))
@@ -107,9 +166,8 @@ def _micro_batch(
         total = total + among
         counted = torch.cat([counted, label_nats.double()])
         of_rows = torch.cat([of_rows, label_rows])
-    total.backward()
     owners = torch.tensor([row.prompt for row in rows], device=base.device)[of_rows]
-    return torch.zeros(len(prompts), dtype=torch.float64, device=base.device).index_add(0, owners, counted)
+    return total, counted, owners
 
 
 def _among_labels(

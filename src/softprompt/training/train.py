@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from softprompt.base import Base, free_bytes
 from softprompt.config import DEFAULTS_BEFORE, TrainConfig
-from softprompt.data import Rows, as_rows, build_examples
+from softprompt.data import Rows, as_rows, build_examples, build_task_examples, with_task
 from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError
 from softprompt.families import Forward, KernelTable, forward_of, kernel_table, this_machine
+from softprompt.loss import ObjectiveWeights, objective
 from softprompt.prompt import SoftPrompt, StartTexts, drift, starting_tensor
 from softprompt.settings import check_kinds
 from softprompt.training.events import Event, RunState
@@ -32,6 +33,10 @@ from softprompt.types import ExampleSet, InputForm, PromptRecord, brief_repr
 _PREPACK_MEMORY_SHARE = 0.25  # of the free memory, at most
 _TOKENS_WORTH_PREPACKING = 20_000  # prepacking takes as long as some 2,000 tokens, and saves a tenth of each
 _RATE = "relative_learning_rate"
+_LATER: Mapping[str, tuple[Any, ...]] = {  # settings with the values that earlier releases had
+    "task": ("auto", "generate"), "placement": ("auto", "front"), "pooling": ("auto",), "decoder_prompt": (False,),
+    "head_learning_rate": (1e-3,),
+}  # fmt: skip
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
 
 # Texts, dictionaries, a DataFrame or a data set of the `datasets` library count as rows too.
@@ -224,7 +229,7 @@ def _result(ready: Prepared, trial: Trial, interrupted: bool, seconds: float) ->
     moved = [token.to_json() for token in drift(trial.start, kept)]
     run = {**result.to_json(), "seconds": round(seconds, 3), "plan": trial.plan.to_record(), "drift": moved}
     record = replace(kept.record, run={**kept.record.run, **run})
-    return replace(result, prompt=SoftPrompt(kept.tensor, record))
+    return replace(result, prompt=replace(kept, record=record))
 
 
 def _kept(trial: Trial, interrupted: bool) -> tuple[SoftPrompt, int]:
@@ -306,11 +311,12 @@ class _Reader:
         if isinstance(data, ExampleSet):
             return data
         if id(data) not in self._rows:  # kept, since an iterator gives its rows once
-            self._rows[id(data)] = as_rows(data, form)
-        return build_examples(
-            self._base, self._rows[id(data)], eos=config.eos, branches=branches,
-            max_length=self._base.max_length - config.virtual_tokens,
-        )  # fmt: skip
+            rows = as_rows(data, form)
+            self._rows[id(data)] = with_task(rows, self._base, config) if form is None else replace(rows, form=form)
+        rows, max_length = self._rows[id(data)], self._base.max_length - config.virtual_tokens
+        if rows.form.task != "generate":
+            return build_task_examples(self._base, rows, max_length=max_length)
+        return build_examples(self._base, rows, eos=config.eos, branches=branches, max_length=max_length)
 
 
 def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) -> Trial:
@@ -330,6 +336,7 @@ def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) 
     return Trial(
         name=candidate.name, plan=plan, data=data, validation_data=validation, record=_record(base, data, plan, start),
         start=start_PH.to(base.device, torch.promote_types(base.dtype, torch.float32)),
+        head=_head(base, forward, data, config, start),
         score=candidate.score, group=candidate.group, task_line=line, notes=(*read, *start_notes, *last_kept),
     )  # fmt: skip
 
@@ -378,6 +385,19 @@ def _start(
             f"the prompt to start from has width {start.hidden_size}; base {base.name!r} has {base.hidden_size}"
         )
     return start.tensor, (f"further training of prompt {start.content_hash[:12]}",)
+
+
+def _head(
+    base: Base, forward: Forward, data: ExampleSet, config: TrainConfig, start: SoftPrompt | None
+) -> ObjectiveWeights | None:
+    """What rows with columns are trained for, with the head's first weights: new, or those of the prompt to go on."""
+    trained = objective(base, forward, data.form)
+    if trained is None or trained.head is None:
+        return None if trained is None else ObjectiveWeights(trained, {})
+    if start is None or not start.head:
+        return ObjectiveWeights(trained, trained.head.start(config.seed))
+    trained.head.check(start.head, f"prompt {start.content_hash[:12]}")
+    return ObjectiveWeights(trained, start.head)
 
 
 def _start_texts(base: Base, data: ExampleSet, config: TrainConfig) -> StartTexts:
@@ -432,7 +452,11 @@ def _identity(base: Base, trials: Sequence[Trial], identifying: Callable[[TrainC
 
 
 def _identifying(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if name not in _NOT_IDENTITY}
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if name not in _NOT_IDENTITY and value not in _LATER.get(name, ())
+    }
 
 
 def _identifying_before(config: TrainConfig) -> dict[str, Any]:

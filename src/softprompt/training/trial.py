@@ -18,6 +18,7 @@ from torch import Tensor
 
 from softprompt.compute_share import yield_point
 from softprompt.config import TrainConfig
+from softprompt.loss import ObjectiveWeights
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
 from softprompt.training.events import Checkpoint, within
@@ -26,15 +27,20 @@ from softprompt.types import Example, ExampleSet, PromptRecord
 
 Score = Callable[[SoftPrompt], float]  # higher is better
 
+_HEAD = "head/"  # before the names of a head's weights among the parameters
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 
 
 class Trial:
-    """A candidate in training. `start` [P, H] has the device and dtype that it trains in."""
+    """A candidate in training. `start` [P, H] has the device and dtype that it trains in.
+
+    `head` is what its rows with columns are trained for, and the weights that the head starts from.
+    """
 
     def __init__(
         self, *, name: str | None, plan: Plan, data: ExampleSet, validation_data: ExampleSet | None,
-        start: Tensor, record: PromptRecord, score: Score | None = None, group: int = 0, task_line: str = "",
+        start: Tensor, record: PromptRecord, head: ObjectiveWeights | None = None, score: Score | None = None,
+        group: int = 0, task_line: str = "",
         notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.name, self.plan, self.data, self.validation_data = name, plan, data, validation_data
@@ -53,6 +59,9 @@ class Trial:
         self.validations: list[tuple[int, float | None, float | None]] = []  # step, nats per text token, score
         self._validations_without_gain = 0
         self._mean_PH: Tensor | None = None  # of the prompts after the last steps, as many as are averaged
+        self._mean_head: dict[str, Tensor] = {}  # of the head's weights after the same steps
+        self._objective = None if head is None else head.objective
+        self._head_start = {} if head is None else dict(head.weights)
         self._rows = [training_row(example, plan.config) for example in data.examples]
         self._steps = [
             (rows, epoch + (index + 1) / len(steps))
@@ -65,6 +74,9 @@ class Trial:
     def _make_optimizer(self) -> None:
         config, peak = self.plan.config, self.plan.learning_rate
         self._parameters = make_parameters(config, self.start, self.plan.embedding_rms)
+        for name, weight in self._head_start.items():
+            self._parameters.leaves[f"{_HEAD}{name}"] = _leaf(weight.to(self.start))
+            self._parameters.rate_scales[f"{_HEAD}{name}"] = config.head_learning_rate / peak
         self._peaks = [peak * self._parameters.rate_scales[name] for name in self._parameters.leaves]
         groups = [{"params": [leaf]} for leaf in self._parameters.leaves.values()]
         self._optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=config.weight_decay)
@@ -102,13 +114,32 @@ class Trial:
         """
         return self.prompt() if self._mean_PH is None else self._mean_PH.clone()
 
+    def head(self) -> ObjectiveWeights | None:
+        """What the rows with columns are trained for, with the head's weights as leaves outside of any graph."""
+        if self._objective is None:
+            return None
+        leaves = {name: _leaf(weight) for name, weight in self._head_weights().items()}
+        return ObjectiveWeights(self._objective, leaves)
+
+    def averaged_head(self) -> ObjectiveWeights | None:
+        """The same with the weights that are validated and kept; see `averaged`."""
+        if self._objective is None:
+            return None
+        weights = {name: weight.detach() for name, weight in self._head_weights().items()}
+        return ObjectiveWeights(self._objective, weights if self._mean_PH is None else self._mean_head)
+
+    def _head_weights(self) -> dict[str, Tensor]:
+        return within(_HEAD, self._parameters.leaves)
+
     def snapshot(self) -> SoftPrompt:
         """The prompt so far; of a run that has diverged, the best one or the start."""
-        prompt = self.averaged()
-        self.is_diverged = self.is_diverged or not bool(prompt.isfinite().all())
+        prompt, head = self.averaged(), self.averaged_head()
+        weights = {} if head is None else head.weights
+        is_finite = all(bool(tensor.isfinite().all()) for tensor in (prompt, *weights.values()))
+        self.is_diverged = self.is_diverged or not is_finite
         if self.is_diverged:
-            return self.best or SoftPrompt(self.start, self.record)
-        return SoftPrompt(prompt, self.record)
+            return self.best or SoftPrompt(self.start, self.record, self._head_start)
+        return SoftPrompt(prompt, self.record, weights)
 
     def check_diverged(self, loss: float, grad_norm: float) -> None:
         """Call it after each step, with the step's loss and gradient norm."""
@@ -119,10 +150,12 @@ class Trial:
         indices, epoch = self._steps[self.step]
         return [self._rows[index] for index in indices], epoch
 
-    def update(self, gradient_PH: Tensor) -> Tensor:
+    def update(self, gradient_PH: Tensor, head_gradients: Mapping[str, Tensor] | None = None) -> Tensor:
         """One optimiser step; the gradient's norm over all parameters, before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
         self._parameters.fold().backward(gradient_PH)
+        for name, gradient in (head_gradients or {}).items():
+            self._parameters.leaves[f"{_HEAD}{name}"].grad = gradient
         limit = self.plan.config.max_grad_norm
         leaves = list(self._parameters.leaves.values())
         norm: Tensor = torch.nn.utils.clip_grad_norm_(leaves, math.inf if limit is None else limit)
@@ -137,9 +170,12 @@ class Trial:
         num_averaged = self.step - self.plan.first_averaged_step
         if num_averaged == 0:
             self._mean_PH = self.prompt()
+            self._mean_head = {name: weight.detach().clone() for name, weight in self._head_weights().items()}
         elif num_averaged > 0:
             assert self._mean_PH is not None
             self._mean_PH += (self.prompt() - self._mean_PH) / (num_averaged + 1)
+            for name, weight in self._head_weights().items():
+                self._mean_head[name] += (weight.detach() - self._mean_head[name]) / (num_averaged + 1)
 
     @property
     def validation_is_due(self) -> bool:
@@ -194,7 +230,11 @@ class Trial:
             found |= {f"{moment}/{name}": kept[moment].detach().cpu().clone() for moment in _MOMENTS if moment in kept}
         if self._mean_PH is not None:
             found["mean"] = self._mean_PH.cpu().clone()
-        return found if self.best is None else {**found, "best": self.best.tensor}
+        found |= {f"mean_head/{name}": weight.cpu().clone() for name, weight in self._mean_head.items()}
+        if self.best is not None:
+            found["best"] = self.best.tensor
+            found |= {f"best_head/{name}": weight for name, weight in self.best.head.items()}
+        return found
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Continue from the `state()` and `tensors()` of the same trial."""
@@ -204,7 +244,9 @@ class Trial:
         self._validations_without_gain = state["validations_without_gain"]
         self.losses = [math.nan if loss is None else loss for loss in state["losses"]]
         self.validations = [(step, loss, score) for step, loss, score in state["validations"]]
-        self.best = SoftPrompt(tensors["best"], self.record) if "best" in tensors else None
+        best_head = within("best_head/", tensors)
+        self.best = SoftPrompt(tensors["best"], self.record, best_head) if "best" in tensors else None
+        self._mean_head = {name: own.to(self.start).clone() for name, own in within("mean_head/", tensors).items()}
         self._mean_PH = tensors["mean"].to(self.start).clone() if "mean" in tensors else None
         with torch.no_grad():
             for name, value in within("parameter/", tensors).items():
@@ -227,7 +269,7 @@ def training_row(example: Example, config: TrainConfig) -> Row:
         config.eos_weight if is_eos else float(counted)
         for counted, is_eos in zip(example.target_mask, example.eos_mask, strict=True)
     ]
-    return Row(example.ids, 0, weights, example.branches if config.loss == "labels" else None)
+    return Row.of(example, 0, weights, with_branches=config.loss == "labels")
 
 
 @dataclass(frozen=True)

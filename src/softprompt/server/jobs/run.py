@@ -230,7 +230,7 @@ class JobRun:
     ) -> SoftPrompt:
         run = {**prompt.record.run, "job": {**self._metadata(), **more}, **(judged or {})}
         record = replace(prompt.record, base_source=None, run=run)  # no client sees a path of the server's
-        kept = SoftPrompt(prompt.tensor, record)
+        kept = replace(prompt, record=record)
         self._context.registry.keep(kept, name=name, owner=self._row.owner, source=source, job=self._row.id)
         return kept
 
