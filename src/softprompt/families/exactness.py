@@ -32,6 +32,17 @@ from softprompt.families.frozen_linear import FrozenLinearKernels
 from softprompt.families.head import Head, head_of
 from softprompt.families.kernel_choice import kernel_table
 from softprompt.families.patches import install_attention, install_kernels, remove_attention
+from softprompt.families.probes import (
+    NUM_IDS,
+    NUM_VIRTUAL,
+    is_close,
+    max_batchable_length,
+    own_logits,
+    probe_ids,
+    refused,
+    some_prompt,
+    why,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,8 +66,6 @@ INCONSISTENT_FAMILIES = {
     "xlm": "its generate puts a mask token behind the text, which its forward does not",
 }
 
-_ORDER = (2, 0, 5, 0, 7, 3)  # of the ids of a probe, among those that are not special
-_NUM_IDS, _NUM_VIRTUAL = 5, 2
 _PREFIX_IDS, _PACKED_IDS = (2, 7, 1), ((3, 1, 4, 1), (5, 9))  # of the probe of packed rows
 _ALONE = Packing(None, "rows run one at a time: in one batch they change each other's answers")
 _STATES = Packing(None, "rows run padded by length: the family keeps states that packed rows would run into")
@@ -66,9 +75,6 @@ _WHOLE_THEN_STEPS = (5, 1, 1)
 _CACHES: tuple[tuple[CacheKind, tuple[int, ...]], ...] = (
     ("own", _CHUNKS), ("own", _WHOLE_THEN_STEPS), ("all", _CHUNKS), ("all", _WHOLE_THEN_STEPS),
 )  # fmt: skip
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # relative; some compute softmax in float32 in a float64 base
-_TOLERANCE_16_BIT = 0.1
-
 _FORWARDS: WeakKeyDictionary[Base, Forward] = WeakKeyDictionary()
 
 
@@ -99,13 +105,13 @@ def _found(base: Base) -> Forward:
     except BaseModelError:
         raise
     except Exception as error:  # whatever a model that nobody knew does with embeddings
-        raise _refused(base, _why(base.model, error)) from error
+        raise refused(base, why(base.model, error)) from error
 
 
 def _refuse_by_name(base: Base) -> None:
     reason = INCONSISTENT_FAMILIES.get(base.model.config.model_type)
     if reason is not None:
-        raise _refused(base, reason)
+        raise refused(base, reason)
 
 
 def _is_tested(model: PreTrainedModel) -> bool:
@@ -115,8 +121,8 @@ def _is_tested(model: PreTrainedModel) -> bool:
 
 def _like_own_ids(base: Base) -> Forward:
     """The first way to run embeddings that equals the model on its own token ids."""
-    ids = _probe_ids(base)
-    truth = _own_logits(base.model, input_ids=ids)
+    ids = probe_ids(base)
+    truth = own_logits(base.model, input_ids=ids)
     if not truth.isfinite().any():
         raise BaseModelError(f"base {base.name!r} computes NaN in {base.dtype}; load it in float32 or bfloat16")
     install_kernels(base.model)
@@ -127,8 +133,8 @@ def _like_own_ids(base: Base) -> Forward:
             if is_close(_logits(forward, [embeds])[0], truth):
                 return forward
         except Exception as error:  # another way may work
-            failure = _why(base.model, error)
-    raise _refused(base, failure)
+            failure = why(base.model, error)
+    raise refused(base, failure)
 
 
 def _ways(base: Base) -> Iterator[Forward]:
@@ -168,17 +174,17 @@ class _Probe:
 
 
 def _probe(base: Base, forward: Forward) -> _Probe:
-    ids = _probe_ids(base, _NUM_IDS + 1)
-    changed = torch.cat([ids[:, : _NUM_IDS - 1], ids[:, _NUM_IDS:]], dim=1)
-    text = base.token_inputs(ids[:, :_NUM_IDS])[0]
-    spliced, otherwise = (torch.cat([base.virtual_inputs(_some_prompt(base, seed)), text]) for seed in (1, 2))
+    ids = probe_ids(base, NUM_IDS + 1)
+    changed = torch.cat([ids[:, : NUM_IDS - 1], ids[:, NUM_IDS:]], dim=1)
+    text = base.token_inputs(ids[:, :NUM_IDS])[0]
+    spliced, otherwise = (torch.cat([base.virtual_inputs(some_prompt(base, seed)), text]) for seed in (1, 2))
     return _Probe(
         text=text,
         other_text=base.token_inputs(changed)[0],
         spliced=spliced,
         otherwise=otherwise,
-        truth_of_text=_own_logits(base.model, input_ids=ids[:, :_NUM_IDS]),
-        truth=_own_logits(base.model, **forward.arguments(spliced[None].clone())),  # CTRL scales its inputs in place
+        truth_of_text=own_logits(base.model, input_ids=ids[:, :NUM_IDS]),
+        truth=own_logits(base.model, **forward.arguments(spliced[None].clone())),  # CTRL scales its inputs in place
     )
 
 
@@ -189,10 +195,10 @@ def _checked(base: Base, forward: Forward) -> Forward:
     if not is_close(other_text[:-1], text[:-1]):
         kind = base.model.config.model_type
         raise BaseModelError(f"base {base.name!r} ({kind}) is not causal: a later token changes earlier answers")
-    if torch.equal(spliced[_NUM_VIRTUAL:], otherwise[_NUM_VIRTUAL:]):
-        raise _refused(base, "it answers alike whatever the soft prompt")
+    if torch.equal(spliced[NUM_VIRTUAL:], otherwise[NUM_VIRTUAL:]):
+        raise refused(base, "it answers alike whatever the soft prompt")
     if not _reaches_prompt(forward, probe.spliced, base.hidden_size):
-        raise _refused(base, "no finite gradient reaches a soft prompt")
+        raise refused(base, "no finite gradient reaches a soft prompt")
     return _with_cache(forward, probe)
 
 
@@ -201,7 +207,7 @@ def _reaches_prompt(forward: Forward, row: Tensor, width: int) -> bool:
     leaf = row.detach().requires_grad_(True)
     logits = _logits(forward, [leaf])[0]
     (gradient,) = torch.autograd.grad(logits[-1].log_softmax(-1).max(), leaf)
-    own = gradient[:_NUM_VIRTUAL, :width]
+    own = gradient[:NUM_VIRTUAL, :width]
     return bool(own.isfinite().all()) and bool(own.any())
 
 
@@ -214,7 +220,7 @@ def _batched_or_alone(base: Base, forward: Forward, probe: _Probe) -> tuple[Forw
             if is_close(logits[0], probe.truth_of_text) and is_close(logits[2], probe.truth):
                 return way, logits
     _each_alone(forward, probe.rows)
-    raise _refused(base, "its answers behind a soft prompt are not those on one run of embeddings")
+    raise refused(base, "its answers behind a soft prompt are not those on one run of embeddings")
 
 
 def _each_alone(forward: Forward, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -298,50 +304,6 @@ def _inputs(base: Base, ids: tuple[int, ...]) -> Tensor:
     return base.token_inputs(torch.tensor([i % base.vocab_size for i in ids]))
 
 
-def max_batchable_length(model: PreTrainedModel) -> int | None:
-    """Tokens, virtual ones included, up to which a row's positions do not depend on the rest of its batch; None: never.
-
-    Dynamic RoPE (NTK scaling, and LongRoPE, 2402.13753): beyond the length that the base was first trained on, the
-    longest sequence changes the whole batch's frequencies, so it runs alone, and its soft prompt with it.
-    """
-    limits = [
-        int(limit)
-        for module in model.modules()
-        if "dynamic" in (kind := str(getattr(module, "rope_type", ""))) or kind == "longrope"
-        if (limit := _original_length(module, model)) is not None
-    ]
-    return min(limits, default=None)
-
-
-def _original_length(module: object, model: PreTrainedModel) -> int | None:
-    config = getattr(module, "config", model.config)
-    rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    found: int | None = original or getattr(config, "max_position_embeddings", None)
-    return found
-
-
-def _probe_ids(base: Base, count: int = _NUM_IDS) -> Tensor:
-    """[1, count], no special tokens: a pad may have no position, an image's token no embedding."""
-    config = base.model.config
-    special = {value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
-    found = [token for token in range(3, base.vocab_size) if token not in special]
-    ids = [found[index % len(found)] for index in _ORDER[:count]]
-    return torch.tensor([ids], device=base.device)
-
-
-def _some_prompt(base: Base, seed: int) -> Tensor:
-    """[P, H], of the size of the base's embeddings."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(_NUM_VIRTUAL, base.hidden_size, generator=generator) * base.embedding_rms
-
-
-def _own_logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """[S, V] as the model itself gives them, with nothing but its inputs."""
-    logits: Tensor = model(**inputs).logits
-    return logits[0].to(next(iter(inputs.values())).device)
-
-
 def _logits(forward: Forward, rows: Sequence[Tensor]) -> list[Tensor]:
     """[S, V] of each row [S, H] of a batch, pads behind the shorter ones as in `softprompt.splice`."""
     embeds = pad_sequence(list(rows), batch_first=True)
@@ -349,24 +311,3 @@ def _logits(forward: Forward, rows: Sequence[Tensor]) -> list[Tensor]:
     positions = torch.stack([slots.where(slots < len(row), 0) for row in rows])
     logits = forward.logits(forward.hidden_states(embeds, torch.ones_like(positions), positions))
     return [own[: len(row)] for own, row in zip(logits, rows, strict=True)]
-
-
-def is_close(ours: Tensor, reference: Tensor) -> bool:
-    """Whether two ways to the same logits differ by rounding only; NaN is never close."""
-    if ours.shape != reference.shape:
-        return False
-    tolerance = _TOLERANCE.get(reference.dtype, _TOLERANCE_16_BIT)
-    return bool((ours - reference).abs().max() <= tolerance * reference.abs().max().clamp(min=1e-3))
-
-
-def _refused(base: Base, reason: str) -> BaseModelError:
-    kind = base.model.config.model_type
-    return BaseModelError(f"base {base.name!r} ({kind}) cannot take a soft prompt: {reason}")
-
-
-def _why(model: PreTrainedModel, error: Exception) -> str:
-    """One line of what was raised, or what is behind it."""
-    forwards = (model.forward, model.base_model.forward)
-    if not any("inputs_embeds" in inspect.signature(forward).parameters for forward in forwards):
-        return "its forward takes token ids and no embeddings"
-    return "it raised " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
