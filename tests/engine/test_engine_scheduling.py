@@ -226,8 +226,8 @@ class Waiter:
     """All that the queue asks of a row."""
 
     def __init__(self, number, client, priority):
-        self.request = self.owner = self
-        self.id, self.choice, self.client, self.priority = number, 0, client, priority
+        self.id, self.client, self.priority = number, client, priority
+        self.order = (priority, number, 0)
 
 
 @settings(deadline=None)

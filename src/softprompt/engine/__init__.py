@@ -9,6 +9,7 @@ from softprompt.engine.async_engine import AsyncEngine
 from softprompt.engine.engine import Engine
 from softprompt.engine.generate import generate
 from softprompt.engine.model_runner import int8_note
+from softprompt.engine.pooling import PoolingRequest
 from softprompt.engine.request import (
     Aborted,
     AbortReason,
@@ -17,6 +18,7 @@ from softprompt.engine.request import (
     Failed,
     Finished,
     FinishReason,
+    Pooled,
     PromptLogprobs,
     Request,
     Terminal,
@@ -27,8 +29,8 @@ from softprompt.engine.stats import EngineStats
 
 __all__ = [
     "AbortReason", "Aborted", "Answer", "AsyncEngine", "Engine", "EngineStats", "Event", "Failed", "FinishReason",
-    "Finished", "PromptLogprobs", "Request", "Terminal", "TokenLogProb", "Tokens", "generate",
-    "int8_note",
+    "Finished", "Pooled", "PoolingRequest", "PromptLogprobs", "Request", "Terminal", "TokenLogProb", "Tokens",
+    "generate", "int8_note",
 ]  # fmt: skip
 
 _RENAMED = {"TextRead": "PromptLogprobs"}

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from softprompt.compute_share import ComputeShare
 from softprompt.engine.engine import Engine
+from softprompt.engine.pooling import PoolingRequest
 from softprompt.engine.request import Event, Failed, Request, Terminal
 from softprompt.engine.stats import EngineStats
 from softprompt.errors import EngineError
@@ -32,7 +33,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(eq=False)
 class _Consumer:
-    """One call of `generate_all`: its event loop, and the requests whose events it still expects."""
+    """One call of `generate_all` or `pool`: its event loop, and the requests whose events it still expects."""
 
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
@@ -102,6 +103,10 @@ class AsyncEngine:
         """See `Engine.check`; needs no running engine and never waits."""
         self._engine.check(request)
 
+    def check_pooling(self, request: PoolingRequest) -> None:
+        """See `Engine.check_pooling`; needs no running engine and never waits."""
+        self._engine.check_pooling(request)
+
     async def generate(
         self, request: Request, on_admitted: Callable[[], None] | None = None
     ) -> AsyncGenerator[Event, None]:
@@ -124,8 +129,30 @@ class AsyncEngine:
         for request in requests:
             if request.sampling is not None and request.sampling.is_guided:
                 await asyncio.to_thread(self._engine.prepare, request)  # the worker compiles nothing
-        consumer, num_left = _Consumer(asyncio.get_running_loop()), len(requests)
-        admitted = self._ask(partial(self._admit, requests, consumer))
+        adds = [partial(self._engine.add, request) for request in requests]
+        async with aclosing(self._events(adds, on_admitted)) as events:
+            async for pair in events:
+                yield pair
+
+    async def pool(self, requests: Sequence[PoolingRequest]) -> list[Terminal]:
+        """The end of each: Pooled, Aborted or Failed. All are admitted at once, or none; a cancelled call aborts them.
+
+        Raises what `Engine.add_pooling` raises, and EngineError where the engine has stopped.
+        """
+        ends: dict[int, Terminal] = {}
+        adds = [partial(self._engine.add_pooling, request) for request in requests]
+        async with aclosing(self._events(adds)) as events:
+            async for index, event in events:
+                assert isinstance(event, Terminal), event
+                ends[index] = event
+        return [ends[index] for index in range(len(requests))]
+
+    async def _events(
+        self, adds: Sequence[Callable[[], int]], on_admitted: Callable[[], None] | None = None
+    ) -> AsyncGenerator[tuple[int, Event], None]:
+        """(index, event) of the requests that the engine admits by these calls, until each has ended."""
+        consumer, num_left = _Consumer(asyncio.get_running_loop()), len(adds)
+        admitted = self._ask(partial(self._admit, adds, consumer))
         try:
             await asyncio.wrap_future(admitted)
             if on_admitted is not None:
@@ -220,15 +247,15 @@ class AsyncEngine:
                 for consumer, _ in batch:
                     self._abort_all(consumer)
 
-    def _admit(self, requests: Sequence[Request], consumer: _Consumer) -> None:
+    def _admit(self, adds: Sequence[Callable[[], int]], consumer: _Consumer) -> None:
         if self._error is not None:
             why = f"{type(self._error).__name__}: {self._error}"
             raise EngineError(f"the engine has stopped ({why}); make a new one") from self._error
         if self._is_closing:
             raise EngineError("the engine is being closed and takes no more requests")
         try:
-            for index, request in enumerate(requests):
-                number = self._engine.add(request)
+            for index, add in enumerate(adds):
+                number = add()
                 consumer.index_of[number] = index
                 self._consumers[number] = consumer
         except BaseException:

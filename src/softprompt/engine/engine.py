@@ -17,6 +17,7 @@ from softprompt.config import EngineConfig
 from softprompt.engine.detokenizer import Detokenizer
 from softprompt.engine.kv_cache import is_out_of_memory
 from softprompt.engine.model_runner import RunnerKind, Runners, make_runners, with_weights
+from softprompt.engine.pooling import Pooler, PoolingRequest, check_pooling
 from softprompt.engine.prefix_cache import prefix_keys, prompt_key
 from softprompt.engine.prompt_logprobs import extend_prompt_logprobs, new_prompt_logprobs
 from softprompt.engine.request import (
@@ -26,9 +27,11 @@ from softprompt.engine.request import (
     Event,
     Failed,
     Finished,
+    Pooled,
     PromptLogprobs,
     Request,
     check_request,
+    nan_message,
 )
 from softprompt.engine.sampler import SampledToken, Sampler
 from softprompt.engine.scheduler import Plan, Scheduler
@@ -60,11 +63,13 @@ class Engine:
         """
         self.base = base
         self.config = config or EngineConfig()
-        self.forward = with_weights(forward or forward_of(base), base, self.config.weights)
+        loaded = forward or forward_of(base)
+        self.forward = with_weights(loaded, base, self.config.weights)
         self.runners: Runners = make_runners(base, self.forward, self.config, arrange, runner)
         self.scheduler = Scheduler(
             self.runners.max_sequences, self.runners.max_step_tokens, self.runners.num_prefill_steps
         )
+        self.pooler = Pooler(base, loaded)
         self.counts = Counts()
         self._sampler = Sampler(base)
         self._clock = clock
@@ -76,7 +81,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a request has not ended."""
-        return bool(self._alive)
+        return bool(self._alive) or len(self.pooler) > 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -110,20 +115,39 @@ class Engine:
         self.check(request)
         if self.config.max_waiting is not None and len(self.scheduler.waiting) >= self.config.max_waiting:
             raise QueueFullError(f"{self.config.max_waiting} requests wait already; try again later")
-        deadline = None if request.timeout_s is None else self._clock() + request.timeout_s
         state = RequestState(self._next_id, request)
         state.sequences = [self._new_sequence(state, choice) for choice in range(request.num_choices)]
-        self._next_id += 1
         self._alive[state.id] = state
-        if deadline is not None:
-            self._deadlines[state.id] = deadline
         for sequence in state.sequences:
             self.scheduler.add(sequence)
-        return state.id
+        return self._admitted(request.timeout_s)
+
+    def check_pooling(self, request: PoolingRequest) -> None:
+        """Raise what `add_pooling` would raise, but for a full queue. Any thread may call it."""
+        check_pooling(self.base, request)
+
+    def add_pooling(self, request: PoolingRequest) -> int:
+        """Admit a pooling request; its id. It ends in Pooled, Aborted or Failed.
+
+        Raises PromptError, DataError, LengthError or ConfigError where it cannot be answered, and QueueFullError where
+        too many wait.
+        """
+        self.check_pooling(request)
+        if self.config.max_waiting is not None and len(self.pooler) >= self.config.max_waiting:
+            raise QueueFullError(f"{self.config.max_waiting} texts wait already; try again later")
+        self.pooler.add(self._next_id, request)
+        return self._admitted(request.timeout_s)
+
+    def _admitted(self, timeout_s: float | None) -> int:
+        number = self._next_id
+        self._next_id += 1
+        if timeout_s is not None:
+            self._deadlines[number] = self._clock() + timeout_s
+        return number
 
     def abort(self, request: int) -> None:
         """End a request: the next step emits Aborted. Does nothing for one that has ended, or never was."""
-        if request in self._alive:
+        if request in self._alive or request in self.pooler:
             self._aborted.setdefault(request, "asked")
 
     def pin(self, prompt: SoftPrompt) -> None:
@@ -145,25 +169,39 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Abort what was asked, plan, run one forward, and sample; the events of all that."""
+        """Abort what was asked, plan, run one forward, and sample; then run some rows of pooling requests, if there are
+        any. The events of all that."""
         events = self._end_aborted()
         plan = self.scheduler.plan()
-        if plan:
-            self.counts.num_steps += 1
-            return events + self._run(plan)
+        self.counts.num_steps += 1 if plan or len(self.pooler) else 0
+        events += self._run(plan) if plan else self._fail_without_memory()
+        if len(self.pooler):
+            events += self._pool(self.scheduler.max_step_tokens if plan else self.scheduler.max_idle_tokens)
+        return events
+
+    def _fail_without_memory(self) -> list[Event]:
         if self._alive and not self.scheduler.running:  # the machine has less memory than the engine was allowed
             oldest = min(self.scheduler.waiting, key=lambda sequence: sequence.owner.id)
-            events += self._fail({oldest.owner}, "out of memory: there is none for its keys and values")
+            return self._fail({oldest.owner}, "out of memory: there is none for its keys and values")
+        return []
+
+    def _pool(self, max_positions: int) -> list[Event]:
+        """The ends of pooling requests."""
+        events = self.pooler.step(max_positions)
+        for event in events:
+            self._deadlines.pop(event.request, None)
+            self.counts.num_finished += isinstance(event, Pooled)
+            self.counts.num_failed += isinstance(event, Failed)
         return events
 
     def stats(self) -> EngineStats:
-        return self.counts.with_state(self.scheduler, self.runners)
+        return self.counts.with_state(self.scheduler, self.runners, len(self.pooler))
 
     @torch.inference_mode()
     def close(self) -> None:
         """Drop all requests without emitting events."""
-        for state in list(self._alive.values()):
-            self._drop(state)
+        for request in [*self._alive, *self.pooler]:
+            self._drop(request)
         self._aborted.clear()
 
     def check_integrity(self) -> None:
@@ -172,7 +210,9 @@ class Engine:
         alive = [each for state in self._alive.values() for each in state.sequences if each.answer is None]
         running, waiting = self.scheduler.running, list(self.scheduler.waiting)
         assert len(alive) == len(running) + len(waiting) and set(alive) == {*running, *waiting}
-        assert self._deadlines.keys() <= self._alive.keys() and self._aborted.keys() <= self._alive.keys()
+        known = {*self._alive, *self.pooler}
+        assert self._deadlines.keys() <= known and self._aborted.keys() <= known
+        self.pooler.check_integrity()
         self.runners.check_integrity(running)
         if not self._alive:
             self.scheduler.waiting.assert_empty()
@@ -254,13 +294,12 @@ class Engine:
         return self._fail({sequence.owner}, problem, is_request_fault=True)
 
     def _fail_for_nan(self, sequences: SequenceOf[Sequence]) -> list[Event]:
-        why = f"base {self.base.name!r} computes NaN in {self.base.dtype}; load it in float32 or bfloat16"
-        return self._fail({sequence.owner for sequence in sequences}, why)
+        return self._fail({sequence.owner for sequence in sequences}, nan_message(self.base))
 
     def _fail(self, owners: Iterable[RequestState], why: str, *, is_request_fault: bool = False) -> list[Event]:
         events: list[Event] = []
         for state in sorted(owners, key=lambda owner: owner.id):
-            self._drop(state)
+            self._drop(state.id)
             self.counts.num_failed += 1
             events.append(Failed(state.id, why, is_request_fault))
         return events
@@ -273,13 +312,18 @@ class Engine:
                 self._aborted.setdefault(request, "deadline")
         events: list[Event] = []
         for request, reason in self._aborted.items():
-            self._drop(self._alive[request])
+            self._drop(request)
             self.counts.num_aborted += 1
             events.append(Aborted(request, reason))
         self._aborted.clear()
         return events
 
-    def _drop(self, state: RequestState) -> None:
+    def _drop(self, request: int) -> None:
+        if request in self.pooler:
+            self.pooler.drop(request)
+            self._deadlines.pop(request, None)
+            return
+        state = self._alive[request]
         for sequence in state.sequences:
             if sequence.answer is None:
                 self.scheduler.remove(sequence)

@@ -10,7 +10,7 @@ from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.data import Input, form_ids
 from softprompt.data.form import input_list
 from softprompt.engine.engine import Engine
-from softprompt.engine.request import Aborted, Answer, Failed, Finished, Request, Terminal
+from softprompt.engine.request import Aborted, Answer, Failed, Finished, Request
 from softprompt.errors import BaseModelError, ConfigError, TimeLimitError
 from softprompt.families import Forward
 from softprompt.prompt import SoftPrompt
@@ -70,12 +70,12 @@ def _with_defaults(request: Request, sampling: SamplingConfig) -> Request:
     return replace(request, sampling=request.sampling or sampling, num_log_probs=num_log_probs)
 
 
-def _ends(engine: Engine) -> Iterator[Terminal]:
+def _ends(engine: Engine) -> Iterator[Finished | Aborted | Failed]:
     while engine.has_work:
         yield from (event for event in engine.step() if isinstance(event, Finished | Aborted | Failed))
 
 
-def _answer(end: Terminal) -> Answer:
+def _answer(end: Finished | Aborted | Failed) -> Answer:
     if isinstance(end, Failed):
         raise ConfigError(end.why) if end.is_request_fault else BaseModelError(end.why)
     if isinstance(end, Aborted):

@@ -129,6 +129,18 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """A pooling request was answered (`softprompt.engine.pooling`)."""
+
+    __repr__ = brief_repr
+
+    request: int
+    values: tuple[float, ...]  # one score per label, before a softmax; or the numbers of a vector
+    num_prompt_tokens: int  # of the text
+    num_virtual_tokens: int
+
+
+@dataclass(frozen=True)
 class Aborted:
     """A request was aborted."""
 
@@ -145,7 +157,7 @@ class Failed:
     is_request_fault: bool = False  # the request asks for the impossible: a grammar that grew too large
 
 
-Terminal = Finished | Aborted | Failed
+Terminal = Finished | Pooled | Aborted | Failed
 Event = Tokens | PromptLogprobs | Terminal
 
 
@@ -156,13 +168,12 @@ _LONGEST_NUMBER = 10**18  # a larger one is not printed
 def check_request(base: Base, request: Request) -> None:
     """Raises PromptError, DataError, LengthError or ConfigError for a request that the base cannot answer."""
     sampling = request.sampling or DEFAULT_SAMPLING
-    prompt = request.prompt
-    if prompt is not None and prompt.hidden_size != base.hidden_size:
-        raise PromptError(
-            f"the soft prompt has width {prompt.hidden_size}; base {base.name!r} takes {base.hidden_size}",
-            param="model",
+    if base.kind == "encoder":
+        raise ConfigError(
+            f"base {base.name!r} is an encoder, which generates nothing; it classifies and embeds", param="model"
         )
-    if prompt is None and not request.ids:
+    check_width(base, request.prompt)
+    if request.prompt is None and not request.ids:
         raise DataError(
             "an empty text has no token to continue from on the bare base; give at least one character", param="prompt"
         )
@@ -174,13 +185,23 @@ def check_request(base: Base, request: Request) -> None:
             raise ConfigError(
                 f"{name} is {shortened(num_log_probs)}; it must be between 0 and {base.vocab_size}", param="logprobs"
             )
-    _check_ids(base, request.ids, "the text has token id", "prompt")
-    _check_ids(base, [token for token, _ in sampling.logit_bias], "logit_bias has token id", "logit_bias")
-    _check_ids(base, sampling.stop_ids, "stop_ids has token id", "stop_token_ids")
+    check_ids(base, request.ids, "the text has token id", "prompt")
+    check_ids(base, [token for token, _ in sampling.logit_bias], "logit_bias has token id", "logit_bias")
+    check_ids(base, sampling.stop_ids, "stop_ids has token id", "stop_token_ids")
     _check_length(base, request, sampling.max_new_tokens)
 
 
-def _check_ids(base: Base, ids: Sequence[int], what: str, param: str) -> None:
+def check_width(base: Base, prompt: SoftPrompt | None) -> None:
+    """Raises PromptError for a soft prompt of another width than the base's."""
+    if prompt is not None and prompt.hidden_size != base.hidden_size:
+        raise PromptError(
+            f"the soft prompt has width {prompt.hidden_size}; base {base.name!r} takes {base.hidden_size}",
+            param="model",
+        )
+
+
+def check_ids(base: Base, ids: Sequence[int], what: str, param: str) -> None:
+    """Raises DataError for an id that the base does not embed; `what` opens the message."""
     wrong = next((token for token in ids if not 0 <= token < base.vocab_size), None)
     if wrong is not None:
         raise DataError(
@@ -204,3 +225,8 @@ def _check_length(base: Base, request: Request, max_new_tokens: int) -> None:
 
 def _number(value: int) -> str:
     return str(value) if value < _LONGEST_NUMBER else "more than 10^18"
+
+
+def nan_message(base: Base) -> str:
+    """Why a request failed whose numbers are none."""
+    return f"base {base.name!r} computes NaN in {base.dtype}; load it in float32 or bfloat16"

@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
+from typing import Generic, Protocol, TypeVar
 
 from softprompt.engine.sequence import Sequence
 
@@ -30,9 +31,14 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
         self.num_prefill_steps = num_prefill_steps
-        self.waiting = FairQueue()
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self.running: list[Sequence] = []  # the oldest first
         self.num_preemptions = 0
+
+    @property
+    def max_idle_tokens(self) -> int:
+        """Tokens that a step may read where no sequence is decoding."""
+        return self.max_step_tokens * _IDLE_FACTOR
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
@@ -57,7 +63,7 @@ class Scheduler:
         return plan if was_short and plan else plan + self._started(budget)
 
     def _budget(self, num_decoding: int) -> _PrefillBudget:
-        left = self.max_step_tokens * (1 if num_decoding else _IDLE_FACTOR)
+        left = self.max_step_tokens if num_decoding else self.max_idle_tokens
         cheap = max(num_decoding, _FEW_POSITIONS - num_decoding) if num_decoding else left
         return _PrefillBudget(left, cheap, self.num_prefill_steps)
 
@@ -112,81 +118,88 @@ class _PrefillBudget:
         return count
 
 
-_Entry = tuple[int, int, int, Sequence]  # priority, request, choice
+class Waiting(Protocol):
+    """Work of one client that waits for its turn."""
+
+    @property
+    def client(self) -> str | None: ...
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Of its client's work the lowest is next: priority, request, choice."""
+        ...
 
 
-class FairQueue:
-    """Sequences without memory: by priority, then the client that was served least, then the oldest request.
+_Item = TypeVar("_Item", bound=Waiting)
+
+
+class FairQueue(Generic[_Item]):
+    """Work without memory: by priority, then the client that was served least, then the oldest request.
 
     Service is counted in tokens, by the virtual token counter of Sheng et al. (2401.00588): a client that comes back
     starts level with the least served client that is there, so that absence saves up no claim.
     """
 
     def __init__(self) -> None:
-        self._heaps: dict[str | None, list[_Entry]] = {}
+        self._heaps: dict[str | None, list[tuple[tuple[int, int, int], _Item]]] = {}
         self.service: dict[str | None, float] = {}  # tokens that each client was served
-        self._num_sequences: dict[str | None, int] = {}  # of each client, waiting or running
+        self._num_items: dict[str | None, int] = {}  # of each client, waiting or running
 
     def __len__(self) -> int:
         return sum(len(heap) for heap in self._heaps.values())
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[_Item]:
         return (entry[-1] for heap in self._heaps.values() for entry in heap)
 
-    def add(self, sequence: Sequence) -> None:
-        """A new sequence."""
-        client = sequence.request.client
-        if not self._num_sequences.get(client):
-            self._catch_up(client)
-        self._num_sequences[client] = self._num_sequences.get(client, 0) + 1
-        self.push(sequence)
+    def add(self, item: _Item) -> None:
+        """New work."""
+        if not self._num_items.get(item.client):
+            self._catch_up(item.client)
+        self._num_items[item.client] = self._num_items.get(item.client, 0) + 1
+        self.push(item)
 
-    def end(self, sequence: Sequence) -> None:
-        """A sequence has ended, waiting or running."""
-        client = sequence.request.client
-        self._num_sequences[client] -= 1
-        if not self._num_sequences[client]:
-            del self._num_sequences[client]
+    def end(self, item: _Item) -> None:
+        """Work has ended, waiting or running."""
+        self._num_items[item.client] -= 1
+        if not self._num_items[item.client]:
+            del self._num_items[item.client]
             self._forget_absent()
 
-    def push(self, sequence: Sequence) -> None:
-        entry = (sequence.request.priority, sequence.owner.id, sequence.choice, sequence)
-        heapq.heappush(self._heaps.setdefault(sequence.request.client, []), entry)
+    def push(self, item: _Item) -> None:
+        heapq.heappush(self._heaps.setdefault(item.client, []), (item.order, item))
 
-    def pop(self) -> Sequence:
+    def pop(self) -> _Item:
         client = min(self._heaps, key=self._priority)
-        sequence = heapq.heappop(self._heaps[client])[-1]
+        item = heapq.heappop(self._heaps[client])[-1]
         if not self._heaps[client]:
             del self._heaps[client]
-        return sequence
+        return item
 
-    def remove(self, sequence: Sequence) -> None:
-        client = sequence.request.client
-        heap = [entry for entry in self._heaps[client] if entry[-1] is not sequence]
+    def remove(self, item: _Item) -> None:
+        heap = [entry for entry in self._heaps[item.client] if entry[-1] is not item]
         heapq.heapify(heap)
-        self._heaps[client] = heap
+        self._heaps[item.client] = heap
         if not heap:
-            del self._heaps[client]
+            del self._heaps[item.client]
 
-    def charge(self, sequence: Sequence, num_read: int, num_new: int) -> None:
-        """Count tokens that were run for a sequence, and sampled."""
-        client = sequence.request.client
-        self.service[client] = self.service.get(client, 0.0) + num_read + _NEW_TOKEN_COST * num_new
+    def charge(self, item: _Item, num_read: int, num_new: int) -> None:
+        """Count tokens that were run for some work, and sampled."""
+        self.service[item.client] = self.service.get(item.client, 0.0) + num_read + _NEW_TOKEN_COST * num_new
 
     def assert_empty(self) -> None:
-        """Nothing is left of any sequence or client. Raises AssertionError."""
-        assert not self._heaps and not self.service and not self._num_sequences
+        """Nothing is left of any work or client. Raises AssertionError."""
+        assert not self._heaps and not self.service and not self._num_items
 
     def _priority(self, client: str | None) -> tuple[int, float, int, int]:
-        priority, request, choice, _ = self._heaps[client][0]
+        priority, request, choice = self._heaps[client][0][0]
         return priority, self.service.get(client, 0.0), request, choice
 
     def _catch_up(self, client: str | None) -> None:
-        least = min((self.service.get(other, 0.0) for other in self._num_sequences), default=0.0)
+        least = min((self.service.get(other, 0.0) for other in self._num_items), default=0.0)
         self.service[client] = max(self.service.get(client, 0.0), least)
 
     def _forget_absent(self) -> None:
-        """Clients without sequences that were served no more than the others lose nothing by being forgotten."""
-        least = min((self.service.get(client, 0.0) for client in self._num_sequences), default=float("inf"))
-        for client in [name for name, had in self.service.items() if name not in self._num_sequences and had <= least]:
+        """Clients without work that were served no more than the others lose nothing by being forgotten."""
+        least = min((self.service.get(client, 0.0) for client in self._num_items), default=float("inf"))
+        for client in [name for name, had in self.service.items() if name not in self._num_items and had <= least]:
             del self.service[client]

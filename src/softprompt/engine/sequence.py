@@ -41,6 +41,15 @@ class Sequence:
         return self.owner.request
 
     @property
+    def client(self) -> str | None:
+        return self.owner.request.client
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Of its client's sequences the lowest is next."""
+        return self.owner.request.priority, self.owner.id, self.choice
+
+    @property
     def num_virtual(self) -> int:
         return self.owner.request.num_virtual
 

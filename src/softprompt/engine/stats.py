@@ -20,7 +20,7 @@ class EngineStats:
     num_failed: int
     num_preemptions: int  # sequences that had to free their memory for a while
     num_running: int  # sequences
-    num_waiting: int
+    num_waiting: int  # and texts to be classified or embedded
     kv_bytes: int  # size of the KV cache's buffers
     kv_bytes_in_use: int
     kv_bytes_limit: int
@@ -41,13 +41,14 @@ class Counts:
     num_aborted: int = 0
     num_failed: int = 0
 
-    def with_state(self, scheduler: Scheduler, runners: Runners) -> EngineStats:
+    def with_state(self, scheduler: Scheduler, runners: Runners, num_pooling: int = 0) -> EngineStats:
+        """`num_pooling`: pooling requests that have not ended; they count as waiting."""
         kv_cache, prefix_cache = runners.kv_cache, runners.prefix_cache
         return EngineStats(
             **asdict(self),
             num_preemptions=scheduler.num_preemptions,
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + num_pooling,
             kv_bytes=kv_cache.num_bytes,
             kv_bytes_in_use=kv_cache.num_bytes_in_use,
             kv_bytes_limit=kv_cache.budget_positions * kv_cache.bytes_per_position,

@@ -181,7 +181,21 @@ class LabelAnswer(NamedTuple):
 
 def label_answers(base: Base, texts: Sequence[str], labels: Sequence[str], prompt: SoftPrompt) -> list[LabelAnswer]:
     """One answer per text, as `accuracy` counts them. Raises LengthError where text and label do not fit the base."""
-    rows = [_label_row(base, text, label, 0, sys.maxsize) for text in texts for label in labels]
+    rows = [row for text in texts for row in label_rows(base, text, labels, prompt)]
+    losses = target_nlls(base, forward_of(base), rows, [prompt.tensor])
+    each = len(labels)
+    return [
+        _label_answer(labels, rows[start : start + each], losses[start : start + each])
+        for start in range(0, len(rows), each)
+    ]
+
+
+def label_rows(base: Base, text: str, labels: Sequence[str], prompt: SoftPrompt) -> list[Row]:
+    """For each label the row whose targets are its tokens, behind one text under a prompt, of which it is row 0.
+
+    Raises LengthError where they do not fit the base.
+    """
+    rows = [_label_row(base, text, label, 0, sys.maxsize) for label in labels]
     limit = max_text_tokens(base, prompt)
     longest = max(len(row.ids) for row in rows)
     if longest > limit:
@@ -189,12 +203,7 @@ def label_answers(base: Base, texts: Sequence[str], labels: Sequence[str], promp
             f"the input and its label are {longest} tokens, and beside {prompt.num_virtual_tokens} virtual ones there "
             f"are {limit} positions of base {base.name!r}; shorten the input"
         )
-    losses = target_nlls(base, forward_of(base), rows, [prompt.tensor])
-    each = len(labels)
-    return [
-        _label_answer(labels, rows[start : start + each], losses[start : start + each])
-        for start in range(0, len(rows), each)
-    ]
+    return rows
 
 
 def _label_answer(labels: Sequence[str], rows: Sequence[Row], losses: Sequence[Mapping[int, float]]) -> LabelAnswer:

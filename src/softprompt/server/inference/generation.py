@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from softprompt.engine import Aborted, AsyncEngine, Failed, Finished, PromptLogprobs, Request, Tokens
+from softprompt.engine import Aborted, AsyncEngine, Failed, Finished, Pooled, PromptLogprobs, Request, Tokens
 from softprompt.errors import SoftpromptError
 from softprompt.server.clients.keys import Client
 from softprompt.server.clients.rate_limits import RateLimiter
@@ -86,7 +86,8 @@ class Generation:
             async with aclosing(self.engine.generate_all(self.requests)) as events:
                 async for index, event in events:
                     if isinstance(event, Failed | Aborted):
-                        raise _error_for(event, self.requests[index])
+                        raise error_for(event, self.requests[index].timeout_s)
+                    assert not isinstance(event, Pooled), "nothing here is pooled"
                     if isinstance(event, Tokens) and event.num_generated:
                         counts.tokens(event.num_generated)
                     elif isinstance(event, Finished):
@@ -109,13 +110,13 @@ class Generation:
         self.log.num_new_tokens = self.num_new_tokens
 
 
-def _error_for(end: Failed | Aborted, request: Request) -> ApiError:
+def error_for(end: Failed | Aborted, timeout_s: float | None) -> ApiError:
     """What the client gets for a request that ended without an answer."""
     if isinstance(end, Failed):
         if end.is_request_fault:
             return ApiError(400, end.why, "invalid_value", "response_format")
         return ApiError(500, f"the answer could not be generated: {end.why}", "generation_failed")
     if end.reason == "deadline":
-        why = f"the answer took longer than {request.timeout_s:g} s, waiting included; ask for fewer tokens"
+        why = f"the answer took longer than {timeout_s:g} s, waiting included; ask for fewer tokens"
         return ApiError(408, why, "timeout")
     return stopping()
