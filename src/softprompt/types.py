@@ -106,6 +106,7 @@ class Example:
     num_before: int = 0  # ids in front of the virtual tokens: [CLS], where a prompt stands behind it
     source: tuple[int, ...] = ()  # of an encoder-decoder: what the encoder reads; `ids` are then the decoder's targets
     has_decoder_prompt: bool = False  # half of the vectors stand in front of the decoder's tokens
+    num_decoder_tokens: int | None = None  # how many do, where it is not half of them: one is left out
     columns: tuple[int, ...] = ()  # of the ids: whose hidden states a head reads; -1 is the first virtual token
     labels: tuple[int, ...] = ()  # what the head should find: one per column, or one for all of them, or a span's two
     others: tuple[tuple[int, ...], ...] = ()  # task "embed": further texts, the positive one and then negative ones
@@ -113,6 +114,11 @@ class Example:
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.target_mask), (len(self.ids), len(self.target_mask))
         assert not any(self.target_mask[: self.num_special]), "a special token in front is never a target"
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of all its texts, virtual ones not counted."""
+        return len(self.ids) + len(self.source) + sum(map(len, self.others))
 
     @property
     def text_mask(self) -> tuple[bool, ...]:
@@ -142,6 +148,7 @@ class DataReport:
     num_used: int
     empty_rows: tuple[int, ...] = ()  # source indices skipped because there was nothing to learn
     truncated_rows: tuple[int, ...] = ()  # source indices cut at the length limit; these get no EOS
+    truncated_sources: tuple[int, ...] = ()  # those of an encoder-decoder of which only what the encoder reads was cut
     num_tokens: int = 0  # all ids, special ones included
     num_targets: int = 0  # ids that training counts
     min_tokens: int = 0  # of one example

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.base.fingerprint import fingerprint
 from softprompt.base.generation import GenerationRules
-from softprompt.base.tokens import encode_text
+from softprompt.base.tokens import encode_text, target_bos_ids_of
 from softprompt.config import Kernels
 from softprompt.errors import EncodingError
 from softprompt.types import BaseKind
@@ -106,6 +106,18 @@ class Base:
             if isinstance(found, int):
                 return found
         return None
+
+    @cached_property
+    def decoder_start_ids(self) -> tuple[int, ...]:
+        """Of an encoder-decoder: what the decoder reads before the first id of a target.
+
+        Its start token, then what stands before every target of its family: BART's BOS, mBART-50's language.
+        Empty for other kinds, and where no start token is set.
+        """
+        if self.decoder_start_id is None:
+            return ()
+        forced = self.rules.forced_bos_token_id
+        return (self.decoder_start_id, *((forced,) if forced is not None else target_bos_ids_of(self.tokenizer)))
 
     @cached_property
     def embedding_rms(self) -> float:

@@ -88,12 +88,17 @@ def end_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return _added_ids(tokenizer)[1]
 
 
-def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and behind a text."""
+def target_bos_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that the tokenizer puts before what the decoder of an encoder-decoder is to write (`text_target`)."""
+    return _added_ids(tokenizer, argument="text_target")[0]
+
+
+def _added_ids(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and behind a text, or behind a target."""
     for probe in _probes(tokenizer):
         with suppress(Exception):  # a tokenizer of words cannot encode a word that it does not have
-            with_special = list(tokenizer(probe)["input_ids"])
-            plain = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+            with_special = list(tokenizer(**{argument: probe})["input_ids"])
+            plain = list(tokenizer(**{argument: probe}, add_special_tokens=False)["input_ids"])
             return _around(plain, with_special)
     return (), ()
 

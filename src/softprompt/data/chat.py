@@ -65,7 +65,9 @@ def chat_prompt_ids(
     """
     tokenizer = chat_tokenizer(base, where)
     rendered = tokenizer.template.render(tokenizer.escaped(messages, where), where, generation_prompt=True)
-    return (*tokenizer.leading_ids, *tokenizer.encode(rendered.text, max_ids))
+    ids = (*tokenizer.leading_ids, *tokenizer.encode(rendered.text, max_ids))
+    has_end = bool(base.end_ids) and ids[-len(base.end_ids) :] == base.end_ids  # a template may write it
+    return ids if has_end else (*ids, *base.end_ids)
 
 
 def _segments(spans: Iterator[Span]) -> Iterator[tuple[int, int, bool]]:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from softprompt.base import Base
 from softprompt.compute_share import yield_point
-from softprompt.data.chat import ChatIds, chat_ids
+from softprompt.data.chat import ChatIds, chat_ids, chat_prompt_ids
+from softprompt.data.messages import last_answer
 from softprompt.data.rows import Rows, RowText, labelled_form, render_rows, text_hash
-from softprompt.data.tokens import completion_ids, first_ids, label_branches
+from softprompt.data.tokens import completion_ids, first_ids, fit_source, label_branches, source_ids, target_ids
 from softprompt.errors import DataError, EncodingError, LengthError
 from softprompt.types import Branch, DataReport, Example, ExampleSet
 
@@ -24,11 +25,13 @@ from softprompt.types import Branch, DataReport, Example, ExampleSet
 class _Encoded(NamedTuple):
     example: Example
     is_truncated: bool  # the length limit cut some ids off
+    is_source_truncated: bool = False  # only ids that an encoder reads, not the targets
 
 
 def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int, branches: bool = True) -> ExampleSet:
     """The rows as examples of at most `max_length` ids each (the soft prompt not counted).
 
+    Of an encoder-decoder that is the limit of what the encoder reads, and of what the decoder does.
     EOS is a target if `eos` and the base has one. A row without anything to learn is skipped and reported; a longer
     one is cut, gets no EOS and is reported. `branches` finds where labels differ, for a loss among them.
     Raises DataError, naming the row, for one that cannot be used, and where no row is left; LengthError where BOS
@@ -36,6 +39,11 @@ def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int, branch
     """
     if max_length <= len(base.bos_ids):
         raise LengthError(f"max_length is {max_length} tokens; no text fits behind the soft prompt")
+    if base.kind == "seq2seq" and rows.form.kind == "plain":
+        raise DataError(
+            f"{rows.source}: base {base.name!r} is an encoder-decoder, which reads one text and writes another; say "
+            'which is which with a template and a completion (--template "{text}" --completion "{summary}")'
+        )
     texts = render_rows(rows)
     form = labelled_form(rows.form, texts)
     encoder = _Encoder(base, rows, eos, max_length, form.labels if branches else ())
@@ -69,6 +77,8 @@ class _Encoder:
         try:
             if text.is_empty:
                 return self._fit(row, (), ())
+            if base.kind == "seq2seq":
+                return self._fit_pair(row, *self._pair(text, where), self._branches(text))
             if kind == "chat":
                 return self._fit_chat(row, chat_ids(base, text.messages, where, self._max_length))
             if kind == "template":
@@ -104,6 +114,41 @@ class _Encoder:
         example = Example(ids=ids, target_mask=mask, num_special=len(bos), has_eos=bool(eos), row=row, branches=kept)
         return _Encoded(example, is_truncated)
 
+    def _pair(self, text: RowText, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the encoder reads of a row and what the decoder is to write, without EOS. Nothing, where there is none.
+
+        Of a chat the last turn of the assistant is written, and what comes before it read.
+        """
+        base = self._base
+        if not text.messages:
+            source = source_ids(base, text.prompt, self._max_length)
+            if not source:
+                raise DataError(f"{where}: there is nothing for the encoder to read; the template gives an empty text")
+            return source, target_ids(base, text.text)
+        position = last_answer(text.messages)
+        if position is None:
+            return (), ()
+        source = chat_prompt_ids(base, text.messages[:position], where)
+        return source, target_ids(base, text.messages[position]["content"])
+
+    def _fit_pair(
+        self, row: int, source: tuple[int, ...], target: tuple[int, ...], branches: Sequence[Branch]
+    ) -> _Encoded:
+        """Each side within the limit by itself. Where the targets do not fit, EOS is dropped and then their end."""
+        base, eos = self._base, self._eos_ids if target else ()
+        read = fit_source(base, source, self._max_length, keep_end=self._rows.form.kind == "chat")
+        most = self._max_length + 1 - len(base.decoder_start_ids)
+        is_truncated = len(target) + len(eos) > most
+        if is_truncated:
+            target, eos = target[:most], ()
+        ids = target + eos
+        example = Example(
+            ids=ids, target_mask=(True,) * len(ids), num_special=0, has_eos=bool(eos), row=row, source=read,
+            branches=tuple(branch for branch in branches if branch.column < len(ids)),
+            has_decoder_prompt=self._rows.form.has_decoder_prompt,
+        )  # fmt: skip
+        return _Encoded(example, is_truncated, is_source_truncated=not is_truncated and len(read) < len(source))
+
     def _fit_chat(self, row: int, chat: ChatIds) -> _Encoded:
         """Cut at the end. Turns end as the template ends them; EOS is added only to a last turn without an end."""
         yield_point()
@@ -128,7 +173,7 @@ def _target_length(mask: Sequence[bool]) -> int:
 
 def _check_ids(base: Base, rows: Rows, example: Example) -> None:
     """Raises DataError, naming the row, for an id that the base does not embed."""
-    largest = max(example.ids)
+    largest = max(*example.ids, *example.source, 0)
     if largest >= base.vocab_size:
         token = base.tokenizer.convert_ids_to_tokens(largest)
         raise DataError(
@@ -150,13 +195,14 @@ def _nothing_left(rows: Rows, is_truncated: bool, max_length: int) -> str:
 
 
 def _report(base: Base, rows: Rows, encoded: Sequence[_Encoded], examples: Sequence[Example]) -> DataReport:
-    lengths = [len(example.ids) for example in examples]
+    lengths = [example.num_tokens for example in examples]
     return DataReport(
         source=rows.source,
         num_read=len(rows),
         num_used=len(examples),
         empty_rows=tuple(row.example.row for row in encoded if not any(row.example.target_mask)),
         truncated_rows=tuple(row.example.row for row in encoded if row.is_truncated),
+        truncated_sources=tuple(row.example.row for row in encoded if row.is_source_truncated),
         num_tokens=sum(lengths),
         num_targets=sum(sum(example.target_mask) for example in examples),
         min_tokens=min(lengths),
@@ -168,6 +214,7 @@ def _report(base: Base, rows: Rows, encoded: Sequence[_Encoded], examples: Seque
 
 SOFT_PROMPT = "[soft prompt]"  # a placeholder: the data does not know the number of virtual tokens
 _OPEN, _CLOSE = "⟦", "⟧"  # around targets
+_ARROW = " → "  # from what an encoder reads to what the decoder writes
 _SHOWN_ROWS = 5
 _SHOWN_CHARACTERS = 600
 _CONTEXT_IDS = 32  # decoded before a span, and cut off again
@@ -184,13 +231,21 @@ def report_lines(report: DataReport) -> list[str]:
         lines.append(f"skipped, nothing to learn: {_row_list(report.empty_rows)}")
     if report.truncated_rows:
         lines.append(f"cut at the length limit, without EOS: {_row_list(report.truncated_rows)}")
+    if report.truncated_sources:
+        lines.append(f"read up to the length limit only: {_row_list(report.truncated_sources)}")
     lines.append(f"as the model sees it ({_OPEN}counted{_CLOSE}): {_shortened(report.example)}")
     return lines
 
 
 def show_example(base: Base, example: Example) -> str:
-    """An example's text behind a placeholder for the soft prompt, with special tokens, targets in ⟦ ⟧."""
+    """An example's text behind a placeholder for the soft prompt, with special tokens, targets in ⟦ ⟧.
+
+    Of an encoder-decoder what the encoder reads, then, behind an arrow, the decoder's start token and targets.
+    """
     shown = SOFT_PROMPT
+    if example.source:
+        before_decoder = SOFT_PROMPT if example.has_decoder_prompt else ""
+        shown += f"{_decode(base, example.source)}{_ARROW}{before_decoder}{_decode(base, base.decoder_start_ids)}"
     done = 0
     for counted, group in itertools.groupby(example.target_mask):
         end = done + len(list(group))

@@ -14,7 +14,7 @@ from softprompt.base import Base
 from softprompt.data.chat import chat_prompt_ids
 from softprompt.data.messages import Message, read_messages
 from softprompt.data.rows import fill_template, require_fields, template_fields
-from softprompt.data.tokens import first_ids
+from softprompt.data.tokens import source_ids
 from softprompt.errors import DataError, shortened
 from softprompt.types import InputForm
 
@@ -22,8 +22,9 @@ Input = str | Mapping[str, str] | Sequence[Mapping[str, Any]]  # Any: a message,
 
 
 def form_ids(base: Base, form: InputForm | None, item: Input, *, max_ids: int | None = None) -> tuple[int, ...]:
-    """Ids of one input in the form, BOS included; `form` is None for the bare base.
+    """Ids of one input in the form, with those that the tokenizer puts around a text; `form` is None for the bare base.
 
+    Of an encoder-decoder they are what its encoder reads, EOS included.
     Raises DataError for an input that does not suit the form.
     """
     if isinstance(item, Mapping):
@@ -54,7 +55,7 @@ def input_ids(
     messages: Sequence[Mapping[str, Any]] | None = None,  # Any: checked here
     max_ids: int | None = None,
 ) -> tuple[int, ...]:
-    """Ids of one input, BOS included: raw `text`, `fields` of the form's template, or chat `messages`.
+    """Ids of one input: raw `text`, `fields` of the form's template, or chat `messages`; as `form_ids`.
 
     `form` is None for the bare base. Messages go through the chat template where the form is chat or the base is bare;
     else the last user message goes through the form: its template, or raw for a prompt trained on plain text.
@@ -67,7 +68,7 @@ def input_ids(
     if messages is not None:
         return _message_ids(base, form, read_messages(messages, "messages", for_training=False), max_ids)
     whole = text if text is not None else prompt_text(form, fields or {})
-    return (*base.bos_ids, *first_ids(base.encode, whole, None if max_ids is None else max_ids + 1))
+    return source_ids(base, whole, max_ids)
 
 
 def prompt_text(form: InputForm | None, fields: Mapping[str, str]) -> str:

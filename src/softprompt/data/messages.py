@@ -57,6 +57,16 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
+def last_answer(messages: Sequence[Message]) -> int | None:
+    """The position of the assistant's last learned turn with words in it, if a message precedes it."""
+    found = [
+        position
+        for position, message in enumerate(messages)
+        if position > 0 and is_learned(message) and message["content"].strip()
+    ]
+    return found[-1] if found else None
+
+
 def reserved_columns(columns: Iterable[object], read: Collection[str]) -> list[Any]:
     """The columns not in `read` whose names are reserved: they would select what is learned, or define tools."""
     return [name for name in columns if name not in read and str(name).lower() in {*_SELECTING_KEYS, *_TOOL_KEYS}]

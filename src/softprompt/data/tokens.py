@@ -2,8 +2,9 @@
 
 The ids of a prompt are exactly those that inference sees, so they never depend on what follows. The ids of a completion
 are what the joined text adds; where joining changes the prompt's own ids ("Sentiment: " + "good" may fuse the space
-into the word), the completion is tokenised alone. In a chat, control tokens ("<|im_end|>") are control tokens only
-where the template writes them: in a message they are text.
+into the word), the completion is tokenised alone. So it always is for an encoder-decoder, whose decoder writes it. In
+a chat, control tokens ("<|im_end|>") are control tokens only where the template writes them: in a message they are
+text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from softprompt.base import Base
 from softprompt.compute_share import yield_point
 from softprompt.data.chat_template import DEFAULT_CHAT_TEMPLATE, ChatTemplate
 from softprompt.data.messages import MESSAGES_PER_YIELD, Message
-from softprompt.errors import DataError, EncodingError
+from softprompt.errors import DataError, EncodingError, LengthError
 from softprompt.types import Branch
 
 _USUAL_CHARACTERS = 8  # per token, at most, in most texts
@@ -39,7 +40,42 @@ def completion_ids(base: Base, prompt: str, completion: str) -> tuple[int, ...]:
     return _ids_behind(base, prompt, base.encode(prompt), completion)
 
 
+def target_ids(base: Base, text: str) -> tuple[int, ...]:
+    """What the decoder of an encoder-decoder is to write for a completion: its ids by itself, nothing around them.
+
+    There is no text that it is joined to, so the space that separates it from a prompt (" {label}") is left out.
+    """
+    return base.encode(text.removeprefix(" "))
+
+
+def source_ids(base: Base, text: str, max_ids: int | None = None) -> tuple[int, ...]:
+    """What a base reads of a text: its ids between those that the tokenizer puts around it.
+
+    A text longer than `max_ids` may be cut, but not to `max_ids` or fewer: the rest is not tokenised.
+    """
+    return (*base.bos_ids, *first_ids(base.encode, text, None if max_ids is None else max_ids + 1), *base.end_ids)
+
+
+def fit_source(base: Base, ids: tuple[int, ...], max_ids: int, *, keep_end: bool = False) -> tuple[int, ...]:
+    """At most `max_ids` of the ids that an encoder reads, those around the text included.
+
+    A text loses its end, as when its tokenizer cuts it: a document's title and the name of a task stand at its start.
+    With `keep_end` it loses its start: a chat ends with the question. Raises LengthError where no token of it fits.
+    """
+    if len(ids) <= max_ids:
+        return ids
+    before = base.bos_ids if ids[: len(base.bos_ids)] == base.bos_ids else ()
+    behind = base.end_ids if base.end_ids and ids[-len(base.end_ids) :] == base.end_ids else ()
+    kept = max_ids - len(before) - len(behind)
+    if kept < 1:
+        raise LengthError(f"no text fits into {max_ids} tokens behind the soft prompt; use fewer virtual tokens")
+    own = ids[len(before) : len(ids) - len(behind)]
+    return before + (own[-kept:] if keep_end else own[:kept]) + behind
+
+
 def _ids_behind(base: Base, prompt: str, prompt_ids: tuple[int, ...], completion: str) -> tuple[int, ...]:
+    if base.kind == "seq2seq":
+        return target_ids(base, completion)
     joined_ids = base.encode(prompt + completion)
     if joined_ids[: len(prompt_ids)] == prompt_ids:
         return joined_ids[len(prompt_ids) :]

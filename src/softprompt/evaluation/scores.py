@@ -19,7 +19,7 @@ from typing import NamedTuple, get_args
 from softprompt.base import Base
 from softprompt.config import Criterion, SamplingConfig, ScoreConfig, TextScore
 from softprompt.data import Rows, RowText, chat_prompt_ids, completion_ids, render_rows
-from softprompt.data.messages import is_learned
+from softprompt.data.messages import last_answer
 from softprompt.data.rows import with_labels
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError, MissingDependencyError
@@ -240,12 +240,8 @@ class _Turn(NamedTuple):
 
 def _last_turn(row: RowText) -> _Turn | None:
     """The assistant's last learned turn, if a message precedes it."""
-    turns = [
-        _Turn(position, message["content"])
-        for position, message in enumerate(row.messages)
-        if position > 0 and is_learned(message) and message["content"].strip()
-    ]
-    return turns[-1] if turns else None
+    position = last_answer(row.messages)
+    return None if position is None else _Turn(position, row.messages[position]["content"])
 
 
 def _has_answer(row: RowText) -> bool:

@@ -31,6 +31,7 @@ class Row:
     num_before: int = 0  # ids in front of the virtual tokens; only an encoder has any
     source: Sequence[int] = ()  # of an encoder-decoder: what its encoder reads; `ids` are the decoder's, without start
     has_decoder_prompt: bool = False  # the prompt's second half stands in front of the decoder's tokens
+    num_decoder_tokens: int | None = None  # vectors that are the decoder's, where they are not that half
     columns: Sequence[int] = ()  # of the ids, whose hidden states a head reads; -1 is the first virtual token
     labels: Sequence[int] = ()  # what the head should find there
     others: Sequence[Sequence[int]] = ()  # further texts under the same prompt, read alike (task "embed")
@@ -47,7 +48,8 @@ class Row:
         """An example's row under a prompt."""
         return cls(
             example.ids, prompt, targets, example.branches if with_branches else None, example.num_before,
-            example.source, example.has_decoder_prompt, example.columns, example.labels, example.others,
+            example.source, example.has_decoder_prompt, example.num_decoder_tokens, example.columns, example.labels,
+            example.others,
         )  # fmt: skip
 
     @property
