@@ -41,6 +41,16 @@ def kind_of_model(model: PreTrainedModel) -> BaseKind:
     return "causal" if is_causal else kind_of(model.config)
 
 
+def embedding_scale_of(model: PreTrainedModel) -> float:
+    """What an encoder multiplies the embeddings of its token ids by; 1.0 where their table does, or nothing.
+
+    Embeddings that are given to it as such are not multiplied (Pegasus, Marian).
+    """
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+    scale = getattr(encoder, "embed_scale", None)
+    return float(scale) if isinstance(scale, int | float) and kind_of_model(model) == "seq2seq" else 1.0
+
+
 def auto_class_of(config: PretrainedConfig) -> Any:  # Any: one of transformers' Auto classes
     """The class that loads the base. An encoder whose checkpoint has no head for masked words is loaded without one."""
     kind = kind_of(config)

@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 
 from softprompt.base.architecture import (
     auto_class_of,
+    embedding_scale_of,
     kind_of_model,
     refuse_adapter,
     refuse_incomplete,
@@ -190,6 +191,7 @@ def freeze_base(
         max_length=_max_length(model, max_length, name),
         bos_ids=bos_ids_of(tokenizer),
         end_ids=() if kind == "causal" else end_ids_of(tokenizer),
+        embedding_scale=embedding_scale_of(model),
         eos_id=eos_id_of(tokenizer),
         stop_ids=stop_ids_of(model, tokenizer, name),
         source=source,

@@ -52,6 +52,7 @@ class Base:
     kernels: Kernels = "measured"  # how its products run on a CPU
     kind: BaseKind = "causal"
     end_ids: tuple[int, ...] = ()  # added by the tokenizer behind a text; empty for a causal base
+    embedding_scale: float = 1.0  # of an encoder that multiplies its embeddings outside of their table (Pegasus)
 
     def __repr__(self) -> str:
         kind, dtype = self.model.config.model_type, str(self.dtype).removeprefix("torch.")
@@ -121,8 +122,8 @@ class Base:
 
     @cached_property
     def embedding_rms(self) -> float:
-        """Root mean square of the input-embedding table as the model's embedding gives it out."""
-        return embedding_rms(self.embedding, self.device)
+        """Root mean square of the input-embedding table as the model scales it."""
+        return embedding_rms(self.embedding, self.device) * self.embedding_scale
 
     @cached_property
     def per_layer(self) -> PerLayerEmbeddings | None:
@@ -138,7 +139,7 @@ class Base:
         """Input embeddings [..., H] of token ids [...], in the base's dtype, without gradient."""
         with torch.no_grad():
             found: Tensor = self.embedding(ids.to(self.device))
-            return found.clone()
+            return found.clone() if self.embedding_scale == 1.0 else found * self.embedding_scale
 
     def token_inputs(self, ids: Tensor) -> Tensor:
         """What a forward takes of token ids [...]: [..., W], which is `embed` but for per-layer embeddings."""

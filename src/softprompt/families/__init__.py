@@ -9,9 +9,11 @@ from softprompt.families.head import Head
 from softprompt.families.kernel_choice import KernelTable, kernel_table, this_machine
 from softprompt.families.kv_buffer import KeysValues, KVBuffer
 from softprompt.families.patches import decoder_layers
+from softprompt.families.seq2seq import Seq2SeqForward, seq2seq_forward
 
 __all__ = [
     "TESTED_FAMILIES", "CachedBatch", "Forward", "FrozenLinearKernels", "Head", "KVBuffer", "KernelTable", "KeysValues",
-    "ModelCache", "PackedBatch", "PackedWeight", "Packing", "QueryChunk", "Segment", "batch_order", "cached_batch",
-    "decoder_layers", "forward_of", "has_native_attention", "kernel_table", "this_machine",
+    "ModelCache", "PackedBatch", "PackedWeight", "Packing", "QueryChunk", "Segment",
+    "Seq2SeqForward", "batch_order", "cached_batch", "decoder_layers", "forward_of", "has_native_attention",
+    "kernel_table", "seq2seq_forward", "this_machine",
 ]  # fmt: skip

@@ -43,6 +43,7 @@ from softprompt.families.probes import (
     some_prompt,
     why,
 )
+from softprompt.families.seq2seq import find_seq2seq_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +95,8 @@ def forward_of(base: Base) -> Forward:
 def _found(base: Base) -> Forward:
     try:
         _refuse_by_name(base)
+        if base.kind == "seq2seq":
+            return find_seq2seq_forward(base)
         forward = _like_own_ids(base)
         if not _is_tested(base.model):
             forward = _checked(base, forward)

@@ -22,6 +22,7 @@ class Head:
     scale: float = 1.0
     cap: float | None = None  # logits become cap * tanh(logits / cap)
     kernels: FrozenLinearKernels = field(default_factory=FrozenLinearKernels)
+    added: Tensor | None = None  # [V], to the logits (BART's `final_logits_bias`)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
@@ -42,12 +43,13 @@ class Head:
     def bend(self, products: Tensor) -> Tensor:
         """Logits of the plain products of hidden states and output embeddings."""
         logits = products * self.scale if self.scale != 1.0 else products
+        logits = logits if self.added is None else logits + self.added
         return torch.tanh(logits / self.cap) * self.cap if self.cap is not None else logits
 
     def logits_of(self, hidden_ND: Tensor, ids_U: Tensor) -> Tensor:
         """Logits [N, U] of some ids alone, in float32 (float64 of a float64 base); gradients flow into the states."""
         linear, wide = self.linear, torch.promote_types(hidden_ND.dtype, torch.float32)
-        if type(linear) is not nn.Linear or hasattr(linear, "_hf_hook"):
+        if type(linear) is not nn.Linear or hasattr(linear, "_hf_hook") or self.added is not None:
             whole: Tensor = self(hidden_ND)[:, ids_U]
             return whole.to(wide)
         weight, bias = linear.weight.detach()[ids_U].to(wide), linear.bias
@@ -58,7 +60,7 @@ class Head:
     def weight(self) -> Tensor | None:
         """[V, D], where the head is one plain frozen matrix that may be used in blocks of rows."""
         linear = self.linear
-        has_more = getattr(linear, "bias", None) is not None or hasattr(linear, "_hf_hook")
+        has_more = self.added is not None or getattr(linear, "bias", None) is not None or hasattr(linear, "_hf_hook")
         return linear.weight.detach() if type(linear) is nn.Linear and not has_more else None
 
 
