@@ -50,7 +50,8 @@ TASK_DEFAULTS: Mapping[TaskKind, Mapping[str, Any]] = {
 DEFAULTS_BEFORE: Mapping[str, Any] = {"loss": "tokens", "relative_learning_rate": 0.3, "averaging": 0.0}
 EMBEDDED_BASE = "embedded"
 SMOLLM2_BASE = "smollm2"
-NAMED_BASES = (EMBEDDED_BASE, SMOLLM2_BASE)  # by a name of ours, whatever lies in the working folder
+MINILM_BASE = "minilm"
+NAMED_BASES = (EMBEDDED_BASE, SMOLLM2_BASE, MINILM_BASE)  # by a name of ours, whatever lies in the working folder
 KEPT_CHECKPOINTS = 3  # the latest ones of each run
 _SEEDS = 2**63  # torch's generators accept seeds below it
 _LARGEST_RATE = 1e30  # float32 still multiplies by it without overflow
@@ -61,7 +62,7 @@ _LARGEST_RATE = 1e30  # float32 still multiplies by it without overflow
 class BaseConfig:
     """The frozen base: where it is loaded from, and how it lies in memory."""
 
-    base: str = required("Hub id, folder or GGUF file of a language model, 'embedded' or 'smollm2'.")
+    base: str = required("Hub id, folder or GGUF file of a language model, 'embedded', 'smollm2' or 'minilm'.")
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     dtype: Dtype = option(
         "auto", "Dtype of the weights; auto is bfloat16 where the machine computes it fast, else float32."

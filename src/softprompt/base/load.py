@@ -57,7 +57,7 @@ _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def load_base(base: str | BaseConfig, **settings: Any) -> Base:
-    """A frozen base from a Hub id, a folder, a GGUF file, `"embedded"` or `"smollm2"`.
+    """A frozen base from a Hub id, a folder, a GGUF file, `"embedded"`, `"smollm2"` or `"minilm"`.
 
     `settings` are the fields of BaseConfig. Raises BaseModelError for every error of transformers on the files, for a
     tokenizer that does not fit the model and for a model larger than the free memory; ConfigError for a dtype, device,

