@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
+from softprompt.base.architecture import auto_class_of
 from softprompt.base.device import free_bytes
 from softprompt.errors import BaseModelError, SoftpromptError
 from softprompt.guard import cause_of, is_nested_deeper, lfs_pointer_problem
@@ -215,7 +216,7 @@ class _Deadline(TorchFunctionMode):
 def _build(config: PretrainedConfig, base: str) -> nn.Module | None:
     try:
         with torch.device("meta"), _Deadline(LONGEST_BUILD_S):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = auto_class_of(config).from_config(config)
             return model
     except _BuildTimeError:
         _refuse_endless(config, base)

@@ -141,7 +141,13 @@ def _biases(batch: PackedBatch, number: int, blocks: BlockBatch, scoring: Scorin
 
     def make() -> Biases:
         distance = blocks.query_positions_Gn[:, :, None] - blocks.key_positions_Gm[:, None]
-        hidden = distance < 0 if scoring.window is None else (distance < 0) | (distance >= scoring.window)
+        if batch.is_causal:
+            hidden = distance < 0
+        else:  # pads are hidden; a window reaches as far ahead as back
+            hidden = (blocks.key_positions_Gm >= blocks.shape[2])[:, None].expand_as(distance)
+            distance = distance.abs()
+        if scoring.window is not None:
+            hidden = hidden | (distance >= scoring.window)
         wide = torch.promote_types(like.dtype, torch.float32)
         nothing = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
         mask = nothing.masked_fill(hidden, -torch.inf)[:, None]
@@ -172,17 +178,15 @@ def _by_key_head(per_query_head: Tensor, num_key_heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Consecutive queries of one segment, and the keys that they see: its prefix, and its own up to the last query."""
+    """Consecutive queries of one segment, and the keys that they see: its prefix, and its own up to the last query, or
+    all of its own where attention is not causal."""
 
     first_query: int  # among the packed tokens
     num_queries: int
     first_position: int  # of the first query
     prefix: tuple[int, int]  # (first, length) among the keys; keys count the E prefix tokens first
     first_own: int  # among the keys
-
-    @property
-    def num_keys(self) -> int:
-        return self.first_position + self.num_queries
+    num_keys: int  # those of the prefix included
 
 
 @dataclass(frozen=True)
@@ -224,12 +228,14 @@ def _query_blocks(batch: PackedBatch, num_prefix: int) -> Iterator[QueryBlock]:
     for segment in batch.segments:
         prefix = segment.prefix or (0, 0)
         for first in range(0, segment.length, QUERY_BLOCK):
+            num_queries = min(QUERY_BLOCK, segment.length - first)
             yield QueryBlock(
                 first_query=segment.first + first,
-                num_queries=min(QUERY_BLOCK, segment.length - first),
+                num_queries=num_queries,
                 first_position=prefix[1] + first,
                 prefix=prefix,
                 first_own=num_prefix + segment.first,
+                num_keys=prefix[1] + (first + num_queries if batch.is_causal else segment.length),
             )
 
 

@@ -11,7 +11,6 @@ A family of the tested list (`TESTED_FAMILIES`) is only compared on ids: its tes
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,21 +19,24 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from softprompt.base import Base
 from softprompt.errors import BaseModelError
 from softprompt.families.batch import PackedBatch, Segment
+from softprompt.families.encoder import encoder_forward
 from softprompt.families.forward import CacheKind, Forward, ModelCache, Packing
 from softprompt.families.frozen_linear import FrozenLinearKernels
 from softprompt.families.head import Head, head_of
 from softprompt.families.kernel_choice import kernel_table
-from softprompt.families.patches import install_attention, install_kernels, remove_attention
+from softprompt.families.packing_check import checked_packing
+from softprompt.families.patches import install_kernels
 from softprompt.families.probes import (
     NUM_IDS,
     NUM_VIRTUAL,
+    first_positions,
     is_close,
     max_batchable_length,
     own_logits,
@@ -94,14 +96,9 @@ def forward_of(base: Base) -> Forward:
 @torch.no_grad()
 def _found(base: Base) -> Forward:
     try:
-        _refuse_by_name(base)
         if base.kind == "seq2seq":
             return find_seq2seq_forward(base)
-        forward = _like_own_ids(base)
-        if not _is_tested(base.model):
-            forward = _checked(base, forward)
-        if forward.packing not in (_ALONE, _STATES, _NO_CACHE):
-            forward = replace(forward, packing=_packing(base, forward))
+        forward = encoder_forward(base) if base.kind == "encoder" else _causal_forward(base)
         if forward.max_batchable_length is None:
             forward = replace(forward, max_batchable_length=max_batchable_length(base.model))
         return forward
@@ -109,6 +106,16 @@ def _found(base: Base) -> Forward:
         raise
     except Exception as error:  # whatever a model that nobody knew does with embeddings
         raise refused(base, why(base.model, error)) from error
+
+
+def _causal_forward(base: Base) -> Forward:
+    _refuse_by_name(base)
+    forward = _like_own_ids(base)
+    if not _is_tested(base.model):
+        forward = _checked(base, forward)
+    if forward.packing not in (_ALONE, _STATES, _NO_CACHE):
+        forward = replace(forward, packing=_packing(base, forward))
+    return forward
 
 
 def _refuse_by_name(base: Base) -> None:
@@ -146,18 +153,9 @@ def _ways(base: Base) -> Iterator[Forward]:
     whole = Forward(base.model, Head(kernels=kernels), None, per_layer=base.per_layer)
     head = head_of(base, kernels)
     backbones = [whole] if head is None else [replace(whole, backbone=base.model.base_model, head=head), whole]
-    for first_position in _first_positions(base):
+    for first_position in first_positions(base, base.model):
         for forward in backbones:
             yield replace(forward, first_position=first_position)
-
-
-def _first_positions(base: Base) -> list[int | None]:
-    if "position_ids" not in inspect.signature(base.model.forward).parameters:
-        return [None]
-    tables = [module for module in base.model.modules() if isinstance(module, nn.Embedding)]
-    pads = {table.padding_idx for table in tables} | {getattr(base.model.config, "pad_token_id", None)}
-    behind_pad = sorted({pad + 1 for pad in pads if pad is not None and pad >= 0})  # RoBERTa's first position
-    return [0, *behind_pad, None]
 
 
 @dataclass(frozen=True)
@@ -266,26 +264,14 @@ def _has_states(cache: ModelCache) -> bool:
 
 
 def _packing(base: Base, forward: Forward) -> Packing:
-    """Let the base's attention compute packed rows and check them against rows run one by one; on failure undo it."""
-    if any(hasattr(module, "_hf_hook") for module in base.model.modules()):
-        return Packing(None, "rows run padded by length: the base is spread over devices")
-    truth = _rows_one_by_one(base, forward)
-    carrier = install_attention(base.model)
-    if carrier is None:
-        return Packing(None, "rows run padded by length: this family's attention cannot be given packed rows")
-    failure = "its answers differ"
-    try:
-        if not torch.equal(_rows_one_by_one(base, forward), truth):
-            failure = "its plain answers changed"
-        else:
-            packed = replace(forward, packing=Packing(carrier, "rows run packed behind one pass of the soft prompt"))
-            logits = forward.logits(packed.packed_hidden_states(*_packed_probe(base)))
-            if is_close(logits[len(_PREFIX_IDS) :], truth):
-                return packed.packing
-    except Exception as error:  # whatever a model that nobody knew does with rows that it does not understand
-        failure = f"{type(error).__name__}: {error}".split("\n")[0]
-    remove_attention(base.model)
-    return Packing(None, f"rows run padded by length: packed rows failed their check on this base ({failure})")
+    """How rows run packed, behind one pass of their soft prompt."""
+
+    def packed(packing: Packing) -> Tensor:
+        hidden = replace(forward, packing=packing).packed_hidden_states(*_packed_probe(base))
+        return forward.logits(hidden)[len(_PREFIX_IDS) :]
+
+    note = "rows run packed behind one pass of the soft prompt"
+    return checked_packing(base, note, lambda: _rows_one_by_one(base, forward), packed)
 
 
 def _rows_one_by_one(base: Base, forward: Forward) -> Tensor:

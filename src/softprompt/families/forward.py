@@ -104,7 +104,8 @@ class Forward:
     ) -> Tensor:
         """Last hidden states [B, S, D], after the final norm. `mask_BM` also covers what is in the cache."""
         if cache is None:
-            return _hidden(self._run(embeds_BSH, positions_BS, attention_mask=mask_BM, use_cache=False), embeds_BSH)
+            without = {"use_cache": False} if self.is_causal else {}  # an encoder has none to leave out
+            return _hidden(self._run(embeds_BSH, positions_BS, attention_mask=mask_BM, **without), embeds_BSH)
         seen = {"attention_mask": mask_BM} if self.cache == "all" else {}  # states are not masked
         output = self._run(embeds_BSH, positions_BS, use_cache=True, **seen, **cache.as_argument())
         cache.keep(output)
@@ -116,7 +117,9 @@ class Forward:
         brought: dict[str, Any] = {"past_key_values": BatchCache(batch)}
         if self.packing.carrier == "mask":
             brought = {"attention_mask": BatchMask.of(batch, embeds_SH)}
-        return _hidden(self._run(embeds_SH[None], positions_S[None], use_cache=False, **brought), embeds_SH)[0]
+        if self.is_causal:
+            brought["use_cache"] = False
+        return _hidden(self._run(embeds_SH[None], positions_S[None], **brought), embeds_SH)[0]
 
     def arguments(self, inputs: Tensor) -> dict[str, Tensor]:
         """What the model's forward takes for `Base.token_inputs` and `Base.virtual_inputs`."""

@@ -76,11 +76,15 @@ def remove_attention(model: PreTrainedModel) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers in order; none where a family keeps them otherwise."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
+    """The decoder layers, or an encoder's, in order; none where a family keeps them otherwise.
+
+    ALBERT's groups of layers run several times each.
+    """
+    config = model.config.get_text_config()
+    for count in (getattr(config, name, None) for name in ("num_hidden_layers", "num_hidden_groups")):
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return list(module)
     return []
 
 

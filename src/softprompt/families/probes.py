@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softprompt.base import Base
 from softprompt.errors import BaseModelError
@@ -25,7 +25,7 @@ def probe_ids(base: Base, count: int = NUM_IDS) -> Tensor:
     config = base.model.config
     special = {value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
     found = [token for token in range(3, base.vocab_size) if token not in special]
-    ids = [found[index % len(found)] for index in _ORDER[:count]]
+    ids = [found[_ORDER[index % len(_ORDER)] % len(found)] for index in range(count)]
     return torch.tensor([ids], device=base.device)
 
 
@@ -33,6 +33,16 @@ def some_prompt(base: Base, seed: int) -> Tensor:
     """[P, H], of the size of the base's embeddings."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(NUM_VIRTUAL, base.hidden_size, generator=generator) * base.embedding_rms
+
+
+def first_positions(base: Base, model: nn.Module) -> list[int | None]:
+    """Where a model's positions may begin, to be tried one after the other; None: it counts by itself."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return [None]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    pads = {table.padding_idx for table in tables} | {getattr(base.model.config, "pad_token_id", None)}
+    behind_pad = sorted({pad + 1 for pad in pads if pad is not None and pad >= 0})  # RoBERTa's first position
+    return [0, *behind_pad, None]
 
 
 def own_logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:

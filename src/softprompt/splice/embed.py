@@ -57,6 +57,19 @@ class Row:
         """Real tokens of all its texts, virtual ones not counted."""
         return len(self.ids) + len(self.source) + sum(map(len, self.others))
 
+    @property
+    def columns_of_others(self) -> list[Sequence[int]]:
+        """The columns of each of its other texts, read by the rule that the row's own columns show.
+
+        The first token where the row's own is column 0 alone, the first virtual one where it is -1 alone, the last
+        token where it is its last one alone; else all tokens of the text, for a mean.
+        """
+        columns = tuple(self.columns)
+        if columns in ((0,), (-1,)):
+            return [columns for _ in self.others]
+        is_last = columns == (len(self.ids) - 1,)
+        return [(len(ids) - 1,) if is_last else tuple(range(len(ids))) for ids in self.others]
+
 
 def embed_with_prompt(base: Base, pieces: Sequence[tuple[Tensor | None, Sequence[int]]]) -> Tensor:
     """Input embeddings [S, W] of pieces, one after the other: vectors of a soft prompt [P, H], if any, then token ids.
@@ -110,13 +123,29 @@ class Targets:
     weights: Tensor  # of its loss, float64
 
 
-def find_columns(rows: Sequence[Row], first_slots: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The slots [N] of the rows' columns, and their rows [N], in row order, given the slot of each row's first id."""
+def rows_of_texts(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """A row for each text, a row's own before its others, and the number of the row that each belongs to."""
+    texts, owners = [], []
+    for number, row in enumerate(rows):
+        others = zip(row.others, row.columns_of_others, strict=True)
+        texts += [row, *(Row(ids, row.prompt, columns=own, num_before=row.num_before) for ids, own in others)]
+        owners += [number] * (1 + len(row.others))
+    return texts, owners
+
+
+def find_columns(
+    rows: Sequence[Row], first_slots: Sequence[int], virtual_slots: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The slots [N] of the rows' columns, and their rows [N], in row order.
+
+    Given the slots of each row's first id, and of its first virtual token, which is column -1.
+    """
     found = [
-        (first + column, number)
-        for number, (row, first) in enumerate(zip(rows, first_slots, strict=True))
+        (virtual if column < 0 else first + column, number)
+        for number, (row, first, virtual) in enumerate(zip(rows, first_slots, virtual_slots, strict=True))
         for column in row.columns
     ]
+    assert all(slot >= 0 for slot, _ in found), "a bare row has no virtual token"
     slots, owners = torch.tensor(found, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
     return slots, owners
 

@@ -22,7 +22,7 @@ from softprompt.base import Base
 from softprompt.errors import BaseModelError
 from softprompt.families import Forward, KeysValues, PackedBatch, Segment
 from softprompt.splice.concatenate import concatenate
-from softprompt.splice.embed import Row, Targets, embed_with_prompt, find_columns, find_targets
+from softprompt.splice.embed import Row, Targets, embed_with_prompt, find_columns, find_targets, rows_of_texts
 from softprompt.splice.encoder import encoded_columns
 from softprompt.splice.seq2seq import decoded_targets
 
@@ -75,19 +75,29 @@ def column_states(
 ) -> tuple[Tensor, Tensor]:
     """The hidden states [N, D] at the rows' columns, in row order, and the number of each one's row [N].
 
+    A column is an index among the row's ids; -1 is the first virtual token. The states of a row are those of its own
+    ids, then those of each of its `others`, at `Row.columns_of_others`. Gradients flow into the prompts.
     Raises BaseModelError for an encoder-decoder, whose hidden states no head reads.
     """
     if base.kind == "encoder":
         return encoded_columns(base, forward, rows, prompts, checkpoint)
     if base.kind == "seq2seq":
         raise BaseModelError(f"base {base.name!r} is an encoder-decoder; its hidden states are read by no head")
-    if _must_run_alone(forward, rows, prompts):
-        parts = [column_states(base, forward, [row], prompts) for row in rows]
-        owners = [torch.full_like(own, number) for number, (_, own) in enumerate(parts)]
-        return torch.cat([hidden for hidden, _ in parts]), torch.cat(owners)
-    found = _run(base, forward, rows, prompts, None, checkpoint)
-    slots, owners_N = find_columns(rows, found.first_slots, base.device)
-    return found.hidden[slots], owners_N
+    texts, owners = rows_of_texts(rows)
+    hidden_ND, numbers_N = _columns_of_texts(base, forward, texts, prompts, checkpoint)
+    return hidden_ND, torch.tensor(owners, device=base.device)[numbers_N]
+
+
+def _columns_of_texts(
+    base: Base, forward: Forward, texts: Sequence[Row], prompts: Sequence[Tensor], checkpoint: bool
+) -> tuple[Tensor, Tensor]:
+    if _must_run_alone(forward, texts, prompts):
+        parts = [_columns_of_texts(base, forward, [text], prompts, checkpoint) for text in texts]
+        numbers = [torch.full_like(own, number) for number, (_, own) in enumerate(parts)]
+        return torch.cat([hidden for hidden, _ in parts]), torch.cat(numbers)
+    found = _run(base, forward, texts, prompts, None, checkpoint)
+    slots, numbers_N = find_columns(texts, found.first_slots, found.virtual_slots, base.device)
+    return found.hidden[slots], numbers_N
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class _Hidden:
     hidden: Tensor  # [slots, D]
     first_slots: list[int]  # of each row's first id
     slots_before: list[int]  # of the state that predicts it
+    virtual_slots: list[int]  # of each row's first virtual token; -1 where there is none
 
 
 def _run(
@@ -113,7 +124,9 @@ def _run(
     spliced = concatenate(base, rows, prompts, align="left")
     hidden = forward.hidden_states(spliced.embeds_BSH, spliced.mask_BS, spliced.positions_BS).flatten(0, 1)
     first_slots = list(spliced.text_slots)
-    return _Hidden(hidden, first_slots, [slot - 1 for slot in first_slots])
+    num_virtual = [0 if row.prompt is None else prompts[row.prompt].shape[0] for row in rows]
+    virtual = [first - own if own else -1 for first, own in zip(first_slots, num_virtual, strict=True)]
+    return _Hidden(hidden, first_slots, [slot - 1 for slot in first_slots], virtual)
 
 
 def _must_run_alone(forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> bool:
@@ -168,6 +181,7 @@ def _packed(
         torch.cat(parts),
         first_slots=[num_before + first for first, _ in own],
         slots_before=[0 if row.prompt is None else ends[row.prompt] for row in rows],
+        virtual_slots=[-1 if prefix is not None or row.prompt is None else ranges[row.prompt][0] for row in rows],
     )
 
 

@@ -22,11 +22,12 @@ from torch import nn
 
 from softprompt.base import Base, free_bytes
 from softprompt.errors import MemoryLimitError
-from softprompt.families import Forward
+from softprompt.families import Forward, decoder_layers
 from softprompt.families.attention import MOST_SCORES, QUERY_BLOCK
 from softprompt.training.ranks import Ranks, least, most_shared
 from softprompt.training.step import accumulate_gradient
 from softprompt.training.trial import Trial, training_row
+from softprompt.types import Example
 
 _USABLE_SHARE = 0.8  # of the free memory: the allocator fragments, and other processes need some too
 _USABLE_SHARE_AGAIN = 0.95  # for a run that is resumed: two measurements of one row differ
@@ -86,9 +87,14 @@ def bound_of_step(base: Base, forward: Forward, trials: Sequence[Trial]) -> floa
     Known for packed rows, whose attention is ours: what the layers keep of a token is bounded by the widths of their
     matrices, and what a pass needs besides by one batch of attention scores and one block of logits.
     """
-    longest = max(len(example.ids) + trial.plan.config.virtual_tokens for trial in trials for example in trial.examples)
+    longest = max(
+        length + trial.plan.config.virtual_tokens
+        for trial in trials
+        for example in trial.examples
+        for length in _lengths(example)
+    )
     limit = forward.max_batchable_length
-    if not forward.can_share_prefix or (limit is not None and longest > limit):
+    if not forward.can_pack or (limit is not None and longest > limit):
         return math.inf
     scores = max(MOST_SCORES.get(base.device.type, 0), min(QUERY_BLOCK, longest) * longest)
     heads: int = base.model.config.get_text_config(decoder=True).num_attention_heads
@@ -98,10 +104,24 @@ def bound_of_step(base: Base, forward: Forward, trials: Sequence[Trial]) -> floa
 
 def bound_numbers_of_tokens(base: Base, forward: Forward, trials: Sequence[Trial]) -> int:
     """More numbers than a forward pass over the largest step of all trials keeps for its backward pass."""
-    width = _NUMBERS_PER_WIDTH * _widths(forward.backbone)
-    if forward.head.linear is None:  # the model runs whole: logits of every token, and their gradient
+    width = _NUMBERS_PER_WIDTH * _widths(forward.backbone) * _num_runs(base)
+    if (
+        forward.head.linear is None and forward.head.refusal is None
+    ):  # the model runs whole: logits of every token, and their gradient
         width += 2 * base.vocab_size
-    return width * sum(_most_tokens(trial) for trial in trials)
+    return width * sum(_most_tokens(trial, forward.can_share_prefix) for trial in trials)
+
+
+def _num_runs(base: Base) -> int:
+    """How often a layer runs in one pass, at most: ALBERT's are fewer than its passes through them."""
+    layers = decoder_layers(base.model)
+    config = base.model.config.get_text_config(decoder=True)
+    return math.ceil(config.num_hidden_layers / len(layers)) if layers else 1
+
+
+def _lengths(example: Example) -> list[int]:
+    """Of each text that an example runs."""
+    return [len(ids) for ids in (example.ids, *example.others)]
 
 
 def _widths(backbone: nn.Module) -> int:
@@ -115,17 +135,19 @@ def _widths(backbone: nn.Module) -> int:
     )
 
 
-def _most_tokens(trial: Trial) -> int:
-    """Of any of its steps, virtual ones included."""
-    lengths = [len(example.ids) for example in trial.examples]
+def _most_tokens(trial: Trial, is_shared: bool) -> int:
+    """Of any of its steps, virtual ones included: once, or with each text where they are not shared."""
+    num_virtual = trial.plan.config.virtual_tokens
+    own = 0 if is_shared else num_virtual
+    sums = [sum(length + own for length in _lengths(example)) for example in trial.examples]
     steps = (step for steps in trial.plan.epochs for step in steps)
-    return max(sum(lengths[index] for index in step) for step in steps) + trial.plan.config.virtual_tokens
+    return max(sum(sums[index] for index in step) for step in steps) + (num_virtual if is_shared else 0)
 
 
 def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> None:
-    lengths = [max(len(example.ids) for example in trial.examples) for trial in trials]
+    lengths = [max(sum(_lengths(example)) for example in trial.examples) for trial in trials]
     owner = lengths.index(max(lengths))
-    longest = max(trials[owner].examples, key=lambda example: len(example.ids))
+    longest = max(trials[owner].examples, key=lambda example: sum(_lengths(example)))
     config = trials[owner].plan.config
     row = replace(training_row(longest, config), prompt=owner)
     leaves = [trial.prompt().requires_grad_(True) for trial in trials]

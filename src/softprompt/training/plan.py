@@ -74,7 +74,7 @@ def make_plan(base: Base, forward: Forward, data: ExampleSet, config: TrainConfi
         epochs=epochs,
         num_steps=min(num_steps, config.max_steps or num_steps),
         micro_batch_rows=min(config.micro_batch_rows or longest_step, longest_step),
-        layout="packed" if forward.can_share_prefix else "padded",
+        layout="packed" if forward.can_pack else "padded",
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         num_threads=torch.get_num_threads(),

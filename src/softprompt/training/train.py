@@ -363,7 +363,7 @@ def _check_lengths(base: Base, data: ExampleSet, config: TrainConfig) -> None:
 
 
 def _check_checkpointing(forward: Forward, config: TrainConfig) -> None:
-    if config.checkpoint_layers and not forward.can_share_prefix:
+    if config.checkpoint_layers and not forward.can_pack:
         raise ConfigError(f"checkpoint_layers works on packed rows only; {forward.packing.note}")
 
 
