@@ -2,22 +2,54 @@
 
 `AutoModelForSequenceClassification`, `...TokenClassification` and `...QuestionAnswering` have, besides the backbone,
 modules of their own: `classifier` of BERT, dense and out_proj of RoBERTa, `score` of decoders. Their weights, under
-their names there, are what PEFT saves as `modules_to_save`.
+their names there, are what PEFT saves as `modules_to_save`. The headed model is built on the meta device, without
+memory for weights; given states stand in for its backbone, and its own forward does the rest, without dropout. So a
+family needs no code of its own here.
 
-N states, D hidden width, C classes.
+A pooler inside the backbone (BERT's) is the frozen base's own. Where the base has none it is part of the head and is
+trained, as a pooler that lies outside (DeBERTa's) always is.
+
+B texts, T tokens, N states, D hidden width, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+)
 
 from softprompt.base import Base
+from softprompt.errors import AdapterError, BaseModelError, ConfigError, shortened
+from softprompt.guard import cause_of
 from softprompt.types import InputForm, Task
 
 HEADED_TASKS: tuple[Task, ...] = ("classify", "tag", "answer")
+Position = Literal["first", "last", "mean"]
+Pool = Callable[[Tensor], Tensor]  # [B, T, D] to [B, D]
+
+_CLASSES: Mapping[str, Any] = {
+    "classify": AutoModelForSequenceClassification,
+    "tag": AutoModelForTokenClassification,
+    "answer": AutoModelForQuestionAnswering,
+}
+_MOST_LABELS = 100_000
+_PROBE_STATES = 3
+_CLOSE = 0.05  # to the logits of a state that is read, as a share of the distance to those of one that is not
 
 
 @dataclass(frozen=True)
@@ -30,15 +62,47 @@ class TaskHead:
 
     def start(self, seed: int) -> dict[str, Tensor]:
         """New weights, float32 on the CPU, by their names in transformers' class; drawn as it draws them."""
-        raise NotImplementedError
+        return self._model.start(seed)
 
     def logits(self, weights: Mapping[str, Tensor], states_ND: Tensor) -> Tensor:
-        """Logits [N, C] of states; gradients flow into both. Of task "answer", C is 2: start and end of the span."""
-        raise NotImplementedError
+        """Logits [N, C] of states; gradients flow into both. Of task "answer", C is 2: start and end of the span.
+
+        They are float32, of a float64 base float64. Of task "classify" there is one state for each text.
+        """
+        if self.task == "classify":
+            return self._model.logits(weights, states_ND[:, None])
+        return self._model.logits(weights, states_ND[None])[0]
+
+    @property
+    def position(self) -> Position:
+        """Whose state transformers' class reads of a whole input, and so PEFT's; only of task "classify"."""
+        return self._model.position
 
     def check(self, weights: Mapping[str, Tensor], where: str) -> None:
         """Raises AdapterError where names or shapes are not those of this head."""
-        raise NotImplementedError
+        shapes = self._model.shapes
+        here = f"the {self.task} head of base {self.base.name!r} ({self.base.model.config.model_type})"
+        for name in sorted(set(weights) - set(shapes)):
+            raise AdapterError(f"{where} has the weight {name!r}, but {here} has {', '.join(sorted(shapes))}")
+        for name in sorted(set(shapes) - set(weights)):
+            raise AdapterError(
+                f"{where} lacks the weight {name!r} of {here}; it was left out when the adapter was saved "
+                "(modules_to_save), and the base does not have it: train the head here, or save that module too"
+            )
+        for name, shape in shapes.items():
+            if weights[name].shape != shape:
+                raise AdapterError(
+                    f"{where} has {name} of the shape {list(weights[name].shape)}; {here} has {list(shape)} there for "
+                    f"{self.num_labels} labels"
+                )
+
+    @property
+    def _model(self) -> _HeadedModel:
+        known = _MODELS.setdefault(self.base, {})
+        key = (self.task, self.num_labels)
+        if key not in known:
+            known[key] = _headed_model(self.base, *key)
+        return known[key]
 
 
 def task_head(base: Base, form: InputForm) -> TaskHead | None:
@@ -48,4 +112,178 @@ def task_head(base: Base, form: InputForm) -> TaskHead | None:
     """
     if form.task not in HEADED_TASKS:
         return None
-    raise NotImplementedError
+    num_labels = 2 if form.task == "answer" else len(form.labels)
+    if not 0 < num_labels <= _MOST_LABELS:
+        raise ConfigError(f"a head for the task {form.task} has 1 to {_MOST_LABELS:,} labels, not {num_labels:,}")
+    head = TaskHead(base, form.task, num_labels)
+    _ = head._model
+    return head
+
+
+class _Drawing(TorchDispatchMode):
+    """Within it random numbers come from a generator of its own, in this thread alone."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # Any: torch's own
+        is_random = any(argument.name == "generator" for argument in func._schema.arguments)
+        own = {"generator": self._generator} if is_random else {}
+        return func(*args, **{**(kwargs or {}), **own})
+
+
+class _Output:
+    """What a head reads of its backbone's output. A head that asks for the pooled state is noticed."""
+
+    past_key_values = hidden_states = attentions = cross_attentions = None
+
+    def __init__(self, backbone: _GivenStates, states: Tensor) -> None:
+        self.last_hidden_state, self._backbone = states, backbone
+
+    @property
+    def pooler_output(self) -> Tensor:
+        self._backbone.is_pooled = True
+        return self._backbone.pool(self.last_hidden_state)
+
+    def __getitem__(self, index: int | slice) -> Any:  # Any: a tensor, or some of them
+        if index == 0:
+            return self.last_hidden_state
+        return self.pooler_output if index == 1 else (self.last_hidden_state, self.pooler_output)[index]
+
+
+class _GivenStates(nn.Module):
+    """The backbone of a headed model: whatever it is called with, it returns the given states [B, T, D].
+
+    `pooler` is that of the headed model's own backbone; its weights are those of a head that has to train it.
+    """
+
+    def __init__(self, backbone: Any) -> None:  # Any: a PreTrainedModel with or without a pooler
+        super().__init__()
+        self.config = backbone.config
+        self.pooler = getattr(backbone, "pooler", None)
+        self.pool = _pool_of(backbone)
+        self.is_pooled = False
+        self.states: Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        assert self.states is not None
+        return _Output(self, self.states)
+
+
+def _pool_of(backbone: Any) -> Pool:  # Any: as above
+    """A backbone's own pooling. ALBERT's pooler is a linear layer, with its activation beside it."""
+    pooler, activation = getattr(backbone, "pooler", None), getattr(backbone, "pooler_activation", None)
+
+    def pool(states_BTD: Tensor) -> Tensor:
+        assert pooler is not None
+        pooled: Tensor = pooler(states_BTD) if activation is None else activation(pooler(states_BTD[:, 0]))
+        return pooled
+
+    return pool
+
+
+class _HeadedModel:
+    """A headed model of transformers over given states."""
+
+    def __init__(self, model: Any, base: Base, width: int) -> None:  # Any: whatever class the family has
+        self._model, self._lock = model.eval(), Lock()
+        self._width, self._device = width, base.device
+        name = model.base_model_prefix
+        self._given = _GivenStates(getattr(model, name))
+        setattr(model, name, self._given)
+        self._run({}, torch.empty(1, 1, width, device="meta"))
+        own = _own_pool(base)
+        if own is not None or not self._given.is_pooled:
+            self._given.pooler = None
+        self._given.pool = self._given.pool if own is None else own
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def logits(self, weights: Mapping[str, Tensor], states_BTD: Tensor) -> Tensor:
+        """[B, C] of a head that pools, else [B, T, C]."""
+        wide = torch.promote_types(states_BTD.dtype, torch.float32)
+        moved = {name: weight.to(device=states_BTD.device, dtype=wide) for name, weight in weights.items()}
+        with self._lock:  # the weights of a call stand in the module while it runs
+            return self._run(moved, states_BTD.to(wide))
+
+    def start(self, seed: int) -> dict[str, Tensor]:
+        """As transformers initialises them, by its own code."""
+        model = copy.deepcopy(self._model).float().to_empty(device="cpu")
+        with torch.no_grad(), _Drawing(seed):
+            model.apply(model._init_weights)
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    @cached_property
+    def position(self) -> Position:
+        """Found by a probe. Raises ValueError for a class that reads none of these."""
+        states_TD = torch.randn(_PROBE_STATES, self._width, generator=torch.Generator().manual_seed(0))
+        read: dict[Position, Tensor] = {"first": states_TD[0], "last": states_TD[-1], "mean": states_TD.mean(dim=0)}
+        weights = self.start(seed=0)
+        with torch.no_grad():
+            whole = self.logits(weights, states_TD[None].to(self._device))
+            alone = self.logits(weights, torch.stack(list(read.values()))[:, None].to(self._device))
+        distances = dict(zip(read, (alone - whole).abs().amax(dim=1).tolist(), strict=True))
+        nearest = min(read, key=lambda name: distances[name])
+        if distances[nearest] > _CLOSE * max(distances.values()):
+            raise ValueError("its class reads neither the first nor the last state nor their mean")
+        return nearest
+
+    def _run(self, weights: Mapping[str, Tensor], states_BTD: Tensor) -> Tensor:
+        ids_BT = torch.full(states_BTD.shape[:2], self._real_id, device=states_BTD.device)
+        self._given.states = states_BTD
+        try:
+            output = functional_call(self._model, dict(weights), (), {"input_ids": ids_BT, "return_dict": True})
+        finally:
+            self._given.states = None
+        if hasattr(output, "start_logits"):
+            return torch.stack([output.start_logits, output.end_logits], dim=-1)
+        logits: Tensor = output.logits
+        return logits
+
+    @property
+    def _real_id(self) -> int:
+        """Any token but the pad, which decoders leave out when they look for the last one."""
+        return int(self._model.config.get_text_config().pad_token_id == 0)
+
+
+_MODELS: WeakKeyDictionary[Base, dict[tuple[Task, int], _HeadedModel]] = WeakKeyDictionary()
+
+
+def _headed_model(base: Base, task: Task, num_labels: int) -> _HeadedModel:
+    """Raises BaseModelError where transformers has none for the family, or one that cannot be used."""
+    failure: Exception | None = None
+    for width in dict.fromkeys((base.model.config.get_text_config().hidden_size, base.hidden_size)):  # OPT's is H
+        try:
+            with torch.device("meta"):
+                model = _CLASSES[task].from_config(_config(base, num_labels), attn_implementation="eager")
+            headed = _HeadedModel(model, base, width)
+            _ = headed.position if task == "classify" else None
+            return headed
+        except Exception as error:  # whatever a class that nobody tried does with given states
+            failure = failure or error
+    assert failure is not None
+    is_unknown = "Unrecognized configuration class" in str(failure)
+    raise BaseModelError(
+        f"base {base.name!r} ({base.model.config.model_type}) cannot be trained for the task {task}: transformers has "
+        f"no {_CLASSES[task].__name__} of its family"
+        + ("" if is_unknown else f" that reads given states ({shortened(cause_of(failure))})")
+    ) from failure
+
+
+def _config(base: Base, num_labels: int) -> PretrainedConfig:
+    config = copy.deepcopy(base.model.config)
+    config.num_labels = num_labels
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    text = config.get_text_config()
+    text.pad_token_id = 0 if text.pad_token_id is None else text.pad_token_id  # decoders' heads ask for one
+    return config
+
+
+def _own_pool(base: Base) -> Pool | None:
+    """The frozen base's own pooling, computed in its dtype; None where it has no pooler."""
+    backbone = base.model.base_model
+    if getattr(backbone, "pooler", None) is None:
+        return None
+    pool, dtype = _pool_of(backbone), base.dtype
+    return lambda states_BTD: pool(states_BTD.to(dtype)).to(states_BTD.dtype)

@@ -2,10 +2,18 @@
 
 from softprompt.loss.chunked import nll, weighted_nll
 from softprompt.loss.labels import weighted_label_nll
-from softprompt.loss.objective import NO_LABEL, Objective, ObjectiveWeights, num_labels, objective
+from softprompt.loss.objective import (
+    NO_LABEL,
+    Objective,
+    ObjectiveWeights,
+    head_outputs,
+    label_word_ids,
+    num_labels,
+    objective,
+)
 from softprompt.loss.score import RowScore, score_examples, score_under, target_nlls
 
 __all__ = [
-    "NO_LABEL", "Objective", "ObjectiveWeights", "RowScore", "nll", "num_labels", "objective", "score_examples",
-    "score_under", "target_nlls", "weighted_label_nll", "weighted_nll",
+    "NO_LABEL", "Objective", "ObjectiveWeights", "RowScore", "head_outputs", "label_word_ids", "nll", "num_labels",
+    "objective", "score_examples", "score_under", "target_nlls", "weighted_label_nll", "weighted_nll",
 ]  # fmt: skip

@@ -15,11 +15,9 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.families import Forward
 from softprompt.loss.chunked import nll
-from softprompt.loss.objective import ObjectiveWeights, num_labels
+from softprompt.loss.objective import SLOTS_PER_BATCH, ObjectiveWeights, by_length, num_labels
 from softprompt.splice import Prefix, Row, column_states, run_prompts, target_states
 from softprompt.types import Example
-
-SLOTS_PER_BATCH = 4_096  # pads included
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def target_nlls(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequ
     result: list[dict[int, float]] = [{} for _ in rows]
     prefix = run_prompts(base, forward, prompts) if prompts and forward.can_share_prefix else None
     lengths = [row.num_tokens + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
-    for batch in _by_length(lengths):
+    for batch in by_length(lengths, SLOTS_PER_BATCH):
         some = [rows[index] for index in batch]
         for index, losses in zip(batch, _batch_nlls(base, forward, some, prompts, prefix), strict=True):
             result[index] = losses
@@ -98,7 +96,7 @@ def _head_scores(
         numbers = [number for number, (_, own) in enumerate(examples) if own == index]
         rows = [Row.of(examples[number][0], 0, ()) for number in numbers]
         lengths = [row.num_tokens + prompts[index].shape[0] for row in rows]
-        for batch in [list(range(len(rows)))] if head.objective.is_joint else _by_length(lengths):
+        for batch in [list(range(len(rows)))] if head.objective.is_joint else by_length(lengths, SLOTS_PER_BATCH):
             some = [rows[number] for number in batch]
             states_ND, owners_N = column_states(base, forward, some, [prompts[index]])
             nats = head.objective.row_nats(states_ND, owners_N, some, head.weights).tolist()
@@ -112,16 +110,6 @@ def _row_score(example: Example, losses: dict[int, float]) -> RowScore:
     text = [nats for column, nats in losses.items() if column != eos]
     eos_nats = losses[eos] if eos is not None else 0.0
     return RowScore(text_nats=sum(text), num_text=len(text), eos_nats=eos_nats, num_eos=int(eos is not None))
-
-
-def _by_length(lengths: list[int]) -> list[list[int]]:
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= SLOTS_PER_BATCH:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def _batch_nlls(
