@@ -97,7 +97,9 @@ class DataConfig:
         None, "Character between the cells of a CSV file; default: guessed from its first line."
     )
     text_column: str | None = option(None, "Column with plain text (loss on all of it).")
-    label_column: str | None = option(None, "Column with labels: learn to answer each text with its label.")
+    label_column: str | None = option(
+        None, "Column with labels, of texts or (a list) of words: learn to answer each text with its label."
+    )
     template: str | None = option(None, 'Prompt with {column} fields, e.g. "Review: {text}\\nSentiment:".')
     completion: str | None = option(None, 'Completion with {column} fields, e.g. " {label}" (loss on it alone).')
     messages_column: str | None = option(None, "Column with chat messages (loss on the assistant's turns).")
@@ -126,11 +128,15 @@ class DataConfig:
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
-        if (self.template is None) != (self.completion is None):
+        answers = self.completion if self.completion is not None else self.label_column
+        if (self.template is None) != (answers is None) and (self.template is not None or self.completion is not None):
             given, lacking = ("template", "completion") if self.completion is None else ("completion", "template")
             value = shortened(getattr(self, given))
             raise ConfigError(f"{given} {value} needs a {lacking} too: the two together make one example")
-        for names in (("text_column", "template", "messages_column"), ("label_column", "template", "messages_column")):
+        for names in (
+            ("text_column", "template", "messages_column"), ("label_column", "completion", "messages_column"),
+            ("template", "messages_column"),
+        ):  # fmt: skip
             given_names = [name for name in names if getattr(self, name) is not None]
             if len(given_names) > 1:
                 raise ConfigError(f"{' and '.join(given_names)} exclude each other; give one")
@@ -157,6 +163,11 @@ class TrainConfig:
         "auto",
         "Hidden state that classify and embed read: of [CLS], the mean over the text, of the last token, or the one "
         "that PEFT reads; auto goes by base and task.",
+    )
+    label_words: tuple[str, ...] = option(
+        (),
+        "For cloze: the words that stand for a label at the mask, as LABEL=WORD or LABEL=WORD,WORD; may be repeated. "
+        "Default: the label's own text.",
     )
     decoder_prompt: bool = option(
         False, "For an encoder-decoder: train a second soft prompt of the same length in front of the decoder's tokens."

@@ -155,6 +155,7 @@ class DataReport:
     max_tokens: int = 0
     example: str = ""  # the first example as the model sees it, targets marked
     notes: tuple[str, ...] = field(default=(), compare=False)  # how the rows were read: a guess, columns not used
+    task: Task = "generate"  # of others, `num_targets` are labels
 
 
 @dataclass(frozen=True, kw_only=True)

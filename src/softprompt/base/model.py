@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.base.fingerprint import fingerprint
 from softprompt.base.generation import GenerationRules
-from softprompt.base.tokens import encode_text, target_bos_ids_of
+from softprompt.base.tokens import encode_text, encode_with_spans, pair_ids_of, target_bos_ids_of
 from softprompt.config import Kernels
 from softprompt.errors import EncodingError
 from softprompt.types import BaseKind
@@ -121,6 +121,11 @@ class Base:
         return (self.decoder_start_id, *((forced,) if forced is not None else target_bos_ids_of(self.tokenizer)))
 
     @cached_property
+    def pair_ids(self) -> tuple[int, ...]:
+        """The ids between two texts that are read as one: the tokenizer's own, empty where it has none."""
+        return pair_ids_of(self.tokenizer)
+
+    @cached_property
     def embedding_rms(self) -> float:
         """Root mean square of the input-embedding table as the model scales it."""
         return embedding_rms(self.embedding, self.device) * self.embedding_scale
@@ -165,6 +170,19 @@ class Base:
         except EncodingError:
             return False
 
+    def encode_with_spans(self, text: str) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """The ids of `encode`, and for each the characters of the text that it is made of: first, end.
+
+        Raises EncodingError as `encode` does, and for a tokenizer that does not say.
+        """
+        return encode_with_spans(self.tokenizer, text, self.name, self.vocab_size)
+
+    def word_ids(self, word: str) -> tuple[int, ...]:
+        """The ids of a word inside a text, with the space in front of it where a token has that. Raises as `encode`."""
+        before = self.encode(_BEFORE_WORD)
+        both = self.encode(f"{_BEFORE_WORD} {word}")
+        return both[len(before) :] if before and both[: len(before)] == before else self.encode(word)
+
     def encode_with(self, tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> tuple[int, ...]:
         """See `encode`: by a copy of this base's tokenizer, under options of its own."""
         return encode_text(tokenizer, text, self.name, self.vocab_size, **options)
@@ -181,6 +199,7 @@ class Base:
         return whole[len(head) :] if whole.startswith(head) else self.decode(tuple(ids))
 
 
+_BEFORE_WORD = "a"
 RMS_CHUNK_ROWS = 16_384
 
 

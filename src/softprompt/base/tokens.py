@@ -44,6 +44,25 @@ def encode_text(
     return ids
 
 
+def encode_with_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, name: str, vocab_size: int
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Token ids as `encode_text` gives them, and the characters of the text that each is made of: first, end.
+
+    Raises EncodingError too where the tokenizer does not say, as those in Python do not.
+    """
+    if not tokenizer.is_fast:
+        raise EncodingError(
+            f"the tokenizer of base {name!r} ({type(tokenizer).__name__}) does not say which characters a token is "
+            "made of; words and spans of a text need a fast tokenizer (tokenizer.json)"
+        )
+    ids = encode_text(tokenizer, text, name, vocab_size, split_special_tokens=True)
+    found = tokenizer(
+        text, add_special_tokens=False, verbose=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    return ids, tuple((first, end) for first, end in found["offset_mapping"])
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, vocab_size: int) -> None:
     """Raises BaseModelError for a tokenizer that cannot belong to this base.
 
@@ -91,6 +110,18 @@ def end_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def target_bos_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that the tokenizer puts before what the decoder of an encoder-decoder is to write (`text_target`)."""
     return _added_ids(tokenizer, argument="text_target")[0]
+
+
+def pair_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that the tokenizer puts between two texts: [SEP] for BERT, </s></s> for RoBERTa; empty for GPT-2."""
+    for probe in _probes(tokenizer):
+        with suppress(Exception):  # a tokenizer of words cannot encode a word that it does not have
+            both = list(tokenizer(probe, probe, split_special_tokens=True)["input_ids"])
+            plain = list(tokenizer(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            _, rest = _around(plain, both)
+            second = [first for first in range(len(rest)) if list(rest[first : first + len(plain)]) == plain]
+            return rest[: second[-1]] if plain and second else ()
+    return ()
 
 
 def _added_ids(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> tuple[tuple[int, ...], tuple[int, ...]]:

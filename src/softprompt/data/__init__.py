@@ -24,7 +24,8 @@ from softprompt.data.rows import (
     template_fields,
 )
 from softprompt.data.split import Split, held_out_record, split_rows
-from softprompt.data.tasks import build_task_examples, with_task
+from softprompt.data.task_examples import TaskInput, build_task_examples, task_inputs
+from softprompt.data.tasks import with_task
 from softprompt.data.tokens import completion_ids, label_ids
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "RowText",
     "Rows",
     "Split",
+    "TaskInput",
     "as_rows",
     "build_examples",
     "build_task_examples",
@@ -53,6 +55,7 @@ __all__ = [
     "rows_from_texts",
     "rows_hash",
     "split_rows",
+    "task_inputs",
     "task_of",
     "template_fields",
     "template_text",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from softprompt.base import Base
@@ -19,7 +19,7 @@ from softprompt.data.messages import last_answer
 from softprompt.data.rows import Rows, RowText, labelled_form, render_rows, text_hash
 from softprompt.data.tokens import completion_ids, first_ids, fit_source, label_branches, source_ids, target_ids
 from softprompt.errors import DataError, EncodingError, LengthError
-from softprompt.types import Branch, DataReport, Example, ExampleSet
+from softprompt.types import Branch, DataReport, Example, ExampleSet, Task
 
 
 class _Encoded(NamedTuple):
@@ -50,7 +50,7 @@ def build_examples(base: Base, rows: Rows, *, eos: bool, max_length: int, branch
     encoded = [encoder.encode(position, text) for position, text in enumerate(texts)]
     examples = [row.example for row in encoded if any(row.example.target_mask)]
     for example in examples:
-        _check_ids(base, rows, example)
+        check_ids(base, rows, example)
     if not examples:
         raise DataError(_nothing_left(rows, any(row.is_truncated for row in encoded), max_length))
     return ExampleSet(
@@ -171,7 +171,7 @@ def _target_length(mask: Sequence[bool]) -> int:
     return max((index + 1 for index, counted in enumerate(mask) if counted), default=0)
 
 
-def _check_ids(base: Base, rows: Rows, example: Example) -> None:
+def check_ids(base: Base, rows: Rows, example: Example) -> None:
     """Raises DataError, naming the row, for an id that the base does not embed."""
     largest = max(*example.ids, *example.source, 0)
     if largest >= base.vocab_size:
@@ -222,32 +222,41 @@ _CONTEXT_IDS = 32  # decoded before a span, and cut off again
 
 def report_lines(report: DataReport) -> list[str]:
     """Rows used, skipped and cut (counted from 1), tokens, and one example as the model sees it."""
+    is_text = report.task == "generate"
+    counted = (
+        f"{report.num_targets:,} of them counted" if is_text else _count(report.num_targets, _COUNTED[report.task])
+    )
     lines = [
         f"{report.source}: {report.num_used:,} of {_count(report.num_read, 'row')} used, "
-        f"{report.num_tokens:,} tokens ({report.min_tokens:,} to {report.max_tokens:,} a row), "
-        f"{report.num_targets:,} of them counted",
+        f"{report.num_tokens:,} tokens ({report.min_tokens:,} to {report.max_tokens:,} a row), {counted}",
     ]
     if report.empty_rows:
-        lines.append(f"skipped, nothing to learn: {_row_list(report.empty_rows)}")
+        lines.append(f"skipped, nothing to learn: {row_list(report.empty_rows)}")
     if report.truncated_rows:
-        lines.append(f"cut at the length limit, without EOS: {_row_list(report.truncated_rows)}")
+        lines.append(f"cut at the length limit{', without EOS' if is_text else ''}: {row_list(report.truncated_rows)}")
     if report.truncated_sources:
-        lines.append(f"read up to the length limit only: {_row_list(report.truncated_sources)}")
-    lines.append(f"as the model sees it ({_OPEN}counted{_CLOSE}): {_shortened(report.example)}")
+        lines.append(f"read up to the length limit only: {row_list(report.truncated_sources)}")
+    marks = f" ({_OPEN}counted{_CLOSE})" if is_text else ""
+    lines.append(f"as the model sees it{marks}: {_shortened(report.example)}")
     return lines
 
 
+_COUNTED: Mapping[Task, str] = {  # of a row, by its task
+    "cloze": "mask", "classify": "label", "tag": "tag", "answer": "answer", "embed": "pair",
+}  # fmt: skip
+
+
 def show_example(base: Base, example: Example) -> str:
-    """An example's text behind a placeholder for the soft prompt, with special tokens, targets in ⟦ ⟧.
+    """An example's text with a placeholder for the soft prompt, with special tokens, targets in ⟦ ⟧.
 
     Of an encoder-decoder what the encoder reads, then, behind an arrow, the decoder's start token and targets.
     """
-    shown = SOFT_PROMPT
+    done = example.num_before
+    shown = _decode(base, example.ids[:done]) + SOFT_PROMPT
     if example.source:
         before_decoder = SOFT_PROMPT if example.has_decoder_prompt else ""
         shown += f"{_decode(base, example.source)}{_ARROW}{before_decoder}{_decode(base, base.decoder_start_ids)}"
-    done = 0
-    for counted, group in itertools.groupby(example.target_mask):
+    for counted, group in itertools.groupby(example.target_mask[done:]):
         end = done + len(list(group))
         text = _text_between(base, example.ids, done, end)
         shown += f"{_OPEN}{text}{_CLOSE}" if counted else text
@@ -268,7 +277,7 @@ def _decode(base: Base, ids: Sequence[int]) -> str:
     return text
 
 
-def _row_list(indices: Sequence[int]) -> str:
+def row_list(indices: Sequence[int]) -> str:
     shown = ", ".join(f"{index + 1:,}" for index in indices[:_SHOWN_ROWS])
     more = f" and {len(indices) - _SHOWN_ROWS:,} more" if len(indices) > _SHOWN_ROWS else ""
     return f"{_count(len(indices), 'row')} (row {shown}{more})"

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from softprompt.config import DataConfig
+from softprompt.config import DataConfig, TaskChoice
 from softprompt.data.columns import SourceTable, rows_of
 from softprompt.data.rows import Rows
 from softprompt.data.textfiles import FileRecords, Record, read_delimited, read_json, read_lines
@@ -27,21 +27,26 @@ from softprompt.settings import typed_text
 from softprompt.types import InputForm
 
 
-def read_rows(config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None) -> Rows:
+def read_rows(
+    config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None,
+    task: TaskChoice = "auto",
+) -> Rows:  # fmt: skip
     """The rows of the settings: the first `rows`, after a shuffle by `seed` if requested; nothing is held out.
 
     Where the settings name no columns, the rows have the form `form`, for example a prompt's, else the one that the
-    columns' names suggest; `notes` of the rows report a guess and unused columns.
+    columns' names suggest; `notes` of the rows report a guess and unused columns. `task` is `TrainConfig.task`.
     Raises DataError where the source is missing, broken, empty or lacks a column; ConfigError for settings that
     contradict each other.
     """
-    rows = read_all_rows(config, offline=offline, form=form)
+    rows = read_all_rows(config, offline=offline, form=form, task=task)
     return rows.select(row_order(len(rows), config, seed)[: config.rows])
 
 
-def read_all_rows(config: DataConfig, *, offline: bool = False, form: InputForm | None = None) -> Rows:
+def read_all_rows(
+    config: DataConfig, *, offline: bool = False, form: InputForm | None = None, task: TaskChoice = "auto"
+) -> Rows:
     """Every row of the source, in its order. Raises as `read_rows` does."""
-    return rows_of(read_table(config, offline=offline), config, form)
+    return rows_of(read_table(config, offline=offline), config, form, task)
 
 
 def row_order(num_rows: int, config: DataConfig, seed: int) -> list[int]:
@@ -70,8 +75,11 @@ def rows_from_records(
     template: str | None = None,
     completion: str | None = None,
     messages_column: str | None = None,
+    task: TaskChoice = "auto",
 ) -> Rows:
     """Rows from dictionaries, or from a container of rows: a `datasets.Dataset`, a DataFrame. Columns as in DataConfig.
+
+    `task` is what they are for, as in TrainConfig.
 
     Raises as `read_rows` does.
     """
@@ -83,20 +91,28 @@ def rows_from_records(
         completion=completion,
         messages_column=messages_column,
     )
-    return _rows_of_records(records_of(records), config)
+    return _rows_of_records(records_of(records), config, task=task)
 
 
-def as_rows(data: Rows | Iterable[Any], form: InputForm | None = None) -> Rows:  # Any: as above
+def as_rows(
+    data: Rows | Iterable[Any],
+    form: InputForm | None = None,
+    task: TaskChoice = "auto",  # Any: as above
+) -> Rows:
     """Rows unchanged; else rows of texts, dictionaries, a DataFrame or a data set, in `form` or by their columns.
 
     Raises DataError for anything else: one text, a dictionary, numbers.
     """
-    return data if isinstance(data, Rows) else _rows_of_records(records_of(data), DataConfig(data="the data"), form)
+    if isinstance(data, Rows):
+        return data
+    return _rows_of_records(records_of(data), DataConfig(data="the data"), form, task)
 
 
-def _rows_of_records(records: Sequence[Record], config: DataConfig, form: InputForm | None = None) -> Rows:
+def _rows_of_records(
+    records: Sequence[Record], config: DataConfig, form: InputForm | None = None, task: TaskChoice = "auto"
+) -> Rows:
     columns = dict.fromkeys(name for record in records for name in record)
-    return rows_of(SourceTable(config.data, tuple(columns), records), config, form)
+    return rows_of(SourceTable(config.data, tuple(columns), records), config, form, task)
 
 
 _DEFAULT_SPLIT = "train"
@@ -130,9 +146,22 @@ def read_hub_set(name: str, subset: str | None, split: str | None, *, offline: b
 
 
 def _stored_records(dataset: Any) -> list[Record]:  # Any: a datasets.Dataset, which has no types
-    """Cells as stored, not decoded, so that an image column next to the text needs no image library."""
+    """Cells as stored, not decoded, so that an image column next to the text needs no image library.
+
+    Lists of classes are read by the classes' names: tags without them are numbers that mean nothing.
+    """
     stored: list[Record] = dataset.with_format("arrow")[:].to_pylist()
+    for column, feature in dataset.features.items():
+        names = getattr(getattr(feature, "feature", None), "names", None) or ()
+        for record in stored if names else ():
+            record[column] = _named(record[column], names)
     return stored
+
+
+def _named(cell: Any, names: Sequence[str]) -> Any:  # Any: as stored
+    if not isinstance(cell, list):
+        return cell
+    return [names[item] if isinstance(item, int) and 0 <= item < len(names) else item for item in cell]
 
 
 @contextmanager

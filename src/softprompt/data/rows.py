@@ -10,20 +10,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import operator
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from numbers import Integral
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from softprompt.compute_share import yield_point
 from softprompt.config import TaskKind
+from softprompt.data.cells import answer_cell, field_cell, is_missing, tag_cell, text_cell, word_cell
 from softprompt.data.messages import Message, is_learned, read_messages
-from softprompt.errors import ConfigError, DataError, shortened
-from softprompt.types import InputForm, brief_repr
+from softprompt.errors import ConfigError, DataError
+from softprompt.types import InputForm, Task, brief_repr
 
 _TOKENS = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+")
 
@@ -98,6 +98,7 @@ class Rows:
     source: str  # file, folder or Hub id, for messages and for the run's record
     form: InputForm
     column: str | None = None  # the text or messages column; None where the form's template names the columns
+    label_columns: tuple[str, str] | None = None  # text and label, where the template was made of these columns
     notes: tuple[str, ...] = ()  # for the user: unused columns, a guess
 
     def __len__(self) -> int:
@@ -129,11 +130,15 @@ class RowText(NamedTuple):
     prompt: str = ""  # kind "template": the text before the completion
     messages: tuple[Message, ...] = ()  # kind "chat"
     is_empty: bool = False  # no target: no text, no completion, no learned turn of the assistant
+    parts: tuple[str, ...] = ()  # task "tag": words; "answer": question and context; "embed": anchor, positive and more
+    fields: Mapping[str, str] = MappingProxyType({})  # kind "template": what the prompt's fields were filled with
+    answers: tuple[Any, ...] = ()  # task "tag": the words' tags; "answer": pairs of a text and its start, or None
 
     @property
     def key(self) -> str:
         """Equal for rows with identical text."""
-        return json.dumps([self.prompt, self.text, self.messages], ensure_ascii=False, sort_keys=True)
+        found = [self.prompt, self.text, self.messages, *((self.parts, self.answers) if self.parts else ())]
+        return json.dumps(found, ensure_ascii=False, sort_keys=True)
 
 
 def render_row(rows: Rows, position: int) -> RowText:
@@ -145,7 +150,7 @@ def render_row(rows: Rows, position: int) -> RowText:
     yield_point()
     text = _row_text(rows, position)
     try:
-        (text.key if text.messages else f"{text.prompt}{text.text}").encode()
+        (text.key if text.messages or text.parts else f"{text.prompt}{text.text}").encode()
     except UnicodeEncodeError:
         raise DataError(f"{rows.where(position)} holds half of a surrogate pair, which is no text") from None
     return text
@@ -169,13 +174,10 @@ def text_hash(texts: Sequence[RowText]) -> str:
     return digest.hexdigest()
 
 
-def is_missing(cell: object) -> bool:
-    """True for None and NaN, which readers make of an empty cell."""
-    return cell is None or (isinstance(cell, float) and cell != cell)
-
-
 def _row_text(rows: Rows, position: int) -> RowText:
     record, form = rows.records[position], rows.form
+    if form.task in _RENDERED_AS_PARTS:
+        return _RENDERED_AS_PARTS[form.task](rows, position)
     if form.kind == "template":
         return _render_template(rows, position)
     assert rows.column is not None, form
@@ -184,13 +186,8 @@ def _row_text(rows: Rows, position: int) -> RowText:
         messages = () if is_missing(cell) else read_messages(cell, rows.where(position))
         has_words = any(message["content"].strip() for message in messages if is_learned(message))
         return RowText(messages=messages, is_empty=not has_words)
-    text = _text_cell(cell, rows, position, rows.column)
+    text = text_cell(cell, rows.where(position), rows.column)
     return RowText(text=text, is_empty=not text.strip())
-
-
-def is_whole_number(cell: object) -> bool:
-    """True for Python's and numpy's integers, but not for booleans."""
-    return isinstance(cell, Integral) and not isinstance(cell, bool)
 
 
 def _render_template(rows: Rows, position: int) -> RowText:
@@ -199,47 +196,67 @@ def _render_template(rows: Rows, position: int) -> RowText:
     in_prompt = _fields(rows, position, prompt)
     in_completion = _fields(rows, position, completion)
     text = fill_template(completion, in_completion)
+    text = text if rows.form.task == "generate" else text.strip()  # the name of a class
     return RowText(
         text=text,
         prompt=fill_template(prompt, in_prompt),
+        fields=in_prompt,
         is_empty=not text.strip() or _all_blank(in_prompt) or _all_blank(in_completion),
     )
 
 
 def _fields(rows: Rows, position: int, template: str) -> dict[str, str]:
     record = rows.records[position]
-    return {name: _field_cell(record.get(name), rows, position, name) for name in template_fields(template)}
+    where = rows.where(position)
+    return {name: field_cell(record.get(name), where, name) for name in template_fields(template)}
 
 
 def _all_blank(fields: Mapping[str, str]) -> bool:
     return bool(fields) and not any(text.strip() for text in fields.values())
 
 
-def _field_cell(cell: object, rows: Rows, position: int, name: str) -> str:
-    """A template's field: text, or a whole number (labels often are) as its digits."""
-    if is_whole_number(cell):
-        return _digits(cell, rows, position, name)
-    return _text_cell(cell, rows, position, name)
+def form_columns(form: InputForm) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns that a form's template reads, and those of its completion."""
+    assert form.template is not None and form.completion is not None, form
+    return template_fields(form.template), template_fields(form.completion)
 
 
-def _text_cell(cell: object, rows: Rows, position: int, name: str) -> str:
-    if isinstance(cell, str):
-        return cell
-    if is_missing(cell):
-        return ""
-    raise DataError(
-        f"{rows.where(position)}: column {name!r} holds no text but a {type(cell).__name__}, {shortened(cell)}; "
-        "choose another column or write it as text"
-    )
-
-
-def _digits(cell: Any, rows: Rows, position: int, name: str) -> str:  # Any: a whole number, Python's or numpy's
-    try:
-        return str(operator.index(cell))
-    except ValueError:
+def _render_tagged(rows: Rows, position: int) -> RowText:
+    """Words and a tag for each; no tags where the row has none, as those that are to be predicted."""
+    record, where = rows.records[position], rows.where(position)
+    (words_column,), (tags_column,) = form_columns(rows.form)
+    words = word_cell(record.get(words_column), where, words_column)
+    tags = tag_cell(record.get(tags_column), where, tags_column)
+    if tags and len(tags) != len(words):
         raise DataError(
-            f"{rows.where(position)}: column {name!r} holds a number of very many digits; write it as text"
-        ) from None
+            f"{where}: column {words_column!r} has {len(words):,} words and column {tags_column!r} {len(tags):,} tags; "
+            "give each word one tag"
+        )
+    return RowText(prompt=" ".join(words), parts=words, answers=tags, is_empty=not "".join(words).strip())
+
+
+def _render_answered(rows: Rows, position: int) -> RowText:
+    """Question and context, and the answers with where each begins in the context, if that is known."""
+    record, where = rows.records[position], rows.where(position)
+    inputs, (answers_column, *start_column) = form_columns(rows.form)
+    question, context = (text_cell(record.get(name), where, name) for name in (inputs[0], inputs[-1]))
+    starts = record.get(start_column[0]) if start_column else None
+    answers = answer_cell(record.get(answers_column), starts, where, answers_column)
+    return RowText(prompt=question, parts=(question, context), answers=answers, is_empty=not context.strip())
+
+
+def _render_embedded(rows: Rows, position: int) -> RowText:
+    """The anchor and the other texts; negative ones may be missing."""
+    record, where = rows.records[position], rows.where(position)
+    (anchor,), others = form_columns(rows.form)
+    parts = tuple(text_cell(record.get(name), where, name) for name in (anchor, *others))
+    parts = (parts[0], *(text for number, text in enumerate(parts[1:]) if number == 0 or text.strip()))
+    return RowText(prompt=parts[0], parts=parts, is_empty=not all(text.strip() for text in parts))
+
+
+_RENDERED_AS_PARTS: Mapping[Task, Callable[[Rows, int], RowText]] = {
+    "tag": _render_tagged, "answer": _render_answered, "embed": _render_embedded,
+}  # fmt: skip
 
 
 MAX_LABELS = 50  # distinct completions; more than that is free text
@@ -253,11 +270,27 @@ def labels_of(completions: Sequence[str]) -> tuple[str, ...]:
     return tuple(distinct) if is_closed_set else ()
 
 
+def in_label_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """The distinct labels, sorted: whole numbers by value."""
+    distinct = sorted(set(labels))
+    return tuple(
+        sorted(distinct, key=int) if all(text.isdecimal() and text.isascii() for text in distinct) else distinct
+    )
+
+
 def labelled_form(form: InputForm, texts: Sequence[RowText]) -> InputForm:
-    """The form with the labels of these rows, unless it has labels already."""
-    if form.kind != "template" or form.labels:
+    """The form with the labels of these rows, unless it has labels already.
+
+    A task that has a class for each label has as many as there are; completions that are generated are labels only
+    where they look like a closed set.
+    """
+    if form.kind != "template" or form.labels or form.task in ("answer", "embed"):
         return form
-    return replace(form, labels=labels_of([row.text for row in texts if not row.is_empty]))
+    if form.task == "generate":
+        return replace(form, labels=labels_of([row.text for row in texts if not row.is_empty]))
+    tags = (tag for row in texts for tag in row.answers if tag is not None)
+    found = tags if form.task == "tag" else (row.text for row in texts if not row.is_empty)
+    return replace(form, labels=in_label_order(found))
 
 
 def task_of(form: InputForm) -> TaskKind:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from softprompt.config import DataConfig
+from softprompt.config import DataConfig, TaskChoice
 from softprompt.data.read import read_all_rows, row_order
 from softprompt.data.rows import Rows, render_row, rows_hash, with_labels
 from softprompt.errors import ConfigError, DataError
@@ -46,19 +46,21 @@ class _SplitRequest(NamedTuple):
 
 
 def split_rows(
-    config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None, scored: bool = False
-) -> Split:
+    config: DataConfig, *, seed: int = 0, offline: bool = False, form: InputForm | None = None, scored: bool = False,
+    task: TaskChoice = "auto",
+) -> Split:  # fmt: skip
     """Read the data once and split it; the same settings and seed give the same rows.
 
     `rows` selects the first N for training (after `shuffle`). `validation` and, where training would use every row,
-    `test` are drawn from those rows by seed; otherwise the test rows are those after them, in order. `form` is as in
-    `read_rows`. Without `validation`, a tenth of the rows but at least 20 are drawn for it, of 40 or more that have
-    labels or are `scored`, that is, have a task score to choose the checkpoint by; a note of the training rows says so.
+    `test` are drawn from those rows by seed; otherwise the test rows are those after them, in order. `form` and `task`
+    are as in `read_rows`. Without `validation`, a tenth of the rows but at least 20 are drawn for it, of 40 or more
+    that have labels or are `scored`, that is, have a task score to choose the checkpoint by; a note of the training
+    rows says so.
     Raises DataError as that does and where a split would be empty; ConfigError for a value that is not valid.
     """
     check_validation(config)
     test = _split_request("test", config.test)
-    splitter = _Splitter(read_all_rows(config, offline=offline, form=form), config, seed)
+    splitter = _Splitter(read_all_rows(config, offline=offline, form=form, task=task), config, seed)
     if test is not None and test.file is None:
         splitter.hold_out_test(test)
     form = with_labels(splitter.rows.select(splitter.train)).form
@@ -139,11 +141,16 @@ class _Splitter:
         """A row of each label that would have none left in training stays there, unless that is all rows drawn."""
         before = self.train
         drawn = self._draw("validation", _num_rows(part, len(before), "validation"))
-        left = {render_row(self.rows, position).text for position in self.train} if labels else set()
-        of_lost = {render_row(self.rows, position).text: position for position in drawn} if labels else {}
+        left = {label for position in self.train for label in self._labels_of(position)} if labels else set()
+        of_lost = {label: position for position in drawn for label in self._labels_of(position)} if labels else {}
         needed = {position for label, position in of_lost.items() if label not in left}
         self.validation = [position for position in drawn if position not in needed] or drawn
         self.train = [position for position in before if position not in set(self.validation)]
+
+    def _labels_of(self, position: int) -> tuple[str, ...]:
+        """The row's label, or its words' tags."""
+        row = render_row(self.rows, position)
+        return row.answers if self.rows.form.task == "tag" else (row.text,)
 
     def behind(self, count: int) -> list[int]:
         """The first rows after the training rows, without empty ones and without text that another split has."""

@@ -293,7 +293,7 @@ class ChatTokenizer:
 
     def own_ids(self, text: str, min_ids: int | None, behind: str = "") -> list[int]:
         """Ids as the tokenizer itself gives them after the control token `behind`, at least `min_ids` of them."""
-        tokenizer, first = _own_tokenizer(self.base.tokenizer), 1 if behind else 0
+        tokenizer, first = own_tokenizer(self.base.tokenizer), 1 if behind else 0
 
         def read(part: str) -> Sequence[int]:
             return self.base.encode_with(tokenizer, behind + part)[first:]
@@ -383,7 +383,7 @@ def _one_of(tokens: Sequence[str]) -> str:
 
 @lru_cache(maxsize=8)
 def _settled_controls(tokenizer: PreTrainedTokenizerBase, template: str) -> frozenset[str]:
-    known, own = control_tokens(tokenizer, template).ids, _own_tokenizer(tokenizer)
+    known, own = control_tokens(tokenizer, template).ids, own_tokenizer(tokenizer)
     in_words = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
     return frozenset(
         token
@@ -395,7 +395,7 @@ def _settled_controls(tokenizer: PreTrainedTokenizerBase, template: str) -> froz
 
 
 @lru_cache(maxsize=4)
-def _own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A copy that recognises control tokens. That is a mutable setting of a tokenizer: with one tokenizer for each
     value, no thread changes the setting under another.
     """
