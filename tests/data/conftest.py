@@ -108,3 +108,30 @@ def real_llama() -> Base:
 @pytest.fixture(params=["byte_base", "spaced_byte_base", "llama_base", "word_base", "real_llama"])
 def any_base(request: pytest.FixtureRequest) -> Base:
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def byte_encoder() -> Base:
+    """RoBERTa's kind: byte-level BPE, <s> in front and </s> behind."""
+    import transformers as hf
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    names = {"bos": "<s>", "eos": "</s>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>"}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, mask_token=AddedToken("<mask>", lstrip=True),
+        **{f"{name}_token": token for name, token in names.items()},
+    )  # fmt: skip
+    config = hf.RobertaConfig(
+        vocab_size=len(made), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=98,
+    )  # fmt: skip
+    return freeze_base(hf.RobertaForMaskedLM(config), made, name="byte-encoder")

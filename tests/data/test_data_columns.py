@@ -70,7 +70,7 @@ def test_a_label_column_by_name_finds_its_text():
     assert named.template == "{title}\nLabel:"
     with pytest.raises(DataError, match="has no column 'star'; did you mean 'stars'"):
         made(records, label_column="star")
-    with pytest.raises(ConfigError, match="label_column and template exclude each other"):
+    with pytest.raises(ConfigError, match="label_column and completion exclude each other"):
         made(records, label_column="stars", template="{review}", completion="{stars}")
 
 
