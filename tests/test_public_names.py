@@ -15,18 +15,20 @@ from softprompt.config import (
     BaseConfig,
     DataConfig,
     EngineConfig,
+    PredictConfig,
     SamplingConfig,
     ServerConfig,
     TrainConfig,
 )
 from softprompt.evaluation import ScoreConfig
 
-CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, EngineConfig, ServerConfig, ScoreConfig]
+CONFIGS = [BaseConfig, DataConfig, TrainConfig, SamplingConfig, EngineConfig, ServerConfig, ScoreConfig, PredictConfig]
 FLAGS = {
     "train": [BaseConfig, DataConfig, TrainConfig],
     "compare": [BaseConfig, SamplingConfig, DataConfig, ScoreConfig],
     "sweep": [BaseConfig],
     "generate": [BaseConfig, SamplingConfig, EngineConfig],
+    "predict": [BaseConfig, DataConfig, PredictConfig],
     "serve": [BaseConfig, ServerConfig, EngineConfig],
 }
 OWN_FLAGS = {
@@ -50,11 +52,13 @@ OWN_FLAGS = {
     "compare": {"prompts", "sets", "library", "texts", "fields", "raw", "force", "markdown", "as_json"},
     "sweep": {"file", "out", "overwrite", "resume", "keep_checkpoints", "tensorboard", "as_json", "processes"},
     "generate": {"texts", "prompt", "library", "fields", "messages", "raw", "force", "as_json"},
+    "predict": {"prompt", "library", "force", "out", "overwrite", "resume", "strict", "as_json"},
     "serve": {"config"},
 }
 LEFT_OUT = {  # settings of a command's configs that have no flag there
     "compare": {"validation", "test", "score_tokens"},
     "generate": {item.name for item in dataclasses.fields(EngineConfig)} - {"weights"},
+    "predict": {"label_column", "template", "completion", "shuffle", "validation", "test"},
 }
 SOMETIMES_NEEDED = {  # a run that is resumed knows them, and so may a sweep's file; a server has the embedded base
     "compare": ("data",),
@@ -67,9 +71,10 @@ SOMETIMES_NEEDED = {  # a run that is resumed knows them, and so may a sweep's f
 def test_the_public_names_are_these():
     assert sorted(softprompt.__all__) == [
         "Answer", "AsyncEngine", "Base", "BaseConfig", "Candidate", "Comparison", "DataConfig", "Engine",
-        "EngineConfig", "Library", "Request", "SamplingConfig", "SoftPrompt", "SoftpromptError", "TrainConfig",
-        "TrainResult", "compare", "freeze_base", "generate", "load_base", "load_prompt", "read_rows",
-        "rows_from_records", "rows_from_texts", "save_prompt", "split_rows", "train", "train_together",
+        "EngineConfig", "Library", "PredictConfig", "Prediction", "Request", "SamplingConfig", "SoftPrompt",
+        "SoftpromptError", "TrainConfig", "TrainResult", "compare", "freeze_base", "generate", "load_base",
+        "load_prompt", "predict", "read_rows", "rows_from_records", "rows_from_texts", "save_prompt", "split_rows",
+        "train", "train_together",
     ]  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt.base import Base, freeze_base, load_base
-    from softprompt.config import BaseConfig, DataConfig, EngineConfig, SamplingConfig, TrainConfig
+    from softprompt.config import BaseConfig, DataConfig, EngineConfig, PredictConfig, SamplingConfig, TrainConfig
     from softprompt.data import read_rows, rows_from_records, rows_from_texts, split_rows
     from softprompt.engine import Answer, AsyncEngine, Engine, Request, generate
     from softprompt.errors import SoftpromptError
-    from softprompt.evaluation import Comparison, compare
+    from softprompt.evaluation import Comparison, Prediction, compare, predict
     from softprompt.prompt import SoftPrompt
     from softprompt.storage import Library, load_prompt, save_prompt
     from softprompt.training import Candidate, TrainResult, train, train_together
@@ -30,6 +30,8 @@ _HOME = {
     "Engine": "engine",
     "EngineConfig": "config",
     "Library": "storage",
+    "PredictConfig": "config",
+    "Prediction": "evaluation",
     "Request": "engine",
     "SamplingConfig": "config",
     "SoftPrompt": "prompt",
@@ -41,6 +43,7 @@ _HOME = {
     "generate": "engine",
     "load_base": "base",
     "load_prompt": "storage",
+    "predict": "evaluation",
     "read_rows": "data",
     "rows_from_records": "data",
     "rows_from_texts": "data",
@@ -61,6 +64,8 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "Library",
+    "PredictConfig",
+    "Prediction",
     "Request",
     "SamplingConfig",
     "SoftPrompt",
@@ -72,6 +77,7 @@ __all__ = [
     "generate",
     "load_base",
     "load_prompt",
+    "predict",
     "read_rows",
     "rows_from_records",
     "rows_from_texts",

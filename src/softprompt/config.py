@@ -370,6 +370,30 @@ class ScoreConfig:
 
 @settings_class
 @dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """How rows are answered, and which answers count as sure."""
+
+    probabilities: bool = option(False, "Also write the probability of every label.")
+    target_accuracy: float = option(
+        0.95, "Share of the sure answers that should be right; the threshold is chosen by it on the validation rows."
+    )
+    threshold: float | None = option(
+        None, "Answers with less confidence are unsure; default: chosen by --target-accuracy."
+    )
+    batch_tokens: int = option(4_096, "Tokens that run together, pads included; more need more memory.")
+    max_new_tokens: int = option(50, "Tokens of a written answer, where the prompt has no labels, at most.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(0 < self.target_accuracy <= 1, "target_accuracy", self.target_accuracy, "above 0 and at most 1")
+        threshold = self.threshold
+        require(threshold is None or 0 <= threshold <= 1, "threshold", threshold, "between 0 and 1")
+        for name in ("batch_tokens", "max_new_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@settings_class
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Memory and batch limits of a generation engine."""
 

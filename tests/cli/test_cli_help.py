@@ -9,7 +9,7 @@ from support.command_line import run, succeed
 from softprompt.cli.command import Command
 from softprompt.cli.main import commands
 
-WITH_SECTIONS = ("train", "compare", "sweep", "generate", "serve")
+WITH_SECTIONS = ("train", "compare", "sweep", "generate", "predict", "serve")
 
 
 def command_named(name: str) -> Command:

@@ -171,6 +171,19 @@ def assert_gradient(base: Base, forward: Forward, untouched: Base, prompts: list
         assert relative_error(ours[owner].grad, theirs[owner].grad) < 10 * TOLERANCE, "gradient"
 
 
+def causal_part() -> str:
+    """The page up to the other kinds of bases."""
+    return PAGE.read_text(encoding="utf-8").partition("\n## ")[0] + "\n"
+
+
+def write_section(title: str, text: str) -> None:
+    """Replace a section of the page, or add it at the end; the text without its heading."""
+    found = PAGE.read_text(encoding="utf-8")
+    before, _, behind = found.partition(f"\n## {title}\n")
+    _, heading, others = behind.partition("\n## ")
+    PAGE.write_text(f"{before.rstrip()}\n\n## {title}\n\n{text}{heading}{others}", encoding="utf-8")
+
+
 def page(outcomes: list[Outcome]) -> str:
     counts = ", ".join(
         f"{sum(one.result == result for one in outcomes)} {result}" for result in ("exact", "refused", "not built")
@@ -218,7 +231,8 @@ def main(kinds: list[str]) -> None:
             if os.environ.get("TRACE"):
                 raise
     if not kinds and not failures:
-        PAGE.write_text(page(outcomes), encoding="utf-8")
+        _, heading, others = PAGE.read_text(encoding="utf-8").partition("\n## ")
+        PAGE.write_text(page(outcomes) + heading + others, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import transformers as hf
-from family_scan import PAGE, assert_exact, outcome_of, page
+from family_scan import assert_exact, causal_part, outcome_of, page
 from support.family_configs import KINDS, NOT_BUILT, each_of, tiny_model
 from support.tiny_bases import LIMIT, build_tokenizer, random_ids, random_prompt
 
@@ -115,7 +115,7 @@ def test_a_base_that_ignores_its_soft_prompt_is_refused(monkeypatch):
 
 
 def test_the_page_names_every_causal_class_once():
-    text = PAGE.read_text(encoding="utf-8")
+    text = causal_part()
     if f"transformers {hf.__version__}," not in text:
         pytest.skip("another transformers than the page's is installed")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
@@ -127,5 +127,5 @@ def test_the_page_names_every_causal_class_once():
 def test_every_causal_class_is_exact_or_refused_or_listed_and_the_page_says_so():
     outcomes = [outcome_of(kind) for kind in KINDS]
     assert {one.result for one in outcomes} == {"exact", "refused", "not built"}
-    if f"transformers {hf.__version__}," in PAGE.read_text(encoding="utf-8"):
-        assert page(outcomes) == PAGE.read_text(encoding="utf-8")
+    if f"transformers {hf.__version__}," in causal_part():
+        assert page(outcomes) == causal_part()

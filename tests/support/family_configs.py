@@ -112,19 +112,20 @@ def each_of(families: Iterable[str], unmarked: Collection[str] = REPRESENTATIVES
     return [one if one in unmarked else pytest.param(one, marks=pytest.mark.medium) for one in families]
 
 
-def class_of(kind: str) -> Any:  # Any: a model class
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[hf.CONFIG_MAPPING[kind]]
+def class_of(kind: str, mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING) -> Any:  # Any: a model class; an Auto mapping
+    found = mapping[hf.CONFIG_MAPPING[kind]]
     return found[0] if isinstance(found, tuple) else found
 
 
-def tiny_config(kind: str) -> hf.PreTrainedConfig:
+def tiny_config(kind: str, mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING, **changes: Any) -> hf.PreTrainedConfig:
     """Of the model class's own configuration: a composite one may build its text part only."""
-    config_class = class_of(kind).config_class
-    return _built(config_class, kind if config_class is hf.CONFIG_MAPPING[kind] else config_class.model_type)
+    config_class = class_of(kind, mapping).config_class
+    own = kind if config_class is hf.CONFIG_MAPPING[kind] else config_class.model_type
+    return _built(config_class, own, **changes)
 
 
-def _built(config_class: Any, kind: str) -> hf.PreTrainedConfig:
-    wanted = {**_fitting(config_class), **CHANGES.get(kind, {})}
+def _built(config_class: Any, kind: str, **changes: Any) -> hf.PreTrainedConfig:
+    wanted = {**_fitting(config_class), **CHANGES.get(kind, {}), **changes}
     parts = {name: _built(part, part.model_type) for name, part in config_class.sub_configs.items() if _is_one(part)}
     return config_class(**{**parts, **{name: value for name, value in wanted.items() if value is not DROP}})
 
@@ -144,9 +145,9 @@ def _fitting(config_class: Any) -> dict[str, Any]:
     return found
 
 
-def tiny_model(kind: str) -> hf.PreTrainedModel:
+def tiny_model(kind: str, mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING, **changes: Any) -> hf.PreTrainedModel:
     """Seeded, in eval mode, with weights wide enough that a wrong input shows."""
-    config, model_class = tiny_config(kind), class_of(kind)
+    config, model_class = tiny_config(kind, mapping, **changes), class_of(kind, mapping)
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
     assert num_parameters <= _MOST_PARAMETERS, f"{kind} has {num_parameters:,} parameters"

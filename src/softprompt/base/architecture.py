@@ -16,7 +16,8 @@ from softprompt.types import BaseKind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WITH_MASKED_LM_HEAD = ("ForMaskedLM", "ForPreTraining")
+_OF_XLM = ("XLMWithLMHeadModel", "FlaubertWithLMHeadModel")  # masked language models unless `config.causal` is set
+_WITH_MASKED_LM_HEAD = ("ForMaskedLM", "ForPreTraining", *_OF_XLM)
 _NO_MASKED_LM_HEAD = ("ElectraForPreTraining",)  # the discriminator
 _POOLER = "pooler."  # weights that a checkpoint of a masked language model lacks, and the encoder can do without
 
@@ -30,14 +31,18 @@ def kind_of(config: PretrainedConfig) -> BaseKind:
         return "seq2seq"
     is_of_encoders = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     kinds = tuple(config.architectures or ())
-    is_decoder = getattr(config, "is_decoder", False)
-    is_causal = is_decoder or any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    is_causal = is_decoder or any(map(_is_causal_class, kinds))
     return "encoder" if is_of_encoders and not is_causal else "causal"
+
+
+def _is_causal_class(kind: str) -> bool:
+    return kind.endswith(("ForCausalLM", "LMHeadModel")) and kind not in _OF_XLM
 
 
 def kind_of_model(model: PreTrainedModel) -> BaseKind:
     """The same of a model in memory, whose class says whether it is causal."""
-    is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and not model.config.is_encoder_decoder
+    is_causal = _is_causal_class(type(model).__name__) and not model.config.is_encoder_decoder
     return "causal" if is_causal else kind_of(model.config)
 
 

@@ -25,6 +25,7 @@ _COMMANDS = {
     ),
     "sweep": ("softprompt.cli.sweep", "Train many prompts together, for one task or several, from a sweep file."),
     "generate": ("softprompt.cli.generate", "Answer texts with a soft prompt, or with the bare base."),
+    "predict": ("softprompt.cli.predict", "Answer a file of rows: a label with its confidence for each, or a text."),
     "serve": (
         "softprompt.cli.serve",
         "Serve a base and its prompts over OpenAI's API, and train new ones at the same time.",

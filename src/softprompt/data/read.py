@@ -199,7 +199,7 @@ def _datasets_library(what: str) -> Iterator[Any]:  # Any: the datasets module, 
             datasets.utils.enable_progress_bars()
 
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".json": read_json,
     ".jsonl": read_json,
@@ -208,7 +208,7 @@ _READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".txt": read_lines,
     ".text": read_lines,
 }
-_ENDINGS = (*_DELIMITERS, *_READERS)
+_ENDINGS = (*DELIMITERS, *_READERS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 
@@ -236,6 +236,20 @@ def _joined(source: str, files: Sequence[FileRecords]) -> SourceTable:
 
 
 def _read_file(path: Path, config: DataConfig) -> FileRecords:
+    check_file(path, config)
+    ending = path.suffix.lower()
+    if ending in DELIMITERS:
+        return read_delimited(path, usual=DELIMITERS[ending], delimiter=given_delimiter(config))
+    return FileRecords(_READERS[ending](path))
+
+
+def given_delimiter(config: DataConfig) -> str | None:
+    """The delimiter in the settings, as a character."""
+    return None if config.delimiter is None else typed_text(config.delimiter)
+
+
+def check_file(path: Path, config: DataConfig) -> None:
+    """Raises DataError for a file that is no data by its ending or is empty, ConfigError for a delimiter of no CSV."""
     ending = path.suffix.lower()
     if ending not in _ENDINGS:
         raise DataError(f"{path}: ending {path.suffix!r} is not known; data can be {', '.join(_ENDINGS)}")
@@ -244,12 +258,8 @@ def _read_file(path: Path, config: DataConfig) -> FileRecords:
     problem = lfs_pointer_problem(path)
     if problem is not None:
         raise DataError(problem)
-    if ending in _DELIMITERS:
-        given = None if config.delimiter is None else typed_text(config.delimiter)
-        return read_delimited(path, usual=_DELIMITERS[ending], delimiter=given)
-    if config.delimiter is not None:
+    if config.delimiter is not None and ending not in DELIMITERS:
         raise ConfigError(f"delimiter is {config.delimiter!r}, but {path} is no CSV or TSV file; leave it out")
-    return FileRecords(_READERS[ending](path))
 
 
 def _read_folder(folder: Path, config: DataConfig) -> SourceTable:

@@ -149,16 +149,41 @@ def render_row(rows: Rows, position: int) -> RowText:
     """
     yield_point()
     text = _row_text(rows, position)
-    try:
-        (text.key if text.messages or text.parts else f"{text.prompt}{text.text}").encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{rows.where(position)} holds half of a surrogate pair, which is no text") from None
+    whole_text(text.key if text.messages or text.parts else f"{text.prompt}{text.text}", rows, position)
     return text
 
 
 def render_rows(rows: Rows) -> list[RowText]:
     """All rows' text, in order. Raises DataError as `render_row` does."""
     return [render_row(rows, position) for position in range(len(rows))]
+
+
+def render_prompt(rows: Rows, position: int) -> str:
+    """Of a row in a template, the text before the completion, which the row need not have; "" where it has no text.
+
+    Raises DataError as `render_row` does.
+    """
+    yield_point()
+    assert rows.form.template is not None, rows.form
+    fields = _fields(rows, position, rows.form.template)
+    return "" if _all_blank(fields) else whole_text(fill_template(rows.form.template, fields), rows, position)
+
+
+def render_text(rows: Rows, position: int) -> str:
+    """The text in the rows' column. Raises DataError as `render_row` does."""
+    yield_point()
+    assert rows.column is not None, rows.form
+    cell = rows.records[position].get(rows.column)
+    return whole_text(text_cell(cell, rows.where(position), rows.column), rows, position)
+
+
+def whole_text(text: str, rows: Rows, position: int) -> str:
+    """The text. Raises DataError for half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{rows.where(position)} holds half of a surrogate pair, which is no text") from None
+    return text
 
 
 def rows_hash(rows: Rows) -> str:

@@ -62,9 +62,20 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(f"{path}, line {line:,} holds a NUL character: it is no text, or not UTF-8; save it so")
+    refuse_web_page(path, text)
+    return text
+
+
+def refuse_web_page(path: Path, text: str) -> None:
+    """Raises DataError for HTML where data is expected; `text` is the file's, or its beginning."""
     if path.suffix.lower() not in _PLAIN_ENDINGS and text[:200].lstrip().lower().startswith(_WEB_PAGE):
         raise DataError(f"{path} is a web page (HTML), not data; download the file itself")
-    return text
+
+
+def text_encoding(path: Path) -> str:
+    """UTF-8, whose mark is left out, or UTF-16 where the file begins with its mark."""
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in _UTF16_MARKS else "utf-8-sig"
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -79,8 +90,17 @@ def read_json(path: Path) -> list[Record]:
     Raises DataError naming the line that is not JSON or not an object.
     """
     text = read_text(path)
-    items = _json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
-    return [_object(path, position, item) for position, item in items]
+    if not text.lstrip().startswith("["):
+        return list(iter_json_records(path, text.split("\n")))
+    return [_object(path, position, item) for position, item in _json_list(path, text)]
+
+
+def iter_json_records(path: Path, lines: Iterable[str]) -> Iterator[Record]:
+    """The same of JSON lines, one record at a time."""
+    for line in iter_json_lines(lines):
+        if line.error is not None:
+            raise _broken_json(path, f", line {line.number:,}", line.error) from line.error
+        yield _object(path, f"line {line.number:,}", line.value)
 
 
 def load_json(text: str) -> Any:  # Any: whatever JSON holds
@@ -155,13 +175,6 @@ def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"item {number:,}", item) for number, item in enumerate(items, start=1))
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for line in iter_json_lines(text.split("\n")):
-        if line.error is not None:
-            raise _broken_json(path, f", line {line.number:,}", line.error) from line.error
-        yield f"line {line.number:,}", line.value
-
-
 def _broken_json(path: Path, position: str, error: Exception) -> DataError:
     what_to_do = "keep one" if isinstance(error, RepeatedKeyError) else "give one object per line, or a list of objects"
     return DataError(f"{path}{position} {json_problem(error)}; {what_to_do}")
@@ -182,7 +195,9 @@ _CHECKED_ROWS = 50  # at the start of a file, to find its delimiter
 _MULTI_LINE_HINT = "a row of a TSV is one line; give delimiter '\\t' to read its quote marks as those of a CSV"
 
 
-class _CsvRow(NamedTuple):
+class CsvRow(NamedTuple):
+    """The cells of one row of a table."""
+
     cells: list[str]
     line: int  # its last, counted from 1
 
@@ -194,14 +209,33 @@ def read_delimited(path: Path, *, usual: str, delimiter: str | None = None) -> F
     Raises DataError for a line with more or fewer cells than the header, a broken quotation, or a name given twice.
     """
     text = read_text(path)
+    chosen = choose_delimiter(path, text, usual=usual, delimiter=delimiter)
+    if chosen.is_literal:
+        return _tsv(path, without_declaration(text))
+    lines = io.StringIO(without_declaration(text), newline="")  # keeps line breaks inside quoted cells as they are
+    return FileRecords(list(table_records(path, csv_rows(path, lines, chosen.mark))), chosen.notes)
+
+
+class Delimiter(NamedTuple):
+    """What separates the cells of a file."""
+
+    mark: str
+    is_literal: bool = False  # a TSV, whose quote marks are characters
+    notes: tuple[str, ...] = ()
+
+
+def choose_delimiter(path: Path, text: str, *, usual: str, delimiter: str | None = None) -> Delimiter:
+    """See `read_delimited`; of `text`, the file's, the beginning suffices."""
     declared = _DECLARED.match(text)
-    if declared is not None:
-        text = declared[2] + text[declared.end() :]  # blank, so that lines keep their numbers
-    chosen = delimiter or (declared[1] if declared is not None else _found(path, text, usual))
-    if chosen == usual == "\t" and delimiter is None:
-        return _tsv(path, text)
-    notes = (f"cells are separated by {_shown(chosen)}",) if chosen != usual and delimiter is None else ()
-    return FileRecords(_table_records(path, _csv_rows(path, text, chosen)), notes)
+    mark = delimiter or (declared[1] if declared is not None else _found(path, without_declaration(text), usual))
+    notes = (f"cells are separated by {_shown(mark)}",) if mark != usual and delimiter is None else ()
+    return Delimiter(mark, mark == usual == "\t" and delimiter is None, notes)
+
+
+def without_declaration(text: str) -> str:
+    """The text without Excel's first line; that line stays, blank, so that lines keep their numbers."""
+    declared = _DECLARED.match(text)
+    return text if declared is None else declared[2] + text[declared.end() :]
 
 
 def _found(path: Path, text: str, usual: str) -> str:
@@ -226,15 +260,15 @@ def _found(path: Path, text: str, usual: str) -> str:
     )
 
 
-def _first_rows(text: str, delimiter: str) -> list[_CsvRow]:
+def _first_rows(text: str, delimiter: str) -> list[CsvRow]:
     """The first rows, up to a broken one."""
-    rows: list[_CsvRow] = []
+    rows: list[CsvRow] = []
     with _long_cells():
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         try:
             for cells in reader:
                 if cells:
-                    rows.append(_CsvRow(cells, reader.line_num))
+                    rows.append(CsvRow(cells, reader.line_num))
                 if len(rows) > _CHECKED_ROWS:
                     break
         except csv.Error:
@@ -242,71 +276,90 @@ def _first_rows(text: str, delimiter: str) -> list[_CsvRow]:
     return rows
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> list[_CsvRow]:
+def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
+    """The rows that are not blank; `lines` have their ends. Raises DataError for a broken quotation."""
     with _long_cells():
-        # newline="" keeps line breaks inside quoted cells as they are.
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            return [_CsvRow(cells, reader.line_num) for cells in reader if cells]
+            yield from (CsvRow(cells, reader.line_num) for cells in reader if cells)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num:,}: broken CSV ({error}); correct the quotes") from error
 
 
+def literal_rows(lines: Iterable[str]) -> Iterator[CsvRow]:
+    """The rows of a TSV, whose lines have no quoting; `lines` have no ends."""
+    return (CsvRow(line.split("\t"), number) for number, line in enumerate(lines, start=1) if line)
+
+
 def _tsv(path: Path, text: str) -> FileRecords:
-    lines = enumerate(_LINE_END.split(text), start=1)
-    literal = [_CsvRow(line.split("\t"), number) for number, line in lines if line]
+    literal = list(literal_rows(_LINE_END.split(text)))
     if '"' not in text:
-        return FileRecords(_table_records(path, literal))
+        return FileRecords(list(table_records(path, literal)))
     quoted = _quoted(path, text)
     if quoted is not None and (not _is_even(literal) or len(quoted) == len(literal)):
-        return FileRecords(_table_records(path, quoted), ("cells in quote marks are read as a CSV's, without them",))
+        note = "cells in quote marks are read as a CSV's, without them"
+        return FileRecords(list(table_records(path, quoted)), (note,))
     if not _is_even(literal):
         raise DataError(f"{path}, line {_uneven(literal).line:,}: {_counts(literal)}; {_MULTI_LINE_HINT}")
     num_cells = sum(cell.startswith('"') for row in literal for cell in row.cells)
     cells = "a cell" if num_cells == 1 else f"{num_cells:,} cells"
     note = f"quote marks at the start of {cells} are characters, and each line is a row, as in any TSV"
-    return FileRecords(_table_records(path, literal), (note,) if num_cells else ())
+    return FileRecords(list(table_records(path, literal)), (note,) if num_cells else ())
 
 
-def _quoted(path: Path, text: str) -> list[_CsvRow] | None:
+def _quoted(path: Path, text: str) -> list[CsvRow] | None:
     """The rows of a file that a CSV writer made, recognised by writing them again: the text is the same."""
     try:
-        rows = _csv_rows(path, text, "\t")
+        rows = list(csv_rows(path, io.StringIO(text, newline=""), "\t"))
     except DataError:
         return None
     ways = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
     return rows if _is_even(rows) and any(_round_trips(rows, text, way) for way in ways) else None
 
 
-def _round_trips(rows: Sequence[_CsvRow], text: str, quoting: int) -> bool:
+def _round_trips(rows: Sequence[CsvRow], text: str, quoting: int) -> bool:
     end = "\r\n" if "\r\n" in text else "\n"
     file = io.StringIO(newline="")
     csv.writer(file, delimiter="\t", quoting=quoting, lineterminator=end).writerows(row.cells for row in rows)  # type: ignore[arg-type]  # one of csv's constants
     return file.getvalue().removesuffix(end) == text.removesuffix(end)
 
 
-def _is_even(rows: Sequence[_CsvRow]) -> bool:
+def _is_even(rows: Sequence[CsvRow]) -> bool:
     return all(len(row.cells) == len(rows[0].cells) for row in rows)
 
 
-def _uneven(rows: Sequence[_CsvRow]) -> _CsvRow:
+def _uneven(rows: Sequence[CsvRow]) -> CsvRow:
     return next(row for row in rows if len(row.cells) != len(rows[0].cells))
 
 
-def _counts(rows: Sequence[_CsvRow]) -> str:
-    return f"{len(_uneven(rows).cells)} cells where the first line names {len(rows[0].cells)} columns"
+def _counts(rows: Sequence[CsvRow]) -> str:
+    return _count(_uneven(rows), len(rows[0].cells))
 
 
-def _table_records(path: Path, rows: Sequence[_CsvRow]) -> list[Record]:
-    if not rows:
+def _count(row: CsvRow, width: int) -> str:
+    return f"{len(row.cells)} cells where the first line names {width} columns"
+
+
+def table_records(path: Path, rows: Iterable[CsvRow]) -> Iterator[Record]:
+    """The records below a header. Raises DataError for a name given twice and for a row of another width."""
+    left = iter(rows)
+    header = table_header(path, left)
+    for row in left:
+        if len(row.cells) != len(header):
+            why = _count(row, len(header))
+            raise DataError(f"{path}, line {row.line:,}: {why}; quote cells that hold the separator")
+        yield dict(zip(header, row.cells, strict=True))
+
+
+def table_header(path: Path, rows: Iterator[CsvRow]) -> list[str]:
+    """The names of the columns, from the first of the rows. Raises as `table_records` does."""
+    first = next(rows, None)
+    if first is None:
         raise DataError(f"{path} is empty; the first line must name the columns")
-    header = rows[0].cells
-    twice = next((name for name in header if header.count(name) > 1), None)
+    twice = next((name for name in first.cells if first.cells.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: column {twice!r} stands twice in the first line; rename one")
-    if not _is_even(rows):
-        raise DataError(f"{path}, line {_uneven(rows).line:,}: {_counts(rows)}; quote cells that hold the separator")
-    return [dict(zip(header, row.cells, strict=True)) for row in rows[1:]]
+    return first.cells
 
 
 def _shown(delimiter: str) -> str:

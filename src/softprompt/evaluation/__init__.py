@@ -28,6 +28,7 @@ from softprompt.evaluation.heldout import (
     paired_interval,
 )
 from softprompt.evaluation.judge import judge
+from softprompt.evaluation.predict import Prediction, predict
 from softprompt.evaluation.report import (
     ReportTable,
     accuracy_tables,
@@ -58,6 +59,7 @@ __all__ = [
     "Interval",
     "LeaveOneOut",
     "LeftOut",
+    "Prediction",
     "ReportTable",
     "ScoreConfig",
     "TaskScore",
@@ -83,6 +85,7 @@ __all__ = [
     "mean_loss",
     "memory_line",
     "paired_interval",
+    "predict",
     "score_tables",
     "to_markdown",
     "verdict_lines",

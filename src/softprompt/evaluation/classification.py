@@ -31,6 +31,7 @@ from softprompt.errors import DataError, LengthError
 from softprompt.evaluation.heldout import CONFIDENCE, Interval, contenders, max_text_tokens, truncate_start
 from softprompt.families import Forward, forward_of
 from softprompt.loss import target_nlls
+from softprompt.loss.objective import SLOTS_PER_BATCH
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
 
@@ -226,12 +227,13 @@ def label_scores(
     prompts: Sequence[SoftPrompt | None],
     max_length: int | None = None,
     content_free: Sequence[str] = (),
+    batch_tokens: int = SLOTS_PER_BATCH,
 ) -> np.ndarray:
     """[M, N, K]: under each prompt, each label's summed log-likelihood after each text; all in one pass.
 
     With `content_free` texts, minus those of the labels after these (see the module's docstring).
     """
-    scores_MNK = _log_likelihoods(base, forward, texts, labels, prompts, max_length)
+    scores_MNK = _log_likelihoods(base, forward, texts, labels, prompts, max_length, batch_tokens)
     if content_free:
         scores_MNK -= _log_summed_shares(_log_likelihoods(base, forward, content_free, labels, prompts, max_length))
     return scores_MNK
@@ -288,6 +290,7 @@ def _log_likelihoods(
     labels: Sequence[str],
     prompts: Sequence[SoftPrompt | None],
     max_length: int | None,
+    batch_tokens: int = SLOTS_PER_BATCH,
 ) -> np.ndarray:
     """[M, N, K]: under each prompt, each label's summed log-likelihood after each text."""
     rows: list[Row] = []
@@ -297,7 +300,7 @@ def _log_likelihoods(
         tensors += [] if prompt is None else [prompt.tensor]
         limit = max_text_tokens(base, prompt, max_length)
         rows += [_label_row(base, text, label, index, limit) for text in texts for label in labels]
-    losses = target_nlls(base, forward, rows, tensors)
+    losses = target_nlls(base, forward, rows, tensors, batch_tokens)
     return -np.array([sum(loss.values()) for loss in losses]).reshape(len(prompts), len(texts), len(labels))
 
 

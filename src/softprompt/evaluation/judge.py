@@ -14,9 +14,11 @@ import numpy as np
 from softprompt.base import Base
 from softprompt.config import Criterion, TextScore
 from softprompt.data import Rows
+from softprompt.evaluation.calibrate import calibrate
 from softprompt.evaluation.classification import (
     class_scores,
     confusion_matrix,
+    label_scores,
     labelled_rows,
     macro_f1,
     predicted_labels,
@@ -49,7 +51,8 @@ def judge(base: Base, rows: Rows, prompt: SoftPrompt, best_by: Criterion, *, tra
 def _by_labels(base: Base, rows: Rows, prompt: SoftPrompt, best_by: Criterion, train_rows: int) -> Judgement:
     known, forward = labelled_rows(rows), forward_of(base)
     own, count = known.own, len(known.own)
-    ours, bare = (predicted_labels(base, forward, known, each) for each in (prompt, None))
+    (scores_NK,) = label_scores(base, forward, known.texts, known.labels, [prompt])
+    ours, bare = [int(best) for best in scores_NK.argmax(axis=1)], predicted_labels(base, forward, known, None)
     majority = max(own.count(label) for label in set(own)) / count
     is_constant = len(set(ours)) == 1 and majority < 1.0
     right, base_right = ([a == b for a, b in zip(found, own, strict=True)] for found in (ours, bare))
@@ -66,6 +69,7 @@ def _by_labels(base: Base, rows: Rows, prompt: SoftPrompt, best_by: Criterion, t
         measure="f1_macro" if best_by == "f1_macro" else "accuracy", rows=count, train_rows=train_rows,
         prompt=shares[0], bare_base=shares[1], better_rows=better, worse_rows=worse, difference=difference,
         majority=None if best_by == "f1_macro" else majority, is_constant=is_constant,
+        calibration=calibrate(scores_NK, own),
     )  # fmt: skip
 
 

@@ -97,6 +97,7 @@ def forward_of(base: Base) -> Forward:
 def _found(base: Base) -> Forward:
     try:
         if base.kind == "seq2seq":
+            _refuse_by_name(base)
             return find_seq2seq_forward(base)
         forward = encoder_forward(base) if base.kind == "encoder" else _causal_forward(base)
         if forward.max_batchable_length is None:

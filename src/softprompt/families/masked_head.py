@@ -49,6 +49,14 @@ def masked_head(base: Base, kernels: FrozenLinearKernels) -> Head:
     return Head(whole, kernels=kernels)
 
 
+class _States(BaseModelOutput):
+    """What a backbone returns: hidden states, and None for whatever else a family asks of it."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands in for a backbone: the states that it is given are its own."""
 
@@ -59,8 +67,8 @@ class _Given(nn.Module):
     def __getattr__(self, name: str) -> Any:  # Any: what some heads read of the backbone, DeBERTa's its embeddings
         return getattr(vars(self)["backbone"], name)
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _States:
+        return _States(last_hidden_state=inputs_embeds)
 
 
 class _Logits(nn.Module):

@@ -63,12 +63,14 @@ def score_under(
 
 
 @torch.no_grad()
-def target_nlls(base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor]) -> list[dict[int, float]]:
+def target_nlls(
+    base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor], batch_tokens: int = SLOTS_PER_BATCH
+) -> list[dict[int, float]]:
     """For each row, the nats of each target by its index among the row's ids. Rows are batched by length."""
     result: list[dict[int, float]] = [{} for _ in rows]
     prefix = run_prompts(base, forward, prompts) if prompts and forward.can_share_prefix else None
     lengths = [row.num_tokens + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
-    for batch in by_length(lengths, SLOTS_PER_BATCH):
+    for batch in by_length(lengths, batch_tokens):
         some = [rows[index] for index in batch]
         for index, losses in zip(batch, _batch_nlls(base, forward, some, prompts, prefix), strict=True):
             result[index] = losses

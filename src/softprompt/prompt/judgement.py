@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
+from softprompt.prompt.calibration import Calibration
+
 Conclusion = Literal["helps", "undecided", "does not help"]
 Recommendation = Literal["prompt", "bare base"]
 
@@ -40,6 +42,7 @@ class Judgement:
     majority: float | None = None  # always answering the rows' commonest label would be right in this share
     is_constant: bool = False  # the prompt gives all rows one label, and they have several
     has_template: bool = True
+    calibration: Calibration | None = None  # of the confidence in a label
 
     @property
     def conclusion(self) -> Conclusion:
@@ -65,7 +68,10 @@ class Judgement:
     def to_json(self) -> dict[str, Any]:
         """For `from_json`, with what follows from it for other readers."""
         concluded = {"conclusion": self.conclusion, "recommendation": self.recommendation, "text": self.text}
-        return {**asdict(self), "difference": list(self.difference) if self.difference else None, **concluded}
+        calibration = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+        figures = {name: value for name, value in asdict(self).items() if name != "calibration"}
+        difference = list(self.difference) if self.difference else None
+        return {**figures, "difference": difference, **calibration, **concluded}
 
     @classmethod
     def from_json(cls, record: Any) -> Judgement | None:  # Any: whatever JSON holds
@@ -78,8 +84,9 @@ class Judgement:
                 difference=_pair(record["difference"]), is_constant=bool(record["is_constant"]),
                 has_template=bool(record["has_template"]),
                 majority=None if record["majority"] is None else float(record["majority"]),
+                calibration=Calibration.from_json(record.get("calibration")),
             )  # fmt: skip
-        except (TypeError, KeyError, ValueError, OverflowError):
+        except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
             return None
         return found if found._is_sound() else None
 
