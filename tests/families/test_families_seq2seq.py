@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.tiny_bases import SEQ2SEQ, build_base, random_ids, random_prompt
+from support.seq2seq_bases import FAMILIES, build_seq2seq, plain_pair_logits
+from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.errors import BaseModelError
 from softprompt.families import forward_of, seq2seq_forward
@@ -10,22 +11,21 @@ from softprompt.families import forward_of, seq2seq_forward
 ROWS = (((5, 9, 7, 2), (6, 8, 2)), ((11, 2), (4, 4, 9, 13, 2)), ((30, 31, 32, 33, 34, 2), (7, 2)))  # text, answer
 
 
-@pytest.fixture(scope="module", params=SEQ2SEQ)
+@pytest.fixture(scope="module", params=FAMILIES)
 def base(request):
-    return build_base(request.param, dtype=torch.float64)
+    return build_seq2seq(request.param, dtype=torch.float64)
 
 
 def decoder_ids(base, answer):
-    return torch.tensor([[base.decoder_start_id, *answer[:-1]]])
+    return torch.tensor([[*base.decoder_start_ids, *answer[:-1]]])
 
 
 def model_logits(base, text, answer, prompt=None):
     """[T, V] of the model itself: on its token ids, or on one run of concatenated embeddings."""
-    ids = torch.tensor([text])
-    if prompt is None:
-        return base.model(input_ids=ids, decoder_input_ids=decoder_ids(base, answer)).logits[0]
-    embeds = torch.cat([prompt[None], base.model.get_input_embeddings()(ids) * base.embedding_scale], dim=1)
-    return base.model(inputs_embeds=embeds, decoder_input_ids=decoder_ids(base, answer)).logits[0]
+    if prompt is not None:
+        return plain_pair_logits(base, text, answer, prompt)
+    ids = decoder_ids(base, answer)
+    return base.model(input_ids=torch.tensor([text]), decoder_input_ids=ids).logits[0, -len(answer) :]
 
 
 def batched_logits(base, rows, prompts):
@@ -38,7 +38,8 @@ def batched_logits(base, rows, prompts):
     answers = [base.token_inputs(decoder_ids(base, answer)[0]) for _, answer in rows]
     inputs = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True)
     logits = forward.head(forward.decode(inputs, forward.encode(embeds, mask), mask))
-    return [own[: len(answer)] for own, (_, answer) in zip(logits, rows, strict=True)]
+    first = len(base.decoder_start_ids) - 1
+    return [own[first : first + len(answer)] for own, (_, answer) in zip(logits, rows, strict=True)]
 
 
 def test_rows_behind_prompts_of_several_lengths_in_one_batch_have_the_models_own_logits(base):
@@ -66,14 +67,14 @@ def test_the_embeddings_of_a_text_are_those_that_the_encoder_makes_of_its_ids(ba
 
 
 def test_a_base_whose_decoder_has_embeddings_of_its_own_is_refused():
-    base = build_base("bart")
+    base = build_seq2seq("bart")
     base.model.get_decoder().embed_tokens = torch.nn.Embedding(base.vocab_size, base.hidden_size)
     with pytest.raises(BaseModelError, match="not those on the text's token ids"):
         forward_of(base)
 
 
 def test_a_base_without_a_start_token_is_refused():
-    base = build_base("t5")
+    base = build_seq2seq("t5")
     base.model.config.decoder_start_token_id = base.model.generation_config.decoder_start_token_id = None
     with pytest.raises(BaseModelError, match="decoder_start_token_id"):
         forward_of(base)

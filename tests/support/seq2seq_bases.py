@@ -28,7 +28,7 @@ _GATED = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False
 _BART = {
     "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
     "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": LIMIT, "init_std": 0.25,
-    "decoder_start_token_id": EOS, "forced_eos_token_id": None, "tie_word_embeddings": False,
+    "decoder_start_token_id": EOS, "forced_eos_token_id": None,
 }  # fmt: skip
 _SCALED = {**_BART, "scale_embedding": True}
 
@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "t5": (hf.T5Config, hf.T5ForConditionalGeneration, _T5, "$A </s>"),
     "flan_t5": (hf.T5Config, hf.T5ForConditionalGeneration, _GATED, "$A </s>"),
     "mt5": (hf.MT5Config, hf.MT5ForConditionalGeneration, _GATED, "$A </s>"),
+    "umt5": (hf.UMT5Config, hf.UMT5ForConditionalGeneration, _GATED, "$A </s>"),
     "bart": (hf.BartConfig, hf.BartForConditionalGeneration, _BART, "<s> $A </s>"),
     "mbart": (
         hf.MBartConfig, hf.MBartForConditionalGeneration, {**_SCALED, "decoder_start_token_id": LANGUAGE},
@@ -65,6 +66,7 @@ def build_tokenizer(around: str = "$A </s>") -> hf.PreTrainedTokenizerFast:
 
 
 def build_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> hf.PreTrainedModel:
+    """Its head has weights of its own: a tied tiny model mostly repeats its last token."""
     config_class, model_class, settings, _ = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,6 +76,7 @@ def build_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, 
                 parameter.add_(0.05 * torch.randn_like(parameter))
             if hasattr(model, "final_logits_bias"):
                 model.final_logits_bias.normal_()
+            model.lm_head.weight = torch.nn.Parameter(0.4 * torch.randn_like(model.lm_head.weight))
     return model.eval().to(dtype)
 
 
@@ -91,7 +94,7 @@ def plain_pair_logits(
     """
     scale = getattr(base.model.get_encoder(), "embed_scale", 1.0)
     before = base.decoder_start_ids
-    embeds = base.embedding(torch.tensor(list(source))) * scale
+    embeds = base.embedding(torch.tensor(list(source), dtype=torch.long)) * scale
     written = base.embedding(torch.tensor([*before, *ids[:-1]]))
     if prompt is not None:
         embeds = torch.cat([prompt.to(embeds.dtype), embeds])

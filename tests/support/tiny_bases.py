@@ -16,7 +16,6 @@ from softprompt.base import Base, freeze_base
 VOCAB = 97
 LIMIT = 96
 UNK, BOS, EOS = 0, 1, 2
-PAD = 3  # of encoder-decoders, whose decoder mostly starts with it; no word is
 _COMMON = {
     "vocab_size": VOCAB,
     "initializer_range": 0.25,
@@ -78,61 +77,19 @@ OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, {**_GEMMA, "sliding_window": 6}),
 }
 
-_T5 = {
-    "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 12, "dropout_rate": 0.0, "pad_token_id": PAD, "decoder_start_token_id": PAD,
-}  # fmt: skip
-_BART = {
-    "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": LIMIT, "init_std": 0.25,
-    "pad_token_id": PAD, "decoder_start_token_id": EOS, "forced_eos_token_id": None, "dropout": 0.0,
-}  # fmt: skip
-_NOT_OF_SEQ2SEQ = ("tie_word_embeddings", "initializer_range")
-_GATED = {"feed_forward_proj": "gated-gelu"}
-
-# Encoder-decoders, whose tokenizers end a text with EOS.
-SEQ2SEQ: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "t5": (hf.T5Config, hf.T5ForConditionalGeneration, _T5),
-    "flan_t5": (hf.T5Config, hf.T5ForConditionalGeneration, {**_T5, **_GATED, "tie_word_embeddings": False}),
-    "mt5": (hf.MT5Config, hf.MT5ForConditionalGeneration, {**_T5, **_GATED}),
-    "umt5": (hf.UMT5Config, hf.UMT5ForConditionalGeneration, {**_T5, **_GATED}),
-    "bart": (hf.BartConfig, hf.BartForConditionalGeneration, {**_BART, "scale_embedding": True}),
-    "mbart": (hf.MBartConfig, hf.MBartForConditionalGeneration, _BART),
-    "pegasus": (
-        hf.PegasusConfig,
-        hf.PegasusForConditionalGeneration,
-        {**_BART, "decoder_start_token_id": PAD, "scale_embedding": True},
-    ),
-}
-
 
 def build_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> hf.PreTrainedModel:
-    config_class, model_class, settings = {**FAMILIES, **OTHERS, **SEQ2SEQ}[family]
-    common = {name: value for name, value in _COMMON.items() if family not in SEQ2SEQ or name not in _NOT_OF_SEQ2SEQ}
-    config = config_class(**{**common, **settings, **changes})
+    config_class, model_class, settings = {**FAMILIES, **OTHERS}[family]
+    config = config_class(**{**_COMMON, **settings, **changes})
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model: hf.PreTrainedModel = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at 0 and 1, and would hide what they do
             parameter.add_(0.05 * torch.randn_like(parameter))
-        if family in SEQ2SEQ:
-            _untie(model)
     torch.random.set_rng_state(state)
-    own = {"decoder_start_token_id": config.decoder_start_token_id, "pad_token_id": PAD} if family in SEQ2SEQ else {}
-    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS, **own}
-    model.generation_config = hf.GenerationConfig(**tokens)
+    model.generation_config = hf.GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
     return model.eval().to(dtype)
-
-
-def _untie(model: Any) -> None:
-    """A head of its own, and relative positions and logits' biases that matter: tied tiny models echo tokens."""
-    model.lm_head.weight = torch.nn.Parameter(0.4 * torch.randn_like(model.lm_head.weight))
-    for name, parameter in model.named_parameters():
-        if "relative_attention_bias" in name:
-            parameter.add_(torch.randn_like(parameter))
-    if hasattr(model, "final_logits_bias"):
-        model.final_logits_bias.copy_(torch.randn_like(model.final_logits_bias))
 
 
 def build_tokenizer(has_bos: bool = True, has_eos: bool = True, vocab: int = VOCAB) -> hf.PreTrainedTokenizerFast:
@@ -147,17 +104,6 @@ def build_tokenizer(has_bos: bool = True, has_eos: bool = True, vocab: int = VOC
     return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
 
 
-def build_ending_tokenizer(vocab: int = VOCAB) -> hf.PreTrainedTokenizerFast:
-    """As T5's: EOS behind a text, nothing in front, and a pad."""
-    words = {"<unk>": UNK, "<s>": BOS, "</s>": EOS, "<pad>": PAD, **{f"w{index}": index for index in range(4, vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
 def build_closed_tokenizer() -> hf.PreTrainedTokenizerFast:
     """A few words and no unknown token: a text with any other word cannot be encoded."""
     words = Tokenizer(models.WordLevel({"the": 0, "<s>": BOS, "</s>": EOS, "dog": 3, "ran": 4}, unk_token="<unk>"))
@@ -167,8 +113,7 @@ def build_closed_tokenizer() -> hf.PreTrainedTokenizerFast:
 
 def build_base(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Base:
     model = build_model(family, seed, dtype, **changes)
-    tokenizer = build_ending_tokenizer() if family in SEQ2SEQ else build_tokenizer(has_bos=family == "llama")
-    return freeze_base(model, tokenizer, name=f"tiny-{family}")
+    return freeze_base(model, build_tokenizer(has_bos=family == "llama"), name=f"tiny-{family}")
 
 
 def random_prompt(base: Base, length: int, seed: int = 0) -> torch.Tensor:

@@ -35,6 +35,7 @@ from softprompt.engine.request import (
 )
 from softprompt.engine.sampler import SampledToken, Sampler
 from softprompt.engine.scheduler import Plan, Scheduler
+from softprompt.engine.seq2seq_runner import make_seq2seq_runners
 from softprompt.engine.sequence import RequestState, Sequence
 from softprompt.engine.stats import Counts, EngineStats
 from softprompt.errors import MemoryLimitError, QueueFullError
@@ -65,10 +66,10 @@ class Engine:
         self.config = config or EngineConfig()
         loaded = forward or forward_of(base)
         self.forward = with_weights(loaded, base, self.config.weights)
-        self.runners: Runners = make_runners(base, self.forward, self.config, arrange, runner)
-        self.scheduler = Scheduler(
-            self.runners.max_sequences, self.runners.max_step_tokens, self.runners.num_prefill_steps
-        )
+        make = make_seq2seq_runners if base.kind == "seq2seq" else make_runners
+        self.runners: Runners = make(base, self.forward, self.config, arrange, runner)
+        limits = self.runners.limits
+        self.scheduler = Scheduler(limits.max_sequences, limits.max_step_tokens, limits.num_prefill_steps)
         self.pooler = Pooler(base, loaded)
         self.counts = Counts()
         self._sampler = Sampler(base)
@@ -91,7 +92,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise what `add` would raise for this request, but for guides and a full queue. Any thread may call it."""
         check_request(self.base, request)
-        if not self.runners.select(request).can_ever_fit(request.max_length):
+        if not self.runners.select(request).can_ever_fit(request):
             raise MemoryLimitError(
                 f"{request.max_length} positions are more than the engine's memory for keys and values holds; raise "
                 "kv_bytes or ask for fewer new tokens",
@@ -156,6 +157,8 @@ class Engine:
         Raises MemoryLimitError where pinned ones would take more than half of `prefix_bytes`.
         """
         cache = self.runners.prefix_cache
+        if self.base.kind == "seq2seq":
+            return  # what its vectors compute depends on the text
         num_bytes = prompt.num_virtual_tokens * self.runners.kv_cache.bytes_per_position
         if self.runners.is_batchable and not cache.reserve(prompt_key(prompt), num_bytes):
             raise MemoryLimitError(
@@ -224,19 +227,28 @@ class Engine:
         is_batched = runner is self.runners.batched
         is_repeated = request.num_choices > 1
         keys = prefix_keys(request.prompt, request.ids, is_repeated, request.cache_salt) if is_batched else []
+        text_ids = ids = request.ids
+        num_virtual, num_to_encode = request.num_virtual, 0
+        if self.base.kind == "seq2seq":
+            text_ids, ids, keys = (), self.base.decoder_start_ids, []
+            num_virtual, num_to_encode = request.num_virtual_of_decoder, request.num_encoded
         return Sequence(
             owner=owner,
             choice=choice,
             runner=runner,
-            sampling=self._sampler.new_state(sampling, request.ids, choice, request.cache_salt),
-            detokenizer=Detokenizer(self.base, request.ids, sampling.stop, sampling.min_new_tokens),
-            ids=list(request.ids),
+            sampling=self._sampler.new_state(sampling, ids, choice, request.cache_salt),
+            detokenizer=Detokenizer(self.base, text_ids, sampling.stop, sampling.min_new_tokens),
+            ids=list(ids),
+            num_given=len(ids),
+            num_virtual=num_virtual,
+            num_to_encode=num_to_encode,
             prefix_keys=keys,
             prompt_log_probs=new_prompt_logprobs(request) if choice == 0 else None,
         )
 
     def _run(self, plan: Plan) -> list[Event]:
         """The step's forward, and one token for every sequence that was run to its end."""
+        num_read = [count + sequence.num_to_encode for sequence, count in plan]
         try:
             hidden, prompt_states = self.runners.run(plan)
             has_nan = extend_prompt_logprobs(self.base, self.forward, prompt_states) if prompt_states else []
@@ -247,7 +259,7 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
             return self._fail({sequence.owner for sequence, _ in plan}, f"out of memory: {error}")
-        for sequence, count in plan:
+        for (sequence, _), count in zip(plan, num_read, strict=True):
             self.scheduler.waiting.charge(sequence, count, sequence.remaining == 0)
             self.counts.num_read_tokens += count
         return self._fail_for_nan(has_nan) + self._append(due, sampled)

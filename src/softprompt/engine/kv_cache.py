@@ -66,6 +66,11 @@ class KVCache:
         self.buckets: dict[int, CapacityBucket] = {}
 
     @property
+    def slots(self) -> list[Slot]:
+        """All that are allocated."""
+        return [slot for bucket in self.buckets.values() for slot in bucket.slots]
+
+    @property
     def num_bytes(self) -> int:
         """Size of all buffers, in use or not."""
         return self._num_positions() * self.bytes_per_position

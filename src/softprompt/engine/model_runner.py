@@ -37,30 +37,48 @@ from softprompt.families import (
 from softprompt.splice import TokenSpan, embed_spans
 
 _LOG = logging.getLogger(__name__)
-_KV_SHARE, _PREFIX_SHARE = 0.5, 0.125  # of the free memory
+KV_SHARE, _PREFIX_SHARE = 0.5, 0.125  # of the free memory
 _MAX_SEQUENCES = {"cpu": 32}
 _MAX_SEQUENCES_ELSEWHERE = 256
 _STEP_TOKENS = {"cpu": 64}  # more gain nothing on a CPU, and delay every sequence
 _STEP_TOKENS_ELSEWHERE = 2_048
 _PREFILL_STEPS = {"cpu": 8}  # of a short text beside decoding sequences: here each token makes a step longer
+BATCHED = "answers run batched over cached keys and values"
 _MIN_PENDING = 32  # positions: a shorter prefix is computed twice sooner than a sequence waits a step for it
 
 RunnerKind = Literal["auto", "torch", "eager"]  # what the base allows; without compiled attention; one at a time
 
 
 @dataclass(frozen=True)
+class StepLimits:
+    """How much one step runs."""
+
+    max_sequences: int
+    max_step_tokens: int
+    num_prefill_steps: int
+
+
+def step_limits(base: Base, config: EngineConfig) -> StepLimits:
+    """As configured, else what suits the device."""
+    device = base.device.type
+    return StepLimits(
+        max_sequences=config.max_rows or _MAX_SEQUENCES.get(device, _MAX_SEQUENCES_ELSEWHERE),
+        max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
+        num_prefill_steps=_PREFILL_STEPS.get(device, 1),
+    )
+
+
+@dataclass(frozen=True)
 class Runners:
     """Both runners, their memory, and the limits of both together."""
 
-    batched: BatchedRunner
-    eager: EagerRunner
+    batched: ModelRunner
+    eager: ModelRunner
     kv_cache: KVCache
     prefix_cache: PrefixCache
     is_batchable: bool  # whether the batched runner passed its test
     max_batchable_length: float  # positions; a longer sequence runs by itself
-    max_sequences: int
-    max_step_tokens: int
-    num_prefill_steps: int
+    limits: StepLimits
     notes: tuple[str, ...]
 
     def select(self, request: Request) -> ModelRunner:
@@ -83,16 +101,9 @@ class Runners:
         )
 
     def check_integrity(self, running: SequenceOf[Sequence]) -> None:
-        """Slots, pins and pending prefixes are those of the running sequences. Raises AssertionError."""
-        self.kv_cache.check_integrity()
-        self.prefix_cache.check_integrity()
-        slots = [slot for bucket in self.kv_cache.buckets.values() for slot in bucket.slots]
-        assert {id(slot) for slot in slots} == {id(each.slot) for each in running if each.slot is not None}
-        assert all(each.slot is None or each.slot.length == each.computed for each in running)
-        assert self.prefix_cache.num_pins == sum(each.prefix is not None for each in running)
-        pending = {key: each for each in running for _, key in each.pending_prefixes}
-        assert self.batched.pending_prefixes == pending
-        assert self.eager.num_bytes == 0 or any(each.runner is self.eager for each in running)
+        """What is in memory is that of the running sequences. Raises AssertionError."""
+        for runner in (self.batched, self.eager):
+            runner.check_integrity([each for each in running if each.runner is runner])
 
 
 def with_weights(forward: Forward, base: Base, weights: Weights) -> Forward:
@@ -126,24 +137,16 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bo
 
     `prepack`: for many requests, with weights repacked and memory allocated in advance.
     """
-    prepacked_bytes = _prepack(base, forward) if prepack and not forward.int8_bytes else 0
+    weights_notes = weights_note(base, forward, prepack)
     free = free_bytes(base.device)
-    kv_bytes = config.kv_bytes or int(free * _KV_SHARE)
+    kv_bytes = config.kv_bytes or int(free * KV_SHARE)
     prefix_bytes = int(free * _PREFIX_SHARE) if config.prefix_bytes is None else config.prefix_bytes
     cost = _memory_cost(base, forward, kind)
     kv_cache = KVCache(kv_bytes, cost.bytes_per_position, base.max_length)
     prefix_cache = PrefixCache(prefix_bytes)
-    device = base.device.type
-    max_sequences = config.max_rows or _MAX_SEQUENCES.get(device, _MAX_SEQUENCES_ELSEWHERE)
+    limits = step_limits(base, config)
     if prepack and cost.problem is None:
-        kv_cache.preallocate(_sample_buffer(base, forward), max_sequences)
-    notes = ["answers run batched over cached keys and values" if cost.problem is None else cost.problem]
-    if prepacked_bytes:
-        notes.append(
-            f"weights kept once more, as this CPU multiplies them fastest ({prepacked_bytes / 2**20:,.0f} MiB)"
-        )
-    if forward.int8_bytes:
-        notes.append(int8_note(base))
+        kv_cache.preallocate(_sample_buffer(base, forward), limits.max_sequences)
     return Runners(
         batched=BatchedRunner(base, forward, kv_cache, prefix_cache, compiled=kind != "torch"),
         eager=EagerRunner(base, forward, kv_bytes, cost),
@@ -151,17 +154,24 @@ def make_runners(base: Base, forward: Forward, config: EngineConfig, prepack: bo
         prefix_cache=prefix_cache,
         is_batchable=cost.problem is None,
         max_batchable_length=math.inf if forward.max_batchable_length is None else forward.max_batchable_length,
-        max_sequences=max_sequences,
-        max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE),
-        num_prefill_steps=_PREFILL_STEPS.get(device, 1),
-        notes=tuple(notes),
+        limits=limits,
+        notes=(BATCHED if cost.problem is None else cost.problem, *weights_notes),
     )
+
+
+def weights_note(base: Base, forward: Forward, prepack: bool) -> list[str]:
+    """Repack the weights for `prepack`, where that gains; what was done to them, for people."""
+    prepacked_bytes = _prepack(base, forward) if prepack and not forward.int8_bytes else 0
+    if forward.int8_bytes:
+        return [int8_note(base)]
+    size = f"{prepacked_bytes / 2**20:,.0f} MiB"
+    return [f"weights kept once more, as this CPU multiplies them fastest ({size})"] if prepacked_bytes else []
 
 
 def _prepack(base: Base, forward: Forward) -> int:
     """Keep the weights as this processor reads them fastest, where there is memory for it; the bytes that it took."""
     needed = forward.bytes_to_prepack(both_ways=False)
-    if not 0 < needed < free_bytes(base.device) * _KV_SHARE:
+    if not 0 < needed < free_bytes(base.device) * KV_SHARE:
         return 0
     forward.prepack(both_ways=False)
     return needed
@@ -182,8 +192,8 @@ class BatchedRunner:
         self.pending_prefixes: dict[Key, Sequence] = {}  # which sequence is computing each
         self._is_compiled = compiled and has_native_attention(base.device, base.dtype)
 
-    def can_ever_fit(self, length: int) -> bool:
-        return self.kv_cache.can_ever_fit(length)
+    def can_ever_fit(self, request: Request) -> bool:
+        return self.kv_cache.can_ever_fit(request.max_length)
 
     def should_wait_for_prefix(self, sequence: Sequence) -> bool:
         """Whether the longest prefix in sight is one that another sequence is computing, and worth waiting for."""
@@ -242,6 +252,15 @@ class BatchedRunner:
             if sequence.pending_prefixes:
                 self._store_prefixes(sequence)
         return RunnerOutput(hidden[ends.to(hidden.device)], prompt_states)
+
+    def check_integrity(self, running: SequenceOf[Sequence]) -> None:
+        """Slots, pins and pending prefixes are those of the running sequences."""
+        self.kv_cache.check_integrity()
+        self.prefix_cache.check_integrity()
+        assert {id(slot) for slot in self.kv_cache.slots} == {id(each.slot) for each in running}
+        assert all(each.slot is not None and each.slot.length == each.computed for each in running)
+        assert self.prefix_cache.num_pins == sum(each.prefix is not None for each in running)
+        assert self.pending_prefixes == {key: each for each in running for _, key in each.pending_prefixes}
 
     def _announce_prefixes(self, sequence: Sequence) -> None:
         """The prefixes it will compute for others: its soft prompt, and the longest that was requested before."""
@@ -312,8 +331,8 @@ class EagerRunner:
         is_fixed = forward.max_batchable_length is None  # else a whole text's positions are not those of its parts
         self.supports_chunked_prefill = is_fixed and forward.supports_chunked_prefill
 
-    def can_ever_fit(self, length: int) -> bool:
-        return self.cost.of(length) <= self.budget_bytes
+    def can_ever_fit(self, request: Request) -> bool:
+        return self.cost.of(request.max_length) <= self.budget_bytes
 
     def should_wait_for_prefix(self, sequence: Sequence) -> bool:
         return False
@@ -343,6 +362,10 @@ class EagerRunner:
             if wanted is not None:
                 prompt_states.append((sequence, hidden[wanted]))
         return RunnerOutput(torch.stack(last), prompt_states)
+
+    def check_integrity(self, running: SequenceOf[Sequence]) -> None:
+        """Memory is that of the running sequences."""
+        assert self.num_bytes == sum(self.cost.of(each.max_length) for each in running)
 
     def _run_one(self, sequence: Sequence, count: int) -> Tensor:
         """Hidden states [count, D]."""

@@ -44,6 +44,16 @@ class Request:
         return 0 if self.prompt is None else self.prompt.num_virtual_tokens
 
     @property
+    def num_virtual_of_decoder(self) -> int:
+        """Virtual tokens in front of an encoder-decoder's answer."""
+        return 0 if self.prompt is None else self.prompt.num_decoder_tokens
+
+    @property
+    def num_encoded(self) -> int:
+        """Positions that the encoder of an encoder-decoder reads."""
+        return self.num_virtual + len(self.ids)
+
+    @property
     def max_length(self) -> int:
         """Positions that one of its answers may take: soft prompt, text and new tokens."""
         return self.num_virtual + len(self.ids) + (self.sampling or DEFAULT_SAMPLING).max_new_tokens
@@ -188,7 +198,10 @@ def check_request(base: Base, request: Request) -> None:
     check_ids(base, request.ids, "the text has token id", "prompt")
     check_ids(base, [token for token, _ in sampling.logit_bias], "logit_bias has token id", "logit_bias")
     check_ids(base, sampling.stop_ids, "stop_ids has token id", "stop_token_ids")
-    _check_length(base, request, sampling.max_new_tokens)
+    if base.kind == "seq2seq":
+        _check_of_seq2seq(base, request, sampling.max_new_tokens)
+    else:
+        _check_length(base, request.max_length, _parts(request), sampling.max_new_tokens)
 
 
 def check_width(base: Base, prompt: SoftPrompt | None) -> None:
@@ -209,16 +222,33 @@ def check_ids(base: Base, ids: Sequence[int], what: str, param: str) -> None:
         )
 
 
-def _check_length(base: Base, request: Request, max_new_tokens: int) -> None:
-    """The message opens with OpenAI's words, by which gateways know that a model with a longer context could answer."""
-    max_length = request.max_length
-    if max_length <= base.max_length:
-        return
+def _check_of_seq2seq(base: Base, request: Request, max_new_tokens: int) -> None:
+    """The encoder's text and the decoder's answer are limited each by itself."""
+    if request.num_text_log_probs is not None or request.is_text_only:
+        raise ConfigError(
+            f"base {base.name!r} is an encoder-decoder, whose encoder reads the text and predicts none of it; log-"
+            "probabilities are those of answers alone",
+            param="echo",
+        )
+    _check_length(base, request.num_encoded, _parts(request), 0)
+    num_start = request.num_virtual_of_decoder + len(base.decoder_start_ids)
+    _check_length(base, num_start + max_new_tokens, f"{num_start} before the answer", max_new_tokens)
+
+
+def _parts(request: Request) -> str:
     soft = f", {request.num_virtual} in the soft prompt" if request.num_virtual else ""
+    return f"{len(request.ids)} in the text{soft}"
+
+
+def _check_length(base: Base, num_positions: int, parts: str, max_new_tokens: int) -> None:
+    """The message opens with OpenAI's words, by which gateways know that a model with a longer context could answer."""
+    if num_positions <= base.max_length:
+        return
+    new = f", {_number(max_new_tokens)} in the completion" if max_new_tokens else ""
+    advice = "shorten the text or ask for fewer new tokens" if max_new_tokens else "shorten the text"
     raise LengthError(
         f"This model's maximum context length is {base.max_length} tokens. However, you requested "
-        f"{_number(max_length)} tokens ({len(request.ids)} in the text{soft}, {_number(max_new_tokens)} in the "
-        "completion); shorten the text or ask for fewer new tokens",
+        f"{_number(num_positions)} tokens ({parts}{new}); {advice}",
         param="max_tokens",
     )
 

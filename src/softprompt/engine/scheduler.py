@@ -113,8 +113,8 @@ class _PrefillBudget:
         wanted = max(self.cheap, ceil(sequence.length / self.num_steps))
         is_chunked = sequence.runner.supports_chunked_prefill
         count = min(sequence.remaining, self.left, wanted) if is_chunked else sequence.remaining
-        self.left -= count
-        self.cheap -= count
+        self.left -= count + sequence.num_to_encode
+        self.cheap -= count + sequence.num_to_encode
         return count
 
 

@@ -11,20 +11,28 @@ from softprompt.engine.detokenizer import Detokenizer
 from softprompt.engine.kv_cache import Slot
 from softprompt.engine.logits_processors import SamplingState
 from softprompt.engine.prefix_cache import Key, Prefix
-from softprompt.engine.request import Answer, FinishReason, Request, TokenLogProb, Tokens
+from softprompt.engine.request import DEFAULT_SAMPLING, Answer, FinishReason, Request, TokenLogProb, Tokens
 from softprompt.families import ModelCache
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer from its request's admission to its end. Its positions are [soft prompt, text, answer so far]."""
+    """One answer from its request's admission to its end. Its positions are [soft prompt, text, answer so far].
+
+    Of an encoder-decoder they are the decoder's, [its soft prompt, start, answer so far]; the encoder reads the text.
+    """
 
     owner: RequestState
     choice: int
     runner: ModelRunner
     sampling: SamplingState
     detokenizer: Detokenizer
-    ids: list[int]  # of the text and the answer
+    ids: list[int]  # of the text and the answer; of an encoder-decoder, what the decoder reads
+    num_given: int  # of these, how many are not the answer's
+    num_virtual: int  # virtual tokens in front of them
+    num_to_encode: int = 0  # positions of an encoder that run whole in its next step
+    encoded: Tensor | None = None  # [S, D], the encoder's states, while it runs by itself
+    cross_slot: Slot | None = None  # in the cross-attention's KV cache, while it runs batched
     prefix_keys: list[tuple[int, Key]] = field(default_factory=list)  # lengths and keys of prefixes it may share
     computed: int = 0  # positions whose keys and values are in memory
     num_cached: int | None = None  # positions taken from the prefix cache when it first started
@@ -50,10 +58,6 @@ class Sequence:
         return self.owner.request.priority, self.owner.id, self.choice
 
     @property
-    def num_virtual(self) -> int:
-        return self.owner.request.num_virtual
-
-    @property
     def length(self) -> int:
         """Positions it has so far."""
         return self.num_virtual + len(self.ids)
@@ -61,11 +65,11 @@ class Sequence:
     @property
     def max_length(self) -> int:
         """Positions it may come to have."""
-        return self.owner.request.max_length
+        return self.num_virtual + self.num_given + (self.request.sampling or DEFAULT_SAMPLING).max_new_tokens
 
     @property
     def new_ids(self) -> list[int]:
-        return self.ids[len(self.request.ids) :]
+        return self.ids[self.num_given :]
 
     @property
     def remaining(self) -> int:
@@ -75,7 +79,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Only its newest token is left to run."""
-        return self.remaining == 1 and len(self.ids) > len(self.request.ids)
+        return self.remaining == 1 and len(self.ids) > self.num_given
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -164,8 +168,8 @@ class ModelRunner(Protocol):
 
     supports_chunked_prefill: bool  # whether a text may be read over several steps
 
-    def can_ever_fit(self, length: int) -> bool:
-        """Whether a sequence of that many positions fits into the memory at all. Any thread may ask."""
+    def can_ever_fit(self, request: Request) -> bool:
+        """Whether a request's answer fits into the memory at all. Any thread may ask."""
         ...
 
     def should_wait_for_prefix(self, sequence: Sequence) -> bool:
@@ -186,4 +190,8 @@ class ModelRunner(Protocol):
 
     def run(self, plan: list[tuple[Sequence, int]]) -> RunnerOutput:
         """Run so many positions of each sequence."""
+        ...
+
+    def check_integrity(self, running: list[Sequence]) -> None:
+        """What is in memory is that of these sequences, which are all that run here. Raises AssertionError."""
         ...

@@ -1,0 +1,207 @@
+"""Encoder-decoders in the engine: answers are transformers' own over concatenated embeddings, whoever else runs."""
+
+import random
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from support.engine_runs import Ledger, alone, answers, asked, assert_alike, assert_empty, run_out
+from support.seq2seq_bases import FAMILIES, build_seq2seq, plain_pair_logits
+from support.tiny_bases import VOCAB, random_ids, random_prompt
+
+from softprompt.config import EngineConfig, SamplingConfig
+from softprompt.engine import Engine, Finished, Request, generate
+from softprompt.errors import ConfigError, LengthError
+from softprompt.prompt import SoftPrompt
+from softprompt.types import InputForm, PromptRecord
+
+NEAR_TIE = 1e-4  # nats between two candidates, of which either may come
+RUNNERS = ("auto", "torch", "eager")
+
+
+@cache
+def build(family):
+    return build_seq2seq(family, dtype=torch.float64)
+
+
+def both_sides(base, length, seed=0):
+    """A prompt of `length` vectors for the encoder and as many for the decoder."""
+    record = PromptRecord(form=InputForm(has_decoder_prompt=True))
+    return SoftPrompt(random_prompt(base, 2 * length, seed=seed), record)
+
+
+def sides(request):
+    """The vectors of the encoder's side and of the decoder's."""
+    prompt = request.prompt
+    if prompt is None:
+        return None, None
+    whole, own = prompt.tensor, prompt.num_virtual_tokens
+    return whole[:own], whole[own:] if prompt.num_decoder_tokens else None
+
+
+def mixed(base):
+    """Texts of many lengths; soft prompts of many lengths, for both sides, and none."""
+    return [
+        asked(base, (*random_ids(4, 1), 2), 3, num_new=12),
+        asked(base, (*random_ids(19, 2), 2), 9, num_new=5),
+        asked(base, (*random_ids(6, 3), 2), None, num_new=9),
+        asked(base, (*random_ids(1, 4), 2), both_sides(base, 4, seed=4), num_new=7),
+        asked(base, (), 3, num_new=3),
+        asked(base, (*random_ids(40, 6), 2), both_sides(base, 2, seed=6), num_new=30),
+        asked(base, (*random_ids(12, 5), 2), 30, num_new=20),
+    ]
+
+
+@torch.no_grad()
+def true_log_probs(base, request, ids, encoder=None):
+    """[T + 1, V]: of each id of an answer and of what follows, by one plain forward; by another prompt as a control."""
+    own, decoder = sides(request)
+    own = own if encoder is None else encoder
+    return torch.log_softmax(plain_pair_logits(base, request.ids, (*ids, 0), own, decoder).float(), dim=-1)
+
+
+def assert_true(base, request, answer):
+    """A greedy answer: each token the likeliest of one plain forward, its log-probability equal to 1e-5."""
+    log_probs = true_log_probs(base, request, answer.ids)
+    assert len(answer.log_probs) == len(answer.ids)
+    for row, token, ours in zip(log_probs, answer.ids, answer.log_probs, strict=False):
+        assert float(row.max() - row[token]) < NEAR_TIE
+        assert ours == pytest.approx(float(row[token]), abs=1e-5)
+    if answer.finish_reason == "length":
+        assert len(answer.ids) == request.sampling.max_new_tokens
+    else:
+        assert answer.end_log_prob.log_prob == pytest.approx(float(log_probs[-1, answer.stopped_by]), abs=1e-5)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_in_a_batch_are_those_of_plain_forwards_over_concatenated_embeddings(family, runner):
+    base = build(family)
+    requests, engine = mixed(base), Engine(base, runner=runner)
+    for request, answer in zip(requests, answers(base, requests, engine=engine), strict=True):
+        assert_true(base, request, answer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_prompt_or_none_would_not_have_answered_so(family):
+    base = build(family)
+    (answer,) = answers(base, [mixed(base)[0]])
+    truth = true_log_probs(base, mixed(base)[0], answer.ids)
+    for other in (random_prompt(base, 3, seed=9), random_prompt(base, 3, seed=3).flip(0), torch.zeros(0, 16)):
+        assert not torch.allclose(true_log_probs(base, mixed(base)[0], answer.ids, other), truth, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_transformers_own_generate(family):
+    base = build(family)
+    for request in mixed(base)[:3]:
+        (answer,) = answers(base, [request])
+        vectors, _ = sides(request)
+        embeds = base.token_inputs(torch.tensor(request.ids))
+        embeds = embeds if vectors is None else torch.cat([vectors, embeds])
+        theirs = base.model.generate(
+            inputs_embeds=embeds[None],
+            attention_mask=torch.ones(1, len(embeds)).long(),
+            decoder_input_ids=torch.tensor([base.decoder_start_ids]),
+            max_new_tokens=request.sampling.max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(base.stop_ids),
+        )
+        new = tuple(theirs[0, len(base.decoder_start_ids) :].tolist())
+        assert answer.ids == (new[:-1] if new[-1] in base.stop_ids else new)
+
+
+@pytest.mark.parametrize("runner", ["auto", "eager"])
+@pytest.mark.parametrize("family", ["t5", "bart", pytest.param("pegasus", marks=pytest.mark.medium)])
+def test_a_request_answers_truly_whoever_joins_and_leaves(family, runner):
+    base, chance, ledger = build(family), random.Random(family), Ledger()
+    engine = Engine(base, EngineConfig(max_step_tokens=3, max_rows=4), runner=runner)
+    coming, mine, strangers = mixed(base), {}, []
+    while coming or engine.has_work:
+        if coming and chance.random() < 0.4:
+            request = coming.pop(chance.randrange(len(coming)))
+            mine[engine.add(request)] = request
+        if chance.random() < 0.2 and len(strangers) < 4:
+            strangers.append(engine.add(asked(base, random_ids(chance.randint(1, 20), chance.randint(0, 99)))))
+        if strangers and chance.random() < 0.1:
+            engine.abort(chance.choice(strangers))
+        ledger.record(engine.step())
+        engine.check_integrity()
+    assert_empty(engine)
+    for number, request in mine.items():
+        assert_true(base, request, ledger.answers(number)[0])
+
+
+def test_choices_that_sample_have_seeds_of_their_own():
+    base = build("t5")
+    request = replace(asked(base, random_ids(9, 2), 5, 6, temperature=0.8, seed=5), num_choices=3)
+    engine = Engine(base)
+    numbers = [engine.add(request), engine.add(asked(base, random_ids(7, 3), 3, 5))]
+    together = run_out(engine).answers(numbers[0])
+    assert len({answer.ids for answer in together}) == 3
+    for choice, answer in enumerate(together):
+        own = replace(request, num_choices=1, sampling=replace(request.sampling, seed=5 + choice))
+        assert_alike(answer, alone(base, own))
+
+
+def test_penalties_count_what_the_decoder_has_and_not_the_text_as_in_transformers():
+    base = build("t5")
+    plain = asked(base, (*random_ids(9, 2), 2), None, 10, ignore_eos=True)
+    request = replace(plain, sampling=replace(plain.sampling, repetition_penalty=3.0))
+    theirs = base.model.generate(
+        torch.tensor([request.ids]), max_new_tokens=10, do_sample=False, repetition_penalty=3.0, eos_token_id=[VOCAB]
+    )
+    ours, without = answers(base, [request, plain])
+    assert ours.ids == tuple(theirs[0, 1:].tolist()) != without.ids
+
+
+def test_rules_of_the_generation_settings_are_followed_as_in_transformers():
+    model = build_seq2seq("bart").model
+    model.generation_config.update(forced_bos_token_id=7, no_repeat_ngram_size=2, min_length=8, forced_eos_token_id=2)
+    from support.seq2seq_bases import build_tokenizer
+
+    from softprompt.base import freeze_base
+
+    base = freeze_base(model, build_tokenizer("<s> $A </s>"))
+    for length in (4, 11):
+        request = asked(base, (1, *random_ids(length, 2), 2), None, 10)
+        (answer,) = answers(base, [request])
+        theirs = model.generate(torch.tensor([request.ids]), max_new_tokens=11, do_sample=False)[0].tolist()
+        assert theirs[:2] == [2, 7] and theirs[-1] == 2
+        assert answer.ids == tuple(theirs[2:-1])
+
+
+def test_a_text_and_an_answer_are_limited_each_by_itself():
+    base = build("bart")
+    engine = Engine(base)
+    assert answers(base, [asked(base, random_ids(90), 6, num_new=90)], engine=engine)[0].ids
+    with pytest.raises(LengthError, match=r"96 tokens.*requested 97 tokens \(91 in the text, 6 in the soft prompt\)"):
+        engine.add(asked(base, random_ids(91), 6, num_new=1))
+    with pytest.raises(LengthError, match=r"requested 97 tokens \(2 before the answer, 95 in the completion\)"):
+        engine.add(asked(base, random_ids(4), 6, num_new=95))
+
+
+def test_log_probabilities_of_the_text_are_refused_by_name():
+    base = build("t5")
+    for more in ({"num_text_log_probs": 0}, {"is_text_only": True}):
+        with pytest.raises(ConfigError, match="encoder-decoder"):
+            Engine(base).add(Request((5, 2), **more))
+
+
+def test_texts_are_answered_behind_the_end_that_the_tokenizer_adds():
+    base = build("t5")
+    prompt = SoftPrompt(random_prompt(base, 3))
+    (answer,) = generate(base, ["w9 w11 w30"], prompt, SamplingConfig(max_new_tokens=6))
+    assert_true(base, Request((9, 11, 30, 2), prompt, SamplingConfig(max_new_tokens=6)), answer)
+    assert answer.text == base.decode(answer.ids)
+
+
+def test_an_engine_counts_what_its_encoder_reads():
+    base = build("t5")
+    engine = Engine(base)
+    number = engine.add(asked(base, random_ids(9), 4, num_new=5, ignore_eos=True))
+    end = run_out(engine).ends[number]
+    assert isinstance(end, Finished)
+    assert (end.num_prompt_tokens, end.num_virtual_tokens, end.num_cached_tokens) == (9, 4, 0)
+    assert engine.stats().num_read_tokens == 9 + 4 + 5
