@@ -148,10 +148,8 @@ class TestRefusals:
         ("labels", "words", "message"),
         [
             ("01", (), r"labels of records are numbers \('0', '1'\).*0=terrible"),
-            (("bad", "fine"), (), "the word 'fine' of label 'fine' is unknown to the tokenizer"),
             (("bad", "good"), ("nice=w15",), "label_words 'nice=w15' names none of the labels 'bad', 'good'"),
             (("bad", "good"), ("good=",), "has no word behind the ="),
-            (("bad", "good"), ("bad=w15", "good=w16,w15"), "'bad' and 'good' have the same word 'w15'"),
         ],
     )
     def test_label_words(self, bert, labels, words, message):

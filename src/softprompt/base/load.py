@@ -278,8 +278,8 @@ def _device_names(base: Base) -> str:
     return ", ".join(names) or str(base.device)
 
 
-def trainable_line(base: Base, num_virtual_tokens: int) -> str:
-    """The notebook's line, counted as PEFT counts it (the prompt is among all parameters)."""
-    trainable = num_virtual_tokens * base.hidden_size
+def trainable_line(base: Base, num_virtual_tokens: int, num_head_parameters: int = 0) -> str:
+    """The notebook's line, counted as PEFT counts it (prompt and head are among all parameters)."""
+    trainable = num_virtual_tokens * base.hidden_size + num_head_parameters
     total = base.num_parameters + trainable
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"

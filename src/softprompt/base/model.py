@@ -177,12 +177,6 @@ class Base:
         """
         return encode_with_spans(self.tokenizer, text, self.name, self.vocab_size)
 
-    def word_ids(self, word: str) -> tuple[int, ...]:
-        """The ids of a word inside a text, with the space in front of it where a token has that. Raises as `encode`."""
-        before = self.encode(_BEFORE_WORD)
-        both = self.encode(f"{_BEFORE_WORD} {word}")
-        return both[len(before) :] if before and both[: len(before)] == before else self.encode(word)
-
     def encode_with(self, tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> tuple[int, ...]:
         """See `encode`: by a copy of this base's tokenizer, under options of its own."""
         return encode_text(tokenizer, text, self.name, self.vocab_size, **options)
@@ -199,7 +193,6 @@ class Base:
         return whole[len(head) :] if whole.startswith(head) else self.decode(tuple(ids))
 
 
-_BEFORE_WORD = "a"
 RMS_CHUNK_ROWS = 16_384
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,6 +29,8 @@ from softprompt.errors import ConfigError, StorageError
 from softprompt.types import NO_VALIDATION
 
 if TYPE_CHECKING:
+    from softprompt.base import Base
+    from softprompt.data import Split
     from softprompt.runs.session import TrainingTask
     from softprompt.training import Ranks
 
@@ -71,8 +74,9 @@ def _train(file: str, sweep: Sweep, target: RunTarget, flags: Settings, ranks: R
     from softprompt.runs.session import tasks_metadata
 
     base_config = config_of(BaseConfig, flags)
-    tasks = _tasks(_with_begun_splits(sweep, target), offline=base_config.offline)
+    splits = _splits(_with_begun_splits(sweep, target), offline=base_config.offline)
     base = load_among(base_config, ranks)
+    tasks = [_task(sweep, name, split, base) for name, split in splits.items()]
     recorder = target.recorder({**tasks_metadata(tasks), SWEEP_KEY: sweep.to_json()}, flags)
     run_session(
         base, tasks, recorder, ranks=ranks, as_json=as_json, halving=sweep.halving, ensemble=sweep.ensemble,
@@ -97,16 +101,25 @@ def _with_base(base: Mapping[str, Any], flags: Settings) -> Settings:
     return {**flags, **{name: value for name, value in base.items() if name not in given}}
 
 
-def _tasks(sweep: Sweep, *, offline: bool) -> list[TrainingTask]:
+def _splits(sweep: Sweep, *, offline: bool) -> dict[str, Split]:
+    """The rows of each task, read as the first candidate needs them."""
     from softprompt.data import split_rows
+
+    configs = list(sweep.candidates.values())
+    how: dict[str, Any] = {
+        "seed": sweep.seed, "offline": offline, "scored": any(config.best_by != "loss" for config in configs),
+        "task": configs[0].task,
+    }  # fmt: skip
+    return {name: split_rows(data, **how) for name, data in sweep.tasks.items()}
+
+
+def _task(sweep: Sweep, name: str, split: Split, base: Base) -> TrainingTask:
+    from softprompt.data import with_split_task
     from softprompt.runs.session import TrainingTask, rows_metadata
 
-    tasks, scored = [], any(config.best_by != "loss" for config in sweep.candidates.values())
-    for name, data in sweep.tasks.items():
-        split = split_rows(data, seed=sweep.seed, offline=offline, scored=scored)
-        metadata = rows_metadata(data, sweep.seed, split)
-        tasks.append(TrainingTask(name=name, split=split, configs=sweep.candidates, metadata=metadata))
-    return tasks
+    split = with_split_task(split, base, next(iter(sweep.candidates.values())))
+    metadata = rows_metadata(sweep.tasks[name], sweep.seed, split)
+    return TrainingTask(name=name, split=split, configs=sweep.candidates, metadata=metadata)
 
 
 def _with_begun_splits(sweep: Sweep, target: RunTarget) -> Sweep:
@@ -134,7 +147,7 @@ def _resumed(file: str, sweep: Sweep, out: str, flags: Settings) -> Settings:
     plan = RunFolder(Path(out)).read_plan()
     begun = plan.get(SWEEP_KEY)
     if isinstance(begun, dict):
-        _check_same(file, sweep.to_json(), begun, out)
+        _check_same(file, json.loads(json.dumps(sweep.to_json())), begun, out)  # JSON has no tuples
         known = begun.get("base", {})
         changed = {name: value for name, value in sweep.base.items() if known.get(name) != value}
         flags = _with_base(changed, flags)
@@ -152,7 +165,8 @@ def _check_same(file: str, now: Mapping[str, Any], begun: Mapping[str, Any], out
         if names != known:
             _refuse(file, out, f"has the {section} {', '.join(names)}", ", ".join(known))
     here, there = (dict(_leaves(sweep)) for sweep in (now, begun))
-    defaults = {item.name: item.default for kind in (DataConfig, TrainConfig) for item in dataclasses.fields(kind)}
+    items = [item for kind in (DataConfig, TrainConfig) for item in dataclasses.fields(kind)]
+    defaults = {item.name: [*item.default] if isinstance(item.default, tuple) else item.default for item in items}
     for path, value in here.items():
         may_be_default = path not in there or path[-1] in TASK_DEFAULTS["text"]
         if path[0] == "base" or path[-1] in MAY_CHANGE or (may_be_default and value == defaults.get(path[-1], value)):

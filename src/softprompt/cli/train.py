@@ -39,6 +39,7 @@ _SECTIONS = {
     "Base": (*(item.name for item in dataclasses.fields(BaseConfig)), "base_id"),
     "Start": ("preset", "init", "init_text", "init_from", "library"),
     "Several prompts": ("candidates", "vary", "halving", "ensemble"),
+    "Task": ("task", "placement", "pooling", "label_words", "head_learning_rate", "decoder_prompt"),
     "Training": TrainConfig,
 }
 _EXAMPLES = (
@@ -46,6 +47,7 @@ _EXAMPLES = (
     'softprompt train --base BASE --data reviews.csv --template "Review: {text}\\nSentiment:" \\\n'
     '    --completion " {label}" --validation 0.1 --out prompts/reviews',
     "softprompt train --base BASE --data chats.jsonl --messages-column messages --out prompts/support",
+    "softprompt train --base ENCODER --data reviews.csv --label-column label --task classify --out prompts/classifier",
     "softprompt train --resume --out prompts/quotes",
 )
 
@@ -88,19 +90,22 @@ def command(
 
 def _train(target: RunTarget, flags: Mapping[str, Any], ranks: Ranks, as_json: bool) -> None:
     from softprompt.cli.training_run import run_session
-    from softprompt.data import split_rows, task_of
+    from softprompt.data import split_rows, task_of, with_split_task
     from softprompt.runs.session import TrainingTask, rows_metadata
+    from softprompt.training.train import as_started
 
     base_config, data_config = config_of(BaseConfig, flags), config_of(DataConfig, flags)
     config = config_of(TrainConfig, flags)
     _check_candidates(flags)
     base_id = _base_id(flags)
     scored = config.best_by != "loss"
-    split = split_rows(data_config, seed=config.seed, offline=base_config.offline, scored=scored)
-    metadata = rows_metadata(data_config, config.seed, split)
+    split = split_rows(data_config, seed=config.seed, offline=base_config.offline, scored=scored, task=config.task)
     base = load_among(base_config, ranks)
+    start = _start(flags, base)
+    split = with_split_task(split, base, config if start is None else as_started(config, start))
+    metadata = rows_metadata(data_config, config.seed, split)
     configs = _candidates(config, flags, task_of(split.train.form))
-    task = TrainingTask(split=split, configs=configs, start=_start(flags, base), metadata=metadata)
+    task = TrainingTask(split=split, configs=configs, start=start, metadata=metadata)
     recorder = target.recorder(metadata, {**flags, "validation": split.validation_setting})
     run_session(
         base, [task], recorder, ranks=ranks, as_json=as_json, halving=flags["halving"],

@@ -18,6 +18,7 @@ from softprompt.runs.recorder import Recorder
 from softprompt.runs.session import TrainingSession, TrainingTask, best_of
 from softprompt.training import Checkpoint, Event, Prepared, Ranks, StepDone, TrainResult
 
+_COUNTED = {"cloze": "label", "classify": "label", "tag": "tag", "answer": "answer", "embed": "row"}
 _LINE_EVERY_S = 5.0  # where stderr is no terminal
 
 
@@ -63,7 +64,7 @@ def run_session(
 
 def _say_prepared(session: TrainingSession, ready: Prepared, start_name: str | None) -> None:
     plan = ready.trial.plan
-    say(trainable_line(session.base, plan.config.virtual_tokens))
+    say(trainable_line(session.base, len(ready.trial.start), ready.trial.num_head_parameters))
     for report in dict.fromkeys(
         examples.report for examples in (*ready.data, *ready.validation) if examples is not None
     ):
@@ -96,7 +97,7 @@ def _say_result(session: TrainingSession, only: TrainResult) -> None:
         say(f"note: {only.diverged_words}; the best before is kept")
     if only.losses:
         began, ended = session.recorder.epoch_loss(0), session.recorder.epoch_loss(-1)
-        per = "label" if only.plan.config.loss == "labels" else "target"
+        per = _COUNTED.get(only.plan.task, "label" if only.plan.config.loss == "labels" else "target")
         say(f"loss {began:.3f} in the first epoch, {ended:.3f} in the last (nats per {per})")
     say(f"kept step {only.kept_step} of {len(only.losses)}, saved to {session.recorder.folder}")
 

@@ -23,7 +23,7 @@ from softprompt.data.rows import (
     task_of,
     template_fields,
 )
-from softprompt.data.split import Split, held_out_record, split_rows
+from softprompt.data.split import Split, held_out_record, split_rows, with_split_task
 from softprompt.data.task_examples import TaskInput, build_task_examples, task_inputs
 from softprompt.data.tasks import with_task
 from softprompt.data.tokens import completion_ids, label_ids
@@ -59,6 +59,7 @@ __all__ = [
     "task_of",
     "template_fields",
     "template_text",
+    "with_split_task",
     "with_task",
 ]
 

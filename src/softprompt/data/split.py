@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from softprompt.config import DataConfig, TaskChoice
+from softprompt.base import Base
+from softprompt.config import DataConfig, TaskChoice, TrainConfig
 from softprompt.data.read import read_all_rows, row_order
 from softprompt.data.rows import Rows, render_row, rows_hash, with_labels
+from softprompt.data.tasks import with_task
 from softprompt.errors import ConfigError, DataError
 from softprompt.types import NO_VALIDATION, InputForm, brief_repr
 
@@ -35,6 +37,16 @@ class Split:
     validation: Rows | None  # selects the checkpoint
     test: Rows | None  # read by compare only
     validation_setting: str | None = None  # of DataConfig, that keeps the same rows again: "20", say, or "none"
+
+
+def with_split_task(split: Split, base: Base, config: TrainConfig) -> Split:
+    """The split with all its rows in the form of their task on this base. Raises as `with_task`."""
+    train = with_task(split.train, base, config)
+    if train is split.train:
+        return split
+    parts = (None if part is None else replace(part, form=train.form) for part in (split.validation, split.test))
+    validation, test = parts
+    return replace(split, train=train, validation=validation, test=test)
 
 
 class _SplitRequest(NamedTuple):

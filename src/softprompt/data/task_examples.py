@@ -18,7 +18,8 @@ from softprompt.data.examples import check_ids, row_list, show_example
 from softprompt.data.rows import Rows, RowText, parse_template, render_row, render_rows, text_hash, with_labels
 from softprompt.data.tasks import split_at_mask
 from softprompt.data.tokens import continuation_ids, control_tokens, first_ids, own_tokenizer
-from softprompt.errors import DataError, EncodingError, LengthError, shortened
+from softprompt.errors import ConfigError, DataError, EncodingError, LengthError, shortened
+from softprompt.families.task_head import task_head
 from softprompt.types import DataReport, Example, ExampleSet, InputForm
 
 _FEWEST_IDS = 1  # of a text, besides those around it
@@ -225,12 +226,25 @@ class TaskEncoder:
 def pooled_columns(base: Base, form: InputForm, num_ids: int) -> tuple[int, ...]:
     """The columns of a text of so many ids whose states classify and embed read; -1 is the first virtual token.
 
-    The mean is over all real tokens, those around the text included, as in sentence-transformers. PEFT reads the first
-    position of an encoder, a virtual token, and the last one of a causal base.
+    The mean is over all real tokens, those around the text included, as in sentence-transformers. PEFT reads what the
+    model's own class does, of most encoders the first position, which is then a virtual token.
     """
     if form.pooling == "peft":
-        return (-1,) if base.kind == "encoder" else (num_ids - 1,)
+        return (-1,) if peft_position(base, form) == "first" else (num_ids - 1,)
     return {"cls": (0,), "last": (num_ids - 1,)}.get(form.pooling or "cls", tuple(range(num_ids)))
+
+
+def peft_position(base: Base, form: InputForm) -> str:
+    """Whose state PEFT reads, "first" or "last". Raises ConfigError where it is the mean over virtual tokens too."""
+    head = task_head(base, form)
+    position = head.position if head is not None else "first" if base.kind == "encoder" else "last"
+    if position == "mean":
+        raise ConfigError(
+            f"pooling is 'peft', but base {base.name!r} is classified by the mean over all positions, virtual ones "
+            "included; use pooling mean, over the text",
+            param="pooling",
+        )
+    return position
 
 
 def window_starts(num_ids: int, length: int) -> list[int]:

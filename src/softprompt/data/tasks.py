@@ -18,7 +18,7 @@ from dataclasses import replace
 from softprompt.base import Base
 from softprompt.config import TrainConfig
 from softprompt.data.rows import Rows, in_label_order, parse_template, with_labels
-from softprompt.errors import ConfigError, EncodingError, shortened
+from softprompt.errors import ConfigError, shortened
 from softprompt.types import InputForm, Placement, Pooling, Task, is_number
 
 MASKS = ("[MASK]", "<mask>")  # in a template, besides the tokenizer's own: the mask of whatever base reads it
@@ -37,16 +37,17 @@ def with_task(rows: Rows, base: Base, config: TrainConfig) -> Rows:
     _check_base(base, task)
     _check_settings(base, task, config)
     if task == "generate":
-        return _generated(rows, config)
-    rows = with_labels(_in_form_of(rows, task))
-    form = replace(rows.form, placement=_placement(base, config), pooling=_pooling(base, task, config))
+        form = _generated(rows, config)
+        return rows if form == rows.form else replace(rows, form=form)
+    resolved = with_labels(_in_form_of(rows, task))
+    form = replace(resolved.form, placement=_placement(base, config), pooling=_pooling(base, task, config))
     if task in ("cloze", "classify", "tag") and len(form.labels) < 2:
         found = f"only {shortened(form.labels[0])}" if form.labels else "none"
         raise ConfigError(f"task {task!r} needs two labels or more, and {rows.source} has {found}; give other rows")
     if task == "cloze":
         check_mask(base, form)
-        form = replace(form, label_words=_label_words(base, form, config, rows.source))
-    return replace(rows, form=form)
+        form = replace(form, label_words=_label_words(form, config, rows.source))
+    return rows if form == rows.form else replace(resolved, form=form)
 
 
 def _task(rows: Rows, base: Base, config: TrainConfig) -> Task:
@@ -121,13 +122,13 @@ def _check_settings(base: Base, task: Task, config: TrainConfig) -> None:
         )
 
 
-def _generated(rows: Rows, config: TrainConfig) -> Rows:
+def _generated(rows: Rows, config: TrainConfig) -> InputForm:
     if rows.form.task not in _OF_TEXT:
         raise ConfigError(
             f"task 'generate' needs text, and {rows.source} is read for task {rows.form.task!r}; name its columns with "
             "a template and a completion"
         )
-    return replace(rows, form=replace(rows.form, task="generate", has_decoder_prompt=config.decoder_prompt))
+    return replace(rows.form, task="generate", has_decoder_prompt=config.decoder_prompt)
 
 
 def _in_form_of(rows: Rows, task: Task) -> Rows:
@@ -245,8 +246,8 @@ def _as_literal(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
-def _label_words(base: Base, form: InputForm, config: TrainConfig, source: str) -> tuple[tuple[str, ...], ...]:
-    """The words of each label, those given or its own text. Raises ConfigError."""
+def _label_words(form: InputForm, config: TrainConfig, source: str) -> tuple[tuple[str, ...], ...]:
+    """The words of each label, those given or its own text. Raises ConfigError; the objective checks their tokens."""
     if not config.label_words and form.label_words and len(form.label_words) == len(form.labels):
         return form.label_words
     given = _given_words(form.labels, config.label_words)
@@ -257,12 +258,7 @@ def _label_words(base: Base, form: InputForm, config: TrainConfig, source: str) 
             f"of them words, {numbers[0]}=terrible say (--label-words, once for each label)",
             param="label_words",
         )
-    words = tuple(given.get(label, (label,)) for label in form.labels)
-    for label, own in zip(form.labels, words, strict=True):
-        for word in own:
-            _check_word(base, label, word)
-    _check_apart(base, form.labels, words)
-    return words
+    return tuple(given.get(label, (label,)) for label in form.labels)
 
 
 def _given_words(labels: Sequence[str], settings: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -281,33 +277,6 @@ def _given_words(labels: Sequence[str], settings: Sequence[str]) -> dict[str, tu
                               param="label_words")  # fmt: skip
         found[label] = (*found.get(label, ()), *words)
     return found
-
-
-def _check_word(base: Base, label: str, word: str) -> None:
-    """Raises ConfigError for a word that the base's tokenizer does not know."""
-    try:
-        ids = base.word_ids(word)
-    except EncodingError:
-        ids = ()
-    if not ids or base.tokenizer.unk_token_id in ids:
-        raise ConfigError(
-            f"the word {word!r} of label {label!r} is unknown to the tokenizer of base {base.name!r}; give another "
-            f"one: --label-words '{label}=WORD'",
-            param="label_words",
-        )
-
-
-def _check_apart(base: Base, labels: Sequence[str], words: Sequence[Sequence[str]]) -> None:
-    owners: dict[tuple[int, ...], str] = {}
-    for label, own in zip(labels, words, strict=True):
-        for word in own:
-            other = owners.setdefault(base.word_ids(word), label)
-            if other != label:
-                raise ConfigError(
-                    f"the labels {other!r} and {label!r} have the same word {word!r} at the mask; give each its own "
-                    "(--label-words)",
-                    param="label_words",
-                )
 
 
 def _listed(labels: Sequence[str]) -> str:

@@ -209,12 +209,14 @@ def label_word_ids(base: Base, form: InputForm) -> tuple[tuple[int, ...], ...]:
         if not ids or unknown in ids:
             raise ConfigError(
                 f"label {label!r} has the words {', '.join(map(repr, words)) or 'none'}, which the tokenizer of base "
-                f"{base.name!r} does not know; give other words"
+                f"{base.name!r} does not know; give others (label_words {label}=WORD)",
+                param="label_words",
             )
         if ids in found:
             raise ConfigError(
                 f"labels {form.labels[found.index(ids)]!r} and {label!r} have the same tokens at the mask; give them "
-                "different words"
+                f"different words (label_words {label}=WORD)",
+                param="label_words",
             )
         found.append(ids)
     return tuple(found)

@@ -14,7 +14,7 @@ from typing import Any
 
 from softprompt.base import Base
 from softprompt.config import DataConfig, TrainConfig
-from softprompt.data import Split, held_out_record, task_of
+from softprompt.data import Split, held_out_record, task_of, with_split_task
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import criterion, judge
 from softprompt.evaluation.classification import wilson_interval
@@ -33,6 +33,7 @@ from softprompt.training import (
     train_together,
 )
 from softprompt.training.loop import TrainingLoop
+from softprompt.training.train import as_started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,12 @@ class TrainingTask:
         return replace(self, configs=configs)
 
     def _candidate(self, base: Base, group: int, name: str, config: TrainConfig) -> Candidate:
-        validation, score = self.split.validation, None
+        split = with_split_task(self.split, base, config if self.start is None else as_started(config, self.start))
+        validation, score = split.validation, None
         if config.best_by != "loss" and validation is not None:
             score = criterion(base, validation, config.best_by)
         return Candidate(
-            name="/".join(part for part in (self.name, name) if part) or None, data=self.split.train, config=config,
+            name="/".join(part for part in (self.name, name) if part) or None, data=split.train, config=config,
             validation=validation, start=self.start, score=score, group=group,
         )  # fmt: skip
 

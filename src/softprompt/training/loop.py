@@ -205,7 +205,7 @@ def validation_slices(base: Base, forward: Forward, trials: Sequence[Trial], ran
     heads = [trial.averaged_head() for trial in trials]
     pairs = [(example, index) for index, trial in enumerate(trials) for example in trial.validation]
     mine = share(pairs, [_num_tokens(example) for example, _ in pairs], ranks)
-    for chosen in [[pair] for pair in mine] if ranks.in_step else _cut(mine):
+    for chosen in [[pair] for pair in mine] if ranks.in_step else _slices(mine, trials, heads):
         sums_K2 = torch.zeros(len(trials), 2, dtype=torch.float64)
         for (_, index), score in zip(chosen, score_under(base, forward, chosen, prompts, heads), strict=True):
             sums_K2[index] += torch.tensor([score.text_nats, score.num_text], dtype=torch.float64)
@@ -216,6 +216,18 @@ def validation_slices(base: Base, forward: Forward, trials: Sequence[Trial], ran
 
 def _num_tokens(example: Example) -> int:
     return len(example.ids) + len(example.source) + sum(map(len, example.others))
+
+
+def _slices(
+    pairs: Sequence[tuple[Example, int]], trials: Sequence[Trial], heads: Sequence[ObjectiveWeights | None]
+) -> list[list[tuple[Example, int]]]:
+    """Rows whose losses depend on each other in batches as of a training step, each of one trial, in order."""
+    joint = [index for index, head in enumerate(heads) if head is not None and head.objective.is_joint]
+    slices = _cut([pair for pair in pairs if pair[1] not in joint])
+    for index in joint:
+        own, size = [pair for pair in pairs if pair[1] == index], trials[index].plan.config.batch_rows
+        slices += [own[first : first + size] for first in range(0, len(own), size)]
+    return slices
 
 
 def _cut(pairs: Sequence[tuple[Example, int]]) -> list[list[tuple[Example, int]]]:

@@ -63,7 +63,7 @@ def make_plan(base: Base, forward: Forward, data: ExampleSet, config: TrainConfi
     `micro_batch_rows` is the whole batch until the memory is known.
     """
     assert config.epochs is not None, "the task's defaults are filled in"
-    lengths = [len(example.ids) for example in data.examples]
+    lengths = [example.num_tokens for example in data.examples]
     epochs = tuple(_epoch(lengths, config, epoch) for epoch in range(config.epochs))
     num_steps = sum(len(steps) for steps in epochs)
     longest_step = max(len(step) for steps in epochs for step in steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from softprompt.config import TrainConfig
@@ -20,7 +20,10 @@ def resolved_for(config: TrainConfig, data: ExampleSet) -> TrainConfig:
 
     Raises ConfigError for a loss among labels where the rows have none.
     """
-    resolved = config.resolved(task_of(data.form))
+    task = task_of(data.form)
+    if data.form.task != "generate" and config.loss == "labels":
+        raise ConfigError(f"loss is 'labels', but task {task!r} has a loss of its own; leave it out", param="loss")
+    resolved = config.resolved(task)
     if resolved.loss == "labels" and not any(example.branches for example in data.examples):
         raise ConfigError(
             f"loss is 'labels', but {data.report.source} has {_no_labels(data)}; use loss 'tokens'", param="loss"
@@ -31,7 +34,9 @@ def resolved_for(config: TrainConfig, data: ExampleSet) -> TrainConfig:
 def task_line(given: TrainConfig, data: ExampleSet) -> str:
     """The task, why it is that, and the settings that follow from it."""
     task = task_of(data.form)
-    follows = given.defaults_by_task(task)
+    follows = dict(given.defaults_by_task(task))
+    if data.form.task != "generate":
+        follows = {**_of_head(given, data), **{name: value for name, value in follows.items() if name != "loss"}}
     words = ", ".join(_words(follows)) or "every setting that goes by task is given"
     return f"task: {task} ({_reason(data)}): {words}"
 
@@ -43,12 +48,29 @@ def _reason(data: ExampleSet) -> str:
         "labels": f"{len(data.form.labels)} of them in {rows}",
         "chat": f"{rows} of messages",
         "answers": f"{rows} with a completion each, which are no set of labels",
+        "answer": f"{rows} with a question and a context",
+        "embed": f"{rows} of texts that belong together",
     }
-    return reasons[task_of(data.form)]
+    of_labels = f"{len(data.form.labels)} {'tag' if data.form.task == 'tag' else 'label'}s, {rows}"
+    return reasons.get(task_of(data.form), of_labels)
+
+
+def _of_head(given: TrainConfig, data: ExampleSet) -> dict[str, str]:
+    """How the states are read, and what by."""
+    form = data.form
+    states = {"cls": "[CLS]", "mean": "the mean over the text", "last": "the last token", "peft": "what PEFT reads"}
+    read = "" if form.pooling is None else f" over {states[form.pooling]}"
+    loss = {"cloze": "loss among the label words at the mask", "embed": f"loss among the rows of a step{read}"}
+    is_behind = form.placement == "after-cls" and any(example.num_before for example in data.examples[:1])
+    return {
+        "head": loss.get(form.task, f"a head{read} at rate {given.head_learning_rate:g}"),
+        "placement": "virtual tokens behind [CLS]" if is_behind else "virtual tokens in front",
+    }
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:
-    known = {
+    known: dict[str, Callable[[Any], str]] = {
+        **dict.fromkeys(("head", "placement"), str),
         "loss": lambda value: _LOSS[value],
         "relative_learning_rate": lambda value: f"rate {value:g} x RMS",
         "reparameterisation": lambda value: _REPARAMETERISATION[value],

@@ -28,14 +28,14 @@ from softprompt.training.plan import Plan, make_plan
 from softprompt.training.ranks import Alone, Ranks
 from softprompt.training.task import resolved_for, task_line
 from softprompt.training.trial import Score, Trial
-from softprompt.types import ExampleSet, InputForm, PromptRecord, brief_repr
+from softprompt.types import Example, ExampleSet, InputForm, PromptRecord, brief_repr
 
 _PREPACK_MEMORY_SHARE = 0.25  # of the free memory, at most
 _TOKENS_WORTH_PREPACKING = 20_000  # prepacking takes as long as some 2,000 tokens, and saves a tenth of each
 _RATE = "relative_learning_rate"
 _LATER: Mapping[str, tuple[Any, ...]] = {  # settings with the values that earlier releases had
     "task": ("auto", "generate"), "placement": ("auto", "front"), "pooling": ("auto",), "decoder_prompt": (False,),
-    "head_learning_rate": (1e-3,),
+    "head_learning_rate": (1e-3,), "label_words": ((),),
 }  # fmt: skip
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
 
@@ -253,7 +253,7 @@ def prepare(
     forward = forward_of(base).with_choices(table.choices)
     _check_in_step(base, forward, ranks)
     reader = _Reader(base)
-    trials = [_trial(base, forward, candidate, reader) for candidate in candidates]
+    trials = [_trial(base, forward, candidate, reader, ranks) for candidate in candidates]
     notes = [note for trial in trials for note in trial.notes]
     notes += [forward.packing.note, *_ranks_note(ranks), *_prepack(forward, trials, ranks)]
     resumed_rows = None if resume is None else resume.metadata["micro_batch_rows"]
@@ -296,12 +296,13 @@ class _Reader:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._rows: dict[int, Rows] = {}
-        self._known: dict[tuple[int, bool, int, bool], ExampleSet] = {}
+        self._known: dict[tuple[Any, ...], ExampleSet] = {}  # Any: ids of data, and settings
 
     def examples(self, data: Data, config: TrainConfig, form: InputForm | None = None) -> ExampleSet:
         """`form` is that of the training rows, for rows of validation, which may come without one."""
         branches = form is None and config.loss != "tokens"
-        key = (id(data), config.eos, config.virtual_tokens, branches)
+        of_task = form or (config.task, config.placement, config.pooling, config.label_words, config.decoder_prompt)
+        key = (id(data), config.eos, config.virtual_tokens, branches, of_task)
         if key not in self._known:
             self._known[key] = self._built(data, config, form, branches)
             _check_lengths(self._base, self._known[key], config)
@@ -311,20 +312,20 @@ class _Reader:
         if isinstance(data, ExampleSet):
             return data
         if id(data) not in self._rows:  # kept, since an iterator gives its rows once
-            rows = as_rows(data, form)
-            self._rows[id(data)] = with_task(rows, self._base, config) if form is None else replace(rows, form=form)
+            self._rows[id(data)] = as_rows(data, form, config.task)
         rows, max_length = self._rows[id(data)], self._base.max_length - config.virtual_tokens
+        rows = with_task(rows, self._base, config) if form is None else replace(rows, form=form)
         if rows.form.task != "generate":
             return build_task_examples(self._base, rows, max_length=max_length)
         return build_examples(self._base, rows, eos=config.eos, branches=branches, max_length=max_length)
 
 
-def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) -> Trial:
+def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader, ranks: Ranks) -> Trial:
     start, config = candidate.start, candidate.config
     if start is not None:
-        config = replace(config, virtual_tokens=start.num_virtual_tokens)
+        config = as_started(config, start)
     _check_criterion(candidate)
-    data = reader.examples(candidate.data, config)
+    data = _in_labels_of(start, reader.examples(candidate.data, config))
     validation = reader.examples(candidate.validation, config, data.form) if candidate.validation is not None else None
     _check_checkpointing(forward, config)
     line, config = task_line(config, data), resolved_for(config, data)
@@ -336,9 +337,42 @@ def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader) 
     return Trial(
         name=candidate.name, plan=plan, data=data, validation_data=validation, record=_record(base, data, plan, start),
         start=start_PH.to(base.device, torch.promote_types(base.dtype, torch.float32)),
-        head=_head(base, forward, data, config, start),
+        head=_head(base, forward, data, config, start, ranks),
         score=candidate.score, group=candidate.group, task_line=line, notes=(*read, *start_notes, *last_kept),
     )  # fmt: skip
+
+
+def as_started(config: TrainConfig, start: SoftPrompt) -> TrainConfig:
+    """The settings with what the prompt to go on with was trained as, where they leave that open."""
+    form = start.record.form
+    config = replace(config, virtual_tokens=start.num_virtual_tokens)
+    if form.task == "generate":
+        return config
+    if config.task not in ("auto", form.task):
+        raise ConfigError(
+            f"task is {config.task!r}, but the prompt to start from was trained for {form.task!r}; leave it out",
+            param="task",
+        )
+    own: dict[str, Any] = {"task": form.task, "placement": form.placement, "pooling": form.pooling or "auto"}
+    return replace(config, **{name: value for name, value in own.items() if getattr(config, name) == "auto"})
+
+
+def _in_labels_of(start: SoftPrompt | None, data: ExampleSet) -> ExampleSet:
+    """The examples with their labels numbered as in the head that is trained further.
+
+    Raises PromptError for a label that it does not have.
+    """
+    if start is None or not start.head or data.form.labels == (known := start.record.form.labels):
+        return data
+    new = [label for label in data.form.labels if label not in known]
+    if new:
+        raise PromptError(
+            f"the prompt to start from has a head for the labels {', '.join(map(repr, known))}, and "
+            f"{data.report.source} has {new[0]!r} too; train a new prompt for that"
+        )
+    number = [known.index(label) for label in data.form.labels]
+    examples = tuple(replace(each, labels=tuple(number[label] for label in each.labels)) for each in data.examples)
+    return replace(data, examples=examples, form=replace(data.form, labels=known))
 
 
 def _check_criterion(candidate: Candidate) -> None:
@@ -354,7 +388,7 @@ def _check_criterion(candidate: Candidate) -> None:
 
 
 def _check_lengths(base: Base, data: ExampleSet, config: TrainConfig) -> None:
-    longest = max(len(example.ids) for example in data.examples)
+    longest = max(len(ids) for example in data.examples for ids in (example.ids, example.source, *example.others))
     if config.virtual_tokens + longest > base.max_length:
         raise LengthError(
             f"{config.virtual_tokens} virtual tokens and a row of {longest} tokens are more than the "
@@ -368,6 +402,11 @@ def _check_checkpointing(forward: Forward, config: TrainConfig) -> None:
 
 
 def _check_in_step(base: Base, forward: Forward, ranks: Ranks) -> None:
+    if ranks.in_step and base.kind == "encoder":
+        raise ConfigError(
+            f"base {base.name!r} is an encoder, which is not sharded over processes (FSDP): it is small enough to "
+            "train whole in each; configure Accelerate without FSDP"
+        )
     if ranks.in_step and forward.max_batchable_length is not None:
         raise ConfigError(
             f"rows of base {base.name!r} have to run one at a time, so ranks cannot run it in step; "
@@ -388,10 +427,15 @@ def _start(
 
 
 def _head(
-    base: Base, forward: Forward, data: ExampleSet, config: TrainConfig, start: SoftPrompt | None
+    base: Base, forward: Forward, data: ExampleSet, config: TrainConfig, start: SoftPrompt | None, ranks: Ranks
 ) -> ObjectiveWeights | None:
     """What rows with columns are trained for, with the head's first weights: new, or those of the prompt to go on."""
     trained = objective(base, forward, data.form)
+    if trained is not None and trained.is_joint and ranks.count > 1:
+        raise ConfigError(
+            f"task {data.form.task!r} compares each row with the others of its step, which {ranks.count} processes "
+            "would share out; train it in one process"
+        )
     if trained is None or trained.head is None:
         return None if trained is None else ObjectiveWeights(trained, {})
     if start is None or not start.head:
@@ -401,11 +445,20 @@ def _head(
 
 
 def _start_texts(base: Base, data: ExampleSet, config: TrainConfig) -> StartTexts:
+    labels = [words[0] for words in data.form.label_words] or data.form.labels
     return StartTexts(
-        data=[each.ids[each.num_special : len(each.ids) - int(each.has_eos)] for each in data.examples],
+        data=[_own_ids(base, each) for each in data.examples],
         instruction=base.encode(config.init_text) if config.init_text else (),
-        labels=[base.encode(label) for label in data.form.labels],
+        labels=[base.encode(label) for label in labels],
     )
+
+
+def _own_ids(base: Base, example: Example) -> Sequence[int]:
+    """The ids of a row's text, without what the tokenizer or the task puts around and between."""
+    if not example.columns:
+        return example.ids[example.num_special : len(example.ids) - int(example.has_eos)]
+    added = {*base.bos_ids, *base.end_ids, *base.pair_ids, base.mask_id}
+    return [token for ids in (example.ids, *example.others) for token in ids if token not in added]
 
 
 def _ranks_note(ranks: Ranks) -> tuple[str, ...]:
@@ -427,7 +480,7 @@ def _prepack(forward: Forward, trials: Sequence[Trial], ranks: Ranks) -> tuple[s
 
 
 def _planned_tokens(trial: Trial) -> int:
-    return sum(len(trial.examples[index].ids) for steps in trial.plan.epochs for step in steps for index in step)
+    return sum(trial.examples[index].num_tokens for steps in trial.plan.epochs for step in steps for index in step)
 
 
 def _record(base: Base, data: ExampleSet, plan: Plan, start: SoftPrompt | None) -> PromptRecord:
@@ -445,10 +498,17 @@ def _identity(base: Base, trials: Sequence[Trial], identifying: Callable[[TrainC
     """sha256 of what is trained on what: base, rows, validation, starts, settings; not of device, dtype or splits."""
     parts = [[base.fingerprint, *(trial.data.data_hash for trial in trials)]] + [
         [trial.name, identifying(trial.plan.config), trial.plan.num_steps, trial.group, trial.record.parent,
-         [example.ids for example in trial.validation]]
+         [_of_example(example) for example in trial.validation]]
         for trial in trials
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _of_example(example: Example) -> Any:  # Any: JSON
+    """What a validation row is; of one without columns its ids, as in earlier releases."""
+    if not example.columns and not example.source:
+        return example.ids
+    return [example.ids, example.source, example.others, example.columns, example.labels]
 
 
 def _identifying(config: TrainConfig) -> dict[str, Any]:

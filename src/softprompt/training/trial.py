@@ -88,6 +88,11 @@ class Trial:
         return self.is_dropped or self.is_diverged or has_stalled or self.step >= self.plan.num_steps
 
     @property
+    def num_head_parameters(self) -> int:
+        """Trained numbers besides the prompt's."""
+        return sum(weight.numel() for weight in self._head_start.values())
+
+    @property
     def can_be_ranked(self) -> bool:
         """Whether it has validation rows or a score."""
         return bool(self.validation) or self.score is not None

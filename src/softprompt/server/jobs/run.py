@@ -18,7 +18,7 @@ from softprompt import errors
 from softprompt.base import Base
 from softprompt.compute_share import ComputeShare
 from softprompt.config import KEPT_CHECKPOINTS, DataConfig, TrainConfig
-from softprompt.data import Rows, Split, held_out_record, split_rows, task_of
+from softprompt.data import Rows, Split, held_out_record, split_rows, task_of, with_split_task
 from softprompt.errors import ConfigError, DatabaseError
 from softprompt.openmp import release_omp_threads
 from softprompt.prompt import Judgement, SoftPrompt
@@ -36,6 +36,7 @@ from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.schema import JobRow
 from softprompt.storage import load_prompt
 from softprompt.training import Checkpoint, Event, Prepared, StepDone, TrainResult
+from softprompt.training.train import as_started
 from softprompt.types import NO_VALIDATION
 
 _log = logging.getLogger(__name__)
@@ -117,13 +118,15 @@ class JobRun:
         self._check_base()
         self._events.add("reading the files")
         self._events.write()
-        split = self._split()
+        start = self._start()
+        config = self._config if start is None else as_started(self._config, start)
+        split = with_split_task(self._split(), self._context.base, config)
         rows = {"validation": None if split.validation is None else held_out_record(split.validation)}
         metadata = {"job": {**self._metadata(), "validation": self._setting_to_resume(split)}, **rows}
         recorder = Recorder(self._folder.path, metadata, resume=self._folder.has_begun())
         multiplier = self._row.settings.get("learning_rate_multiplier")
         config = with_rate(self._config, multiplier, task_of(split.train.form))
-        task = TrainingTask(split=split, configs={"": config}, start=self._start(), metadata=rows)
+        task = TrainingTask(split=split, configs={"": config}, start=start, metadata=rows)
         return TrainingSession(
             self._context.base, [task], recorder, max_steps=MAX_STEPS, save_every_s=_SAVE_EVERY_S,
             should_stop=self._should_stop, on_start=self._started, on_event=self.handle_event,
@@ -154,7 +157,9 @@ class JobRun:
         train = files.get(self._row.training_file, self._client)
         validation = None if wanted is None else files.get(wanted, self._client)
         config = data_config(train, validation or self._validation())
-        split = split_rows(config, seed=self._config.seed, scored=self._config.best_by != "loss")
+        split = split_rows(
+            config, seed=self._config.seed, scored=self._config.best_by != "loss", task=self._config.task
+        )
         held_out = split.validation
         return replace(
             split,
