@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 
 from softprompt.base import Base, freeze_base
+from softprompt.splice import Row
 from support.tiny_bases import LIMIT, VOCAB
 
 Part = Literal["masked", "bare", "classifier", "discriminator"]  # what stands on the encoder
@@ -129,3 +130,22 @@ def save_encoder(
     build_encoder_model(family, seed, part=part, **changes).save_pretrained(folder)
     build_encoder_tokenizer(family, words).save_pretrained(folder)
     return folder
+
+
+def plain_states(base: Base, row: Row, prompts: Sequence[Tensor]) -> Tensor:
+    """[P + T, D], the slow truth: a row alone, its embeddings and the soft prompt in one plain run of the model."""
+    text = base.embedding(torch.tensor(list(row.ids), dtype=torch.long))
+    before, prompt = row.num_before, [] if row.prompt is None else [prompts[row.prompt].to(text.dtype)]
+    whole = torch.cat([text[:before], *prompt, text[before:]])
+    states: Tensor = base.model.base_model(inputs_embeds=whole[None])[0][0]
+    return states
+
+
+def plain_columns(base: Base, row: Row, prompts: Sequence[Tensor]) -> Tensor:
+    """[N, D], the same at the row's columns."""
+    num_virtual = 0 if row.prompt is None else len(prompts[row.prompt])
+    slots = [
+        row.num_before if column < 0 else column + (num_virtual if column >= row.num_before else 0)
+        for column in row.columns
+    ]
+    return plain_states(base, row, prompts)[slots]
