@@ -61,9 +61,10 @@ def command(
     """Answer each row of a file, and write the rows with their answers to another.
 
     The rows need the columns that the prompt's template names, and no labels. All columns are kept, in order, and
-    behind them stand the answer's: label, confidence, unsure, truncated and error of a prompt with labels; answer,
-    mean_log_probability, finish_reason, truncated and error of one that writes text. A name that the file has already
-    begins with predicted_.
+    behind them stand the answer's: label, confidence and unsure of a prompt with labels; tags, confidence and unsure of
+    one that tags words; answer, start, end, confidence and unsure of one that finds a span of a context; answer,
+    mean_log_probability and finish_reason of one that writes text; embedding of one that gives vectors; then truncated
+    and error. A name that the file has already begins with predicted_.
 
     Confidence is the probability of the label, calibrated if the prompt's training had labelled validation rows. An
     answer is unsure below the smallest confidence at which those rows were right in --target-accuracy of them.
@@ -134,7 +135,7 @@ def _say_plan(soft: SoftPrompt, file: PredictionFile, answerer: Answerer, config
         say(f"note: the rows have a column {old!r}, so the answer's is {new!r}")
     if file.num_done:
         say(f"{file.num_done:,} rows are answered already")
-    if soft.record.form.labels:
+    if any(column.name == "confidence" for column in answerer.columns):
         for line in _confidence_lines(soft, config):
             say(line)
 
@@ -145,8 +146,10 @@ def _confidence_lines(soft: SoftPrompt, config: PredictConfig) -> Iterator[str]:
 
     calibration = sureness(soft, config).calibration
     if calibration is None:
+        is_fitted = soft.record.form.task not in ("tag", "answer")
+        why = "the prompt was trained without labelled validation rows" if is_fitted else "those of labels alone are"
         marks = "" if config.threshold is not None else ", and no answer is marked unsure unless --threshold is given"
-        yield f"note: confidences are uncalibrated: the prompt was trained without labelled validation rows{marks}"
+        yield f"note: confidences are uncalibrated: {why}{marks}"
         return
     temperature = f"temperature {calibration.temperature:.3g}"
     yield f"confidences are calibrated on {calibration.rows:,} validation rows ({temperature})"
@@ -158,7 +161,8 @@ def _say_result(file: PredictionFile, as_json: bool) -> None:
     counts = file.counts
     labels = ", ".join(f"{label} {count:,}" for label, count in counts.labels.most_common(_SHOWN_LABELS))
     parts = [
-        f"{counts.rows:,} rows", *([labels] if labels else []), *([f"{counts.unsure:,} unsure"] if labels else []),
+        f"{counts.rows:,} rows", *([labels] if labels else []),
+        *([f"{counts.unsure:,} unsure"] if counts.unsure or labels else []),
         *([f"{counts.truncated:,} cut to fit"] if counts.truncated else []),
         *([f"{counts.errors:,} without an answer (see the column error)"] if counts.errors else []),
     ]  # fmt: skip

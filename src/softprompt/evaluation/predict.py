@@ -4,7 +4,8 @@ Rows are answered in chunks, which depend on nothing but the rows, so that a job
 writes the same bytes. A row that cannot be answered has an `error`, and stops nothing.
 
 Confidence is the softmax of the labels' scores, divided by the temperature of the prompt's `Calibration` if its
-training had labelled validation rows. Scores are what `evaluation.accuracy` compares: summed log-likelihoods.
+training had labelled validation rows. Scores are what `evaluation.accuracy` compares: summed log-likelihoods, or the
+logits of a head or of the words at a mask. Tags and spans of a context have the softmax of their head, uncalibrated.
 
 N rows, K labels.
 """
@@ -23,14 +24,17 @@ from softprompt.base import Base
 from softprompt.config import DataConfig, PredictConfig, SamplingConfig
 from softprompt.data import Input, Rows, label_ids
 from softprompt.data.inputs import MESSAGES, TEXT, input_columns, input_row_ids, input_rows, input_text
-from softprompt.data.rows import parse_template, template_fields
+from softprompt.data.rows import parse_template, render_row, template_fields
+from softprompt.data.task_examples import TaskEncoder, TaskInput
 from softprompt.data.write import AddedColumn
 from softprompt.engine import Answer, Request, generate
 from softprompt.errors import ConfigError, DataError, LengthError
 from softprompt.evaluation.calibrate import probabilities
 from softprompt.evaluation.classification import label_scores
+from softprompt.evaluation.heads import characters_of, tags_of
 from softprompt.evaluation.heldout import max_text_tokens, truncate_start
 from softprompt.families import forward_of
+from softprompt.loss.objective import head_outputs
 from softprompt.prompt import Calibration, Judgement, SoftPrompt
 from softprompt.prompt.calibration import rounded
 from softprompt.settings import check_kinds
@@ -39,6 +43,7 @@ from softprompt.types import InputForm, brief_repr
 CHUNK_ROWS = 256
 _CHUNK_BATCHES = 8  # of `batch_tokens`: a chunk of long rows has fewer of them
 _DIGITS = 6  # of a written number
+_VECTOR_DIGITS = 7  # behind the point, of the numbers of a vector of length 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +53,17 @@ class Prediction:
     __repr__ = brief_repr
 
     label: str | None = None
-    confidence: float | None = None  # probability of the label, from 0 to 1
+    confidence: float | None = None  # probability of the label, of the least sure tag or of the span, from 0 to 1
     is_unsure: bool | None = None  # below the threshold; None where there is none
     probabilities: Mapping[str, float] = field(default_factory=dict)  # of each label
-    answer: str | None = None  # a written text
-    mean_log_probability: float | None = None  # nats per token of it, its end included
+    tags: tuple[str | None, ...] | None = None  # one for each word; None for one that was cut off
+    tag_confidences: tuple[float | None, ...] = ()  # probability of each
+    answer: str | None = None  # a written text, or the span of the context
+    start: int | None = None  # its first character in the context
+    end: int | None = None  # and the one behind its last
+    mean_log_probability: float | None = None  # of a written text: nats per token, its end included
     finish_reason: str | None = None
+    embedding: tuple[float, ...] | None = None  # [D], of length 1
     is_truncated: bool = False  # the row was cut, as in training, to fit beside the prompt
     error: str | None = None  # why there is no answer
 
@@ -151,10 +161,12 @@ def predict_chunks(
 class _Item(NamedTuple):
     """A row that can be answered."""
 
-    text: str  # of the tasks that read text
-    ids: tuple[int, ...]
     num_tokens: int  # that the base computes for it
     is_truncated: bool
+    text: str = ""  # labels by likelihood: what is before them; task "answer": the context
+    ids: tuple[int, ...] = ()  # of a text to continue
+    inputs: tuple[TaskInput, ...] = ()  # of a task that reads columns: one, or the windows of a context
+    num_words: int = 0  # task "tag"
 
 
 def _answered(answerer: Answerer, chunk: Sequence[tuple[Mapping[str, Any], _Item | Prediction]]) -> Chunk:
@@ -189,6 +201,8 @@ class Answerer:
             "label": prediction.label, "confidence": prediction.confidence, "unsure": prediction.is_unsure,
             "answer": prediction.answer, "mean_log_probability": prediction.mean_log_probability,
             "finish_reason": prediction.finish_reason, "truncated": prediction.is_truncated, "error": prediction.error,
+            "tags": prediction.tags, "tag_confidences": prediction.tag_confidences or None, "start": prediction.start,
+            "end": prediction.end, "embedding": prediction.embedding,
             **{f"p({label})": share for label, share in prediction.probabilities.items()},
         }  # fmt: skip
         return [known.get(column.name) for column in self.columns]
@@ -203,12 +217,27 @@ _COMMON = (AddedColumn("truncated", "flag"), AddedColumn("error", "text"))
 
 def answerer_of(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answerer:
     """By the prompt's task. Raises ConfigError for settings that it does not have."""
-    if prompt.record.form.labels:
-        return _by_labels(base, prompt, config)
-    if config.probabilities or config.threshold is not None:
-        name = "probabilities" if config.probabilities else "threshold"
-        raise ConfigError(f"{name} is about labels, and this prompt writes text; leave it out")
-    return _by_text(base, prompt, config)
+    form = prompt.record.form
+    _check_settings(form, config)
+    if form.task != "generate":
+        return _by_head(base, prompt, config)
+    return _by_labels(base, prompt, config) if form.labels else _by_text(base, prompt, config)
+
+
+def _check_settings(form: InputForm, config: PredictConfig) -> None:
+    has_labels = bool(form.labels)
+    if config.probabilities and not has_labels:
+        raise ConfigError("probabilities is about labels, and this prompt has none; leave it out")
+    if config.threshold is not None and not has_labels and form.task != "answer":
+        what = "gives vectors" if form.task == "embed" else "writes text"
+        raise ConfigError(f"threshold is about how sure an answer is, and this prompt {what}; leave it out")
+
+
+_LABEL_COLUMNS = (AddedColumn("label", "text"), AddedColumn("confidence", "number"), AddedColumn("unsure", "flag"))
+
+
+def _label_columns(names: Sequence[str], config: PredictConfig) -> tuple[AddedColumn, ...]:
+    return (*_LABEL_COLUMNS, *(AddedColumn(f"p({name})", "number") for name in names if config.probabilities))
 
 
 def _by_labels(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answerer:
@@ -223,7 +252,7 @@ def _by_labels(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answere
         ids = base.bos_ids + base.encode(text)
         longest = max(len(label_ids(base, text, label)) for label in form.labels)
         kept = truncate_start(base, ids, limit - longest)
-        return _Item(text, kept, (len(kept) + longest) * len(names), len(kept) < len(ids))
+        return _Item((len(kept) + longest) * len(names), len(kept) < len(ids), text=text)
 
     def answer(items: Sequence[_Item]) -> list[Prediction]:
         texts = [item.text for item in items]
@@ -233,9 +262,7 @@ def _by_labels(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answere
             for own_K, item in zip(scores_NK, items, strict=True)
         ]
 
-    shares = [AddedColumn(f"p({name})", "number") for name in names] if config.probabilities else []
-    columns = (AddedColumn("label", "text"), AddedColumn("confidence", "number"), AddedColumn("unsure", "flag"))
-    return Answerer(form, _chunk_tokens(config), (*columns, *shares, *_COMMON), read, answer)
+    return Answerer(form, _chunk_tokens(config), (*_label_columns(names, config), *_COMMON), read, answer)
 
 
 def _labelled(
@@ -279,7 +306,7 @@ def _by_text(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answerer:
         if not ids:
             return None
         kept = truncate_start(base, ids, limit)
-        return _Item("", kept, len(kept) + config.max_new_tokens, len(kept) < len(ids))
+        return _Item(len(kept) + config.max_new_tokens, len(kept) < len(ids), ids=kept)
 
     def answer(items: Sequence[_Item]) -> list[Prediction]:
         found = generate(base, [Request(item.ids, prompt) for item in items], sampling=sampling, forward=forward)
@@ -300,4 +327,80 @@ def _written(answer: Answer, is_truncated: bool) -> Prediction:
         mean_log_probability=round(sum(log_probs) / len(log_probs), _DIGITS) if log_probs else None,
         finish_reason=answer.finish_reason,
         is_truncated=is_truncated,
+    )
+
+
+def _by_head(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answerer:
+    """Tasks that read the states of columns: cloze, classify, tag, answer and embed."""
+    forward, form, sure = forward_of(base), prompt.record.form, sureness(prompt, config)
+    encoder = TaskEncoder(base, form, max_text_tokens(base, prompt))
+
+    def read(rows: Rows) -> _Item | None:
+        text = render_row(rows, 0)
+        is_blank = not text.parts[-1 if form.task == "answer" else 0].strip() if text.parts else not text.prompt.strip()
+        inputs = () if is_blank or (form.task == "tag" and not text.prompt.strip()) else encoder.inputs(0, text)
+        if not inputs:
+            return None
+        num_tokens = sum(len(own.example.ids) + prompt.num_virtual_tokens for own in inputs)
+        is_truncated = form.task != "answer" and inputs[0].is_truncated  # every window of a context is read
+        context = text.parts[1] if form.task == "answer" else ""
+        return _Item(num_tokens, is_truncated, context, inputs=inputs, num_words=len(text.parts))
+
+    def answer(items: Sequence[_Item]) -> list[Prediction]:
+        examples = [own.example for item in items for own in item.inputs]
+        outputs = iter(head_outputs(base, forward, examples, prompt, max_slots=config.batch_tokens))
+        found = [[next(outputs).double().numpy() for _ in item.inputs] for item in items]
+        return [_from_head(form, item, own, sure, config) for item, own in zip(items, found, strict=True)]
+
+    columns = {
+        "tag": [AddedColumn("tags", "texts"), *_LABEL_COLUMNS[1:],
+                *([AddedColumn("tag_confidences", "numbers")] if config.probabilities else [])],
+        "answer": [AddedColumn("answer", "text"), AddedColumn("start", "count"), AddedColumn("end", "count"),
+                   *_LABEL_COLUMNS[1:]],
+        "embed": [AddedColumn("embedding", "numbers")],
+    }  # fmt: skip
+    own = columns.get(form.task, _label_columns(form.labels, config))
+    return Answerer(form, _chunk_tokens(config), (*own, *_COMMON), read, answer)
+
+
+def _from_head(
+    form: InputForm, item: _Item, outputs: Sequence[np.ndarray], sure: Sureness, config: PredictConfig
+) -> Prediction:
+    if not all(np.isfinite(own).all() for own in outputs):
+        return Prediction(error="the base computes no number for this row", is_truncated=item.is_truncated)
+    if form.task == "embed":
+        return Prediction(
+            embedding=tuple(round(float(each), _VECTOR_DIGITS) for each in outputs[0]), is_truncated=item.is_truncated
+        )
+    if form.task == "tag":
+        return _tagged(form, item, outputs[0], sure, config)
+    if form.task == "answer":
+        return _answered_span(item, outputs, sure)
+    return _labelled(form.labels, outputs[0], sure, config, item.is_truncated)
+
+
+def _tagged(form: InputForm, item: _Item, logits_CK: np.ndarray, sure: Sureness, config: PredictConfig) -> Prediction:
+    (own,) = item.inputs
+    shares = rounded(probabilities(logits_CK).max(axis=1).tolist())
+    by_word = dict(zip(own.units, shares, strict=True))
+    least = min(shares)
+    return Prediction(
+        tags=tuple(tags_of(form, own, logits_CK, item.num_words)),
+        tag_confidences=tuple(by_word.get(word) for word in range(item.num_words)) if config.probabilities else (),
+        confidence=least,
+        is_unsure=None if sure.threshold is None else least < sure.threshold,
+        is_truncated=item.is_truncated,
+    )
+
+
+def _answered_span(item: _Item, windows: Sequence[np.ndarray], sure: Sureness) -> Prediction:
+    start, end, probability = characters_of(item.inputs, windows)
+    (share,) = rounded([probability])
+    return Prediction(
+        answer=item.text[start:end],
+        start=start,
+        end=end,
+        confidence=share,
+        is_unsure=None if sure.threshold is None else share < sure.threshold,
+        is_truncated=item.is_truncated,
     )

@@ -24,6 +24,7 @@ from softprompt.data.rows import with_labels
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError, MissingDependencyError
 from softprompt.evaluation.classification import class_scores, label_confusion, labelled_rows, macro_f1, share_right
+from softprompt.evaluation.heads import criterion_score
 from softprompt.evaluation.heldout import Interval, bootstrap_interval, contenders, max_text_tokens, truncate_start
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
@@ -125,11 +126,14 @@ CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 def criterion(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt], float]:
     """A score of a prompt on these rows, from 0 to 1, higher is better; the base is not changed.
 
-    `accuracy` and `f1_macro` are by label likelihood; the others score greedy answers, all rows of them at every call.
+    `accuracy` and `f1_macro` are by label likelihood, or by the prompt's head where its task has one, which also has
+    `f1` (of entities or answers) and `exact_match`; else the others score greedy answers, of all rows at every call.
     Raises ConfigError where the rows do not fit the score or the name is no score (training measures
     `loss` itself), DataError for a row whose completion is none of the labels, MissingDependencyError without
     torchmetrics.
     """
+    if name != "loss" and rows.form.task != "generate":
+        return _by_head(base, rows, name)
     if name in ("accuracy", "f1_macro"):
         return _by_labels(base, rows, name)
     for text_score in get_args(TextScore):
@@ -138,6 +142,11 @@ def criterion(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt],
     raise ConfigError(
         f"{name!r} is not a task score; known are {', '.join(known for known in CRITERIA if known != 'loss')}"
     )
+
+
+def _by_head(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt], float]:
+    forward = forward_of(base)
+    return lambda prompt: criterion_score(base, forward, rows, prompt, name)
 
 
 def _by_labels(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt], float]:
@@ -150,6 +159,8 @@ def _by_labels(base: Base, rows: Rows, name: Criterion) -> Callable[[SoftPrompt]
     known, forward = labelled_rows(labelled), forward_of(base)
 
     def score(prompt: SoftPrompt) -> float:
+        if prompt.record.form.task != "generate":  # which the base and the settings decide, not the rows
+            return criterion_score(base, forward, rows, prompt, name)
         confusion = label_confusion(base, forward, known, prompt)
         if name == "accuracy":
             return share_right(confusion)

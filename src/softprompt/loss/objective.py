@@ -162,25 +162,31 @@ def head_outputs(
     base: Base,
     forward: Forward,
     examples: Sequence[Example | Row],
-    prompt: SoftPrompt,
+    prompt: SoftPrompt | None,
     max_slots: int = SLOTS_PER_BATCH,
+    form: InputForm | None = None,
 ) -> list[Tensor]:
     """What each example or row gives under the prompt, in order, as `Objective.outputs`, on the CPU.
 
     They run in batches by length, of at most `max_slots` tokens, pads and virtual tokens included, or of one row. The
-    rows' own `prompt` is not read, and of their texts only the first.
+    rows' own `prompt` is not read, and of their texts only the first. Without a prompt the bare base answers in `form`,
+    for cloze and embed, which need no head.
     """
-    found = objective(base, forward, prompt.record.form)
+    form = form if prompt is None else prompt.record.form
+    assert form is not None, "a prompt or a form"
+    found = objective(base, forward, form)
     if found is None:
         raise ConfigError("the prompt was trained to generate text; it has no head, and no logits of labels")
+    weights, num_virtual = (prompt.head, prompt.num_virtual_tokens) if prompt is not None else ({}, 0)
     if found.head is not None:
-        found.head.check(prompt.head, "the soft prompt's head")
-    rows = [Row(each.ids, 0, num_before=each.num_before, columns=each.columns) for each in examples]
+        found.head.check(weights, "the soft prompt's head")
+    own = None if prompt is None else 0
+    rows = [Row(each.ids, own, num_before=each.num_before, columns=each.columns) for each in examples]
     result: list[Tensor | None] = [None] * len(rows)
-    for batch in by_length([len(row.ids) + prompt.num_virtual_tokens for row in rows], max_slots):
+    for batch in by_length([len(row.ids) + num_virtual for row in rows], max_slots):
         some = [rows[number] for number in batch]
-        states_ND, owners_N = column_states(base, forward, some, [prompt.tensor])
-        for number, output in zip(batch, found.outputs(states_ND, owners_N, some, prompt.head), strict=True):
+        states_ND, owners_N = column_states(base, forward, some, [] if prompt is None else [prompt.tensor])
+        for number, output in zip(batch, found.outputs(states_ND, owners_N, some, weights), strict=True):
             result[number] = output.cpu()
     return [output for output in result if output is not None]
 

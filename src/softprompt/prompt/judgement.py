@@ -17,9 +17,15 @@ from softprompt.prompt.calibration import Calibration
 
 Conclusion = Literal["helps", "undecided", "does not help"]
 Recommendation = Literal["prompt", "bare base"]
+Rival = Literal["bare base", "commonest label", "whole context"]
 
 MEASURES: Mapping[str, str] = {  # and how a sentence names each
     "accuracy": "", "exact_match": "", "f1_macro": "macro F1", "f1": "F1", "rouge_l": "ROUGE-L", "chrf": "chrF",
+    "entity_f1": "entity F1", "accuracy_at_1": "",
+}  # fmt: skip
+RIVALS: Mapping[str, str] = {  # what the prompt is beside, and how a sentence names it
+    "bare base": "the bare base", "commonest label": "the commonest label, always given,",
+    "whole context": "the whole context, always given,",
 }  # fmt: skip
 _LEAST_PROBABILITY = 0.05  # of a difference by chance: a two-sided test at 95 %
 _FEW_ROWS = 1_000  # to train on; more of them is the first thing to try
@@ -35,7 +41,7 @@ class Judgement:
     rows: int
     train_rows: int
     prompt: float
-    bare_base: float  # with the same template
+    bare_base: float  # with the same template; or, where the base has no head of its own, the rival's
     better_rows: int  # that the prompt does better than the bare base
     worse_rows: int
     difference: tuple[float, float] | None = None  # the mean difference at 95 %, where scores lie between 0 and 1
@@ -43,6 +49,7 @@ class Judgement:
     is_constant: bool = False  # the prompt gives all rows one label, and they have several
     has_template: bool = True
     calibration: Calibration | None = None  # of the confidence in a label
+    rival: Rival = "bare base"
 
     @property
     def conclusion(self) -> Conclusion:
@@ -85,6 +92,7 @@ class Judgement:
                 has_template=bool(record["has_template"]),
                 majority=None if record["majority"] is None else float(record["majority"]),
                 calibration=Calibration.from_json(record.get("calibration")),
+                rival=record.get("rival", "bare base"),
             )  # fmt: skip
         except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
             return None
@@ -94,7 +102,8 @@ class Judgement:
         shares = (self.prompt, self.bare_base, self.majority or 0.0)
         are_counts = 1 <= self.rows <= _MOST_ROWS and 0 <= self.train_rows <= _MOST_TRAIN_ROWS
         is_split = min(self.better_rows, self.worse_rows) >= 0 and self.better_rows + self.worse_rows <= self.rows
-        return self.measure in MEASURES and are_counts and is_split and all(0 <= share <= 1 for share in shares)
+        is_known = self.measure in MEASURES and self.rival in RIVALS
+        return is_known and are_counts and is_split and all(0 <= share <= 1 for share in shares)
 
     def _is_beyond_chance(self) -> bool:
         if self.difference is not None:
@@ -103,7 +112,8 @@ class Judgement:
 
     def _figures(self) -> str:
         name, rows = MEASURES[self.measure], f"On {self.rows:,} validation rows"
-        base = "the bare base with the same template" if self.has_template else "the bare base"
+        has_template = self.has_template and self.rival == "bare base"
+        base = RIVALS[self.rival] + (" with the same template" if has_template else "")
         if name:
             return f"{rows} the prompt scores {self.prompt:.2f} ({name}) and {base} {self.bare_base:.2f}"
         right, bare = (round(share * self.rows) for share in (self.prompt, self.bare_base))
@@ -116,6 +126,8 @@ class Judgement:
             return self._doubt()
         if self.is_constant and self.prompt > self.bare_base:
             return f"use neither, for the prompt gives every row the same answer; try {_listed(self._to_try())}"
+        if self.rival != "bare base":
+            return f"use neither, or try {_listed(self._to_try())}"
         if self.bare_base == 1.0:
             return "use the base without a prompt, which leaves nothing to gain"
         return f"use the base without a prompt, or try {_listed(self._to_try())}"
@@ -124,15 +136,17 @@ class Judgement:
         if self.majority is not None and self.prompt <= self.majority:
             always = f"always giving the commonest answer would be right in {round(self.majority * self.rows):,}"
             return f"better, but {always}; use neither, or try {_listed(self._to_try())}"
-        return (
-            "better, but that may be chance; use the base without a prompt until more rows show a difference: "
-            "softprompt compare --data with rows that training never saw"
-        )
+        until = "use the base without a prompt until more rows show a difference"
+        if self.rival != "bare base":
+            until = "do not rely on it until more rows show a difference"
+        return f"better, but that may be chance; {until}: softprompt compare --data with rows that training never saw"
 
     def _to_try(self) -> list[str]:
         """From the likeliest to help: a bare base that guesses may not know the task at all."""
         more = [f"more rows ({self.train_rows:,} were trained on)"] if self.train_rows < _FEW_ROWS else []
         chance = self.majority is not None and self.bare_base <= self.majority + _AT_CHANCE
+        if self.rival != "bare base":
+            return [*more, "another learning rate", "a bigger base"]
         return [*more, "another template", "a bigger base" if chance else "another learning rate"]
 
 
