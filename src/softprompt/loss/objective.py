@@ -276,24 +276,13 @@ def _span_nats(logits_N2: Tensor, owners_N: Tensor, rows: Sequence[Row]) -> Tens
 
 
 def _text_vectors(states_ND: Tensor, owners_N: Tensor, rows: Sequence[Row]) -> list[Tensor]:
-    """For each row the vectors of its texts [texts, D], its own first, each of length 1.
-
-    A text has one state, or one for each of its tokens.
-    """
+    """For each row the vectors of its texts [texts, D], its own first, each of length 1."""
     wide = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
     found = []
     for own, row in zip(wide.split(torch.bincount(owners_N, minlength=len(rows)).tolist()), rows, strict=True):
-        texts = own.split(_states_of_texts(row, len(own)))
+        texts = own.split([len(row.columns), *map(len, row.columns_of_others)])
         found.append(functional.normalize(torch.stack([text.mean(dim=0) for text in texts]), dim=1))
     return found
-
-
-def _states_of_texts(row: Row, num_states: int) -> list[int]:
-    if not row.others:
-        return [num_states]
-    if num_states == 1 + len(row.others):
-        return [1] * num_states
-    return [len(row.ids), *map(len, row.others)]
 
 
 def _ranking_nats(vectors: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
