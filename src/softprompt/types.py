@@ -13,6 +13,7 @@ BaseKind = Literal["causal", "encoder", "seq2seq"]
 # generate: text to text; cloze: label words at a mask; classify, tag, answer: a trained head for whole texts, words, or
 # the span of a context that answers a question; embed: one vector per text
 Task = Literal["generate", "cloze", "classify", "tag", "answer", "embed"]
+HEADED_TASKS: tuple[Task, ...] = ("classify", "tag", "answer")  # a head is trained beside the soft prompt
 Placement = Literal["front", "after-cls"]  # of the virtual tokens: before all tokens, or behind [CLS]
 # Of the hidden states of a text, what a head reads: [CLS]'s, the mean over the real tokens, the last token's, or the
 # one that PEFT reads, which in front of a BERT is the first virtual token's.
@@ -182,17 +183,19 @@ class PromptRecord:
     base_name: str | None = None
     base_source: str | None = None  # how it is loaded, the Hub id or folder that was given; None: as its name says
     base_fingerprint: str | None = None
+    base_kind: BaseKind | None = None
     form: InputForm = field(default_factory=InputForm)
     parent: str | None = None  # content hash of the prompt that this one was trained on from
     run: dict[str, Any] = field(default_factory=dict)  # resolved plan, data hash, versions, curve, seed
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "form": self.form.to_json()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> PromptRecord:
         form = InputForm.from_json(record.get("form") or {})
-        known = {key: record.get(key) for key in ("base_name", "base_source", "base_fingerprint", "parent")}
+        texts = ("base_name", "base_source", "base_fingerprint", "base_kind", "parent")
+        known = {key: record.get(key) for key in texts}
         return cls(form=form, run=dict(record.get("run") or {}), **known)
 
 

@@ -237,10 +237,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("task", "message"),
         [
-            ("SEQ_2_SEQ_LM", "encoder-decoder base .* come later"),
-            ("SEQ_CLS", "task_type 'SEQ_CLS'; only CAUSAL_LM"),
+            ("MASKED_LM", "task_type 'MASKED_LM'; it must be one of CAUSAL_LM, SEQ_2_SEQ_LM"),
+            ("SEQ_CLS", "task_type 'SEQ_CLS', and softprompt.json is of the task 'generate'"),
             (None, "names no task_type"),
-            (["CAUSAL_LM"], "only CAUSAL_LM"),
+            (["CAUSAL_LM"], "it must be one of CAUSAL_LM"),
         ],
     )
     def test_another_task_is_refused(self, damaged: Damaged, task: object, message: str) -> None:

@@ -36,9 +36,8 @@ from transformers import (
 from softprompt.base import Base
 from softprompt.errors import AdapterError, BaseModelError, ConfigError, shortened
 from softprompt.guard import cause_of
-from softprompt.types import InputForm, Task
+from softprompt.types import HEADED_TASKS, InputForm, Task
 
-HEADED_TASKS: tuple[Task, ...] = ("classify", "tag", "answer")
 Position = Literal["first", "last", "mean"]
 Pool = Callable[[Tensor], Tensor]  # [B, T, D] to [B, D]
 
@@ -112,6 +111,11 @@ def task_head(base: Base, form: InputForm) -> TaskHead | None:
     """
     if form.task not in HEADED_TASKS:
         return None
+    if base.kind == "seq2seq":
+        raise BaseModelError(
+            f"base {base.name!r} is an encoder-decoder, which has no head for the task {form.task}; give a causal base "
+            "or an encoder, or train it to write the answer (generate)"
+        )
     num_labels = 2 if form.task == "answer" else len(form.labels)
     if not 0 < num_labels <= _MOST_LABELS:
         raise ConfigError(f"a head for the task {form.task} has 1 to {_MOST_LABELS:,} labels, not {num_labels:,}")

@@ -25,7 +25,6 @@ from torch import Tensor
 from softprompt.config import KEPT_CHECKPOINTS
 from softprompt.errors import AdapterError, ExistsError, StorageError
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.adapter import PEFT_TYPE
 from softprompt.storage.atomic import PARTIAL_SUFFIX, append_line, remove_folder, write_file, write_folder
 from softprompt.storage.files import (
     ADAPTER_FILES,
@@ -38,6 +37,7 @@ from softprompt.storage.files import (
     read_file,
 )
 from softprompt.storage.library import NAME, SET_NAME, check_name
+from softprompt.storage.peft_config import PEFT_TYPE
 from softprompt.storage.save import adapter_to_bytes, save_prompt, save_prompt_into
 
 STATE_NAME = "state.json"

@@ -1,28 +1,24 @@
 """A soft prompt's folder, read: exactly what PEFT writes for prompt tuning, with our record beside.
 
-A folder from outside is data: JSON and one tensor, checked before use. Nothing in it is ever run: a pickle is read by
-torch's weights-only reader alone. `softprompt.storage.save` writes such folders.
+A folder from outside is data: JSON and tensors, checked before use. Nothing in it is ever run.
+`softprompt.storage.save` writes such folders.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from softprompt.base import Base
-from softprompt.errors import AdapterError, PromptError, WrongBaseError
-from softprompt.guard import is_lfs_pointer, lfs_pointer_sentence
+from softprompt.errors import AdapterError, BaseModelError, PromptError, WrongBaseError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.files import (
     CONFIG_NAME,
@@ -35,16 +31,20 @@ from softprompt.storage.files import (
     parse_object,
     read_file,
 )
-from softprompt.types import PromptRecord
+from softprompt.storage.peft_config import (
+    TASK_TYPE,
+    Stated,
+    check_record,
+    check_task_type,
+    parse_config,
+    pefts_form,
+    stated_by,
+)
+from softprompt.storage.weights import read_weights
+from softprompt.types import HEADED_TASKS, BaseKind, InputForm, Placement, Pooling, PromptRecord, Task
 
-PEFT_TYPE = "PROMPT_TUNING"
-TASK_TYPE = "CAUSAL_LM"
-KEY = "prompt_embeddings"
 FORMAT_VERSION = 1  # of softprompt.json
 _TEXT_FIELDS = ("base_name", "base_source", "base_fingerprint", "parent", "created")
-_MAX_VALUE = 1e15  # trained prompts stay below 1e4
-_HEADER_LENGTH_BYTES = 8  # a safetensors file opens with the length of its header
-_MAX_ZIP_RECORDS = 64  # torch.save writes seven for one tensor
 
 
 class UnknownBaseWarning(UserWarning):
@@ -87,7 +87,7 @@ class AdapterFiles:
                 return cls(where=where, weights_name=name, weights=weights, config=config, record=record)
         if config is None:
             raise AdapterError(f"{where} has no {CONFIG_NAME} and no {SAFETENSORS_NAME}{_nested_hint(folder)}")
-        _config_from_bytes(config, None, f"{where}/{CONFIG_NAME}")  # another kind is named first
+        parse_config(config, None, f"{where}/{CONFIG_NAME}")  # another kind is named first
         raise AdapterError(
             f"{where} has a {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {PICKLE_NAME}; copy them too"
         )
@@ -106,15 +106,18 @@ class AdapterFiles:
         base_name: str | None = None,
     ) -> SoftPrompt:
         """The soft prompt, as `load_prompt` gives it."""
-        config_where, weights_where = f"{self.where}/{CONFIG_NAME}", f"{self.where}/{self.weights_name}"
-        config = None if self.config is None else _config_from_bytes(self.config, task_type, config_where)
-        tensor_PH = _tensor_from_bytes(self.weights_name, self.weights, weights_where)
+        weights_where = f"{self.where}/{self.weights_name}"
+        config = None if self.config is None else parse_config(self.config, task_type, f"{self.where}/{CONFIG_NAME}")
+        rows, head = read_weights(self.weights_name, self.weights, weights_where)
         if config is None:
-            _check_task_of_weights_alone(list(tensor_PH.shape), task_type, self.where)
+            stated = _stated_by_weights_alone(rows, task_type, self.where)
         else:
-            _check_shape(config, tensor_PH, config_where)
+            stated = stated_by(config, rows, f"{self.where}/{CONFIG_NAME}")
+        record = self._record(stated, head, base_name)
+        _check_has_head(record.form, head, self.where)
+        kept = rows if record.form.has_decoder_prompt else rows[: stated.num_virtual_tokens]
         try:
-            prompt = SoftPrompt(tensor_PH, self._record(config or {}, base_name))
+            prompt = SoftPrompt(kept, record, head)
         except PromptError as error:
             raise AdapterError(f"{weights_where}: {error}") from error
         self._check_content(prompt)
@@ -122,11 +125,15 @@ class AdapterFiles:
             check_base(prompt, base, force=force, where=self.where)
         return prompt
 
-    def _record(self, config: dict[str, Any], base_name: str | None) -> PromptRecord:
-        record = PromptRecord() if self.stored is None else self.stored.record
-        named = record.base_name or config.get("base_model_name_or_path") or None
-        if named is not None and not isinstance(named, str):
-            raise AdapterError(f"{self.where}/{CONFIG_NAME}: base_model_name_or_path is {named!r}; it must be text")
+    def _record(self, stated: Stated, head: Mapping[str, Tensor], base_name: str | None) -> PromptRecord:
+        if self.stored is None:
+            record = PromptRecord(form=pefts_form(stated.task, head, self.where), base_kind=stated.base_kind)
+        else:
+            record = self.stored.record
+            check_record(record, stated, self.where)
+            is_seq2seq = record.base_kind is None and stated.base_kind == "seq2seq"
+            record = replace(record, base_kind=stated.base_kind) if is_seq2seq else record
+        named = record.base_name or stated.base_name
         if named is not None and base_name is not None and named != base_name:
             raise AdapterError(f"{self.where} names its base {named!r} and {base_name!r} was given; leave the name out")
         return replace(record, base_name=base_name if named is None else named)
@@ -149,9 +156,12 @@ def load_prompt(
     task_type: str | None = None,
     base_name: str | None = None,
 ) -> SoftPrompt:
-    """The soft prompt [P, H] of an adapter folder, ours or PEFT's; any stored float dtype becomes float32.
+    """The soft prompt [P, H] of an adapter folder, ours or PEFT's, with its head; any float dtype becomes float32.
 
-    With `base`, the width and the fingerprint are checked; a folder without a fingerprint (PEFT's own) gives one
+    Of PEFT's 2P vectors for an encoder-decoder it is the first P, since PEFT reads no others; of ours with a prompt for
+    the decoder all of them.
+
+    With `base`, width, head and fingerprint are checked; a folder without a fingerprint (PEFT's own) gives one
     UnknownBaseWarning. `force` loads a prompt of another base of the same width. `task_type` and `base_name` stand in
     for what the folder leaves out: with task_type "CAUSAL_LM" even a missing adapter_config.json is accepted.
 
@@ -164,7 +174,7 @@ def load_prompt(
 def check_base(prompt: SoftPrompt, base: Base, *, force: bool = False, where: str = "the soft prompt") -> None:
     """Check that the prompt fits `base` and was trained on it.
 
-    Raises: AdapterError for another width, WrongBaseError for another base.
+    Raises: AdapterError for another width or kind of base, or another head, WrongBaseError for another base.
     """
     shape, made_for = list(prompt.tensor.shape), prompt.record.base_name
     if prompt.hidden_size != base.hidden_size:
@@ -173,6 +183,8 @@ def check_base(prompt: SoftPrompt, base: Base, *, force: bool = False, where: st
             f"[{base.vocab_size}, {base.hidden_size}]: load it on the base that it was trained on"
         )
     _check_range(prompt, base, where)
+    _check_kind(prompt.record, base, where)
+    _check_head(prompt, base, where)
     if force:
         return
     if prompt.record.base_fingerprint is None:
@@ -205,13 +217,51 @@ def other_base_problem(record: PromptRecord, base: Base, where: str) -> str:
     )
 
 
-def _check_task_of_weights_alone(shape: list[int], task_type: str | None, where: str) -> None:
+def _check_kind(record: PromptRecord, base: Base, where: str) -> None:
+    if record.base_kind not in (None, base.kind):
+        raise AdapterError(
+            f"{where} was trained on a base of kind {record.base_kind!r}; {base.name!r} is of kind {base.kind!r}: load "
+            "it on the base that it was trained on"
+        )
+
+
+def _check_head(prompt: SoftPrompt, base: Base, where: str) -> None:
+    """That the base has such a head: its weights' names and shapes are those of transformers' class."""
+    if not prompt.head:
+        return
+    from softprompt.families.task_head import task_head  # a second to import, which plain prompts need not wait
+
+    try:
+        head = task_head(base, prompt.record.form)
+    except BaseModelError as error:
+        raise AdapterError(f"{where} does not fit: {error}") from error
+    assert head is not None, prompt.record.form.task  # checked when it was read
+    head.check(prompt.head, where)
+
+
+def _check_has_head(form: InputForm, head: Mapping[str, Tensor], where: str) -> None:
+    if form.task in HEADED_TASKS and not head:
+        raise AdapterError(f"{where} is of the task {form.task!r}, but has no weights of a head; it is not whole")
+    if head and form.task not in HEADED_TASKS:
+        raise AdapterError(
+            f"{where} has weights besides the prompt's, {next(iter(head))!r} first; the task {form.task!r} has no head"
+        )
+
+
+def _stated_by_weights_alone(rows: Tensor, task_type: str | None, where: str) -> Stated:
     if task_type is None:
         raise AdapterError(
-            f"{where} has no {CONFIG_NAME}, so its kind, task and base are unknown; its weights are {shape}. If they "
-            f"are a soft prompt of a causal language model, say so: task_type={TASK_TYPE!r} (--task-type {TASK_TYPE})"
+            f"{where} has no {CONFIG_NAME}, so its kind, task and base are unknown; its weights are "
+            f"{list(rows.shape)}. If they are a soft prompt of a causal language model, say so: "
+            f"task_type={TASK_TYPE!r} (--task-type {TASK_TYPE})"
         )
-    _check_task(task_type, where)
+    check_task_type(task_type, where)
+    if task_type == "SEQ_2_SEQ_LM":
+        raise AdapterError(
+            f"{where} has no {CONFIG_NAME}; of an encoder-decoder's {len(rows)} vectors it says how many are the "
+            "decoder's: copy that file too"
+        )
+    return Stated(task_type, len(rows), 1, None)
 
 
 def _nested_hint(folder: Path) -> str:
@@ -223,56 +273,6 @@ def _nested_hint(folder: Path) -> str:
     if len(nested) == 1:
         return f", but {nested[0]!r} below it has: give {folder / nested[0]}"
     return f", but these folders below it have: {', '.join(nested[:5])}; give one of them"
-
-
-def _config_from_bytes(data: bytes, task_type: str | None, where: str) -> dict[str, Any]:
-    """The config of a prompt for a causal language model; `task_type` stands in where it names none.
-
-    Raises: AdapterError.
-    """
-    config = parse_object(data, where)
-    kind = config.get("peft_type")
-    if kind != PEFT_TYPE:
-        raise AdapterError(f"{where} has the peft_type {kind!r}; only {PEFT_TYPE} adapters are soft prompts")
-    stated = config.get("task_type")
-    if stated is not None and task_type is not None and stated != task_type:
-        raise AdapterError(f"{where} has the task_type {stated!r} and {task_type!r} was given; leave it out")
-    _check_task(task_type if stated is None else stated, where)
-    return config
-
-
-def _check_task(task: object, where: str) -> None:
-    """Raises: AdapterError for every task but CAUSAL_LM."""
-    if task is None:
-        raise AdapterError(
-            f"{where} names no task_type; if it was trained on a causal language model, "
-            f"say so: task_type={TASK_TYPE!r} (--task-type {TASK_TYPE})"
-        )
-    if task == "SEQ_2_SEQ_LM":
-        raise AdapterError(f"{where} is for an encoder-decoder base (2 x P rows); those come later, not yet supported")
-    if task != TASK_TYPE:
-        raise AdapterError(f"{where} has the task_type {task!r}; only {TASK_TYPE} is supported now")
-
-
-def _check_shape(config: dict[str, Any], tensor: Tensor, where: str) -> None:
-    """Check what the config states about the tensor [P, H].
-
-    Raises: AdapterError.
-    """
-    num_rows, hidden_size = tensor.shape
-    parts = config.get("num_transformer_submodules")
-    if parts not in (None, 1):
-        raise AdapterError(f"{where}: num_transformer_submodules is {parts!r}; a causal language model has 1")
-    if config.get("num_virtual_tokens") != num_rows:
-        raise AdapterError(
-            f"{where}: num_virtual_tokens is {config.get('num_virtual_tokens')!r}, but the tensor is "
-            f"[{num_rows}, {hidden_size}]; the two files do not belong together"
-        )
-    if config.get("token_dim") not in (None, hidden_size):
-        raise AdapterError(
-            f"{where}: token_dim is {config['token_dim']!r}, but the tensor is [{num_rows}, {hidden_size}]; "
-            "the two files do not belong together"
-        )
 
 
 def _record_from_bytes(data: bytes, where: str) -> StoredRecord:
@@ -290,6 +290,7 @@ def _record_from_bytes(data: bytes, where: str) -> StoredRecord:
         record = PromptRecord.from_json(value)
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{where} is malformed ({error}); delete it to load the folder as a PEFT adapter") from error
+    _check_form(record, where)
     return StoredRecord(record=record, content_hash=value["content_hash"], created=value.get("created"))
 
 
@@ -301,84 +302,23 @@ def _check_texts(value: dict[str, Any], where: str) -> None:
             raise AdapterError(f"{where}: {name} is {value[name]!r}; it must be text or null")
 
 
-def _tensor_from_bytes(name: str, data: bytes, where: str) -> Tensor:
-    """The one tensor [rows, H] of a weights file called `name`, as float32.
-
-    Raises: AdapterError for anything else than one floating-point matrix under the key `prompt_embeddings`.
-    """
-    try:
-        tensors = _read_safetensors(data, where) if name == SAFETENSORS_NAME else _read_pickle(data, where)
-    except AdapterError:
-        if is_lfs_pointer(data):
-            raise AdapterError(lfs_pointer_sentence(where)) from None
-        raise
-    tensor = _only_tensor(tensors, where)
-    if tensor.dim() != 2 or 0 in tensor.shape:
-        raise AdapterError(f"{where}: {KEY} has the shape {list(tensor.shape)}; it must be [P, H], neither of them 0")
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise AdapterError(f"{where}: {KEY} is {tensor.dtype}, {tensor.layout}; it must be plain floating point")
-    if tensor.numel() > len(data):  # an expanded view claims what is not there
-        raise AdapterError(f"{where}: {KEY} claims {list(tensor.shape)} from {len(data):,} bytes; it is not sound")
-    return _of_usable_size(tensor.to(torch.float32), where)
-
-
-def _of_usable_size(tensor_PH: Tensor, where: str) -> Tensor:
-    """The same tensor, unless its values are so large that their squares, which each norm of a base takes, overflow."""
-    largest = float(tensor_PH.abs().nan_to_num(0, 0, 0).max())
-    if largest > _MAX_VALUE:
-        raise AdapterError(
-            f"{where}: {KEY} has values up to {largest:.3g}; a base computes NaN or infinity from any beyond "
-            f"{_MAX_VALUE:.0e}: train it again, with a lower learning rate"
-        )
-    return tensor_PH
-
-
-def _only_tensor(tensors: dict[str, Any], where: str) -> Tensor:
-    names = sorted(map(str, tensors))
-    if names != [KEY]:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise AdapterError(f"{where} holds {len(names)} tensors ({shown}); a soft prompt is exactly one, {KEY!r}")
-    tensor = tensors[KEY]
-    if not isinstance(tensor, Tensor):
-        raise AdapterError(f"{where}: {KEY} is a {type(tensor).__name__}; it must be a tensor")
-    return tensor.detach()
-
-
-def _read_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
-    header_bytes = int.from_bytes(data[:_HEADER_LENGTH_BYTES], "little")
-    if len(data) < _HEADER_LENGTH_BYTES or header_bytes > len(data) - _HEADER_LENGTH_BYTES:
-        raise AdapterError(f"{where} is cut off or no safetensors file ({len(data):,} bytes); take a whole copy")
-    if header_bytes > MAX_TEXT_BYTES:
-        raise AdapterError(f"{where} has a header of {header_bytes:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
-    try:
-        return safetensors_torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError(f"{where} is not a sound safetensors file ({error}); take a whole copy") from error
-
-
-def _read_pickle(data: bytes, where: str) -> dict[str, Any]:
-    _check_zip(data, where)
-    try:
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile pickle can make the reader raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterError(
-            f"{where} holds more than tensors, or is damaged, and was not loaded ({reason[:160]}); "
-            "ask its author for a safetensors file"
-        ) from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{where} holds a {type(value).__name__}; it must be a dictionary of tensors")
-    return value
-
-
-def _check_zip(data: bytes, where: str) -> None:
-    """torch.save stores its records unpacked; packed ones could unfold to any size."""
-    try:
-        records = zipfile.ZipFile(io.BytesIO(data)).infolist()
-    except Exception as error:  # zipfile raises half a dozen kinds on damaged input
-        raise AdapterError(
-            f"{where} is cut off, or a bare pickle, which may hold code; ask its author for a safetensors file"
-        ) from error
-    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-    if packed or len(records) > _MAX_ZIP_RECORDS or sum(record.file_size for record in records) > len(data):
-        raise AdapterError(f"{where} is a packed archive, not what torch.save writes; ask for a safetensors file")
+def _check_form(record: PromptRecord, where: str) -> None:
+    """That a stranger's form has values of ours. Texts and labels are checked where they are used."""
+    form = record.form
+    allowed: dict[str, tuple[Any, ...]] = {
+        "task": get_args(Task),
+        "placement": get_args(Placement),
+        "pooling": (None, *get_args(Pooling)),
+        "has_decoder_prompt": (False, True),
+    }
+    for name, values in allowed.items():
+        found = getattr(form, name)
+        if type(found) not in (str, bool, type(None)) or found not in values:
+            raise AdapterError(f"{where}: {name} is {found!r}; it must be one of {', '.join(map(str, values))}")
+    if record.base_kind not in (None, *get_args(BaseKind)):
+        raise AdapterError(f"{where}: base_kind is {record.base_kind!r}; it must be {', '.join(get_args(BaseKind))}")
+    are_words = all(isinstance(word, str) for words in form.label_words for word in words)
+    if not are_words or (form.task == "cloze" and len(form.label_words) != len(form.labels)):
+        raise AdapterError(f"{where}: label_words has to have a list of words for each label")
+    if form.has_decoder_prompt and form.task != "generate":
+        raise AdapterError(f"{where}: a prompt of the task {form.task!r} has no decoder's half")

@@ -15,7 +15,7 @@ from typing import Any
 
 from softprompt.base import Base
 from softprompt.errors import ConfigError, StorageError
-from softprompt.storage.adapter import TASK_TYPE, AdapterFiles
+from softprompt.storage.adapter import AdapterFiles
 from softprompt.storage.atomic import write_folder
 from softprompt.storage.card import PLAIN_WORD, is_hub_id, model_card
 from softprompt.storage.files import (
@@ -31,6 +31,7 @@ from softprompt.storage.files import (
     parse_object,
     read_file,
 )
+from softprompt.storage.peft_config import TASK_TYPE
 from softprompt.storage.save import check_free
 
 _MAX_BYTES = {
@@ -128,12 +129,12 @@ def _read(snapshot: Path, repo_id: str, base: Base | None, force: bool) -> dict[
 def _publishable(folder: Path) -> dict[str, bytes]:
     """The files to push, without the path of a local base, which is private and useless elsewhere."""
     adapter = AdapterFiles.read(folder)
-    prompt = adapter.parse(task_type=TASK_TYPE)
+    config = {} if adapter.config is None else parse_object(adapter.config, f"{folder}/{CONFIG_NAME}")
+    prompt = adapter.parse(task_type=TASK_TYPE if config.get("task_type") is None else None)
     if adapter.weights_name != SAFETENSORS_NAME or adapter.config is None:
         raise StorageError(
             f"{folder} lacks {SAFETENSORS_NAME} or {CONFIG_NAME}; import it into a library and push that"
         )
-    config = parse_object(adapter.config, f"{folder}/{CONFIG_NAME}")
     named = config.get("base_model_name_or_path")
     is_local = isinstance(named, str) and not is_hub_id(named) and prompt.record.base_source is not None
     if is_local:

@@ -33,6 +33,7 @@ from softprompt.storage.files import (
     read_file,
 )
 from softprompt.storage.save import save_prompt
+from softprompt.types import Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MARKS = (CONFIG_NAME, RECORD_NAME, SAFETENSORS_NAME, PICKLE_NAME, "run.json")  # one of them makes a folder ours
@@ -50,6 +51,7 @@ class LibraryEntry:
     num_virtual_tokens: int | None = None
     hidden_size: int | None = None
     base_name: str | None = None
+    task: Task | None = None
     content_hash: str | None = None
     created: str | None = None  # when the folder was written, ISO 8601 in UTC; None for PEFT's own folders
     num_bytes: int = 0  # of its files on disk, a run's checkpoints included
@@ -185,6 +187,7 @@ class Library:
             num_virtual_tokens=prompt.num_virtual_tokens,
             hidden_size=prompt.hidden_size,
             base_name=prompt.record.base_name,
+            task=prompt.record.form.task,
             content_hash=prompt.content_hash,
             created=None if stored is None else stored.created,
             num_bytes=num_bytes,

@@ -6,16 +6,11 @@ import os
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import torch as safetensors_torch
-from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.errors import ExistsError, StorageError, WrongBaseError
 from softprompt.prompt import SoftPrompt
-from softprompt.storage.adapter import FORMAT_VERSION, KEY, PEFT_TYPE, TASK_TYPE, other_base_problem
+from softprompt.storage.adapter import FORMAT_VERSION, other_base_problem
 from softprompt.storage.atomic import write_files, write_folder
 from softprompt.storage.card import model_card
 from softprompt.storage.files import (
@@ -28,8 +23,9 @@ from softprompt.storage.files import (
     SAFETENSORS_NAME,
     dump_object,
 )
+from softprompt.storage.peft_config import config_of
+from softprompt.storage.weights import weights_to_bytes
 
-_PEFT_FORMAT = "0.21.2"  # the release whose keys these are
 _MAY_BE_REPLACED = {*ADAPTER_FILES, PICKLE_NAME, ".gitattributes"}  # the Hub adds the last
 
 
@@ -38,7 +34,7 @@ def save_prompt(
 ) -> Path:
     """Write an adapter folder that PEFT and `load_prompt` read, whole or not at all, and return its path.
 
-    `base` adds its name, fingerprint and layer counts where the prompt's record has none.
+    `base` adds its name, kind, fingerprint and layer counts where the prompt's record has none.
     Overwriting replaces an adapter folder only, and only if nothing else lies in it.
 
     Raises: ExistsError, StorageError; WrongBaseError where the record names another base than `base`.
@@ -85,10 +81,10 @@ def adapter_to_bytes(prompt: SoftPrompt, base: Base | None = None) -> dict[str, 
     """
     named = prompt if base is None else _with_base(prompt, base)
     contents = {
-        SAFETENSORS_NAME: _tensor_to_bytes(named.tensor),
+        SAFETENSORS_NAME: weights_to_bytes(named.tensor, named.head),
         RECORD_NAME: record_to_bytes(named),
         CARD_NAME: model_card(named).encode(),
-        CONFIG_NAME: dump_object(_config_for(named, base)),
+        CONFIG_NAME: dump_object(config_of(named, base)),
     }
     return {name: contents[name] for name in ADAPTER_FILES}
 
@@ -108,38 +104,10 @@ def record_to_bytes(prompt: SoftPrompt) -> bytes:
     return data
 
 
-def _tensor_to_bytes(tensor_PH: Tensor) -> bytes:
-    """A safetensors file as PEFT writes it: one key, float32, metadata {"format": "pt"}."""
-    return safetensors_torch.save({KEY: tensor_PH.to(torch.float32).contiguous()}, metadata={"format": "pt"})
-
-
-def _config_for(prompt: SoftPrompt, base: Base | None) -> dict[str, Any]:
-    """Every key that PEFT writes. The start is always RANDOM: PEFT then loads it without asking for a tokenizer."""
-    model_config = None if base is None else base.model.config.get_text_config()
-    return {
-        "auto_mapping": None,
-        "base_model_name_or_path": prompt.record.base_source or prompt.record.base_name,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "num_attention_heads": getattr(model_config, "num_attention_heads", None),
-        "num_layers": getattr(model_config, "num_hidden_layers", None),
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": prompt.num_virtual_tokens,
-        "peft_type": PEFT_TYPE,
-        "peft_version": _PEFT_FORMAT,
-        "prompt_tuning_init": "RANDOM",
-        "prompt_tuning_init_text": None,
-        "revision": None,
-        "task_type": TASK_TYPE,
-        "token_dim": prompt.hidden_size,
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": None,
-    }
-
-
 def _with_base(prompt: SoftPrompt, base: Base) -> SoftPrompt:
     record = prompt.record
     if record.base_fingerprint is not None and record.base_fingerprint != base.fingerprint:
         raise WrongBaseError(other_base_problem(record, base, "the soft prompt"))
     name = base.name if record.base_name is None else record.base_name
-    return replace(prompt, record=replace(record, base_name=name, base_fingerprint=base.fingerprint))
+    known = replace(record, base_name=name, base_fingerprint=base.fingerprint, base_kind=base.kind)
+    return replace(prompt, record=known)

@@ -488,6 +488,7 @@ def _record(base: Base, data: ExampleSet, plan: Plan, start: SoftPrompt | None) 
         base_name=base.name,
         base_source=base.source,
         base_fingerprint=base.fingerprint,
+        base_kind=base.kind,
         form=data.form,
         parent=start.content_hash if start is not None else None,
         run={"plan": plan.to_record(), "data_hash": data.data_hash, "source": data.report.source},
