@@ -187,7 +187,7 @@ def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
 
 def test_random_bodies_for_inference_are_answered_as_described(open_server: Fuzzed) -> None:
     """The other routes and more examples are in the slower tiers."""
-    assert open_server.fuzz(2, only=("POST /v1/completions", "GET /v1/models/{model}")) >= 6
+    assert open_server.fuzz(2, only=("POST /v1/completions", "POST /v1/classify", "GET /v1/models/{model}")) >= 8
 
 
 @pytest.mark.medium

@@ -48,6 +48,9 @@ GET /v1/models list_models
 GET /v1/models/{model} retrieve_model model
 POST /v1/completions create_completion
 POST /v1/chat/completions create_chat_completion
+POST /classify classify
+POST /v1/classify create_classification
+POST /v1/embeddings create_embeddings
 """
 WITHOUT_KEY = {"/", "/version", "/health", "/ready"}
 FIELDS = {
@@ -59,6 +62,8 @@ FIELDS = {
     "max_completion_tokens max_tokens messages min_p min_tokens model n presence_penalty priority repetition_penalty "
     "response_format seed stop stop_token_ids stream stream_options structured_outputs "
     "temperature top_k top_logprobs top_p user",
+    "ClassifyBody": "add_special_tokens input model priority use_activation user",
+    "EmbeddingsBody": "add_special_tokens dimensions encoding_format input model priority user",
     "CreateJob": "hyperparameters integrations metadata method model seed suffix training_file validation_file",
     "Change": "name pinned shared",
     "AliasIn": "model shared targets",

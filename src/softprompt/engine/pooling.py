@@ -20,12 +20,14 @@ from softprompt.engine.request import Event, Failed, Pooled, check_ids, check_wi
 from softprompt.engine.scheduler import FairQueue
 from softprompt.errors import ConfigError, LengthError
 from softprompt.families import Forward
-from softprompt.loss import target_nlls
+from softprompt.loss import Objective, objective, target_nlls
 from softprompt.prompt import SoftPrompt
-from softprompt.splice import Row
+from softprompt.splice import Row, column_states
 from softprompt.types import InputForm, brief_repr
 
 _LOG = logging.getLogger(__name__)
+# How texts are embedded by an encoder without a prompt: the mean over the states of all of their tokens.
+BARE_EMBEDDING = InputForm(kind="template", template="{text}", task="embed", pooling="mean")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class PoolingRequest:
     client: str | None = None  # clients share the engine fairly
     priority: int = 0  # lower is served first
     timeout_s: float | None = None  # aborted this many seconds after it was added
+
+    @property
+    def own_form(self) -> InputForm:
+        """How its states are read."""
+        if self.form is not None:
+            return self.form
+        return BARE_EMBEDDING if self.prompt is None else self.prompt.record.form
 
     @property
     def num_virtual(self) -> int:
@@ -102,6 +111,7 @@ class Pooler:
         self.forward = forward
         self._waiting: FairQueue[_State] = FairQueue()
         self._alive: dict[int, _State] = {}
+        self._objectives: dict[InputForm, Objective] = {}
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -192,7 +202,24 @@ class Pooler:
         self, rows: Sequence[Row], requests: Sequence[PoolingRequest], prompts: Sequence[torch.Tensor]
     ) -> list[list[float]]:
         """What the heads give for rows with columns: one forward of all, then each prompt's head over its own rows."""
-        raise NotImplementedError
+        states_ND, owners_N = column_states(self.base, self.forward, rows, prompts)
+        of_models: dict[tuple[SoftPrompt | None, InputForm], list[int]] = {}
+        for number, request in enumerate(requests):
+            of_models.setdefault((request.prompt, request.own_form), []).append(number)
+        values: dict[int, list[float]] = {}
+        for (prompt, form), numbers in of_models.items():
+            objective, own = self._objective(form), [rows[number] for number in numbers]
+            weights = {} if prompt is None else prompt.head
+            outputs = objective.outputs(*states_of(numbers, states_ND, owners_N, len(rows)), own, weights)
+            values |= {number: output.tolist() for number, output in zip(numbers, outputs, strict=True)}
+        return [values[number] for number in range(len(rows))]
+
+    def _objective(self, form: InputForm) -> Objective:
+        if form not in self._objectives:
+            found = objective(self.base, self.forward, form)
+            assert found is not None, "rows with columns are read by a task's head"
+            self._objectives[form] = found
+        return self._objectives[form]
 
     def _end(self, state: _State) -> Event:
         """The terminal event of a request whose rows have all run."""

@@ -1,4 +1,4 @@
-"""The routes of inference: from a body a generation is built, and its events are the response; the list of models."""
+"""The routes of inference: generation, whose events are the response, pooling, and the list of models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from softprompt.server.dependencies import dependency
 from softprompt.server.error_schemas import Responses, error_responses
 from softprompt.server.inference.build import CurrentDependencies, build_chat, build_completion
 from softprompt.server.inference.format import ChatFormat, CompletionFormat
+from softprompt.server.inference.pooling import classify, embed
+from softprompt.server.inference.pooling_schema import Classification, ClassifyBody, Embeddings, EmbeddingsBody
 from softprompt.server.inference.respond import respond
 from softprompt.server.inference.response_schema import ChatCompletion, Completion, ModelList, ModelObject, describe
 from softprompt.server.inference.schema import ChatBody, CompletionBody
@@ -74,3 +76,27 @@ async def create_chat_completion(body: ChatBody, deps: CurrentDependencies) -> R
     """
     generation = await build_chat(body, deps)
     return await respond(deps.http, generation, ChatFormat(generation, deps.texts))
+
+
+@router.post("/classify", summary="Classify texts, at vLLM's path", tags=["inference"], response_model=Classification,
+             responses=_ERRORS, name="classify")  # fmt: skip
+@router.post("/v1/classify", summary="Classify texts", tags=["inference"], response_model=Classification,
+             responses=_ERRORS, name="create_classification")  # fmt: skip
+async def create_classification(body: ClassifyBody, deps: CurrentDependencies) -> Response:
+    """The likeliest of the prompt's labels for each text, with the probability of each of them.
+
+    By the head that was trained beside the prompt, by the label words at a mask, or by the likelihood of each label
+    behind the text, as the prompt was trained. A model without labels is refused.
+    """
+    return await classify(body, deps)
+
+
+@router.post("/v1/embeddings", summary="Embed texts", tags=["inference"], response_model=Embeddings,
+             responses=_ERRORS)  # fmt: skip
+async def create_embeddings(body: EmbeddingsBody, deps: CurrentDependencies) -> Response:
+    """One vector for each text, of length 1: by a prompt that was trained to embed, or by the bare encoder, whose
+    vector is the mean over the states of all tokens of the text.
+
+    Models that generate are refused.
+    """
+    return await embed(body, deps)

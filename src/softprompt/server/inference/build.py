@@ -23,6 +23,7 @@ from softprompt.server.dependencies import dependency
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.generation import Generation, OutputOptions
 from softprompt.server.inference.logprobs import TokenTexts
+from softprompt.server.inference.pooling_schema import PoolingBody
 from softprompt.server.inference.respond import ClientDisconnectedError, unless_disconnected
 from softprompt.server.inference.schema import ChatBody, CompletionBody, GenerationBody, Message, check_supported
 from softprompt.server.inference.tokenise import (
@@ -34,6 +35,7 @@ from softprompt.server.inference.tokenise import (
     prompt_ids,
     prompt_items,
 )
+from softprompt.server.prompts.capabilities import require
 from softprompt.server.prompts.model import Model
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.telemetry.metrics import Metrics
@@ -52,7 +54,7 @@ _SETTING = re.compile(rf"\b({'|'.join(_FIELDS)})\b")
 
 @dataclass(frozen=True)
 class InferenceDependencies:
-    """What the two endpoints work with: of the request, and of the app."""
+    """What the endpoints work with: of the request, and of the app."""
 
     http: Request
     client: CurrentClient
@@ -91,7 +93,7 @@ async def build_completion(body: CompletionBody, deps: InferenceDependencies) ->
             found.append(request)
         return found
 
-    requests = await _tokenised(deps, num_characters_of(items), work)
+    requests = await tokenised(deps, num_characters_of(items), work)
     echoes = None
     if body.echo:
         _check_num_echoed(sum(len(request.ids) for request in requests), body)
@@ -119,19 +121,26 @@ async def build_chat(body: ChatBody, deps: InferenceDependencies) -> Generation:
         deps.engine.check(request)
         return request
 
-    return _generation(body, deps, model, [await _tokenised(deps, size, work)], num_tops is not None)
+    return _generation(body, deps, model, [await tokenised(deps, size, work)], num_tops is not None)
 
 
 def _model(body: GenerationBody, deps: InferenceDependencies) -> Model:
     """The model, with the fields checked that neither pydantic nor the engine can judge."""
-    model = deps.registry.resolve(body.model, deps.client, body.user)
-    check_supported(body.model_extra)
+    model = resolve_model(body, deps)
+    require(model, deps.base, "generate")
     if body.structured_outputs is not None:
         check_supported(body.structured_outputs.model_extra)
     if body.stream_options is not None and not body.stream:
         raise ApiError(
             400, "stream_options is for streams; set stream to true, or leave it out", None, "stream_options"
         )
+    return model
+
+
+def resolve_model(body: GenerationBody | PoolingBody, deps: InferenceDependencies) -> Model:
+    """The model that a body names. Raises ApiError, also for fields that are not supported."""
+    model = deps.registry.resolve(body.model, deps.client, body.user)
+    check_supported(body.model_extra)
     if body.priority < 0 and not deps.client.is_admin:
         raise ApiError(
             400, f"priority is {body.priority}; without an admin's key it must be 0 or more", None, "priority"
@@ -190,7 +199,7 @@ def _max_tokens(body: ChatBody, deps: InferenceDependencies, model: Model, ids: 
     return max(1, deps.base.max_length - num_virtual - len(ids))
 
 
-async def _tokenised(deps: InferenceDependencies, num_characters: int, work: Callable[[], Result]) -> Result:
+async def tokenised(deps: InferenceDependencies, num_characters: int, work: Callable[[], Result]) -> Result:
     """The work's result. Raises ApiError for what the engine refuses, and 499 if the client disconnects meanwhile."""
     try:
         if num_characters <= LONG:

@@ -8,7 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from softprompt.base import Base
+from softprompt.server.prompts.capabilities import (
+    Capability,
+    capabilities,
+    label_names,
+    placement_of,
+    pooling_of,
+    task_of,
+)
 from softprompt.server.prompts.model import Model
+from softprompt.types import BaseKind, Placement, Pooling, Task
 
 _USAGE: JsonDict = {
     "prompt_tokens": 12,
@@ -136,7 +145,8 @@ _OPERATORS = "softprompt"
 _MODEL: JsonDict = {
     "id": "quotes", "object": "model", "created": 1789000000, "owned_by": "softprompt", "root": "embedded",
     "max_model_len": 2048, "source": "library", "job": None, "shared": True, "pinned": False,
-    "num_virtual_tokens": 20, "content_hash": "0f3a…", "parent": None,
+    "task": "generate", "capabilities": ["generate"], "labels": [], "placement": None, "pooling": None,
+    "base_kind": "causal", "num_virtual_tokens": 20, "content_hash": "0f3a…", "parent": None,
     "form": {"kind": "plain", "template": None, "completion": None, "labels": []},
     "base_name": "embedded", "base_fingerprint": "5b1c…",
 }  # fmt: skip
@@ -157,6 +167,19 @@ class ModelObject(BaseModel):
     job: str | None = Field(None, description="The fine-tuning job that made it.")
     shared: bool = Field(description="Whether every client may use it.")
     pinned: bool = Field(description="Whether its KV prefix stays in memory.")
+    base_kind: BaseKind = Field(description="causal, encoder or seq2seq (an encoder-decoder).")
+    task: Task = Field(description="What it was trained for: generate, cloze, classify, tag, answer or embed.")
+    capabilities: list[Capability] = Field(
+        description="What the server does with it: generate (/v1/completions), classify (/v1/classify), embed "
+        "(/v1/embeddings)."
+    )
+    labels: list[str] = Field(description="Labels that it chooses from, in the order of `probs`; empty without.")
+    placement: Placement | None = Field(
+        None, description="Of its virtual tokens in an encoder's input: `front`, or `after-cls`; null elsewhere."
+    )
+    pooling: Pooling | None = Field(
+        None, description="Hidden state that is classified or embedded: cls, mean, last or peft; null without one."
+    )
     num_virtual_tokens: int = Field(description="Length of the soft prompt; 0 for the base.")
     content_hash: str | None = Field(None, description="sha256 of the soft prompt's numbers.")
     parent: str | None = Field(
@@ -188,6 +211,12 @@ def describe(model: Model, base: Base, root: str) -> ModelObject:
         job=model.job,
         shared=model.is_shared,
         pinned=model.is_pinned,
+        base_kind=base.kind,
+        task=task_of(model, base),
+        capabilities=list(capabilities(model, base)),
+        labels=list(label_names(model)),
+        placement=placement_of(model, base),
+        pooling=pooling_of(model, base),
         num_virtual_tokens=0 if prompt is None else prompt.num_virtual_tokens,
         content_hash=None if prompt is None else prompt.content_hash,
         parent=None if record is None else record.parent,

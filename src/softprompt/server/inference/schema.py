@@ -21,7 +21,7 @@ MOST_TEXTS = 1024
 _MOST_STOPS, _LONGEST_STOP = 64, 256
 _MOST_STOP_IDS = 1024
 _MOST_GUIDED, _LONGEST_GUIDED = 1024, 4096
-_PRIORITIES = 2**31
+PRIORITIES = 2**31
 _LARGEST_BIAS = 100.0
 _LONGEST_SALT = 1024
 _LARGEST = 1e6  # float32 logits stay finite when divided or multiplied by it
@@ -143,7 +143,7 @@ class GenerationBody(Body):
         0, ge=0, description="Tokens before which neither an end of text nor a stop string ends the answer."
     )
     ignore_eos: bool = Field(False, description="Continue after the base's end-of-text token.")
-    priority: int = Field(0, gt=-_PRIORITIES, lt=_PRIORITIES,
+    priority: int = Field(0, gt=-PRIORITIES, lt=PRIORITIES,
                           description="Lower is served first; below 0 for admin keys only.")  # fmt: skip
     stream: bool = Field(False, description="Send the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")

@@ -74,22 +74,55 @@ class TokeniserPool:
 
 def prompt_items(prompt: Any, base: Base, max_characters: int) -> list[Any]:  # Any: checked here and in `prompt_ids`
     """The texts, or lists of ids, of /v1/completions. Raises ApiError 400 for others, and for too many characters."""
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    if not isinstance(prompt, list):
-        raise _refusal(f"prompt is a {type(prompt).__name__}; it must be {_SHAPES}")
-    items: list[Any] = [prompt] if prompt and type(prompt[0]) is int else prompt
-    if not 1 <= len(items) <= MOST_TEXTS:
-        raise _refusal(f"prompt holds {len(items)} texts; give 1 to {MOST_TEXTS}")
-    for item in items:
-        if isinstance(item, str):
-            _check_characters(base, len(item), max_characters)
+    return _items(prompt, "prompt", (str,), base, max_characters)
+
+
+def input_items(given: Any, base: Base, max_characters: int) -> list[Any]:  # Any: checked here and in `checked_ids`
+    """The texts, fields by name, or lists of ids, of a pooling request's `input`. Raises ApiError 400 likewise."""
+    items = _items(given, "input", (str, dict), base, max_characters)
+    for number, item in enumerate(items):
+        _check_input(item, number)
     return items
+
+
+def _items(
+    given: Any,  # Any: as above
+    name: str,
+    single: tuple[type, ...],
+    base: Base,
+    max_characters: int,
+) -> list[Any]:
+    if isinstance(given, single):
+        given = [given]
+    if not isinstance(given, list):
+        raise _refusal(f"{name} is a {type(given).__name__}; it must be {_SHAPES}", name)
+    items: list[Any] = [given] if given and type(given[0]) is int else given
+    if not 1 <= len(items) <= MOST_TEXTS:
+        raise _refusal(f"{name} holds {len(items)} texts; give 1 to {MOST_TEXTS}", name)
+    for item in items:
+        if isinstance(item, str | dict):
+            _check_characters(base, num_characters_of([item]), max_characters)
+    return items
+
+
+def _check_input(item: Any, number: int) -> None:  # Any: as above
+    if isinstance(item, str):
+        _check_unicode(item, f"text {number}", "input")
+        return
+    if not isinstance(item, dict):
+        return  # `checked_ids` judges it
+    for name, value in item.items():
+        if not isinstance(value, str):
+            what = f"a {type(value).__name__} in the field {shortened(name)}"
+            raise _refusal(f"item {number} of input has {what}; it must be text", "input")
+        _check_unicode(name + value, f"text {number}", "input")
 
 
 def num_characters_of(items: Sequence[Any]) -> int:
     """Characters, or ids, of the texts of one request."""
-    return sum(len(item) for item in items if isinstance(item, (str, list)))
+    texts = [item for item in items if isinstance(item, (str, list))]
+    fields = [value for item in items if isinstance(item, dict) for value in item.values() if isinstance(value, str)]
+    return sum(map(len, texts)) + sum(map(len, fields))
 
 
 def prompt_ids(base: Base, item: Any, number: int, adds_special: bool) -> tuple[int, ...]:  # Any: checked here
@@ -97,15 +130,20 @@ def prompt_ids(base: Base, item: Any, number: int, adds_special: bool) -> tuple[
     if isinstance(item, str):
         _check_unicode(item, f"text {number}", "prompt")
         ids = input_ids(base, text=item, max_ids=base.max_length)
-        return _check_length(base, ids if adds_special else ids[len(base.bos_ids) :])
+        return check_length(base, ids if adds_special else ids[len(base.bos_ids) :])
+    return checked_ids(base, item, number, "prompt")
+
+
+def checked_ids(base: Base, item: Any, number: int, name: str) -> tuple[int, ...]:  # Any: checked here
+    """The ids that item `number` of a field is. Raises ApiError 400 where it is no list of ids, or too long a one."""
     if not isinstance(item, list):
-        raise _refusal(f"item {number} of prompt is a {type(item).__name__}; prompt must be {_SHAPES}")
+        raise _refusal(f"item {number} of {name} is a {type(item).__name__}; {name} must be {_SHAPES}", name)
     if len(item) > base.max_length:
-        raise _context_error(base, f"sent text {number} with {len(item)} token ids; shorten it")
+        raise context_error(base, f"sent text {number} with {len(item)} token ids; shorten it")
     for index, token in enumerate(item):
         if type(token) is not int:  # True is an int too
             kind = type(token).__name__
-            raise _refusal(f"text {number} has a {kind} at index {index}; token ids are whole numbers")
+            raise _refusal(f"text {number} has a {kind} at index {index}; token ids are whole numbers", name)
     return tuple(item)
 
 
@@ -125,7 +163,7 @@ def chat_ids(base: Base, form: InputForm | None, messages: Sequence[Message]) ->
         calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
         for text in (message["content"], message.get("name", ""), message.get("tool_call_id", ""), calls):
             _check_unicode(text, f"message {number}", "messages")
-    return _check_length(base, conversation_ids(base, form, messages, base.max_length))
+    return check_length(base, conversation_ids(base, form, messages, base.max_length))
 
 
 def conversation_ids(
@@ -164,16 +202,17 @@ _BLANKED: dict[str, Callable[[Message], Message]] = {
 
 def _check_characters(base: Base, num_characters: int, most: int) -> None:
     if num_characters > most:
-        raise _context_error(base, f"sent {num_characters:,} characters, which take more tokens than that; shorten it")
+        raise context_error(base, f"sent {num_characters:,} characters, which take more tokens than that; shorten it")
 
 
-def _check_length(base: Base, ids: tuple[int, ...]) -> tuple[int, ...]:
+def check_length(base: Base, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids of a text that was tokenised only as far as this can tell. Raises ApiError 400 for too many."""
     if len(ids) > base.max_length:
-        raise _context_error(base, f"sent a text of at least {len(ids)} tokens; shorten it")
+        raise context_error(base, f"sent a text of at least {len(ids)} tokens; shorten it")
     return ids
 
 
-def _context_error(base: Base, problem: str) -> ApiError:
+def context_error(base: Base, problem: str) -> ApiError:
     """For a text that was not tokenised to its end; opens, as the engine's own refusal does, with OpenAI's words."""
     message = f"This model's maximum context length is {base.max_length} tokens. However, you {problem}."
     return ApiError(400, message, "context_length_exceeded")
@@ -187,8 +226,8 @@ def _check_unicode(text: str, what: str, param: str) -> None:
         raise ApiError(400, why, "invalid_value", param) from None
 
 
-def _refusal(message: str) -> ApiError:
-    return ApiError(400, message, "invalid_value", "prompt")
+def _refusal(message: str, name: str) -> ApiError:
+    return ApiError(400, message, "invalid_value", name)
 
 
 def _run(work: Callable[[], Result], is_cancelled: threading.Event) -> Result:

@@ -82,6 +82,7 @@ async def list_prompts(
     client: CurrentClient,
     registry: TheRegistry,
     library: TheLibrary,
+    base: TheBase,
     after: Annotated[str, Query(max_length=256, description="The last `id` of the page before.")] = "",
     limit: Annotated[int, Query(ge=1, le=1000, description="Prompts of a page.")] = 100,
 ) -> PromptList:
@@ -92,7 +93,7 @@ async def list_prompts(
     aliases = registry.alias_names(client)
     problems = sorted({**library.problems, **registry.problems}.items()) if client.is_admin else None
     return PromptList(
-        data=[_prompt_out(each, client, aliases) for each in found[:limit]],
+        data=[_prompt_out(each, base, client, aliases) for each in found[:limit]],
         has_more=len(found) > limit,
         aliases=[alias_out(each, client.id) for each in registry.aliases(client)],
         problems=None if problems is None else [_problem_out(name, problem) for name, problem in problems],
@@ -105,10 +106,10 @@ def _problem_out(name: str, problem: str) -> ProblemOut:
 
 
 @router.get("/v1/prompts/{name:path}", summary="Retrieve a prompt", responses=error_responses(404))
-async def retrieve_prompt(name: PromptName, client: CurrentClient, registry: TheRegistry) -> PromptOut:
+async def retrieve_prompt(name: PromptName, client: CurrentClient, registry: TheRegistry, base: TheBase) -> PromptOut:
     """One prompt with the whole record of its training."""
     model = _found(name, client, registry)
-    return _prompt_out(model, client, registry.alias_names(client), with_run=True)
+    return _prompt_out(model, base, client, registry.alias_names(client), with_run=True)
 
 
 @router.post("/v1/prompts", summary="Add a prompt", openapi_extra=_BODY, responses=error_responses(403, 408, 409, 413))
@@ -138,25 +139,25 @@ async def add_prompt(
     more = registry.growth(body.name, client.id, prompt)
     model = await asyncio.to_thread(_within_quotas, quotas, client, more, keep)
     await pins.follow()
-    return _prompt_out(model, client, registry.alias_names(client), with_run=True)
+    return _prompt_out(model, base, client, registry.alias_names(client), with_run=True)
 
 
 @router.post(
     "/v1/prompts/{name}/load", summary="Load a prompt of the library again", responses=error_responses(403, 404)
 )
 async def load_prompt(
-    name: LibraryName, client: CurrentAdmin, registry: TheRegistry, library: TheLibrary, pins: ThePins
+    name: LibraryName, client: CurrentAdmin, registry: TheRegistry, library: TheLibrary, pins: ThePins, base: TheBase
 ) -> PromptOut:
     """Serve a prompt of the library that was deleted, or read its folder now. For admins."""
     model = await asyncio.to_thread(library.load, name)
     await pins.follow()
-    return _prompt_out(model, client, registry.alias_names(client), with_run=True)
+    return _prompt_out(model, base, client, registry.alias_names(client), with_run=True)
 
 
 @router.patch("/v1/prompts/{name:path}", summary="Rename, pin or share a prompt",
               responses=error_responses(403, 404, 408, 409, 413))  # fmt: skip
 async def change_prompt(
-    name: PromptName, change: Change, client: CurrentClient, registry: TheRegistry, pins: ThePins
+    name: PromptName, change: Change, client: CurrentClient, registry: TheRegistry, pins: ThePins, base: TheBase
 ) -> PromptOut:
     """Fields left out stay. A pinned prompt's keys and values stay in memory, computed once for all requests."""
     model = _changeable(name, client, registry)
@@ -169,7 +170,7 @@ async def change_prompt(
         changed = await asyncio.to_thread(apply, model)
     finally:
         await pins.follow()
-    return _prompt_out(changed, client, registry.alias_names(client), with_run=True)
+    return _prompt_out(changed, base, client, registry.alias_names(client), with_run=True)
 
 
 @router.delete("/v1/prompts/{name:path}", summary="Delete a prompt", responses=error_responses(403, 404))
@@ -270,9 +271,9 @@ async def _delete(name: PromptName, client: Client, registry: PromptRegistry, pi
 
 
 def _prompt_out(
-    model: Model, client: Client, aliases: dict[tuple[str, str], list[str]], *, with_run: bool = False
+    model: Model, base: Base, client: Client, aliases: dict[tuple[str, str], list[str]], *, with_run: bool = False
 ) -> PromptOut:
-    return prompt_out(model, client.id, aliases.get((model.owner, model.id), []), with_run=with_run)
+    return prompt_out(model, base, client.id, aliases.get((model.owner, model.id), []), with_run=with_run)
 
 
 def _targets(body: AliasIn) -> tuple[Target, ...]:

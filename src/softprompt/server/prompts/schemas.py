@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from softprompt.base import Base
+from softprompt.server.prompts.capabilities import Capability, capabilities
 from softprompt.server.prompts.model import Alias, Model
 from softprompt.storage.library import NAME
-from softprompt.types import finite
+from softprompt.types import BaseKind, Placement, Pooling, Task, finite
 
 Name = Annotated[
     str,
@@ -33,6 +35,11 @@ class FormOut(BaseModel):
     template: str | None = Field(examples=["Review: {text}"])
     completion: str | None = Field(examples=[" {label}"])
     labels: list[str] = Field(examples=[["bad", "good"]])
+    task: Task = Field("generate", description="What it was trained for.")
+    placement: Placement = Field("front", description="Of its virtual tokens in an encoder's input.")
+    pooling: Pooling | None = Field(None, description="Hidden state that is classified or embedded.")
+    label_words: list[list[str]] = Field([], description="Of task cloze: the words that stand for each label.")
+    has_decoder_prompt: bool = Field(False, description="Whether half of its vectors are the decoder's.")
 
 
 class RecordOut(BaseModel):
@@ -57,10 +64,12 @@ class PromptOut(BaseModel):
     shared: bool = Field(description="Whether everybody may use it.")
     pinned: bool = Field(description="Whether its keys and values stay in the engine's memory.")
     aliases: list[str] = Field(description="Other names that you may use for it.", examples=[["coach"]])
+    base_kind: BaseKind = Field(description="Of the base that is served.", examples=["causal"])
+    capabilities: list[Capability] = Field(description="What the server does with it.", examples=[["generate"]])
     num_virtual_tokens: int = Field(examples=[20])
     hidden_size: int = Field(examples=[1024])
-    num_bytes: int = Field(description="Of its vectors (float32).", examples=[81_920])
-    content_hash: str = Field(description="sha256 of its vectors.", examples=["0f3a…"])
+    num_bytes: int = Field(description="Of its vectors and its head (float32).", examples=[81_920])
+    content_hash: str = Field(description="sha256 of its vectors and its head.", examples=["0f3a…"])
     record: RecordOut
 
 
@@ -189,7 +198,7 @@ class AliasIn(Body):
         return self
 
 
-def prompt_out(model: Model, owner: str, aliases: list[str], *, with_run: bool) -> PromptOut:
+def prompt_out(model: Model, base: Base, owner: str, aliases: list[str], *, with_run: bool) -> PromptOut:
     """A prompt as this owner may see it."""
     prompt = model.prompt
     assert prompt is not None
@@ -203,6 +212,8 @@ def prompt_out(model: Model, owner: str, aliases: list[str], *, with_run: bool) 
         shared=model.is_shared,
         pinned=model.is_pinned,
         aliases=aliases,
+        base_kind=base.kind,
+        capabilities=list(capabilities(model, base)),
         num_virtual_tokens=prompt.num_virtual_tokens,
         hidden_size=prompt.hidden_size,
         num_bytes=prompt.num_bytes,
