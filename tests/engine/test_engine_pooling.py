@@ -7,16 +7,22 @@ import asyncio
 import pytest
 import torch
 from support.app_server import words
+from support.encoders import build_encoder
 from support.engine_runs import Ledger, run_out
 from support.tiny_bases import random_ids, random_prompt
 
 from softprompt.config import EngineConfig, SamplingConfig
 from softprompt.engine import Aborted, AsyncEngine, Engine, Failed, Pooled, PoolingRequest, Request, generate
-from softprompt.errors import LengthError, PromptError, QueueFullError
+from softprompt.engine.pooling import BARE_EMBEDDING
+from softprompt.errors import ConfigError, LengthError, PromptError, QueueFullError
 from softprompt.evaluation import label_answers
 from softprompt.evaluation.classification import label_rows
+from softprompt.families import forward_of
+from softprompt.families.task_head import task_head
+from softprompt.loss import head_outputs
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
+from softprompt.types import InputForm, PromptRecord
 
 LABELS = (" w5", " w6 w7", " w8")
 
@@ -159,3 +165,87 @@ def test_a_cancelled_call_aborts_its_requests(tiny_llama, prompts):
     assert [list(end.values) for end in ends] == [
         pytest.approx(alone(tiny_llama, prompts[1], seed), abs=1e-5) for seed in range(3)
     ]
+
+
+class TestHeads:
+    """Rows that a head reads, on an encoder and on a causal base."""
+
+    FORMS = (
+        InputForm(kind="template", template="{text}", task="classify", labels=("a", "b", "c"), pooling="cls"),
+        InputForm(
+            kind="template", template="{text}", task="classify", labels=("x", "y"), pooling="mean",
+            placement="after-cls",
+        ),
+        InputForm(
+            kind="template", template="{text} [MASK]", task="cloze", labels=("x", "y"), label_words=(("w9",), ("w8",)),
+            placement="after-cls",
+        ),
+        InputForm(kind="template", template="{text}", task="embed", pooling="mean"),
+    )  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    def bert(self):
+        return build_encoder("bert")
+
+    @pytest.fixture(scope="class")
+    def headed(self, bert):
+        return [with_head(bert, form, seed) for seed, form in enumerate(self.FORMS)]
+
+    def test_rows_of_several_heads_and_of_none_in_one_forward_have_each_the_values_that_they_have_alone(
+        self, bert, headed
+    ):
+        cases = [(prompt, seed) for seed in range(3) for prompt in [*headed, None]]
+        engine = Engine(bert)
+        found = ends_of(engine, [PoolingRequest((column_row(bert, *case),), 5, case[0]) for case in cases])
+        assert engine.stats().num_steps == 1
+        for (prompt, seed), end in zip(cases, found, strict=True):
+            values = torch.tensor(end.values)
+            if prompt is None:  # the mean of the model's own states, of length 1
+                with torch.no_grad():
+                    states = bert.model.base_model(torch.tensor([column_row(bert, None, seed).ids]))[0][0]
+                expected = torch.nn.functional.normalize(states.mean(dim=0), dim=0)
+            else:
+                (expected,) = head_outputs(bert, forward_of(bert), [column_row(bert, prompt, seed)], prompt)
+                (wrong,) = head_outputs(bert, forward_of(bert), [column_row(bert, prompt, seed + 1)], prompt)
+                assert (values - wrong).abs().max() > 1e-3  # the control
+            assert values.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+    def test_a_head_of_a_causal_base_runs_beside_label_likelihood_and_answers(self, tiny_llama, prompts):
+        form = InputForm(kind="template", template="{text}", task="classify", labels=("a", "b"), pooling="last")
+        prompt = with_head(tiny_llama, form, 4)
+        engine = Engine(tiny_llama)
+        answer = engine.add(Request((1, 5), prompts[0], SamplingConfig(max_new_tokens=3)))
+        row = column_row(tiny_llama, prompt, 1)
+        requests = [PoolingRequest((row,), 5, prompt), asked(tiny_llama, prompts[1], 2)]
+        numbers = [engine.add_pooling(request) for request in requests]
+        ends = run_out(engine).ends
+        (expected,) = head_outputs(tiny_llama, forward_of(tiny_llama), [row], prompt)
+        assert list(ends[numbers[0]].values) == pytest.approx(expected.tolist(), abs=1e-5)
+        assert list(ends[numbers[1]].values) == pytest.approx(alone(tiny_llama, prompts[1], 2), abs=1e-5)
+        assert ends[answer].answers
+
+    def test_an_encoder_generates_nothing_and_has_no_int8_weights(self, bert):
+        engine = Engine(bert)
+        assert "generates nothing" in engine.notes[0]
+        with pytest.raises(ConfigError, match="encoder, which generates nothing"):
+            engine.add(Request((2, 5, 3)))
+        with pytest.raises(ConfigError, match="weights is int8, which is for generation"):
+            Engine(bert, EngineConfig(weights="int8"))
+        engine.check_integrity()
+
+
+def with_head(base, form, seed):
+    head = task_head(base, form)
+    weights = {} if head is None else head.start(seed)
+    return SoftPrompt(random_prompt(base, 1 + seed, seed), PromptRecord(form=form), weights)
+
+
+def column_row(base, prompt, seed):
+    """A text's row, read at the columns of the prompt's task."""
+    form = BARE_EMBEDDING if prompt is None else prompt.record.form
+    text = random_ids(4 + seed, seed)
+    text = (*text, base.mask_id) if form.task == "cloze" else text
+    ids = (*base.bos_ids, *text, *base.end_ids)
+    columns = {"mean": tuple(range(len(ids))), "cls": (0,), "last": (len(ids) - 1,), None: (1 + len(text) - 1,)}
+    num_before = len(base.bos_ids) if form.placement == "after-cls" else 0
+    return Row(ids, None if prompt is None else 0, num_before=num_before, columns=columns[form.pooling])

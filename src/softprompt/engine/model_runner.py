@@ -110,6 +110,10 @@ def with_weights(forward: Forward, base: Base, weights: Weights) -> Forward:
     """The forward that generates with such weights. Raises ConfigError where this base has no int8 weights."""
     if weights == "loaded":
         return forward
+    if base.kind == "encoder":
+        raise ConfigError(
+            f"weights is int8, which is for generation, and base {base.name!r} is an encoder; leave it out"
+        )
     if base.device.type != "cpu":
         raise ConfigError(
             f"weights is int8, which is for a CPU, and base {base.name!r} is on {base.device}; leave it out"
@@ -396,6 +400,8 @@ _NUM_MEASURED = 4  # tokens whose cache is measured
 
 
 def _memory_cost(base: Base, forward: Forward, kind: RunnerKind) -> MemoryCost:
+    if base.kind == "encoder":
+        return MemoryCost(1, problem="the base is an encoder: it classifies and embeds, and generates nothing")
     if kind == "eager":
         return _eager_cost(base, forward, "answers run one at a time, as the engine was asked to run them")
     if forward not in _COSTS:

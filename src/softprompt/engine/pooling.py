@@ -20,7 +20,7 @@ from softprompt.engine.request import Event, Failed, Pooled, check_ids, check_wi
 from softprompt.engine.scheduler import FairQueue
 from softprompt.errors import ConfigError, LengthError
 from softprompt.families import Forward
-from softprompt.loss import Objective, objective, target_nlls
+from softprompt.loss import Objective, objective, states_of, target_nlls
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row, column_states
 from softprompt.types import InputForm, brief_repr
@@ -208,9 +208,10 @@ class Pooler:
             of_models.setdefault((request.prompt, request.own_form), []).append(number)
         values: dict[int, list[float]] = {}
         for (prompt, form), numbers in of_models.items():
-            objective, own = self._objective(form), [rows[number] for number in numbers]
+            found, own = self._objective(form), [rows[number] for number in numbers]
             weights = {} if prompt is None else prompt.head
-            outputs = objective.outputs(*states_of(numbers, states_ND, owners_N, len(rows)), own, weights)
+            own_states, own_owners = states_of(numbers, states_ND, owners_N, len(rows))
+            outputs = found.outputs(own_states, own_owners, own, weights)
             values |= {number: output.tolist() for number, output in zip(numbers, outputs, strict=True)}
         return [values[number] for number in range(len(rows))]
 

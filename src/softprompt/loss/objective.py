@@ -95,10 +95,8 @@ class Objective:
         weights: Mapping[str, Tensor],
     ) -> Tensor:
         """The loss of some of the rows of a forward, those of the numbers in `own`; as `row_nats`."""
-        number_of = torch.full((len(rows),), -1, device=owners_N.device)
-        number_of[torch.tensor(own, device=owners_N.device)] = torch.arange(len(own), device=owners_N.device)
-        is_own = number_of[owners_N] >= 0
-        return self.row_nats(states_ND[is_own], number_of[owners_N[is_own]], [rows[number] for number in own], weights)
+        own_states, own_owners = states_of(own, states_ND, owners_N, len(rows))
+        return self.row_nats(own_states, own_owners, [rows[number] for number in own], weights)
 
     @cached_property
     def word_ids(self) -> tuple[tuple[int, ...], ...]:
@@ -118,6 +116,14 @@ class Objective:
         logits_BU = self.forward.head.logits_of(states_BD, ids_U)
         parts = logits_BU.split([len(ids) for ids in self.word_ids], dim=1)
         return torch.stack([part.mean(dim=1) for part in parts], dim=1)
+
+
+def states_of(own: Sequence[int], states_ND: Tensor, owners_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The states of some of the rows of a forward, and the number of each one's row among those."""
+    number_of = torch.full((num_rows,), -1, device=owners_N.device)
+    number_of[torch.tensor(own, device=owners_N.device)] = torch.arange(len(own), device=owners_N.device)
+    is_own = number_of[owners_N] >= 0
+    return states_ND[is_own], number_of[owners_N[is_own]]
 
 
 class ObjectiveWeights(NamedTuple):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from softprompt.base import Base
 from softprompt.compute_share import interrupted_by
 from softprompt.data import input_ids
+from softprompt.errors import shortened
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.schema import MOST_TEXTS
 from softprompt.types import InputForm
