@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 from softprompt.base.architecture import (
     auto_class_of,
     embedding_scale_of,
+    kind_of,
     kind_of_model,
     refuse_adapter,
     refuse_incomplete,
@@ -46,6 +47,7 @@ from softprompt.config import BaseConfig, Kernels
 from softprompt.errors import BaseModelError, ConfigError, MissingDependencyError
 from softprompt.guard import one_sentence
 from softprompt.openmp import adapt_waiting_to_load
+from softprompt.types import BaseKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,13 +131,30 @@ def _read(
         stored_bytes = 0 if folder is None else weights_bytes(folder, base)
         check_size(config, base, dtype=how["dtype"], device=device, stored_bytes=stored_bytes)
         options = {**where, **how, "output_loading_info": True}
-        loaded: Any = auto_class_of(config).from_pretrained(source, **options)  # Any: annotated as the model alone
+        with _without_report(kind_of(config)):
+            loaded: Any = auto_class_of(config).from_pretrained(source, **options)  # Any: annotated as the model alone
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     refuse_incomplete(info, base)
     without_new_pooler(model, info)
     refuse_adapter(model, base)
     return model, tokenizer
+
+
+@contextmanager
+def _without_report(kind: BaseKind) -> Iterator[None]:
+    """Without transformers' table of what an encoder's checkpoint has besides, another task's head, or lacks, a pooler.
+
+    Weights that it should not lack are refused.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    if kind == "encoder":
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _moved(model: Any, device: torch.device) -> PreTrainedModel:  # Any: `to` of transformers is annotated wrongly
@@ -265,9 +284,10 @@ def describe(base: Base) -> str:
     """One line: name, size, dtype, device, positions."""
     dtype = str(base.dtype).removeprefix("torch.")
     threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
+    head = "; no head for masked words" if base.kind == "encoder" and base.mask_id is None else ""
     return (
         f"{base.name}: {base.model.config.model_type}, {base.num_parameters:,} parameters, all frozen; "
-        f"{dtype} on {_device_names(base)}{threads}; {base.max_length:,} positions"
+        f"{dtype} on {_device_names(base)}{threads}; {base.max_length:,} positions{head}"
     )
 
 

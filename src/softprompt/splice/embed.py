@@ -62,12 +62,13 @@ class Row:
         """The columns of each of its other texts, read by the rule that the row's own columns show.
 
         The first token where the row's own is column 0 alone, the first virtual one where it is -1 alone, the last
-        token where it is its last one alone; else all tokens of the text, for a mean.
+        token where it is its last one alone; else all tokens of the text, for a mean, as where the row's own text is
+        one token, which shows no rule.
         """
-        columns = tuple(self.columns)
-        if columns in ((0,), (-1,)):
+        columns, last = tuple(self.columns), len(self.ids) - 1
+        if columns == (-1,) or (columns == (0,) and last > 0):
             return [columns for _ in self.others]
-        is_last = columns == (len(self.ids) - 1,)
+        is_last = columns == (last,) and last > 0
         return [(len(ids) - 1,) if is_last else tuple(range(len(ids))) for ids in self.others]
 
 
