@@ -23,22 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.compute_share import yield_point
-from softprompt.families.batch import AttentionBatch, CachedBatch, PackedBatch, Scoring, once
-from softprompt.families.cached_attention import attend_cached
+from softprompt.families.batch import AttentionBatch, CachedBatch, CrossBatch, PackedBatch, Scoring, Segment, once
+from softprompt.families.cached_attention import attend_cached, attend_cross
 
 QUERY_BLOCK = 256  # queries of a long row that are worked on at once
 MOST_SCORES = {"cpu": 2**15, "cuda": 2**22}  # of one head in a blocks: what fits the caches of a CPU
 MOST_WASTE = 2**16  # of these over pads
 
-Biases = tuple[Tensor, Tensor | None]  # who sees whom [G, 1, n, m], and a position bias [G, h, 1, m]
+Biases = tuple[Tensor, Tensor | None]  # who sees whom [G, 1, n, m], and a position bias [G, h, 1 or n, m]
 
 
 def attend(
     batch: AttentionBatch, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> Tensor:
-    """Attention output [S, h, d] of queries [h, S, d], keys and values [k, S, d]."""
+    """Attention output [S, h, d] of queries [h, S, d], keys and values [k, S, d], or [k, encoder's states, d]."""
     if isinstance(batch, CachedBatch):
         return attend_cached(batch, module, query, key, value, scoring)
+    if isinstance(batch, CrossBatch):
+        return attend_cross(batch, module, query, key, value, scoring)
     return attend_packed(batch, module, query, key, value, scoring)
 
 
@@ -151,12 +153,16 @@ def _biases(batch: PackedBatch, number: int, blocks: BlockBatch, scoring: Scorin
         wide = torch.promote_types(like.dtype, torch.float32)
         nothing = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
         mask = nothing.masked_fill(hidden, -torch.inf)[:, None]
+        if scoring.relative_bias is not None:
+            last = scoring.relative_bias.shape[-1] // 2  # M - 1
+            index = blocks.key_positions_Gm[:, None] - blocks.query_positions_Gn[:, :, None] + last
+            return mask, scoring.relative_bias[:, index.clamp(0, 2 * last)].transpose(0, 1)
         if scoring.position_bias is None:
             return mask, None
         known = blocks.key_positions_Gm.clamp(max=scoring.position_bias.shape[-1] - 1)
         return mask, scoring.position_bias[:, known].transpose(0, 1)[:, :, None]
 
-    return once(batch, ("bias", number, scoring.window, scoring.position_bias is None), make)
+    return once(batch, ("bias", number, scoring.window, scoring.position_bias is None, scoring.relative_bias), make)
 
 
 def _per_head(tokens: Tensor, index: Tensor, count: int) -> Tensor:
@@ -179,7 +185,7 @@ def _by_key_head(per_query_head: Tensor, num_key_heads: int) -> Tensor:
 @dataclass(frozen=True)
 class QueryBlock:
     """Consecutive queries of one segment, and the keys that they see: its prefix, and its own up to the last query, or
-    all of its own where attention is not causal."""
+    all of its own where attention is not causal, or none of its own where it is over other tokens."""
 
     first_query: int  # among the packed tokens
     num_queries: int
@@ -235,8 +241,15 @@ def _query_blocks(batch: PackedBatch, num_prefix: int) -> Iterator[QueryBlock]:
                 first_position=prefix[1] + first,
                 prefix=prefix,
                 first_own=num_prefix + segment.first,
-                num_keys=prefix[1] + (first + num_queries if batch.is_causal else segment.length),
+                num_keys=prefix[1] + _num_own_keys(batch, segment, first + num_queries),
             )
+
+
+def _num_own_keys(batch: PackedBatch, segment: Segment, num_queries: int) -> int:
+    """Keys that the queries of a segment up to that number see of it."""
+    if batch.is_cross:
+        return 0
+    return num_queries if batch.is_causal else segment.length
 
 
 def _similar(blocks: Sequence[QueryBlock], most_scores: int) -> list[list[QueryBlock]]:

@@ -2,7 +2,8 @@
 
 A `PackedBatch` is for training: the tokens of many rows in one sequence, each row attending to its soft prompt and to
 itself. Nothing is padded, and a soft prompt stands once, however many rows share it. A `CachedBatch` is for generation:
-new tokens of many rows, whose earlier keys and values lie in `KVBuffer`s.
+new tokens of many rows, whose earlier keys and values lie in `KVBuffer`s. A `CrossBatch` is a cached batch whose keys
+and values are those of encoders' states.
 
 A batch reaches the attention modules as an argument of the forward: as its attention mask (`BatchMask`), as
 transformers' BlockMask does for FlexAttention, or as its cache (`BatchCache`). An attention that does not know them
@@ -40,6 +41,7 @@ class Scoring:
     window: int | None = None  # a token sees this many tokens, itself included
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     position_bias: Tensor | None = None  # [h, M] float32: added to the scores by the key's position (ALiBi)
+    relative_bias: Tensor | None = None  # [h, 2M - 1]: the same by key's position - query's + M - 1 (T5)
     upcast: bool = False  # 16-bit queries and keys are multiplied in float32
 
 
@@ -61,6 +63,7 @@ class PackedBatch:
     kept: dict[nn.Module, KeysValues] | None = None  # filled with this pass's own keys and values
     checkpoint: bool = False  # activation checkpointing: keep each layer's input, rerun the layer in the backward pass
     is_causal: bool = True  # False: every token of a segment sees all of it (an encoder)
+    is_cross: bool = False  # every token of a segment sees all of its prefix, and nothing else: other tokens' keys
     made: dict[Any, Any] = field(default_factory=dict)  # by `once`
 
     @property
@@ -80,6 +83,11 @@ class QueryChunk:
     row: int
     first_position: int
     num_tokens: int
+    is_cross: bool = False  # all of them see the positions up to the first one
+
+    def position(self, index: int) -> int:
+        """The last position that a token sees, by its index among these."""
+        return self.first_position if self.is_cross else self.first_position + index
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +151,24 @@ class CachedBatch:
         return len(groups) == 1 and isinstance(groups[0].queries, slice) and isinstance(groups[0].picks, slice)
 
 
-AttentionBatch = PackedBatch | CachedBatch
+@dataclass(frozen=True, eq=False)
+class CrossBatch:
+    """All tokens of one forward over keys and values of encoders' states, some of which come with this forward."""
+
+    queries: CachedBatch
+    written: tuple[QueryChunk, ...]  # of the states that come, in their order
+
+    @property
+    def max_keys(self) -> int:
+        """At least the most keys that any token sees."""
+        return self.queries.max_keys
+
+    @property
+    def made(self) -> dict[Any, Any]:
+        return self.queries.made
+
+
+AttentionBatch = PackedBatch | CachedBatch | CrossBatch
 
 
 def once(batch: AttentionBatch, key: Any, make: Callable[[], Made]) -> Made:
@@ -235,7 +260,7 @@ def _by_token(placed: list[PlacedChunk]) -> tuple[list[int], list[int], list[int
     """For each token its number in the forward, its row in the buffer and its position in the row."""
     each = [(chunk, first, i) for chunk, first in placed for i in range(chunk.num_tokens)]
     tokens = [first + i for _, first, i in each]
-    return tokens, [chunk.row for chunk, _, _ in each], [chunk.first_position + i for chunk, _, i in each]
+    return tokens, [chunk.row for chunk, _, _ in each], [chunk.position(i) for chunk, _, i in each]
 
 
 def _single_token_group(placed: list[PlacedChunk], device: torch.device) -> PaddedGroup:
@@ -272,7 +297,7 @@ def _group(placed: list[PlacedChunk], device: torch.device) -> PaddedGroup:
     num_queries = max(chunk.num_tokens for chunk, _ in placed)
     own = [[min(i, chunk.num_tokens - 1) for i in range(num_queries)] for chunk, _ in placed]
     real = [(number, i) for number, (chunk, _) in enumerate(placed) for i in range(chunk.num_tokens)]
-    positions = [[chunk.first_position + i for i in steps] for (chunk, _), steps in zip(placed, own, strict=True)]
+    positions = [[chunk.position(i) for i in steps] for (chunk, _), steps in zip(placed, own, strict=True)]
     return PaddedGroup(
         rows=_indices([chunk.row for chunk, _ in placed], device),
         shape=(len(placed), num_queries),

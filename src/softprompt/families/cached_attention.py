@@ -17,7 +17,7 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from softprompt.families.batch import CachedBatch, NativeTokens, PaddedGroup, Scoring, once
+from softprompt.families.batch import CachedBatch, CrossBatch, NativeTokens, PaddedGroup, Scoring, once
 from softprompt.families.kv_buffer import KeysValues
 from softprompt.families.native import native_library
 
@@ -27,15 +27,40 @@ def attend_cached(
 ) -> Tensor:
     """Attention output [S, h, d] of queries [h, S, d]; keys and values [k, S, d] are written to the buffers first."""
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-    out = None if batch.is_one_group else query.new_empty(*query.shape[:2], value.shape[-1])
+    return _attend(batch, module, query, key, value, scoring)
+
+
+def attend_cross(
+    batch: CrossBatch, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+) -> Tensor:
+    """Attention output [S, h, d] of queries [h, S, d] over cached keys and values, to which those of new states come.
+
+    Keys and values [k, states, d] are written to the buffers first.
+    """
+    lengths = [chunk.num_tokens for chunk in batch.written]
+    parts = (part.split(lengths, dim=1) for part in (key, value))
+    for chunk, own_key, own_value in zip(batch.written, *parts, strict=True):
+        chunk.buffer.write(chunk.row, {module: (own_key, own_value)}, chunk.num_tokens)
+    return _attend(batch.queries, module, query.transpose(0, 1), None, None, scoring)
+
+
+def _attend(
+    batch: CachedBatch, module: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None, scoring: Scoring
+) -> Tensor:
+    """[S, h, d] of queries [S, h, d]; keys and values [S, k, d] are written first, None where all are there."""
+    out = None
     for number, part in enumerate(batch.parts):
-        cached = part.buffer.of(module, key, value)
+        cached = part.buffer.tensors[module] if key is None or value is None else part.buffer.of(module, key, value)
+        keys, values = cached
+        if out is None and not batch.is_one_group:
+            out = query.new_empty(*query.shape[:2], values.shape[-1])
         if part.native is not None and out is not None:
-            _attend_native(batch, part.native, (query, key, value), cached, scoring, out)
+            new = _present(part.native, query, cached) if key is None or value is None else (key, value)
+            _attend_native(batch, part.native, (query, *new), cached, scoring, out)
         if part.padded is not None:
-            keys, values = cached
-            keys[part.padded.rows, :, part.padded.positions] = key[part.padded.tokens]
-            values[part.padded.rows, :, part.padded.positions] = value[part.padded.tokens]
+            if key is not None and value is not None:
+                keys[part.padded.rows, :, part.padded.positions] = key[part.padded.tokens]
+                values[part.padded.rows, :, part.padded.positions] = value[part.padded.tokens]
             for index, group in enumerate(part.padded.groups):
                 bias = _bias(batch, (number, index), group, part.buffer.capacity, scoring, query)
                 attended = _attend_group(group, query, keys[group.rows], values[group.rows], bias, scoring)
@@ -44,6 +69,16 @@ def attend_cached(
                 out[group.tokens] = attended[group.picks]
     assert out is not None
     return out
+
+
+def _present(native: NativeTokens, query: Tensor, cached: KeysValues) -> KeysValues:
+    """Keys and values [S, k, d] that are there already, for the C library to write once more."""
+    found = []
+    for part in cached:
+        own = part.new_zeros(query.shape[0], part.shape[1], part.shape[3])
+        own[native.tokens] = part[native.rows, :, native.positions]
+        found.append(own)
+    return found[0], found[1]
 
 
 def _attend_group(
@@ -82,11 +117,14 @@ def _bias(
         hidden = distance < 0 if scoring.window is None else (distance < 0) | (distance >= scoring.window)
         wide = torch.promote_types(like.dtype, torch.float32)
         mask = torch.zeros(hidden.shape, dtype=wide, device=like.device).masked_fill(hidden, -torch.inf)[:, None]
+        if scoring.relative_bias is not None:
+            last = scoring.relative_bias.shape[-1] // 2  # M - 1
+            return mask + scoring.relative_bias.to(wide)[:, (last - distance).clamp(0, 2 * last)].transpose(0, 1)
         if scoring.position_bias is None:
             return mask
         return mask + scoring.position_bias[:, :capacity].to(wide)[None, :, None]
 
-    return once(batch, ("bias", group_key, scoring.window, scoring.position_bias is None), make)
+    return once(batch, ("bias", group_key, scoring.window, scoring.position_bias is None, scoring.relative_bias), make)
 
 
 def has_native_attention(device: torch.device, dtype: torch.dtype) -> bool:
@@ -120,6 +158,26 @@ def _attend_native(
     task.value_token, task.value_head = value.stride(0), value.stride(1)
     task.query, task.key, task.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
     task.keys, task.values, task.out = cached[0].data_ptr(), cached[1].data_ptr(), out.data_ptr()
+    if scoring.relative_bias is not None:
+        _run_one_by_one(batch, task, native, scoring.relative_bias)
+    else:
+        _run_task(task)
+
+
+def _run_one_by_one(batch: CachedBatch, task: _Task, native: NativeTokens, relative_bias: Tensor) -> None:
+    """Each token with the part of the bias [h, 2M - 1] that begins at the distance of its row's first key."""
+    bias = once(batch, ("native bias", relative_bias), lambda: relative_bias.float().contiguous())
+    positions, num_tokens = once(batch, ("positions", id(native)), native.positions.tolist), task.num_tokens
+    firsts = (task.tokens, task.rows, task.positions)
+    task.bias_head, task.num_tokens = bias.stride(0), 1
+    for number, position in enumerate(positions):
+        task.tokens, task.rows, task.positions = (first + number * 8 for first in firsts)  # int64
+        task.bias = bias.data_ptr() + (bias.shape[-1] // 2 - position) * 4  # float32
+        _run_task(task)
+    task.num_tokens, (task.tokens, task.rows, task.positions) = num_tokens, firsts
+
+
+def _run_task(task: _Task) -> None:
     library = native_library()
     assert library is not None
     if library.softprompt_attend(ctypes.byref(task)):

@@ -22,9 +22,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from softprompt.base import Base
 from softprompt.errors import BaseModelError
+from softprompt.families.batch import BatchMask, CachedBatch, CrossBatch, PackedBatch, Segment
 from softprompt.families.forward import Forward, ModelCache, Packing
 from softprompt.families.frozen_linear import FrozenLinearKernels
 from softprompt.families.head import Head
+from softprompt.families.packing_check import checked_packing
 from softprompt.families.patches import install_kernels
 from softprompt.families.probes import (
     NUM_IDS,
@@ -37,6 +39,7 @@ from softprompt.families.probes import (
     some_prompt,
     why,
 )
+from softprompt.families.token_positions import token_positions
 
 _PADDED = Packing(None, "rows run padded by length")
 _CHUNKS = (2, 1, 1)  # of the decoder's tokens, over a cache
@@ -77,6 +80,67 @@ class Seq2SeqForward(Forward):
             cache.keep(output)
         return self._scaled(output[0])
 
+    def encode_packed(self, embeds_SH: Tensor, positions_S: Tensor, batch: PackedBatch) -> Tensor:
+        """The encoder's states [S, D] of packed rows, each of which sees itself alone; see `packing`."""
+        mask = BatchMask.of(batch, embeds_SH)
+        with self.head.kernels.active(), token_positions(positions_S):
+            states: Tensor = self.encoder(inputs_embeds=embeds_SH[None], attention_mask=mask)[0][0]
+        return states
+
+    def decode_packed(
+        self,
+        embeds_TH: Tensor,
+        positions_T: Tensor,
+        batch: PackedBatch | CachedBatch,
+        states_SD: Tensor,
+        cross: PackedBatch | CrossBatch,
+    ) -> Tensor:
+        """The decoder's states [T, D] of a packed or cached batch, as the head takes them.
+
+        `cross` says which of the encoder's states [S, D], or of their cached keys and values, each row sees.
+        """
+        with self.head.kernels.active(), token_positions(positions_T):
+            output = self.decoder(
+                inputs_embeds=(embeds_TH if self.decoder_scale == 1.0 else embeds_TH / self.decoder_scale)[None],
+                attention_mask=BatchMask.of(batch, embeds_TH),
+                encoder_hidden_states=states_SD[None],
+                encoder_attention_mask=BatchMask.of(cross, embeds_TH),
+                use_cache=False,
+            )
+        return self._scaled(output[0][0])
+
+    def packed_pairs(
+        self,
+        embeds_SH: Tensor,
+        num_read: Sequence[int],
+        embeds_TH: Tensor,
+        num_written: Sequence[int],
+        texts: Sequence[int] | None = None,
+        checkpoint: bool = False,
+    ) -> Tensor:
+        """The decoder's states [T, D] of packed pairs: texts, and what is written behind each of them.
+
+        `num_read` positions of each text lie one behind the other in `embeds_SH`, `num_written` of each answer in
+        `embeds_TH`. `texts` are the numbers of the answers' texts, by default one answer for each; a text of several
+        answers is encoded once.
+        """
+        reading, writing = _segments(num_read), _segments(num_written)
+        owners = range(len(reading)) if texts is None else texts
+        across = tuple(
+            replace(own, prefix=(reading[owner].first, reading[owner].length))
+            for own, owner in zip(writing, owners, strict=True)
+        )
+        device = embeds_SH.device
+        batch = PackedBatch(reading, checkpoint=checkpoint, is_causal=False)
+        states_SD = self.encode_packed(embeds_SH, _positions(num_read, device), batch)
+        return self.decode_packed(
+            embeds_TH,
+            _positions(num_written, device),
+            PackedBatch(writing, checkpoint=checkpoint),
+            states_SD,
+            PackedBatch(across, checkpoint=checkpoint, is_causal=False, is_cross=True),
+        )
+
     def new_cache(self) -> ModelCache:
         """An empty cache for one row: the decoder's own keys and values, and those of the encoder's states."""
         return ModelCache(EncoderDecoderCache(DynamicCache(), DynamicCache()), "past_key_values")
@@ -103,7 +167,35 @@ def find_seq2seq_forward(base: Base) -> Seq2SeqForward:
     _check_batch(base, forward, probe)
     _check_prompt(base, forward, probe)
     _check_cache(base, forward, probe)
+    forward = replace(forward, packing=_packing(base, forward, probe))
     return replace(forward, max_batchable_length=max_batchable_length(base.model))
+
+
+def _segments(lengths: Sequence[int]) -> tuple[Segment, ...]:
+    """Of rows without a prefix, one behind the other."""
+    firsts = accumulate(lengths, initial=0)
+    return tuple(Segment(first, length) for first, length in zip(firsts, lengths, strict=False))
+
+
+def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths]).to(device)
+
+
+def _packing(base: Base, forward: Seq2SeqForward, probe: _Probe) -> Packing:
+    """How rows run packed, each behind its soft prompt."""
+    texts = [_behind(base, probe, 1), probe.text[:3], _behind(base, probe, 2)]
+    answers = [probe.answer[:3], probe.answer, probe.answer[:1]]
+
+    def alone() -> Tensor:
+        rows = zip(texts, answers, strict=True)
+        return torch.cat([_logits(forward, [text], [answer])[0] for text, answer in rows])
+
+    def packed(packing: Packing) -> Tensor:
+        own = replace(forward, packing=packing)
+        lengths = [list(map(len, rows)) for rows in (texts, answers)]
+        return own.head(own.packed_pairs(torch.cat(texts), lengths[0], torch.cat(answers), lengths[1]))
+
+    return checked_packing(base, "rows run packed, encoder and decoder", alone, packed)
 
 
 @dataclass(frozen=True)
