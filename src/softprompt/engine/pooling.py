@@ -27,7 +27,7 @@ from softprompt.types import InputForm, brief_repr
 
 _LOG = logging.getLogger(__name__)
 # How texts are embedded by an encoder without a prompt: the mean over the states of all of their tokens.
-BARE_EMBEDDING = InputForm(kind="template", template="{text}", task="embed", pooling="mean")
+BARE_EMBEDDING = InputForm(kind="template", template="{text}", completion="", task="embed", pooling="mean")
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,30 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import math
 import secrets
 import time
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from fastapi import Response
 
-from softprompt.base import Base
-from softprompt.data import input_ids, template_text
+from softprompt.config import PredictConfig
 from softprompt.engine import Aborted, Failed, Pooled, PoolingRequest
+from softprompt.engine.pooling import BARE_EMBEDDING
 from softprompt.errors import SoftpromptError
-from softprompt.evaluation.classification import label_rows
+from softprompt.evaluation.calibrate import probabilities
+from softprompt.evaluation.predict import Sureness, sureness
+from softprompt.prompt.calibration import rounded
 from softprompt.server.errors import ApiError
 from softprompt.server.inference.build import InferenceDependencies, resolve_model, tokenised
 from softprompt.server.inference.generation import error_for
+from softprompt.server.inference.pooling_rows import Item, rows_of_item
 from softprompt.server.inference.pooling_schema import ClassifyBody, EmbeddingsBody, PoolingBody
 from softprompt.server.inference.respond import ClientDisconnectedError, unless_disconnected
-from softprompt.server.inference.tokenise import check_length, checked_ids, input_items, num_characters_of
+from softprompt.server.inference.tokenise import input_items, num_characters_of
 from softprompt.server.prompts.capabilities import Capability, label_names, require
 from softprompt.server.prompts.model import Model
 from softprompt.server.telemetry.metrics import End
@@ -36,7 +39,6 @@ from softprompt.splice import Row
 from softprompt.types import InputForm
 
 Json = dict[str, Any]  # Any: JSON
-Item = str | Mapping[str, str] | list[int]
 
 _MOST_ROWS = 2**14  # of one request: a text of a prompt with label likelihood is a row for each label
 _FLOATS_AT_ONCE = 2**15  # written between two turns of the event loop
@@ -70,8 +72,10 @@ async def classify(body: ClassifyBody, deps: InferenceDependencies) -> Response:
     if found is None:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     labels = label_names(found.model)
-    data = [_classified(labels, index, end.values, body) for index, end in enumerate(found.ends)]
-    more = {"labels": list(labels), "is_calibrated": False, "usage": found.usage()}
+    assert found.model.prompt is not None, "the bare base has no labels"
+    sure = sureness(found.model.prompt, PredictConfig())
+    data = [_classified(labels, index, end.values, sure, body.use_activation) for index, end in enumerate(found.ends)]
+    more = {"labels": list(labels), "is_calibrated": sure.temperature is not None, "usage": found.usage()}
     return await _response({**found.head("classify"), **more}, data)
 
 
@@ -92,17 +96,18 @@ async def embed(body: EmbeddingsBody, deps: InferenceDependencies) -> Response:
     return await _response({**found.head("embd"), "usage": found.usage()}, data)
 
 
-def _classified(labels: Sequence[str], index: int, values: Sequence[float], body: ClassifyBody) -> Json:
+def _classified(
+    labels: Sequence[str], index: int, values: Sequence[float], sure: Sureness, has_activation: bool
+) -> Json:
+    """As `softprompt predict` has them: confidences are rounded alike before they are compared with the threshold."""
     best = max(range(len(values)), key=values.__getitem__)
-    shares = _softmax(values) if body.use_activation else list(values)
-    return {"index": index, "label": labels[best], "probs": shares, "num_classes": len(labels),
-            "confidence": shares[best] if body.use_activation else None, "unsure": None}  # fmt: skip
-
-
-def _softmax(values: Sequence[float]) -> list[float]:
-    greatest = max(values)
-    shares = [math.exp(value - greatest) for value in values]
-    return [share / sum(shares) for share in shares]
+    found = {"index": index, "label": labels[best], "num_classes": len(labels)}
+    if not has_activation:
+        return {**found, "probs": list(values), "confidence": None, "unsure": None}
+    shares = probabilities(np.array([values]), sure.temperature or 1.0)[0].tolist()
+    (confidence,) = rounded([shares[best]])
+    unsure = None if sure.threshold is None else confidence < sure.threshold
+    return {**found, "probs": shares, "confidence": confidence, "unsure": unsure}
 
 
 def _base64(values: Sequence[float]) -> str:
@@ -170,55 +175,35 @@ def _pooled_end(end: object, request: PoolingRequest) -> Pooled:
     return end
 
 
+def _num_prompt_tokens(row: Row) -> int:
+    """Of the text: what is read, but for the label."""
+    if row.columns:
+        return len(row.ids)
+    return len(row.source) or sum(not wanted for wanted in row.targets or ())
+
+
+def _form(model: Model) -> InputForm:
+    return BARE_EMBEDDING if model.prompt is None else model.prompt.record.form
+
+
 def _num_rows_each(model: Model) -> int:
     """Rows that one text is in the engine."""
     form = _form(model)
     return max(1, len(form.labels)) if form.task == "generate" else 1
 
 
-def _form(model: Model) -> InputForm:
-    assert model.prompt is not None
-    return model.prompt.record.form
-
-
 def _request(
     body: PoolingBody, deps: InferenceDependencies, model: Model, item: Item, number: int
 ) -> PoolingRequest:  # fmt: skip
-    rows = _label_rows(deps.base, model, item, number)
+    rows = rows_of_item(deps.base, model, item, number)
     return PoolingRequest(
-        rows=tuple(rows),
+        rows=rows,
         num_prompt_tokens=_num_prompt_tokens(rows[0]),
         prompt=model.prompt,
         client=deps.client.id,
         priority=body.priority,
         timeout_s=deps.config.request_timeout_s,
     )
-
-
-def _num_prompt_tokens(row: Row) -> int:
-    """Of the text: what is read, but for the label."""
-    return len(row.source) or sum(not wanted for wanted in row.targets or ())
-
-
-def _label_rows(base: Base, model: Model, item: Item, number: int) -> list[Row]:
-    """For each label the row that has it behind the text. Raises ApiError and DataError."""
-    prompt, form = model.prompt, _form(model)
-    assert prompt is not None
-    if isinstance(item, str | Mapping):
-        text = template_text(form, item)
-        check_length(base, input_ids(base, text=text, max_ids=base.max_length))
-        return label_rows(base, text, form.labels, prompt)
-    ids = checked_ids(base, item, number, "input")
-    rows = label_rows(base, base.decode(ids), form.labels, prompt)
-    return [_behind(ids, row) for row in rows]
-
-
-def _behind(ids: tuple[int, ...], row: Row) -> Row:
-    """The row with other token ids before its label."""
-    if row.source:
-        return replace(row, source=ids)
-    label = [token for token, wanted in zip(row.ids, row.targets or (), strict=True) if wanted]
-    return replace(row, ids=(*ids, *label), targets=(False,) * len(ids) + (True,) * len(label))
 
 
 async def _response(head: Json, data: Sequence[Json]) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from softprompt.base import Base
+from softprompt.evaluation.predict import label_names as names_of_labels
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.model import Model
 from softprompt.types import Placement, Pooling, Task
@@ -41,7 +42,10 @@ def capabilities(model: Model, base: Base) -> tuple[Capability, ...]:
 
 def label_names(model: Model) -> tuple[str, ...]:
     """The labels that it chooses from, as its training rows had them."""
-    return () if model.prompt is None else tuple(each.strip() or each for each in model.prompt.record.form.labels)
+    if model.prompt is None:
+        return ()
+    form = model.prompt.record.form
+    return names_of_labels(form) if form.task == "generate" else form.labels
 
 
 def placement_of(model: Model, base: Base) -> Placement | None:
