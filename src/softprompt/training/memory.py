@@ -121,7 +121,8 @@ def _num_runs(base: Base) -> int:
 
 def _lengths(example: Example) -> list[int]:
     """Of each text that an example runs."""
-    return [len(ids) for ids in (example.ids, *example.others)]
+    read = [example.source] if example.source else []  # by the encoder of an encoder-decoder
+    return [len(ids) for ids in (example.ids, *read, *example.others)]
 
 
 def _widths(backbone: nn.Module) -> int:
@@ -147,12 +148,21 @@ def _most_tokens(trial: Trial, is_shared: bool) -> int:
 def _run_longest_row(base: Base, forward: Forward, trials: Sequence[Trial]) -> None:
     lengths = [max(sum(_lengths(example)) for example in trial.examples) for trial in trials]
     owner = lengths.index(max(lengths))
-    longest = max(trials[owner].examples, key=lambda example: sum(_lengths(example)))
+    longest = _longest([example for trial in trials for example in trial.examples])
     config = trials[owner].plan.config
     row = replace(training_row(longest, config), prompt=owner)
     leaves = [trial.prompt().requires_grad_(True) for trial in trials]
     heads = [trial.head() for trial in trials]
     list(accumulate_gradient(base, forward, leaves, [row], 1, config.checkpoint_layers, heads=heads))
+
+
+def _longest(examples: Sequence[Example]) -> Example:
+    """The longest one; of an encoder-decoder, each of whose sides is padded, the longest of either side in one."""
+    found = max(examples, key=lambda example: sum(_lengths(example)))
+    if not found.source:
+        return found
+    written = max(examples, key=lambda example: len(example.ids))
+    return replace(written, source=max((example.source for example in examples), key=len))
 
 
 def fit_rows(

@@ -50,7 +50,7 @@ def accumulate_gradient(
     least, where the processes run in step: those that have no row left run one without targets, which adds zero.
     """
     weights = torch.tensor(_row_weights(rows, len(prompts)), dtype=torch.float64)  # [B, 2]
-    order = sorted(range(len(rows)) if mine is None else mine, key=lambda index: len(rows[index].ids))
+    order = sorted(range(len(rows)) if mine is None else mine, key=lambda index: rows[index].num_tokens)
     if any(head is not None and head.objective.is_joint for head in heads):
         micro_batch_rows = max(len(order), 1)
     batches = [order[first : first + micro_batch_rows] for first in range(0, len(order), micro_batch_rows)]
@@ -78,7 +78,7 @@ def num_targets(row: Row) -> int:
 
 
 def _idle_row(rows: Sequence[Row]) -> Row:
-    return replace(min(rows, key=lambda row: len(row.ids)), targets=None, branches=None, columns=())
+    return replace(min(rows, key=lambda row: row.num_tokens), targets=None, branches=None, columns=())
 
 
 def _row_weights(rows: Sequence[Row], num_prompts: int) -> list[tuple[float, float]]:

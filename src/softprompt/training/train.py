@@ -37,6 +37,7 @@ _LATER: Mapping[str, tuple[Any, ...]] = {  # settings with the values that earli
     "task": ("auto", "generate"), "placement": ("auto", "front"), "pooling": ("auto",), "decoder_prompt": (False,),
     "head_learning_rate": (1e-3,), "label_words": ((),),
 }  # fmt: skip
+_OTHER_SEED = 1 << 31  # changed in the seed of a decoder's prompt (torch's generators read 32 bits of a seed)
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
 
 # Texts, dictionaries, a DataFrame or a data set of the `datasets` library count as rows too.
@@ -345,7 +346,12 @@ def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader, 
 def as_started(config: TrainConfig, start: SoftPrompt) -> TrainConfig:
     """The settings with what the prompt to go on with was trained as, where they leave that open."""
     form = start.record.form
-    config = replace(config, virtual_tokens=start.num_virtual_tokens)
+    if config.decoder_prompt and not form.has_decoder_prompt:
+        raise ConfigError(
+            "decoder_prompt is set, but the prompt to start from has no vectors for the decoder; leave it out",
+            param="decoder_prompt",
+        )
+    config = replace(config, virtual_tokens=start.num_virtual_tokens, decoder_prompt=form.has_decoder_prompt)
     if form.task == "generate":
         return config
     if config.task not in ("auto", form.task):
@@ -418,12 +424,23 @@ def _start(
     base: Base, data: ExampleSet, config: TrainConfig, start: SoftPrompt | None
 ) -> tuple[Tensor, tuple[str, ...]]:
     if start is None:
-        return starting_tensor(base, config.init, config.virtual_tokens, config.seed, _start_texts(base, data, config))
+        return _new_start(base, data, config)
     if start.hidden_size != base.hidden_size:
         raise PromptError(
             f"the prompt to start from has width {start.hidden_size}; base {base.name!r} has {base.hidden_size}"
         )
     return start.tensor, (f"further training of prompt {start.content_hash[:12]}",)
+
+
+def _new_start(base: Base, data: ExampleSet, config: TrainConfig) -> tuple[Tensor, tuple[str, ...]]:
+    """[P, H]; with a prompt for the decoder [2P, H], whose second half draws on what the decoder is to write."""
+    texts = _start_texts(base, data, config)
+    start_PH, notes = starting_tensor(base, config.init, config.virtual_tokens, config.seed, texts)
+    if not data.form.has_decoder_prompt:
+        return start_PH, notes
+    texts = replace(texts, data=[_own_ids(base, example) for example in data.examples])
+    decoder_PH, _ = starting_tensor(base, config.init, config.virtual_tokens, config.seed ^ _OTHER_SEED, texts)
+    return torch.cat([start_PH, decoder_PH]), notes
 
 
 def _head(
@@ -447,10 +464,15 @@ def _head(
 def _start_texts(base: Base, data: ExampleSet, config: TrainConfig) -> StartTexts:
     labels = [words[0] for words in data.form.label_words] or data.form.labels
     return StartTexts(
-        data=[_own_ids(base, each) for each in data.examples],
+        data=[[*_source_text(base, each), *_own_ids(base, each)] for each in data.examples],
         instruction=base.encode(config.init_text) if config.init_text else (),
         labels=[base.encode(label) for label in labels],
     )
+
+
+def _source_text(base: Base, example: Example) -> Sequence[int]:
+    """What the encoder of an encoder-decoder reads, without what its tokenizer puts around it."""
+    return example.source[len(base.bos_ids) : len(example.source) - len(base.end_ids)]
 
 
 def _own_ids(base: Base, example: Example) -> Sequence[int]:
