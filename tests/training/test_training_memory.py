@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.encoders import ENCODERS, build_encoder
+from support.family_configs import each_of
 from support.ready import ready_run
 from support.tiny_bases import build_base
 
@@ -16,7 +18,7 @@ from softprompt.base import device, free_bytes
 from softprompt.config import TrainConfig
 from softprompt.errors import MemoryLimitError
 from softprompt.families import TESTED_FAMILIES, Packing, forward_of
-from softprompt.splice import target_states
+from softprompt.splice import column_states, target_states
 from softprompt.training import ResumePoint, SliceDone, memory, train
 
 ALLOCATION = 2**20
@@ -90,7 +92,7 @@ def test_the_bound_is_above_what_a_step_keeps_for_its_backward_pass(family, text
     assert kept > 0.1 * numbers  # so loose that it says nothing it should not be either
 
 
-def kept_for_backward(ready):
+def kept_for_backward(ready, run=target_states):
     """Bytes that autograd keeps of a forward pass over the first step's rows, the base's own tensors aside."""
     base = ready.loop.base
     own = {tensor.untyped_storage().data_ptr() for tensor in (*base.model.parameters(), *base.model.buffers())}
@@ -103,8 +105,50 @@ def kept_for_backward(ready):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        target_states(base, ready.loop.forward, ready.trial.next_rows()[0], [ready.trial.prompt().requires_grad_(True)])
+        run(base, ready.loop.forward, ready.trial.next_rows()[0], [ready.trial.prompt().requires_grad_(True)])
     return sum(size for size, _ in kept.values())
+
+
+LABELLED = [{"text": " ".join(f"w{5 + number}" for _ in range(3 + number % 20)), "label": "ab"[number % 2]}
+            for number in range(24)]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", each_of([one for one in ENCODERS if "deberta" not in one], ("albert", "modernbert")))
+def test_the_bound_is_above_what_a_step_of_an_encoder_keeps_for_its_backward_pass(family):
+    """Its soft prompt runs with each row, and ALBERT's one layer several times."""
+    ready = ready_run(build_encoder(family), LABELLED, config(batch_rows=24))
+    kept = kept_for_backward(ready, column_states)
+    numbers = 4 * memory.bound_numbers_of_tokens(ready.loop.base, ready.loop.forward, ready.loop.trials)
+    assert kept < 0.6 * numbers
+    assert kept > 0.1 * numbers
+    assert memory.bound_of_step(ready.loop.base, ready.loop.forward, ready.loop.trials) < 2**29
+    longer = ready_run(build_encoder(family), LABELLED, config(batch_rows=24, virtual_tokens=70))
+    as_if_shared = replace(longer.loop.forward, is_causal=True)
+    numbers = 4 * memory.bound_numbers_of_tokens(longer.loop.base, as_if_shared, longer.loop.trials)
+    assert kept_for_backward(longer, column_states) > numbers  # the control: 24 soft prompts, and not one
+    assert math.isinf(memory.bound_of_step(longer.loop.base, padded(longer.loop.forward), longer.loop.trials))
+
+
+def padded(forward):
+    return replace(forward, packing=Packing(None, "padded"))
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v3"])
+def test_the_batch_of_an_encoder_is_split_and_the_sums_stay(family, one_row_takes):
+    base = build_encoder(family, dtype=torch.float64)
+    whole = train(base, LABELLED, config(micro_batch_rows=8))
+    one_row_takes(100, 401)
+    split = train(base, LABELLED, config())
+    assert split.plan.micro_batch_rows == 3
+    assert split.plan.layout == ("packed" if family == "bert" else "padded")
+    assert split.losses == pytest.approx(whole.losses, rel=1e-9)
+
+
+def test_rows_whose_losses_depend_on_each_other_are_not_split_but_refused(one_row_takes):
+    pairs = [{"anchor": row["text"], "positive": row["text"] + " w9"} for row in LABELLED[:8]]
+    one_row_takes(100, 401)
+    with pytest.raises(MemoryLimitError, match=r"compares all rows of a step.*batch_rows 3"):
+        train(build_encoder("bert"), pairs, config(task="embed"))
 
 
 def test_a_base_whose_rows_cannot_be_packed_has_no_bound(tiny_llama, texts):

@@ -65,6 +65,11 @@ def fit_micro_batches(
         raise refusal
     if rows == whole:
         return rows, ()
+    if any(head is not None and head.objective.is_joint for head in (trial.head() for trial in trials)):
+        raise MemoryLimitError(
+            f"memory allows {rows} of {whole} rows at a time, but this task compares all rows of a step; use "
+            f"batch_rows {rows}"
+        )
     return rows, (f"memory allows {rows} of {whole} rows at a time: each step is split, its sums stay the same",)
 
 
