@@ -44,9 +44,13 @@ def with_split_task(split: Split, base: Base, config: TrainConfig) -> Split:
     train = with_task(split.train, base, config)
     if train is split.train:
         return split
-    parts = (None if part is None else replace(part, form=train.form) for part in (split.validation, split.test))
-    validation, test = parts
-    return replace(split, train=train, validation=validation, test=test)
+
+    def alike(part: Rows | None) -> Rows | None:
+        if part is None:
+            return None
+        return replace(part, form=train.form, notes=tuple(note for note in part.notes if note in train.notes))
+
+    return replace(split, train=train, validation=alike(split.validation), test=alike(split.test))
 
 
 class _SplitRequest(NamedTuple):
