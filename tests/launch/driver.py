@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from support.encoders import build_encoder
 from support.tiny_bases import build_base, random_ids
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -58,7 +59,8 @@ def config(**changes: Any) -> TrainConfig:
 
 def found(result: TrainResult) -> dict[str, Any]:
     return {
-        "prompt": result.prompt.tensor, "losses": result.losses, "kept_step": result.kept_step,
+        "prompt": result.prompt.tensor, "head": list(result.prompt.head.values()), "losses": result.losses,
+        "kept_step": result.kept_step,
         "validation": result.validation_losses, "micro_batch_rows": result.plan.micro_batch_rows,
     }  # fmt: skip
 
@@ -88,7 +90,22 @@ def whole_cases(ranks: Ranks) -> dict[str, Any]:
     ]
     results = {name: found(result) for name, result in cases.items()}
     results |= {f"together {result.name}": found(result) for result in train_together(llama, together, **some)}
+    results |= {f"together {result.name}": found(result) for result in train_together(encoder(), headed(), **some)}
     return {**results, "steps": [(step.num_rows, step.num_targets, step.grad_norm) for step in seen]}
+
+
+def encoder() -> Base:
+    return build_encoder("bert", dtype=torch.float64)
+
+
+def headed() -> list[Candidate]:
+    """Two prompts with heads of their own."""
+    labelled = [{"text": text, "label": f"w{i % 2}"} for i, text in enumerate(ROWS)]
+    tagged = [{"tokens": text.split(), "tags": ["O", "X", *"O" * 18][: len(text.split())]} for text in ROWS]
+    data = {"classify": labelled, "tag": tagged}
+    return [
+        Candidate(name=task, data=rows, config=config(task=task), validation=rows[:7]) for task, rows in data.items()
+    ]
 
 
 def split_cases(ranks: Ranks) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 HERE = Path(__file__).parent
 CASES = [
     "uneven", "micro-batches", "single rows", "residual-mlp", "bloom", "padded", "together a", "together b",
+    "together classify", "together tag",
     "split llama", "split llama, single rows", "split llama, checkpointed",
     "split bloom", "split bloom, single rows", "split bloom, checkpointed",
 ]  # fmt: skip
@@ -79,6 +80,7 @@ def found(folder, count):
 def test_the_ranks_train_the_prompt_that_one_process_trains(case, ranks, truth):
     for rank in ranks:
         torch.testing.assert_close(rank[case]["prompt"], truth[case]["prompt"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(rank[case]["head"], truth[case]["head"], rtol=0, atol=1e-6)
         assert rank[case]["losses"] == pytest.approx(truth[case]["losses"], rel=1e-6)
         assert rank[case]["kept_step"] == truth[case]["kept_step"]
         assert [step for step, _ in rank[case]["validation"]] == [step for step, _ in truth[case]["validation"]]
@@ -97,6 +99,7 @@ def test_all_ranks_end_with_the_same_bits(case, ranks):
     first = ranks[0][case]
     for rank in ranks[1:]:
         assert torch.equal(rank[case]["prompt"], first["prompt"])
+        assert all(map(torch.equal, rank[case]["head"], first["head"]))
         assert (rank[case]["losses"], rank[case]["validation"]) == (first["losses"], first["validation"])
         assert rank[case]["micro_batch_rows"] == first["micro_batch_rows"]
 
