@@ -12,10 +12,12 @@ import torch
 from support.encoders import ENCODERS, build_encoder
 from support.family_configs import each_of
 from support.ready import ready_run
+from support.seq2seq_bases import build_seq2seq
 from support.tiny_bases import build_base
 
 from softprompt.base import device, free_bytes
 from softprompt.config import TrainConfig
+from softprompt.data import rows_from_records
 from softprompt.errors import MemoryLimitError
 from softprompt.families import TESTED_FAMILIES, Packing, forward_of
 from softprompt.splice import column_states, target_states
@@ -90,6 +92,17 @@ def test_the_bound_is_above_what_a_step_keeps_for_its_backward_pass(family, text
     numbers = 4 * memory.bound_numbers_of_tokens(ready.loop.base, ready.loop.forward, ready.loop.trials)
     assert kept < 0.6 * numbers
     assert kept > 0.1 * numbers  # so loose that it says nothing it should not be either
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_bound_of_an_encoder_decoder_is_above_what_both_sides_keep(family, texts):
+    rows = rows_from_records(
+        [{"a": text, "b": texts[-i]} for i, text in enumerate(texts)], template="{a}", completion="{b}"
+    )
+    ready = ready_run(build_seq2seq(family), rows, config(batch_rows=21, decoder_prompt=True))
+    assert (
+        kept_for_backward(ready) < memory.bound_of_step(ready.loop.base, ready.loop.forward, ready.loop.trials) - 2**28
+    )
 
 
 def kept_for_backward(ready, run=target_states):

@@ -79,7 +79,7 @@ def inspect(prompt: SoftPrompt, base: Base | None) -> Inspection:
         prompt=prompt,
         norms=norms,
         relative_norms=tuple(norm / usual for norm in norms) if usual else (),
-        drift=drift_from_json(prompt.record.run.get("drift"), prompt.num_virtual_tokens),
+        drift=drift_from_json(prompt.record.run.get("drift"), len(prompt.tensor)),
         nearest=tuple(nearest_tokens(prompt, base)) if base is not None else (),
     )
 
@@ -148,7 +148,7 @@ def shape_text(num_virtual_tokens: int | None, hidden_size: int | None) -> str:
 def _record_rows(prompt: SoftPrompt) -> list[list[str]]:
     record, run = prompt.record, prompt.record.run
     rows = {
-        "shape": shape_text(prompt.num_virtual_tokens, prompt.hidden_size),
+        "shape": shape_text(prompt.num_virtual_tokens, prompt.hidden_size) + _for_decoder(prompt),
         "hash": prompt.content_hash,
         "base": record.base_name or "unknown",
         "base fingerprint": record.base_fingerprint or "unknown",
@@ -161,6 +161,10 @@ def _record_rows(prompt: SoftPrompt) -> list[list[str]]:
         "does it help": "" if (judgement := Judgement.from_json(run.get("held_out"))) is None else judgement.text,
     }
     return [[name, value] for name, value in rows.items() if value]
+
+
+def _for_decoder(prompt: SoftPrompt) -> str:
+    return f", and {prompt.num_decoder_tokens} more for the decoder" if prompt.num_decoder_tokens else ""
 
 
 def _curve(losses: Any) -> str:  # Any: a record is JSON, and may be a stranger's

@@ -26,6 +26,7 @@ from torch import Tensor
 from softprompt.base import Base
 from softprompt.config import SamplingConfig
 from softprompt.data import Rows, fill_template, label_ids, render_rows, template_fields
+from softprompt.data.tokens import source_ids
 from softprompt.engine import Request, generate
 from softprompt.errors import DataError, LengthError
 from softprompt.evaluation.heldout import CONFIDENCE, Interval, contenders, max_text_tokens, truncate_start
@@ -196,9 +197,9 @@ def label_rows(base: Base, text: str, labels: Sequence[str], prompt: SoftPrompt)
 
     Raises LengthError where they do not fit the base.
     """
-    rows = [_label_row(base, text, label, 0, sys.maxsize) for label in labels]
+    rows = [_label_row(base, text, label, 0, sys.maxsize, prompt) for label in labels]
     limit = max_text_tokens(base, prompt)
-    longest = max(len(row.ids) for row in rows)
+    longest = max(max(len(row.ids), len(row.source)) for row in rows)
     if longest > limit:
         raise LengthError(
             f"the input and its label are {longest} tokens, and beside {prompt.num_virtual_tokens} virtual ones there "
@@ -240,8 +241,11 @@ def label_scores(
 
 
 def usable_content_free(base: Base, known: LabelledRows) -> list[str]:
-    """The content-free texts that can precede a label: without BOS, an empty text has no token to predict from."""
-    return [text for text in known.content_free if base.can_encode(text) or (base.bos_ids and not text)]
+    """The content-free texts that can precede a label.
+
+    An empty text has no token to predict from, unless the tokenizer puts one around it.
+    """
+    return [text for text in known.content_free if base.can_encode(text) or (not text and source_ids(base, text))]
 
 
 def labelled_rows(rows: Rows) -> LabelledRows:
@@ -299,7 +303,7 @@ def _log_likelihoods(
         index = None if prompt is None else len(tensors)
         tensors += [] if prompt is None else [prompt.tensor]
         limit = max_text_tokens(base, prompt, max_length)
-        rows += [_label_row(base, text, label, index, limit) for text in texts for label in labels]
+        rows += [_label_row(base, text, label, index, limit, prompt) for text in texts for label in labels]
     losses = target_nlls(base, forward, rows, tensors, batch_tokens)
     return -np.array([sum(loss.values()) for loss in losses]).reshape(len(prompts), len(texts), len(labels))
 
@@ -321,17 +325,26 @@ def _log_summed_shares(scores_MNK: np.ndarray) -> np.ndarray:
     return logs_M1K
 
 
-def _label_row(base: Base, text: str, label: str, prompt: int | None, limit: int) -> Row:
+def _label_row(base: Base, text: str, label: str, index: int | None, limit: int, prompt: SoftPrompt | None) -> Row:
+    """The row whose targets are the label's tokens, under the prompt of this index, which is `prompt`."""
     own = label_ids(base, text, label)
-    before = truncate_start(base, base.bos_ids + base.encode(text), limit - len(own))
-    return Row(before + own, prompt, (False,) * len(before) + (True,) * len(own))
+    before = _context_ids(base, text, limit, len(own))
+    if base.kind == "seq2seq":
+        has_decoder_prompt = prompt is not None and prompt.num_decoder_tokens > 0
+        return Row(own, index, (True,) * len(own), source=before, has_decoder_prompt=has_decoder_prompt)
+    return Row(before + own, index, (False,) * len(before) + (True,) * len(own))
+
+
+def _context_ids(base: Base, text: str, limit: int, num_behind: int) -> tuple[int, ...]:
+    """What stands before `num_behind` tokens within the limit; of an encoder-decoder they are not in the same text."""
+    return truncate_start(base, source_ids(base, text), limit - (0 if base.kind == "seq2seq" else num_behind))
 
 
 def _generated_labels(
     base: Base, forward: Forward, known: LabelledRows, prompt: SoftPrompt | None, limit: int
 ) -> list[int | None]:
     longest = 1 + max(len(label_ids(base, known.texts[0], label)) for label in known.labels)
-    contexts = [truncate_start(base, base.bos_ids + base.encode(text), limit - longest) for text in known.texts]
+    contexts = [_context_ids(base, text, limit, longest) for text in known.texts]
     requests = [Request(ids, prompt) for ids in contexts]
     sampling = SamplingConfig(max_new_tokens=longest)
     answers = generate(base, requests, sampling, forward=forward)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from softprompt.base import Base
+from softprompt.data.tokens import fit_source
 from softprompt.errors import DataError, LengthError
 from softprompt.families import Forward
 from softprompt.loss import RowScore, score_examples, score_under
@@ -35,16 +37,28 @@ def max_text_tokens(base: Base, prompt: SoftPrompt | None, max_length: int | Non
     return own if max_length is None else min(own, max_length)
 
 
-def truncate_start(base: Base, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
+def truncate_start(base: Base, ids: tuple[int, ...], limit: int, *, is_chat: bool = False) -> tuple[int, ...]:
     """At most `limit` of the ids (BOS included): BOS and the end, as in training.
 
+    Of an encoder-decoder, what its encoder reads: its start, or its end where it is a chat, as in training.
     Raises LengthError where not even one token fits.
     """
+    if base.kind == "seq2seq":
+        return fit_source(base, ids, limit, keep_end=is_chat)
     special = base.bos_ids if ids[: len(base.bos_ids)] == base.bos_ids else ()
     kept = limit - len(special)
     if kept < 1:
         raise LengthError(f"no text fits before the answer in {limit} tokens; use fewer virtual tokens")
     return special + ids[len(special) :][-kept:]
+
+
+def examples_under(examples: Sequence[Example], prompt: SoftPrompt | None) -> Sequence[Example]:
+    """The examples with what a prompt itself decides: whether it has vectors for the decoder."""
+    has_decoder_prompt = prompt is not None and prompt.num_decoder_tokens > 0
+    return [
+        replace(each, has_decoder_prompt=has_decoder_prompt) if each.has_decoder_prompt != has_decoder_prompt else each
+        for each in examples
+    ]
 
 
 NUM_RESAMPLES = 2_000
@@ -89,7 +103,7 @@ def held_out_losses(
         bare = score_examples(base, forward, examples.examples, None)
         results.append(_held_out_loss(set_name, None, examples, bare, None, seed))
         for name, prompt in prompts.items():
-            scores = score_examples(base, forward, examples.examples, prompt.tensor)
+            scores = score_examples(base, forward, examples_under(examples.examples, prompt), prompt.tensor)
             results.append(_held_out_loss(set_name, name, examples, scores, bare, seed))
     return results
 
@@ -166,7 +180,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """The losses of a whole prompt and of the prompt without each virtual token."""
+    """The losses of a whole prompt and of the prompt without each virtual token, the decoder's after the encoder's."""
 
     loss: float  # the whole prompt's, nats per text token
     num_rows: int  # with at least one text token
@@ -182,10 +196,10 @@ def leave_one_out(
     The positions of a row follow the P - 1 others directly, without a gap. `seed` is the bootstrap's.
     Raises DataError where no example has a text token that every contender predicts.
     """
-    counted = [example for example in examples if any(example.text_mask)]
+    counted = [example for example in examples_under(examples, prompt) if any(example.text_mask)]
     if not counted:
         raise DataError(f"none of the {len(examples):,} held-out rows has a text token after another; give longer rows")
-    variants = [prompt.tensor, *_without_each(prompt.tensor)]
+    variants = [_Variant(prompt.tensor, prompt.num_decoder_tokens), *_without_each(prompt)]
     whole, *without = _score_variants(base, forward, counted, variants)
     return LeaveOneOut(
         loss=mean_loss(whole),
@@ -195,31 +209,53 @@ def leave_one_out(
     )
 
 
-def _without_each(prompt_PH: Tensor) -> list[Tensor | None]:
-    """The prompt without each of its tokens, [P - 1, H]; None for a prompt of one token."""
-    length = prompt_PH.shape[0]
-    if length == 1:
-        return [None]
-    return [torch.cat([prompt_PH[:token], prompt_PH[token + 1 :]]) for token in range(length)]
+class _Variant(NamedTuple):
+    """A prompt with all or some of its vectors."""
+
+    tensor: Tensor | None  # None: nothing is left
+    num_decoder_tokens: int  # of them, in front of the decoder's tokens
+
+
+def _without_each(prompt: SoftPrompt) -> list[_Variant]:
+    """The prompt without each of its vectors."""
+    vectors, num_encoder = prompt.tensor, prompt.num_virtual_tokens
+    if len(vectors) == 1:
+        return [_Variant(None, 0)]
+    return [
+        _Variant(
+            torch.cat([vectors[:token], vectors[token + 1 :]]), prompt.num_decoder_tokens - int(token >= num_encoder)
+        )
+        for token in range(len(vectors))
+    ]
 
 
 def _score_variants(
-    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[Tensor | None]
+    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[_Variant]
 ) -> list[list[RowScore]]:
     passes = [variants[first : first + MAX_PROMPTS_PER_PASS] for first in range(0, len(variants), MAX_PROMPTS_PER_PASS)]
     return [scores for some in passes for scores in _score_pass(base, forward, examples, some)]
 
 
 def _score_pass(
-    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[Tensor | None]
+    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[_Variant]
 ) -> list[list[RowScore]]:
     """The scores of every example under each variant, all of them rows of one splice."""
-    prompts = [variant for variant in variants if variant is not None]
+    prompts = [variant.tensor for variant in variants if variant.tensor is not None]
     numbers = iter(range(len(prompts)))
-    owners = [None if variant is None else next(numbers) for variant in variants]
-    pairs = [(example, owner) for owner in owners for example in examples]
+    owners = [None if variant.tensor is None else next(numbers) for variant in variants]
+    pairs = [
+        (_under_variant(example, variant), owner)
+        for owner, variant in zip(owners, variants, strict=True)
+        for example in examples
+    ]
     scores = iter(score_under(base, forward, pairs, prompts))
     return [[next(scores) for _ in examples] for _ in variants]
+
+
+def _under_variant(example: Example, variant: _Variant) -> Example:
+    if not example.has_decoder_prompt:
+        return example
+    return replace(example, num_decoder_tokens=variant.num_decoder_tokens)
 
 
 def _left_out(token: int, without: Sequence[RowScore], whole: Sequence[RowScore], seed: int) -> LeftOut:

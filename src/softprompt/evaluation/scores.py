@@ -21,6 +21,7 @@ from softprompt.config import Criterion, SamplingConfig, ScoreConfig, TextScore
 from softprompt.data import Rows, RowText, chat_prompt_ids, completion_ids, render_rows
 from softprompt.data.messages import last_answer
 from softprompt.data.rows import with_labels
+from softprompt.data.tokens import source_ids
 from softprompt.engine import Request, generate
 from softprompt.errors import ConfigError, MissingDependencyError
 from softprompt.evaluation.classification import class_scores, label_confusion, labelled_rows, macro_f1, share_right
@@ -195,6 +196,7 @@ class Question:
     reference: str
     num_reference_tokens: int
     index: int  # in the source
+    is_chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,8 +236,12 @@ def greedy_answers(
     cap = longest if max_new_tokens is None else min(longest, max_new_tokens)
     requests = []
     for question in questions:
-        ids = truncate_start(base, question.ids, limit - _reserved(base, question, limit, cap))
-        requests.append(Request(ids, prompt, SamplingConfig(max_new_tokens=min(cap, limit - len(ids)))))
+        if base.kind == "seq2seq":  # the answer is not in the same text
+            ids, room = truncate_start(base, question.ids, limit, is_chat=question.is_chat), limit
+        else:
+            ids = truncate_start(base, question.ids, limit - _reserved(base, question, limit, cap))
+            room = limit - len(ids)
+        requests.append(Request(ids, prompt, SamplingConfig(max_new_tokens=min(cap, room))))
     return [answer.text for answer in generate(base, requests, forward=forward)]
 
 
@@ -262,12 +268,12 @@ def _has_answer(row: RowText) -> bool:
 def _question(base: Base, rows: Rows, position: int, row: RowText) -> Question:
     turn = _last_turn(row)
     if turn is None:
-        ids, reference = base.bos_ids + base.encode(row.prompt), row.text
+        ids, reference = source_ids(base, row.prompt), row.text
         num_tokens = len(completion_ids(base, row.prompt, row.text))
     else:
         ids = chat_prompt_ids(base, row.messages[: turn.position], rows.where(position))
         reference, num_tokens = turn.text, len(base.encode(turn.text))
-    return Question(ids, reference, num_tokens, rows.indices[position])
+    return Question(ids, reference, num_tokens, rows.indices[position], turn is not None)
 
 
 _CHRF_ORDER = 6  # n-grams of characters up to this long

@@ -104,6 +104,8 @@ def bound_of_step(base: Base, forward: Forward, trials: Sequence[Trial]) -> floa
     scores = max(MOST_SCORES.get(base.device.type, 0), min(QUERY_BLOCK, longest) * longest)
     heads: int = base.model.config.get_text_config(decoder=True).num_attention_heads
     numbers = bound_numbers_of_tokens(base, forward, trials) + _SCORES_AT_ONCE * heads * scores
+    if base.kind == "seq2seq":  # T5's biases by distance are kept for every pair of positions, on both sides
+        numbers += 2 * heads * longest * sum(_most_tokens(trial, forward.can_share_prefix) for trial in trials)
     return numbers * max(base.dtype.itemsize, 4) + _LOSS_BYTES.get(base.device.type, 0)
 
 
