@@ -19,6 +19,7 @@ from softprompt.settings import ConfigT, check_types, option, require, required,
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Start = Literal["data", "text", "vocab", "labels", "random", "peft"]
 Schedule = Literal["linear", "cosine", "constant", "stable-decay"]
+HeadStart = Literal["fit", "random"]
 Reparameterisation = Literal["none", "residual-mlp", "low-rank"]
 Loss = Literal["auto", "tokens", "labels"]
 # What rows are trained for, by which defaults go. Of task "generate": text, labels, chat or answers (a template's
@@ -38,13 +39,25 @@ _USUAL_DEFAULTS: Mapping[str, Any] = {
     "loss": "tokens", "relative_learning_rate": 0.3, "reparameterisation": "residual-mlp", "epochs": 6,
     "averaging": 0.0,
 }  # fmt: skip
-_TASK_DEFAULTS_OF_ENCODERS = {**_USUAL_DEFAULTS, "reparameterisation": "none", "epochs": 10}
+_DEFAULTS_WITH_COLUMNS = {**_USUAL_DEFAULTS, "reparameterisation": "none", "epochs": 10}
+_RATE_OF_RANDOM_HEAD, _RATE_OF_FITTED_HEAD = 1e-3, 1e-4
+_DEFAULTS_WITH_HEAD = {
+    **_DEFAULTS_WITH_COLUMNS, "head_init": "random", "head_learning_rate": _RATE_OF_RANDOM_HEAD,
+}  # fmt: skip
 TASK_DEFAULTS: Mapping[TaskKind, Mapping[str, Any]] = {
     "text": _USUAL_DEFAULTS,
     "labels": {**_USUAL_DEFAULTS, "loss": "labels", "reparameterisation": "none", "averaging": 0.5},
     "chat": _USUAL_DEFAULTS,
     "answers": _USUAL_DEFAULTS,
-    **dict.fromkeys(("cloze", "classify", "tag", "answer", "embed"), _TASK_DEFAULTS_OF_ENCODERS),
+    **dict.fromkeys(("cloze", "embed"), _DEFAULTS_WITH_COLUMNS),
+    **dict.fromkeys(("tag", "answer"), _DEFAULTS_WITH_HEAD),
+    "classify": {
+        **_DEFAULTS_WITH_HEAD,
+        "relative_learning_rate": 0.1,
+        "averaging": 0.5,
+        "head_init": "fit",
+        "head_learning_rate": _RATE_OF_FITTED_HEAD,
+    },
 }
 # Of releases without defaults by task, which recorded None for them or knew no such setting.
 DEFAULTS_BEFORE: Mapping[str, Any] = {"loss": "tokens", "relative_learning_rate": 0.3, "averaging": 0.0}
@@ -172,7 +185,14 @@ class TrainConfig:
     decoder_prompt: bool = option(
         False, "For an encoder-decoder: train a second soft prompt of the same length in front of the decoder's tokens."
     )
-    head_learning_rate: float = option(1e-3, "Absolute learning rate of a head that is trained beside the prompt.")
+    head_init: HeadStart | None = option(
+        None,
+        "First weights of a head that is trained beside the prompt: fit (logistic regression on the base's states "
+        "behind the initial vectors) or random, as transformers draws them. Default by task.",
+    )
+    head_learning_rate: float | None = option(
+        None, "Absolute learning rate of that head; default by task, and by how it starts."
+    )
     reparameterisation: Reparameterisation | None = option(
         None,
         "Train the vectors through a residual MLP, through a low-rank update, or directly (none); the saved prompt is "
@@ -262,6 +282,8 @@ class TrainConfig:
         left = {name: value for name, value in TASK_DEFAULTS[task].items() if getattr(self, name) in (None, "auto")}
         if self.learning_rate is not None:
             left.pop("relative_learning_rate", None)
+        if "head_learning_rate" in left and self.head_init is not None:
+            left["head_learning_rate"] = _RATE_OF_FITTED_HEAD if self.head_init == "fit" else _RATE_OF_RANDOM_HEAD
         return left
 
     def resolved(self, task: TaskKind) -> TrainConfig:

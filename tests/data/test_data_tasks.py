@@ -96,11 +96,20 @@ class TestTask:
 
     @pytest.mark.parametrize(
         ("base", "task", "pooling"),
-        [("bert", "classify", "cls"), ("bert", "embed", "mean"), ("gpt2", "classify", "last"), ("bert", "tag", None)],
+        [
+            ("bert", "classify", "cls"),
+            ("bert", "embed", "mean"),
+            ("gpt2", "classify", "last"),
+            ("bert", "tag", None),
+            ("sentences", "classify", "mean"),
+        ],
     )
     def test_pooling_goes_by_base_and_task(self, bert, base, task, pooling):
         records = {"classify": REVIEWS, "embed": PAIRS, "tag": TAGGED}[task]
-        base = bert if base == "bert" else build_base(base)
+        if base == "sentences":  # BERT without its head for masked words
+            base = build_encoder("bert", part="bare")
+        else:
+            base = bert if base == "bert" else build_base(base)
         assert with_task(rows_from_records(records), base, TrainConfig(task=task)).form.pooling == pooling
 
     def test_labels_that_are_whole_numbers_are_in_their_order_however_many(self, bert):

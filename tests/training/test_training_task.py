@@ -15,6 +15,7 @@ from softprompt.demo.tasks import TASKS
 from softprompt.engine import Request, generate
 from softprompt.evaluation import accuracy_by_likelihood
 from softprompt.families import forward_of
+from softprompt.families.task_head import HEADED_TASKS
 from softprompt.training import Candidate, prepare, train
 
 FORM = {"template": "w5 {text} w6", "completion": " {label}"}
@@ -48,10 +49,11 @@ def test_what_is_left_open_is_the_tasks_default_in_plan_and_record(tiny_llama, t
 
 
 def test_tasks_have_the_same_settings_each_of_them_open_by_default():
-    names = set(TASK_DEFAULTS["text"])
-    assert all(set(defaults) == names for defaults in TASK_DEFAULTS.values())
+    names, of_heads = set(TASK_DEFAULTS["text"]), {"head_init", "head_learning_rate"}
+    for task, defaults in TASK_DEFAULTS.items():
+        assert set(defaults) == names | (of_heads if task in HEADED_TASKS else set())
     open_settings = {item.name for item in dataclasses.fields(TrainConfig) if item.default in (None, "auto")}
-    assert names <= open_settings
+    assert names | of_heads <= open_settings
     for task in TASK_DEFAULTS:
         TrainConfig().resolved(task)
 

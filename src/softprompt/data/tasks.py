@@ -174,7 +174,9 @@ def _placement(base: Base, config: TrainConfig) -> Placement:
 
 
 def _pooling(base: Base, task: Task, config: TrainConfig) -> Pooling | None:
-    """[CLS] where the base has one, the mean for embeddings, and the last token of a causal base, which sees all.
+    """[CLS] of an encoder with a masked-LM head, the last token of a causal base, which sees all, and else the mean.
+
+    An encoder without that head is most often one of sentences, which are means over their tokens; so are embeddings.
 
     Raises ConfigError where the state to read is none of the base's.
     """
@@ -192,7 +194,7 @@ def _pooling(base: Base, task: Task, config: TrainConfig) -> Pooling | None:
         return config.pooling
     if base.kind == "causal":
         return "last"
-    return "cls" if task == "classify" and base.bos_ids else "mean"
+    return "cls" if task == "classify" and base.bos_ids and base.mask_id is not None else "mean"
 
 
 def mask_in(base: Base, template: str) -> tuple[int, int, int] | None:

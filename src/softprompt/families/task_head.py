@@ -7,7 +7,8 @@ memory for weights; given states stand in for its backbone, and its own forward 
 family needs no code of its own here.
 
 A pooler inside the backbone (BERT's) is the frozen base's own. Where the base has none it is part of the head and is
-trained, as a pooler that lies outside (DeBERTa's) always is.
+trained, as a pooler that lies outside (DeBERTa's) always is. It is made for [CLS]: a mean over the tokens goes past it,
+straight into the head. On all-MiniLM-L6-v2, whose pooler nobody trained, that is worth one to two points of accuracy.
 
 B texts, T tokens, N states, D hidden width, C classes.
 """
@@ -58,6 +59,7 @@ class TaskHead:
     base: Base
     task: Task
     num_labels: int
+    reads_mean: bool = False  # the states are means over tokens
 
     def start(self, seed: int) -> dict[str, Tensor]:
         """New weights, float32 on the CPU, by their names in transformers' class; drawn as it draws them."""
@@ -71,6 +73,17 @@ class TaskHead:
         if self.task == "classify":
             return self._model.logits(weights, states_ND[:, None])
         return self._model.logits(weights, states_ND[None])[0]
+
+    def last_inputs(self, weights: Mapping[str, Tensor], states_ND: Tensor) -> Tensor | None:
+        """What the head's last linear layer reads [N, F]; None of a head that does not end in one."""
+        states = states_ND[:, None] if self.task == "classify" else states_ND[None]
+        found = self._model.last_inputs(weights, states)
+        return None if found is None else found.flatten(0, -2)
+
+    @property
+    def last_layer(self) -> str:
+        """The name of that layer; its weights are its `weight` [C, F] and, where it has one, its `bias` [C]."""
+        return self._model.last_layer or ""
 
     @property
     def position(self) -> Position:
@@ -98,7 +111,7 @@ class TaskHead:
     @property
     def _model(self) -> _HeadedModel:
         known = _MODELS.setdefault(self.base, {})
-        key = (self.task, self.num_labels)
+        key = (self.task, self.num_labels, self.reads_mean)
         if key not in known:
             known[key] = _headed_model(self.base, *key)
         return known[key]
@@ -119,7 +132,7 @@ def task_head(base: Base, form: InputForm) -> TaskHead | None:
     num_labels = 2 if form.task == "answer" else len(form.labels)
     if not 0 < num_labels <= _MOST_LABELS:
         raise ConfigError(f"a head for the task {form.task} has 1 to {_MOST_LABELS:,} labels, not {num_labels:,}")
-    head = TaskHead(base, form.task, num_labels)
+    head = TaskHead(base, form.task, num_labels, reads_mean=form.task == "classify" and form.pooling == "mean")
     _ = head._model
     return head
 
@@ -190,14 +203,14 @@ def _pool_of(backbone: Any) -> Pool:  # Any: as above
 class _HeadedModel:
     """A headed model of transformers over given states."""
 
-    def __init__(self, model: Any, base: Base, width: int) -> None:  # Any: whatever class the family has
+    def __init__(self, model: Any, base: Base, width: int, reads_mean: bool) -> None:  # Any: whatever class it has
         self._model, self._lock = model.eval(), Lock()
         self._width, self._device = width, base.device
         name = model.base_model_prefix
         self._given = _GivenStates(getattr(model, name))
         setattr(model, name, self._given)
-        self._run({}, torch.empty(1, 1, width, device="meta"))
-        own = _own_pool(base)
+        self.last_layer = self._find_last_layer()
+        own = _past_pooler if reads_mean else _own_pool(base)
         if own is not None or not self._given.is_pooled:
             self._given.pooler = None
         self._given.pool = self._given.pool if own is None else own
@@ -210,12 +223,41 @@ class _HeadedModel:
         with self._lock:  # the weights of a call stand in the module while it runs
             return self._run(moved, states_BTD.to(wide))
 
+    def last_inputs(self, weights: Mapping[str, Tensor], states_BTD: Tensor) -> Tensor | None:
+        """[B, F] of a head that pools, else [B, T, F]."""
+        if self.last_layer is None:
+            return None
+        read: list[Tensor] = []
+        layer = self._model.get_submodule(self.last_layer)
+        hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            logits = self.logits(weights, states_BTD)
+        finally:
+            hook.remove()
+        return read[-1][: len(logits)] if read else None
+
     def start(self, seed: int) -> dict[str, Tensor]:
         """As transformers initialises them, by its own code."""
         model = copy.deepcopy(self._model).float().to_empty(device="cpu")
         with torch.no_grad(), _Drawing(seed):
             model.apply(model._init_weights)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def _find_last_layer(self) -> str | None:
+        """The linear layer whose outputs are the logits."""
+        made: dict[str, Tensor] = {}
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output, name=name: made.update({name: output}))
+            for name, layer in self._model.named_modules()
+            if isinstance(layer, nn.Linear)
+        ]
+        try:
+            logits = self._run({}, torch.empty(1, 1, self._width, device="meta"))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        last = next(reversed(made), None)
+        return last if last is not None and made[last].shape[-1] == logits.shape[-1] else None
 
     @cached_property
     def position(self) -> Position:
@@ -250,17 +292,17 @@ class _HeadedModel:
         return int(self._model.config.get_text_config().pad_token_id == 0)
 
 
-_MODELS: WeakKeyDictionary[Base, dict[tuple[Task, int], _HeadedModel]] = WeakKeyDictionary()
+_MODELS: WeakKeyDictionary[Base, dict[tuple[Task, int, bool], _HeadedModel]] = WeakKeyDictionary()
 
 
-def _headed_model(base: Base, task: Task, num_labels: int) -> _HeadedModel:
+def _headed_model(base: Base, task: Task, num_labels: int, reads_mean: bool) -> _HeadedModel:
     """Raises BaseModelError where transformers has none for the family, or one that cannot be used."""
     failure: Exception | None = None
     for width in dict.fromkeys((base.model.config.get_text_config().hidden_size, base.hidden_size)):  # OPT's is H
         try:
             with torch.device("meta"):
                 model = _CLASSES[task].from_config(_config(base, num_labels), attn_implementation="eager")
-            headed = _HeadedModel(model, base, width)
+            headed = _HeadedModel(model, base, width, reads_mean)
             _ = headed.position if task == "classify" else None
             return headed
         except Exception as error:  # whatever a class that nobody tried does with given states
@@ -282,6 +324,10 @@ def _config(base: Base, num_labels: int) -> PretrainedConfig:
     text = config.get_text_config()
     text.pad_token_id = 0 if text.pad_token_id is None else text.pad_token_id  # decoders' heads ask for one
     return config
+
+
+def _past_pooler(states_BTD: Tensor) -> Tensor:
+    return states_BTD[:, 0]
 
 
 def _own_pool(base: Base) -> Pool | None:

@@ -98,6 +98,13 @@ class Objective:
         own_states, own_owners = states_of(own, states_ND, owners_N, len(rows))
         return self.row_nats(own_states, own_owners, [rows[number] for number in own], weights)
 
+    def head_states(self, states_ND: Tensor, owners_N: Tensor, rows: Sequence[Row]) -> Tensor:
+        """What the head reads: the pooled state of each row [B, D] (classify), or the states at its columns [N, D]."""
+        return self._head_states(states_ND, owners_N, len(rows))
+
+    def _head_states(self, states_ND: Tensor, owners_N: Tensor, num_rows: int) -> Tensor:
+        return _means(states_ND, owners_N, num_rows) if self.form.task == "classify" else states_ND
+
     @cached_property
     def word_ids(self) -> tuple[tuple[int, ...], ...]:
         """Task "cloze": for each label the tokens of its words. Raises ConfigError; see `label_word_ids`."""
@@ -108,8 +115,7 @@ class Objective:
         if self.form.task == "cloze":
             return self._label_logits(states_ND)
         assert self.head is not None
-        is_pooled = self.form.task == "classify"
-        return self.head.logits(weights, _means(states_ND, owners_N, num_rows) if is_pooled else states_ND)
+        return self.head.logits(weights, self._head_states(states_ND, owners_N, num_rows))
 
     def _label_logits(self, states_BD: Tensor) -> Tensor:
         ids_U = torch.tensor([i for ids in self.word_ids for i in ids], device=states_BD.device)

@@ -11,6 +11,7 @@ from softprompt.data.rows import MAX_LABELS
 from softprompt.errors import ConfigError, shortened
 from softprompt.types import ExampleSet
 
+_SHOWN_WITH_HEAD = ("loss", "head_init", "head_learning_rate")
 _LOSS = {"labels": "loss among the labels", "tokens": "loss on every token"}
 _REPARAMETERISATION = {"none": "plain vectors", "residual-mlp": "residual MLP", "low-rank": "low-rank update"}
 
@@ -36,7 +37,8 @@ def task_line(given: TrainConfig, data: ExampleSet) -> str:
     task = task_of(data.form)
     follows = dict(given.defaults_by_task(task))
     if data.form.task != "generate":
-        follows = {**_of_head(given, data), **{name: value for name, value in follows.items() if name != "loss"}}
+        shown = {name: value for name, value in follows.items() if name not in _SHOWN_WITH_HEAD}
+        follows = {**_of_head(given.resolved(task), data), **shown}
     words = ", ".join(_words(follows)) or "every setting that goes by task is given"
     return f"task: {task} ({_reason(data)}): {words}"
 
@@ -59,11 +61,12 @@ def _of_head(given: TrainConfig, data: ExampleSet) -> dict[str, str]:
     """How the states are read, and what by."""
     form = data.form
     states = {"cls": "[CLS]", "mean": "the mean over the text", "last": "the last token", "peft": "what PEFT reads"}
+    first = "fitted " if given.head_init == "fit" else ""
     read = "" if form.pooling is None else f" over {states[form.pooling]}"
     loss = {"cloze": "loss among the label words at the mask", "embed": f"loss among the rows of a step{read}"}
     is_behind = form.placement == "after-cls" and any(example.num_before for example in data.examples[:1])
     return {
-        "head": loss.get(form.task, f"a head{read} at rate {given.head_learning_rate:g}"),
+        "head": loss.get(form.task, f"a {first}head{read} at rate {given.head_learning_rate:g}"),
         "placement": "virtual tokens behind [CLS]" if is_behind else "virtual tokens in front",
     }
 

@@ -22,6 +22,7 @@ from softprompt.loss import ObjectiveWeights, objective
 from softprompt.prompt import SoftPrompt, StartTexts, drift, starting_tensor
 from softprompt.settings import check_kinds
 from softprompt.training.events import Event, RunState
+from softprompt.training.head_start import fitted_head
 from softprompt.training.loop import TrainingLoop
 from softprompt.training.memory import fit_micro_batches
 from softprompt.training.plan import Plan, make_plan
@@ -35,7 +36,7 @@ _TOKENS_WORTH_PREPACKING = 20_000  # prepacking takes as long as some 2,000 toke
 _RATE = "relative_learning_rate"
 _LATER: Mapping[str, tuple[Any, ...]] = {  # settings with the values that earlier releases had
     "task": ("auto", "generate"), "placement": ("auto", "front"), "pooling": ("auto",), "decoder_prompt": (False,),
-    "head_learning_rate": (1e-3,), "label_words": ((),),
+    "head_learning_rate": (None, 1e-3), "head_init": (None, "random"), "label_words": ((),),
 }  # fmt: skip
 _OTHER_SEED = 1 << 31  # changed in the seed of a decoder's prompt (torch's generators read 32 bits of a seed)
 _NOT_IDENTITY = ("micro_batch_rows", "checkpoint_layers")  # settings that change how a run computes, not what
@@ -330,15 +331,15 @@ def _trial(base: Base, forward: Forward, candidate: Candidate, reader: _Reader, 
     validation = reader.examples(candidate.validation, config, data.form) if candidate.validation is not None else None
     _check_checkpointing(forward, config)
     line, config = task_line(config, data), resolved_for(config, data)
-    start_PH, start_notes = _start(base, data, config, start)
+    first_PH, start_notes = _start(base, data, config, start)
+    start_PH = first_PH.to(base.device, torch.promote_types(base.dtype, torch.float32))
     plan = make_plan(base, forward, data, config)
     read = data.report.notes + (validation.report.notes if validation is not None else ())
     kept = "the mean over the last steps" if config.averaging else "the last step"
     last_kept = (f"no validation rows: {kept} is kept",) if validation is None else ()
     return Trial(
         name=candidate.name, plan=plan, data=data, validation_data=validation, record=_record(base, data, plan, start),
-        start=start_PH.to(base.device, torch.promote_types(base.dtype, torch.float32)),
-        head=_head(base, forward, data, config, start, ranks),
+        start=start_PH, head=_head(base, forward, data, config, start, start_PH, ranks),
         score=candidate.score, group=candidate.group, task_line=line, notes=(*read, *start_notes, *last_kept),
     )  # fmt: skip
 
@@ -444,8 +445,9 @@ def _new_start(base: Base, data: ExampleSet, config: TrainConfig) -> tuple[Tenso
 
 
 def _head(
-    base: Base, forward: Forward, data: ExampleSet, config: TrainConfig, start: SoftPrompt | None, ranks: Ranks
-) -> ObjectiveWeights | None:
+    base: Base, forward: Forward, data: ExampleSet, config: TrainConfig, start: SoftPrompt | None, start_PH: Tensor,
+    ranks: Ranks,
+) -> ObjectiveWeights | None:  # fmt: skip
     """What rows with columns are trained for, with the head's first weights: new, or those of the prompt to go on."""
     trained = objective(base, forward, data.form)
     if trained is not None and trained.is_joint and ranks.count > 1:
@@ -455,10 +457,14 @@ def _head(
         )
     if trained is None or trained.head is None:
         return None if trained is None else ObjectiveWeights(trained, {})
-    if start is None or not start.head:
-        return ObjectiveWeights(trained, trained.head.start(config.seed))
-    trained.head.check(start.head, f"prompt {start.content_hash[:12]}")
-    return ObjectiveWeights(trained, start.head)
+    if start is not None and start.head:
+        trained.head.check(start.head, f"prompt {start.content_hash[:12]}")
+        return ObjectiveWeights(trained, start.head)
+    if config.head_init == "fit":
+        return ObjectiveWeights(
+            trained, fitted_head(base, forward, trained, data.examples, start_PH, config.seed, ranks)
+        )
+    return ObjectiveWeights(trained, trained.head.start(config.seed))
 
 
 def _start_texts(base: Base, data: ExampleSet, config: TrainConfig) -> StartTexts:

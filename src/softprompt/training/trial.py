@@ -76,6 +76,7 @@ class Trial:
         self._parameters = make_parameters(config, self.start, self.plan.embedding_rms)
         for name, weight in self._head_start.items():
             self._parameters.leaves[f"{_HEAD}{name}"] = _leaf(weight.to(self.start))
+            assert config.head_learning_rate is not None, "the task's defaults are filled in"
             self._parameters.rate_scales[f"{_HEAD}{name}"] = config.head_learning_rate / peak
         self._peaks = [peak * self._parameters.rate_scales[name] for name in self._parameters.leaves]
         groups = [{"params": [leaf]} for leaf in self._parameters.leaves.values()]
