@@ -57,9 +57,15 @@ class CapacityBucket:
 
 
 class KVCache:
-    """The buffers of one engine."""
+    """The buffers of one engine; of an encoder-decoder there are two caches within one budget, its own and cross."""
 
-    def __init__(self, budget_bytes: int, bytes_per_position: int, max_length: int) -> None:
+    def __init__(
+        self, budget_bytes: int, bytes_per_position: int, max_length: int, partner: KVCache | None = None
+    ) -> None:
+        """`partner` shares the budget; its positions take as many bytes."""
+        self.partner = partner
+        if partner is not None:
+            partner.partner = self
         self.budget_positions = budget_bytes // bytes_per_position
         self.bytes_per_position = bytes_per_position
         self.capacities = capacities(max_length)
@@ -72,12 +78,12 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all buffers, in use or not."""
+        """Size of all buffers, in use or not; the partner's too."""
         return self._num_positions() * self.bytes_per_position
 
     @property
     def num_bytes_in_use(self) -> int:
-        used = sum(len(bucket.slots) * bucket.buffer.capacity for bucket in self.buckets.values())
+        used = sum(len(bucket.slots) * bucket.buffer.capacity for bucket in self._buckets_in_budget())
         return used * self.bytes_per_position
 
     def preallocate(self, sample: KVBuffer, num_rows: int) -> None:
@@ -91,9 +97,12 @@ class KVCache:
             if capacity not in self.buckets and positions <= self.budget_positions // _SMALL_PART:
                 _preallocate(self._bucket(capacity), sample, num_rows)
 
-    def can_ever_fit(self, length: int) -> bool:
-        """Whether one sequence of that many positions fits into the empty cache. Any thread may ask."""
-        return self.capacities[bisect_left(self.capacities, length)] <= self.budget_positions
+    def can_ever_fit(self, *lengths: int) -> bool:
+        """Whether one sequence of that many positions, here and at the partner, fits into the empty cache.
+
+        Any thread may ask.
+        """
+        return sum(self.capacities[bisect_left(self.capacities, length)] for length in lengths) <= self.budget_positions
 
     def allocate(self, length: int) -> Slot | None:
         """A slot for `length` positions; None where there is no memory for it now."""
@@ -130,8 +139,12 @@ class KVCache:
             self.buckets[capacity] = CapacityBucket(capacity)
         return self.buckets[capacity]
 
+    def _buckets_in_budget(self) -> list[CapacityBucket]:
+        others = [] if self.partner is None else self.partner.buckets.values()
+        return [*self.buckets.values(), *others]
+
     def _num_positions(self) -> int:
-        return sum(bucket.num_positions for bucket in self.buckets.values())
+        return sum(bucket.num_positions for bucket in self._buckets_in_budget())
 
     def _has_free_row(self, bucket: CapacityBucket) -> bool:
         """Make one where needed: twice as many rows where the budget allows, else one more, taken from unused rows."""
@@ -144,7 +157,7 @@ class KVCache:
         return self._take_from_others(bucket)
 
     def _take_from_others(self, bucket: CapacityBucket) -> bool:
-        for other in self.buckets.values():
+        for other in self._buckets_in_budget():
             if other is not bucket and other.buffer.num_rows > len(other.slots):
                 _resized(other.buffer, len(other.slots))
         if self._num_positions() + bucket.buffer.capacity > self.budget_positions:

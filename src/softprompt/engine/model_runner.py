@@ -243,7 +243,7 @@ class BatchedRunner:
         spans = [_span(*plan[number]) for number in order]
         batch = cached_batch([chunks[number] for number in order], self.base.device, self._is_compiled)
         hidden = self.forward.packed_hidden_states(*embed_spans(self.base, spans), batch)
-        ends = _ends(chunks, order)
+        ends = ends_of_chunks(chunks, order)
         prompt_states = [
             (sequence, hidden[int(ends[number]) + 1 - count :][sequence.with_prompt_logprobs(count)])
             for number, (sequence, count) in enumerate(plan)
@@ -299,7 +299,7 @@ def _usable_keys(sequence: Sequence) -> list[tuple[int, Key]]:
     return [pair for pair in sequence.prefix_keys if pair[0] <= sequence.max_reusable_tokens + 1]
 
 
-def _ends(chunks: SequenceOf[QueryChunk], order: SequenceOf[int]) -> Tensor:
+def ends_of_chunks(chunks: SequenceOf[QueryChunk], order: SequenceOf[int]) -> Tensor:
     """Where each chunk ends in a forward that runs them in that order."""
     ends = torch.empty(len(chunks), dtype=torch.long)
     ends[torch.tensor(order)] = torch.tensor([chunks[number].num_tokens for number in order]).cumsum(0) - 1

@@ -54,6 +54,12 @@ class Seq2SeqForward(Forward):
     decoder_scale: float = 1.0  # the decoder multiplies the embeddings that it is given by this
     state_scale: float = 1.0  # the decoder's last states are multiplied by this before the head (T5 v1.0)
 
+    @property
+    def state_width(self) -> int:
+        """D, the width of the encoder's states."""
+        config: Any = self.encoder.config  # Any: transformers' settings
+        return int(config.hidden_size)
+
     def encode(self, embeds_BSH: Tensor, mask_BS: Tensor) -> Tensor:
         """The encoder's states [B, S, D] of input embeddings; `mask_BS` is 0 at pads, which lie behind a row."""
         with self.head.kernels.active():
