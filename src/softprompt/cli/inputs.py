@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields as dataclass_fields
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,7 +113,8 @@ def recorded_sets(prompts: Mapping[str, SoftPrompt], *, offline: bool = False) -
             continue
         try:
             recorded = _recorded(prompt.record.run)
-            key = (recorded.rows_hash, prompt.record.form)
+            form = replace(prompt.record.form, has_decoder_prompt=False)  # of the prompt alone; the rows are the same
+            key = (recorded.rows_hash, form)
             if key not in [known for known, _ in found.values()]:
                 rows = _read(recorded, prompt.record.form, offline)
                 title = Path(rows.source).name

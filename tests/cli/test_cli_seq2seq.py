@@ -1,0 +1,84 @@
+"""The commands on the folder of an encoder-decoder: train, compare, generate, prompts show, predict."""
+
+import json
+
+import pytest
+from support.command_line import run, succeed
+from support.material import QUICK, review, sentence, write_csv
+from support.seq2seq_bases import build_model, build_tokenizer
+
+PAIRS = ("--template", "{text}", "--completion", "{answer}")
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases") / "t5"
+    build_model("t5").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", [review(seed) for seed in range(24)])
+
+
+@pytest.fixture(scope="module")
+def trained(t5_folder, reviews, tmp_path_factory):
+    """Two runs: a prompt for the encoder, and one for both sides."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in (("one", ()), ("both", ("--decoder-prompt",))):
+        where = ("--base", t5_folder, "--data", reviews, "--validation", 6, "--test", 6)
+        done = succeed("train", *where, *QUICK, "--template", "w5 {text} w6", "--completion", " {label}",
+                       "--out", folder / name, *flags)  # fmt: skip
+        assert "task: labels" in done.err
+    return folder
+
+
+def test_a_prompt_is_trained_shown_and_answers(t5_folder, trained, reviews):
+    base = ("--base", t5_folder, "--dtype", "float32")
+    shown = succeed("prompts", "show", trained / "one", *base, "--json").json
+    assert shown["shape"] == [3, 16] and len(shown["nearest"]) == 3
+    answers = succeed("generate", *base, "--prompt", trained / "one", "w7 w8", "--json").json
+    labels = {review(seed)["label"] for seed in range(2)}
+    text = json.dumps(answers)
+    assert any(label in text for label in labels)
+
+
+@pytest.mark.medium
+def test_prompts_of_both_shapes_are_compared_and_looked_into(t5_folder, trained):
+    base = ("--base", t5_folder, "--dtype", "float32")
+    prompts = [flag for name in ("one", "both") for flag in ("--prompt", trained / name)]
+    found = succeed("compare", *base, *prompts, "--input", "w7 w8", "--json").json
+    assert {item["prompt"] for item in found["losses"]} == {None, "one", "both"}
+    assert len(found["accuracies"]) == 3
+    shown = succeed("prompts", "show", trained / "both", *base, "--leave-out").out
+    assert "3 x 16, and 3 more for the decoder" in shown
+    raw = succeed("generate", *base, "--prompt", trained / "both", "w7 w8", "--raw", "--max-new-tokens", 3)
+    assert raw.out.strip()
+
+
+@pytest.mark.medium
+def test_candidates_are_trained_on_pairs(t5_folder, tmp_path):
+    rows = [{"text": sentence(seed), "answer": sentence(seed + 50)} for seed in range(10)]
+    data = write_csv(tmp_path / "pairs.csv", rows)
+    where = ("--base", t5_folder, "--data", data, *QUICK, *PAIRS)
+    done = succeed("train", *where, "--out", tmp_path / "many", "--candidates", 2, "--validation", 3)
+    assert "saved to" in done.err
+
+
+def test_a_text_alone_is_refused_with_what_to_give(t5_folder, tmp_path):
+    data = tmp_path / "texts.txt"
+    data.write_text("w7 w8\n\nw9 w10\n")
+    complaint = run("train", "--base", t5_folder, "--data", data, *QUICK, "--out", tmp_path / "run").complaint
+    assert "is an encoder-decoder, which reads one text and writes another" in complaint
+    assert "--template" in complaint and "--completion" in complaint
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.medium
+def test_a_decoder_prompt_is_refused_on_a_base_without_a_decoder_of_its_own(base_folder, reviews, tmp_path):
+    refused = run(
+        "train", "--base", base_folder, "--data", reviews, *QUICK, "--decoder-prompt", "--out", tmp_path / "r"
+    )
+    assert "decoder_prompt is for encoder-decoders" in refused.complaint
