@@ -45,7 +45,7 @@ def plain_labels(base, rows, prompt):
         states = plain_states(base, example, prompt)[list(example.columns)]
         if rows.form.task == "cloze":
             logits = base.model.cls(states)[0]
-            found.append([float(logits[base.word_ids(word)[0]]) for word in WORDS])
+            found.append([float(logits[base.encode(word)[0]]) for word in WORDS])
         else:
             head = task_head(base, rows.form)
             found.append(head.logits(prompt.head, states.mean(dim=0, keepdim=True))[0].tolist())
@@ -104,7 +104,7 @@ def test_the_bare_base_fills_the_mask_without_a_prompt(bert):
     for example, label in zip(build_task_examples(bert, rows, max_length=LIMIT).examples, own, strict=True):
         with torch.no_grad():
             logits = bert.model(torch.tensor([example.ids])).logits[0, example.columns[0]]
-        right += int(logits[[bert.word_ids(word)[0] for word in WORDS]].argmax()) == label
+        right += int(logits[[bert.encode(word)[0] for word in WORDS]].argmax()) == label
     assert judge(bert, rows, untrained(bert, rows.form), "loss", train_rows=9).bare_base == right / 24
 
 

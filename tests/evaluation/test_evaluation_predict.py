@@ -158,7 +158,7 @@ class TestUnsure:
         texts = [text_of(i) for i in range(8)]
         raw, cooled = (
             list(predict(tiny_llama, prompt, texts, PredictConfig(probabilities=True)))
-            for prompt in (soft(tiny_llama), calibrated(tiny_llama, [0.9], [], temperature=2.0))
+            for prompt in (soft(tiny_llama), calibrated(tiny_llama, [0.9] * 10, [], temperature=2.0))
         )
         for before, after in zip(raw, cooled, strict=True):
             odds = before.probabilities["w56"] / before.probabilities["w91"]
@@ -167,9 +167,9 @@ class TestUnsure:
 
     def test_an_answer_below_the_threshold_is_unsure(self, tiny_llama):
         texts = [text_of(i) for i in range(20)]
-        plain = [item.confidence for item in predict(tiny_llama, calibrated(tiny_llama, [0.9], []), texts)]
+        plain = [item.confidence for item in predict(tiny_llama, calibrated(tiny_llama, [0.9] * 10, []), texts)]
         middle = sorted(plain)[10]
-        prompt = calibrated(tiny_llama, [middle, 0.99], [middle - 1e-6, middle - 1e-6])
+        prompt = calibrated(tiny_llama, [middle] * 10, [middle - 1e-6] * 3)
         found = list(predict(tiny_llama, prompt, texts))
         assert [item.is_unsure for item in found] == [share < middle for share in plain]
         assert sum(item.is_unsure for item in found) == 10
@@ -177,7 +177,7 @@ class TestUnsure:
         assert not any(item.is_unsure for item in given)
 
     def test_where_no_threshold_gives_the_accuracy_every_answer_is_unsure(self, tiny_llama):
-        prompt = calibrated(tiny_llama, [0.6], [0.99])
+        prompt = calibrated(tiny_llama, [0.6] * 10, [0.99] * 8)
         assert all(item.is_unsure for item in predict(tiny_llama, prompt, [text_of(i) for i in range(5)]))
         low = PredictConfig(target_accuracy=0.5)
         assert not all(item.is_unsure for item in predict(tiny_llama, prompt, [text_of(i) for i in range(5)], low))

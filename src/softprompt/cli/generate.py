@@ -69,6 +69,8 @@ def command(
     base = load(base_config)
     with warnings_as_lines():
         soft = load_prompt(resolve_prompt(prompt, library), base, force=force) if prompt is not None else None
+    if soft is not None:
+        _refuse_head(str(prompt), soft)
     for note in stop_notes(base, sampling.stop):
         say(f"note: {note}")
     config = config_of(EngineConfig, flags)
@@ -97,6 +99,15 @@ def _inputs(texts: Sequence[str], fields: Sequence[str], messages: Sequence[str]
     if fields:
         return [parse_fields(fields)]
     return [parse_messages(messages)] if messages else list(texts)
+
+
+def _refuse_head(name: str, soft: SoftPrompt) -> None:
+    """Raises ConfigError for a prompt that writes no text."""
+    task = soft.record.form.task
+    if task != "generate":
+        raise ConfigError(
+            f"prompt {name} was trained for task {task}, which writes no text; softprompt predict answers rows with it"
+        )
 
 
 def _is_among_labels(soft: SoftPrompt, sampling: SamplingConfig, raw: bool) -> bool:

@@ -145,7 +145,9 @@ def _from_folder(path: str | None, folder: Path) -> str | None:
 
 
 def _read(recorded: _Recorded, form: InputForm, offline: bool) -> Rows:
-    split = split_rows(recorded.config, seed=recorded.seed, offline=offline, form=form)
-    if split.test is None or held_out_record(split.test)["hash"] != recorded.rows_hash:
+    rows = split_rows(recorded.config, seed=recorded.seed, offline=offline, form=form).test
+    if rows is not None and form.task != "generate":
+        rows = replace(rows, form=form)  # the template was given before its task was known
+    if rows is None or held_out_record(rows)["hash"] != recorded.rows_hash:
         raise DataError(f"{recorded.config.data} has changed since the training")
-    return split.test
+    return rows

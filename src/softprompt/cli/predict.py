@@ -147,7 +147,7 @@ def _confidence_lines(soft: SoftPrompt, config: PredictConfig) -> Iterator[str]:
     calibration = sureness(soft, config).calibration
     if calibration is None:
         is_fitted = soft.record.form.task not in ("tag", "answer")
-        why = "the prompt was trained without labelled validation rows" if is_fitted else "those of labels alone are"
+        why = "the prompt was trained without labelled validation rows" if is_fitted else "only those of labels can be"
         marks = "" if config.threshold is not None else ", and no answer is marked unsure unless --threshold is given"
         yield f"note: confidences are uncalibrated: {why}{marks}"
         return

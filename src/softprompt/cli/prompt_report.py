@@ -16,10 +16,11 @@ from softprompt.base import Base
 from softprompt.cli.command import config_of, given_flags
 from softprompt.cli.console import print_json, print_list, print_table, say
 from softprompt.cli.inputs import recorded_sets
-from softprompt.config import DataConfig
+from softprompt.config import DataConfig, PredictConfig
 from softprompt.data import Rows, build_examples, read_rows
 from softprompt.errors import ConfigError, SoftpromptError
 from softprompt.evaluation import Interval, LeaveOneOut, leave_one_out
+from softprompt.evaluation.calibrate import threshold_line
 from softprompt.families import forward_of
 from softprompt.prompt import (
     Drift,
@@ -31,6 +32,7 @@ from softprompt.prompt import (
     nearest_tokens,
 )
 from softprompt.storage import Library
+from softprompt.types import InputForm
 
 _LARGEST_MATRIX = 10  # prompts
 _MOST_PAIRS = 20
@@ -62,6 +64,7 @@ class Inspection:
         return {
             "content_hash": self.prompt.content_hash,
             "shape": list(self.prompt.tensor.shape),
+            "head": {name: list(weight.shape) for name, weight in self.prompt.head.items()},
             "norms": self.norms,
             "relative_norms": self.relative_norms,
             "drift": [token.to_json() for token in self.drift],
@@ -153,11 +156,17 @@ def _record_rows(prompt: SoftPrompt) -> list[list[str]]:
         "base": record.base_name or "unknown",
         "base fingerprint": record.base_fingerprint or "unknown",
         "input form": record.form.kind if record.form.template is None else repr(record.form.template),
+        "task": record.form.task if record.form.task != "generate" else "",
         "labels": ", ".join(label.strip() or repr(label) for label in record.form.labels),
+        "label words": _label_words(record.form),
+        "pooling": record.form.pooling or "",
+        "placement": _placement(record.form),
+        "head": _head_text(prompt),
         "trained further from": record.parent or "",
         "data": Path(str(run.get("source", ""))).name,
         "steps": str(run.get("kept_step", "")),
         "training loss": _curve(run.get("losses")),
+        "confidence": _confidence(run.get("held_out")),
         "does it help": "" if (judgement := Judgement.from_json(run.get("held_out"))) is None else judgement.text,
     }
     return [[name, value] for name, value in rows.items() if value]
@@ -165,6 +174,34 @@ def _record_rows(prompt: SoftPrompt) -> list[list[str]]:
 
 def _for_decoder(prompt: SoftPrompt) -> str:
     return f", and {prompt.num_decoder_tokens} more for the decoder" if prompt.num_decoder_tokens else ""
+
+
+def _label_words(form: InputForm) -> str:
+    pairs = zip(form.labels, form.label_words, strict=False)
+    return "; ".join(f"{label}: {', '.join(words)}" for label, words in pairs if words != (label,))
+
+
+def _placement(form: InputForm) -> str:
+    behind = "behind [CLS]" if form.placement == "after-cls" else ""
+    if form.has_decoder_prompt:
+        return "in front of the encoder's text, and of the decoder's"
+    return behind or ("in front of the text" if form.task != "generate" else "")
+
+
+def _head_text(prompt: SoftPrompt) -> str:
+    """The head's weights and their number."""
+    if not prompt.head:
+        return ""
+    count = sum(weight.numel() for weight in prompt.head.values())
+    listed = ", ".join(f"{name} {'x'.join(map(str, weight.shape))}" for name, weight in prompt.head.items())
+    return f"{count:,} parameters beside {prompt.tensor.numel():,} of the vectors: {listed}"
+
+
+def _confidence(held_out: Any) -> str:  # Any: a record is JSON, and may be a stranger's
+    judgement = Judgement.from_json(held_out)
+    if judgement is None or judgement.calibration is None:
+        return ""
+    return threshold_line(judgement.calibration, PredictConfig().target_accuracy)
 
 
 def _curve(losses: Any) -> str:  # Any: a record is JSON, and may be a stranger's

@@ -34,15 +34,17 @@ def list_prompts(library: str, as_json: bool) -> None:
     if as_json:
         print_json([asdict(entry) for entry in entries])
         return
+    has_tasks = any(entry.task not in (None, "generate") for entry in entries)
     rows = [
-        [entry.name, shape_text(entry.num_virtual_tokens, entry.hidden_size), entry.base_name or "",
+        [entry.name, shape_text(entry.num_virtual_tokens, entry.hidden_size),
+         *([entry.task or ""] if has_tasks else []), entry.base_name or "",
          (entry.created or "")[:10], f"{entry.num_bytes:,}", (entry.content_hash or "")[:8],
          "ok" if entry.problem is None else "broken"]
         for entry in entries
     ]  # fmt: skip
-    columns = ["name", "shape", "base", "created", "bytes", "hash", "state"]
+    columns = ["name", "shape", *(["task"] if has_tasks else []), "base", "created", "bytes", "hash", "state"]
     title = f"{library}: {len(rows)} prompt{'' if len(rows) == 1 else 's'}"
-    print_list(title, columns, rows, whole=("shape", "created", "bytes", "hash", "state"))
+    print_list(title, columns, rows, whole=("shape", "task", "created", "bytes", "hash", "state"))
     for entry in entries:
         if entry.problem is not None:
             print_words(f"{entry.name} is broken: {entry.problem}")

@@ -49,6 +49,9 @@ def generate(
             raise ConfigError("sampling is given twice, third and by its name; give it once")
         prompt, sampling = None, prompt
     check_kinds(base=(base, Base), prompt=(prompt, SoftPrompt), sampling=(sampling, SamplingConfig))
+    if prompt is not None and prompt.record.form.task != "generate":
+        task = prompt.record.form.task
+        raise ConfigError(f"the prompt is for task {task}, which writes no text; softprompt.predict answers with it")
     given = input_list(requests, "requests", also=(Request,))
     made = [item if isinstance(item, Request) else _request(base, prompt, item) for item in given]
     wanted = [_with_defaults(request, sampling or SamplingConfig()) for request in made]

@@ -34,7 +34,7 @@ class Baselines:
     held_out: str
     majority_label: str
     majority: float  # always answering that label
-    template: float  # the bare base, with the best of the templates
+    template: float | None  # the bare base, with the best of the templates; None for a head, which it lacks
     num_templates: int  # tried; 1: only the prompt's own
 
 
@@ -52,26 +52,29 @@ class Verdict:
     @property
     def is_better(self) -> bool:
         """Better than both baselines, beyond chance."""
-        return self.interval.low > max(self.baselines.majority, self.baselines.template)
+        return self.interval.low > max(self.baselines.majority, self.baselines.template or 0.0)
 
     @property
     def text(self) -> str:
         """The verdict in plain words."""
         known, low, high = self.baselines, _of_100(self.interval.low), _of_100(self.interval.high)
         template = f"best of {known.num_templates} templates" if known.num_templates > 1 else "same template"
+        bare = "" if known.template is None else f", the bare base with the {template} {_of_100(known.template)}"
         only = f" It answers {self.only_label!r} to every row." if self.only_label is not None else ""
         return (
             f"On {self.num_rows:,} rows of {known.held_out}, {self.prompt} is right {_of_100(self.accuracy)} times in "
             f"100 ({low} to {high}); always answering {known.majority_label!r} would be right {_of_100(known.majority)}"
-            f", the bare base with the {template} {_of_100(known.template)}.{only} {self._conclusion()}"
+            f"{bare}.{only} {self._conclusion()}"
         )
 
     def _conclusion(self) -> str:
         known = self.baselines
         always = f"always answering {known.majority_label!r}"
-        rival, share = max((always, known.majority), ("the bare base", known.template), key=lambda pair: pair[1])
+        rivals = [(always, known.majority)]
+        rivals += [] if known.template is None else [("the bare base", known.template)]
+        rival, share = max(rivals, key=lambda pair: pair[1])
         if self.is_better:
-            return "That is better than both."
+            return "That is better than both." if len(rivals) > 1 else "That is better."
         return f"That is worse than {rival}." if self.interval.high < share else f"That is no better than {rival}."
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from softprompt.evaluation.classification import wilson_interval
 from softprompt.prompt import Calibration, ThresholdChoice
-from softprompt.prompt.calibration import rounded
+from softprompt.prompt.calibration import LEAST_KEPT, rounded
 
-_LEAST_SCALE, _GREATEST_SCALE = 1e-4, 1e4  # of 1 / T
+_LEAST_SCALE, _GREATEST_SCALE = 1e-2, 1e4  # of 1 / T: scores that say nothing of the labels end at the first
 _HALVINGS = 100
 
 
@@ -80,8 +80,8 @@ def threshold_line(calibration: Calibration, target_accuracy: float) -> str:
     rows = f"the {calibration.rows:,} validation rows"
     if choice is None:
         return (
-            f"on {rows} no confidence is enough to be right in {target_accuracy:.0%}, so every answer is unsure; "
-            "--target-accuracy asks for less, --threshold sets one"
+            f"on {rows} no confidence is enough to be right in {target_accuracy:.0%} of {LEAST_KEPT} rows or more, so "
+            "every answer is unsure; --target-accuracy asks for less, --threshold sets one"
         )
     few = "; chosen on so few rows, it is a rough one" if calibration.rows < _FEW_ROWS else ""
     return f"an answer is sure at a confidence of {choice.threshold:.3f} or more: {_kept(choice, rows)}{few}"

@@ -46,9 +46,9 @@ class Accuracy:
     held_out: str
     prompt: str | None  # its name, or that of the set of prompts
     num_rows: int
-    by_likelihood: float  # share of rows whose own label is the likeliest
+    by_likelihood: float  # share of rows whose own label is the likeliest, of a head that with the highest logit
     interval: Interval  # of `by_likelihood` (Wilson), at 95 %
-    generated: float | None  # share of rows whose greedy answer is the label; None for a vote
+    generated: float | None  # share of rows whose greedy answer is the label; None for a vote and for a head
     wrong_rows: tuple[int, ...]  # source indices, by likelihood
     calibrated: bool  # whether the likelihoods were; `generated` never is
     f1_macro: float  # mean F1 over the labels that occur, by likelihood
@@ -120,9 +120,27 @@ def accuracy_from_labels(
     members: Mapping[str, float] | None = None,
 ) -> Accuracy:
     """The figures of a contender that predicts for each row the label whose index is in `found`."""
-    confusion = confusion_matrix(known.own, found, len(known.labels))
-    classes = class_scores(known.labels, confusion)
-    wrong = [index for index, own, guess in zip(known.indices, known.own, found, strict=True) if own != guess]
+    return accuracy_from_found(
+        set_name, name, known.labels, known.own, known.indices, found, generated, calibrated=calibrated, members=members
+    )
+
+
+def accuracy_from_found(
+    set_name: str,
+    name: str | None,
+    labels: Sequence[str],
+    truth: Sequence[int],
+    indices: Sequence[int],
+    found: Sequence[int],
+    generated: float | None = None,
+    *,
+    calibrated: bool = False,
+    members: Mapping[str, float] | None = None,
+) -> Accuracy:
+    """The same of rows whose true labels are `truth` and whose indices in the source are `indices`."""
+    confusion = confusion_matrix(truth, found, len(labels))
+    classes = class_scores(labels, confusion)
+    wrong = [index for index, own, guess in zip(indices, truth, found, strict=True) if own != guess]
     num_rows = len(found)
     return Accuracy(
         held_out=set_name,

@@ -16,7 +16,9 @@ from softprompt.errors import ConfigError, shortened
 from softprompt.evaluation.baselines import Baselines, Verdict, baselines, verdicts
 from softprompt.evaluation.classification import Accuracy, accuracies
 from softprompt.evaluation.ensemble import Ensembles, check_ensembles, vote_accuracies
+from softprompt.evaluation.head_figures import head_figures
 from softprompt.evaluation.heldout import HeldOutLoss, contenders, held_out_losses
+from softprompt.evaluation.predict import Prediction, predict
 from softprompt.evaluation.scores import TaskScore, check_scores, task_scores
 from softprompt.families import Forward, forward_of
 from softprompt.prompt import SoftPrompt
@@ -95,7 +97,9 @@ def compare(
 
     An input is a text, fields of a template or chat messages, and each prompt gets it in its own form (`form_ids`),
     for example a text in its template. The bare base gets the first prompt's form, and for fields the first template
-    among the prompts. With `raw`, texts are used unchanged. All answer freely, prompts with labels too.
+    among the prompts. With `raw`, texts are used unchanged. All answer freely, prompts with labels too; a prompt with a
+    head answers by it, and so do label words at a mask. What a head finds in a set is measured by its own scores,
+    beside the bare base where that needs no head, and else beside what needs no model.
 
     Raises DataError or LengthError for an input or a set that cannot be used, ConfigError for a prompt
     called `base`, an ensemble with the name of a prompt, and a score or an ensemble that no set suits,
@@ -107,23 +111,29 @@ def compare(
     inputs, ensembles = input_list(inputs, "inputs"), ensembles or {}
     scoring, sets = scoring or ScoreConfig(), dict(held_out or {})
     _check_contenders(prompts, ensembles)
-    check_scores(scoring, sets)
-    check_ensembles(ensembles, sets)
+    heads = {name: prompt for name, prompt in prompts.items() if prompt.record.form.task != "generate"}
+    texts = {name: prompt for name, prompt in prompts.items() if name not in heads}
+    _check_heads(heads, ensembles, scoring, raw)
+    with_text = sets if texts or ensembles or not heads else {}  # sets on which text is scored
+    check_scores(scoring, with_text)
+    check_ensembles(ensembles, with_text)
     forward = forward_of(base)
     voters = [prompt for members in ensembles.values() for prompt in members.values()]
     max_length = _max_row_tokens(base, [*prompts.values(), *voters])
-    examples = {name: build_examples(base, rows, eos=True, max_length=max_length) for name, rows in sets.items()}
-    found = _all_accuracies(base, forward, prompts, ensembles, sets, max_length, scoring.calibrate)
+    examples = {name: build_examples(base, rows, eos=True, max_length=max_length) for name, rows in with_text.items()}
+    found = _all_accuracies(base, forward, texts, ensembles, with_text, max_length, scoring.calibrate)
+    own_sets = {f"{name} (heads)" if with_text else name: rows for name, rows in sets.items()} if heads else {}
+    of_heads = head_figures(base, forward, heads, own_sets, max_length, seed)
     return Comparison(
         base_name=base.name,
         prompts={name: prompt.num_virtual_tokens for name, prompt in prompts.items()},
         answered=tuple(_answer_all(base, forward, prompts, inputs, sampling or SamplingConfig(), raw)),
-        losses=tuple(held_out_losses(base, forward, prompts, examples, seed)),
-        accuracies=found,
-        baselines=_baselines(base, forward, found, sets),
+        losses=(*held_out_losses(base, forward, texts, examples, seed), *of_heads.losses),
+        accuracies=(*found, *of_heads.accuracies),
+        baselines={**_baselines(base, forward, found, sets), **of_heads.baselines},
         base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters()),
         prompt_bytes=sum(prompt.num_bytes for prompt in [*prompts.values(), *voters]),
-        scores=tuple(task_scores(base, forward, prompts, sets, scoring, max_length, seed)),
+        scores=(*task_scores(base, forward, texts, with_text, scoring, max_length, seed), *of_heads.scores),
         ensembles={name: len(members) for name, members in ensembles.items()},
         peak_bytes=peak_bytes(),
     )
@@ -143,6 +153,25 @@ def _check_contenders(prompts: Mapping[str, SoftPrompt], ensembles: Ensembles) -
     both = sorted(prompts.keys() & ensembles.keys())
     if both:
         raise ConfigError(f"a prompt and an ensemble are both called {both[0]!r}; rename one")
+
+
+def _check_heads(heads: Mapping[str, SoftPrompt], ensembles: Ensembles, scoring: ScoreConfig, raw: bool) -> None:
+    """Raises ConfigError for what a prompt that writes no text cannot do."""
+    for name, members in ensembles.items():
+        for own, member in members.items():
+            if member.record.form.task != "generate":
+                raise ConfigError(
+                    f"{own} of {name} is for task {member.record.form.task}; such prompts do not vote yet"
+                )
+    for name, prompt in heads.items():
+        if raw:
+            raise ConfigError(
+                f"raw continues a text, and {name} (task {prompt.record.form.task}) writes none; leave it out"
+            )
+        if scoring.calibrate:
+            raise ConfigError(
+                f"calibrate is about label likelihoods, and {name} has the logits of its own; leave it out"
+            )
 
 
 def _max_row_tokens(base: Base, prompts: Sequence[SoftPrompt]) -> int:
@@ -172,15 +201,33 @@ def _answer_all(
     base: Base, forward: Forward, prompts: Mapping[str, SoftPrompt], inputs: Sequence[Input], sampling: SamplingConfig,
     raw: bool,
 ) -> list[InputAnswers]:  # fmt: skip
-    forms = [prompt.record.form for prompt in prompts.values()]
+    forms = [prompt.record.form for prompt in prompts.values() if prompt.record.form.task == "generate"]
+    heads = {name: prompt for name, prompt in prompts.items() if prompt.record.form.task != "generate"}
+    of_heads = {name: [_shown_answer(item) for item in predict(base, own, inputs)] for name, own in heads.items()}
+    writers = [(name, own) for name, own in contenders(prompts) if name not in heads and (forms or not heads)]
 
     def ids(item: Input, prompt: SoftPrompt | None) -> tuple[int, ...]:
         form = _form_for_bare(forms, item) if prompt is None else prompt.record.form
         return form_ids(base, None if raw and isinstance(item, str) else form, item)
 
-    requests = [Request(ids(item, prompt), prompt) for item in inputs for _, prompt in contenders(prompts)]
-    texts = iter([answer.text for answer in generate(base, requests, sampling, forward=forward)])
-    return [InputAnswers(_shown(item), {name: next(texts) for name, _ in contenders(prompts)}) for item in inputs]
+    requests = [Request(ids(item, prompt), prompt) for item in inputs for _, prompt in writers]
+    texts = iter([answer.text for answer in generate(base, requests, sampling, forward=forward)] if requests else [])
+    return [
+        InputAnswers(
+            _shown(item),
+            {name: next(texts) for name, _ in writers} | {name: own[number] for name, own in of_heads.items()},
+        )
+        for number, item in enumerate(inputs)
+    ]
+
+
+def _shown_answer(found: Prediction) -> str:
+    if found.error is not None:
+        return f"no answer: {found.error}"
+    if found.embedding is not None:
+        return f"a vector of {len(found.embedding):,} numbers"
+    answer = found.label or found.answer or " ".join(tag or "-" for tag in found.tags or ())
+    return f"{answer} ({found.confidence:.3f})"
 
 
 def _form_for_bare(forms: Sequence[InputForm], item: Input) -> InputForm | None:

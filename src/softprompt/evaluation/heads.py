@@ -20,7 +20,7 @@ from softprompt.data.rows import RowText
 from softprompt.data.task_examples import TaskEncoder, TaskInput
 from softprompt.errors import ConfigError, DataError, EncodingError
 from softprompt.evaluation.classification import class_scores, confusion_matrix, macro_f1, share_right
-from softprompt.evaluation.heldout import max_text_tokens
+from softprompt.evaluation.heldout import CONFIDENCE, NUM_RESAMPLES, Interval, max_text_tokens
 from softprompt.evaluation.spans import Entity, answer_f1, best_span, entities, entity_f1, exact_match, has_prefixes
 from softprompt.families import Forward
 from softprompt.loss.objective import head_outputs
@@ -31,9 +31,9 @@ WITH_LABELS: tuple[Task, ...] = ("cloze", "classify")
 WITHOUT_BARE: tuple[Task, ...] = ("classify", "tag", "answer")  # tasks whose head the bare base lacks
 
 
-def rows_for(rows: Rows, prompt: SoftPrompt) -> Rows:
-    """The rows in the prompt's own form."""
-    return replace(rows, form=prompt.record.form)
+def rows_for(rows: Rows, form: InputForm) -> Rows:
+    """The rows in a prompt's own form."""
+    return replace(rows, form=form)
 
 
 def label_logits(
@@ -62,12 +62,40 @@ def labelled_examples(base: Base, rows: Rows, max_length: int) -> LabelledExampl
 
 @dataclass(frozen=True)
 class RowScores:
-    """One score of one contender: a value for each row, and the whole, which is not always their mean."""
+    """One score of one contender. Each row is so much of so much, and the whole the quotient of the two sums."""
 
     name: str
-    values: tuple[float, ...]
-    value: float
+    parts: tuple[tuple[float, float], ...]  # of each row: words right and words, say
+    values: tuple[float, ...]  # of each row alone
     indices: tuple[int, ...]  # of the rows, in the source
+
+    @property
+    def value(self) -> float:
+        """Of all rows together; 0 where there is nothing to find."""
+        return _quotient(*(sum(own) for own in zip(*self.parts, strict=True)))
+
+    @classmethod
+    def mean(cls, name: str, values: Sequence[float], indices: tuple[int, ...]) -> RowScores:
+        """A score that is the mean over the rows."""
+        return cls(name, tuple((value, 1.0) for value in values), tuple(values), indices)
+
+
+def _quotient(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def ratio_interval(ours: RowScores, theirs: RowScores, seed: int = 0) -> Interval | None:
+    """Percentile bootstrap over rows of the difference of two scores of the same rows; None for a single row."""
+    num_rows = len(ours.parts)
+    if num_rows < 2:
+        return None
+    draws = np.random.default_rng(seed).integers(0, num_rows, (NUM_RESAMPLES, num_rows))
+    values = []
+    for scores in (ours, theirs):
+        part, whole = np.array(scores.parts)[draws].sum(axis=1).T
+        values.append(np.divide(part, whole, out=np.zeros_like(part), where=whole > 0))
+    low, high = np.quantile(values[0] - values[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(low), float(high))
 
 
 def row_scores(base: Base, forward: Forward, rows: Rows, prompt: SoftPrompt | None, max_length: int) -> list[RowScores]:
@@ -145,13 +173,13 @@ def _scores_of_tags(form: InputForm, tagged: _Tagged, guesses: Sequence[Sequence
         [entities([both[side] for both in pair], has_prefixes=prefixed) for pair, _ in kept] for side in (0, 1)
     )
     indices = tuple(index for _, index in kept)
-    each = tuple(_row_f1(own, guess) for own, guess in zip(truth, found, strict=True))
+    both = list(zip(truth, found, strict=True))
+    each = tuple(_row_f1(own, guess) for own, guess in both)
     right = [sum(own == guess for own, guess in pair) for pair, _ in kept]
     shares = tuple(count / len(pair) for count, (pair, _) in zip(right, kept, strict=True))
-    return [
-        RowScores("entity_f1", each, entity_f1(truth, found), indices),
-        RowScores("accuracy", shares, sum(right) / sum(len(pair) for pair, _ in kept), indices),
-    ]
+    counts = tuple((2.0 * len(set(own) & set(guess)), float(len(own) + len(guess))) for own, guess in both)
+    words = tuple((float(count), float(len(pair))) for count, (pair, _) in zip(right, kept, strict=True))
+    return [RowScores("entity_f1", counts, each, indices), RowScores("accuracy", words, shares, indices)]
 
 
 def _row_f1(truth: Sequence[Entity], found: Sequence[Entity]) -> float:
@@ -206,7 +234,7 @@ def _scores_of_answers(asked: _Asked, answers: Sequence[str]) -> list[RowScores]
     for name, score in scores.items():
         pairs = zip(answers, asked.texts, strict=True)
         values = tuple(score(answer, references) for answer, (_, _, references) in pairs)
-        found.append(RowScores(name, values, sum(values) / len(values), asked.indices))
+        found.append(RowScores.mean(name, values, asked.indices))
     return found
 
 
@@ -230,7 +258,7 @@ def _embed_scores(
     ranks_N = 1 + (similar_NN >= own_N[:, None]).sum(axis=1)
     indices = tuple(rows.indices[position] for position, _ in kept)
     values = {"accuracy_at_1": (ranks_N == 1).astype(float), "mrr": 1 / ranks_N}
-    return [RowScores(name, tuple(own.tolist()), float(own.mean()), indices) for name, own in values.items()]
+    return [RowScores.mean(name, own.tolist(), indices) for name, own in values.items()]
 
 
 def _is_pair(text: RowText) -> bool:
@@ -266,7 +294,7 @@ def criterion_score(base: Base, forward: Forward, rows: Rows, prompt: SoftPrompt
 
     Raises ConfigError where its task has no such score.
     """
-    own = rows_for(rows, prompt)
+    own = rows_for(rows, prompt.record.form)
     task, max_length = own.form.task, max_text_tokens(base, prompt)
     known = _CRITERIA.get(task, {"accuracy": "", "f1_macro": ""})
     if name not in known:

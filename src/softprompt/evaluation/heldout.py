@@ -101,10 +101,11 @@ def held_out_losses(
     results = []
     for set_name, examples in sets.items():
         bare = score_examples(base, forward, examples.examples, None)
-        results.append(_held_out_loss(set_name, None, examples, bare, None, seed))
+        indices = [example.row for example in examples.examples]
+        results.append(held_out_loss(set_name, None, indices, bare, None, seed))
         for name, prompt in prompts.items():
             scores = score_examples(base, forward, examples_under(examples.examples, prompt), prompt.tensor)
-            results.append(_held_out_loss(set_name, name, examples, scores, bare, seed))
+            results.append(held_out_loss(set_name, name, indices, scores, bare, seed))
     return results
 
 
@@ -114,20 +115,19 @@ def mean_loss(scores: Sequence[RowScore]) -> float:
     return sum(score.text_nats for score in scores) / num_text if num_text else math.nan
 
 
-def _held_out_loss(
+def held_out_loss(
     set_name: str,
     prompt: str | None,
-    examples: ExampleSet,
+    indices: Sequence[int],
     scores: list[RowScore],
     bare: list[RowScore] | None,
     seed: int,
 ) -> HeldOutLoss:
+    """Of one contender: its rows' scores, and the bare base's if that is another; `indices` are those in the source."""
     num_eos = sum(score.num_eos for score in scores)
     num_tokens = sum(score.num_text for score in scores)
     reference = bare if num_tokens else None
-    gaps = [
-        (e.row, a.text_nats - b.text_nats) for e, a, b in zip(examples.examples, scores, bare or scores, strict=True)
-    ]
+    gaps = [(row, a.text_nats - b.text_nats) for row, a, b in zip(indices, scores, bare or scores, strict=True)]
     return HeldOutLoss(
         held_out=set_name,
         prompt=prompt,

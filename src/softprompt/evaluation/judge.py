@@ -29,6 +29,7 @@ from softprompt.evaluation.heads import (
     constant_scores,
     label_logits,
     labelled_examples,
+    ratio_interval,
     row_scores,
 )
 from softprompt.evaluation.heldout import CONFIDENCE, NUM_RESAMPLES, bootstrap_interval, max_text_tokens
@@ -131,7 +132,7 @@ def _by_rows(base: Base, rows: Rows, prompt: SoftPrompt, best_by: Criterion, tra
     own, bare = ((next(each for each in scores if each.name == measure)) for scores in (ours, theirs))
     gaps = [a - b for a, b in zip(own.values, bare.values, strict=True)]
     is_right_or_wrong = measure in ("exact_match", "accuracy_at_1")
-    interval = None if is_right_or_wrong else bootstrap_interval(gaps, [1] * len(gaps), 0)
+    interval = None if is_right_or_wrong else ratio_interval(own, bare)
     return Judgement(
         measure=measure, rows=len(gaps), train_rows=train_rows, prompt=own.value, bare_base=bare.value,
         better_rows=sum(gap > 0 for gap in gaps), worse_rows=sum(gap < 0 for gap in gaps),

@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from rich.cells import cell_len
 
+from softprompt.config import TextScore
 from softprompt.evaluation.baselines import Baselines
 from softprompt.evaluation.classification import Accuracy, Confusion
 from softprompt.evaluation.compare import BARE, Comparison
@@ -54,15 +55,15 @@ def loss_tables(comparison: Comparison) -> list[ReportTable]:
 def accuracy_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per labelled held-out set, the baselines in its last rows."""
     groups = [list(group) for _, group in groupby(comparison.accuracies, key=lambda item: item.held_out)]
-    columns = ["prompt", "by likelihood", "95 % interval", "generated"]
-    return [
-        ReportTable(
-            _accuracy_title(group[0]),
-            columns,
-            [*(_accuracy_row(item) for item in group), *_baseline_rows(comparison.baselines.get(group[0].held_out))],
-        )
-        for group in groups
-    ]
+    return [_accuracy_table(group, comparison.baselines.get(group[0].held_out)) for group in groups]
+
+
+def _accuracy_table(group: Sequence[Accuracy], known: Baselines | None) -> ReportTable:
+    """Heads and label words generate nothing."""
+    rows = [*(_accuracy_row(item) for item in group), *_baseline_rows(known)]
+    if any(item.generated is not None for item in group):
+        return ReportTable(_accuracy_title(group[0]), ["prompt", "by likelihood", "95 % interval", "generated"], rows)
+    return ReportTable(_accuracy_title(group[0]), ["prompt", "accuracy", "95 % interval"], [row[:-1] for row in rows])
 
 
 def verdict_lines(comparison: Comparison) -> list[str]:
@@ -158,7 +159,8 @@ def _accuracy_row(item: Accuracy) -> list[str]:
 def _baseline_rows(known: Baselines | None) -> list[list[str]]:
     if known is None:
         return []
-    best = [[f"{BARE}, best of {known.num_templates} templates", f"{known.template:.1%}", _NOTHING, _NOTHING]]
+    share = _NOTHING if known.template is None else f"{known.template:.1%}"
+    best = [[f"{BARE}, best of {known.num_templates} templates", share, _NOTHING, _NOTHING]]
     always = [f"always {known.majority_label!r}", f"{known.majority:.1%}", _NOTHING, _NOTHING]
     return [*(best if known.num_templates > 1 else []), always]
 
@@ -211,12 +213,15 @@ def _shown_label(label: str) -> str:
 
 
 def _score_title(item: TaskScore) -> str:
+    of_head = item.is_baseline  # the first of each table
     of_all = f" of {item.num_available:,}" if item.num_available > item.num_rows else ""
-    return f"{item.name} of greedy answers on {item.held_out}: {item.num_rows:,}{of_all} rows"
+    what = f"{item.name} of greedy answers" if item.name in get_args(TextScore) and not of_head else item.name
+    return f"{what} on {item.held_out}: {item.num_rows:,}{of_all} rows"
 
 
 def _score_row(item: TaskScore) -> list[str]:
-    rows = _NOTHING if item.prompt is None else f"{len(item.better_rows)}/{len(item.worse_rows)}"
+    is_first = item.prompt is None or item.is_baseline
+    rows = _NOTHING if is_first else f"{len(item.better_rows)}/{len(item.worse_rows)}"
     change = _NOTHING if item.difference is None else f"{item.difference:+.3f}"
     return [item.prompt or BARE, f"{item.value:.3f}", change, _signed(item.interval), rows]
 

@@ -37,14 +37,15 @@ class TaskScore:
 
     held_out: str  # the set's name
     prompt: str | None
-    name: TextScore
-    value: float  # mean over rows, 0 to 1
+    name: str  # a TextScore, or of a head: entity_f1, accuracy (of words), accuracy_at_1, mrr
+    value: float  # from 0 to 1: the mean over rows; of tags the entities' or words' of all rows
     num_rows: int
     num_available: int  # rows of the set that have an answer; more than `num_rows` where the set was cut
     difference: float | None  # value minus the base's on the same rows; above 0 is better
     interval: Interval | None  # of the difference, over rows, at 95 %; None for a single row
     better_rows: tuple[int, ...]  # source indices of the rows that the prompt answers better
     worse_rows: tuple[int, ...]  # and of those that it answers worse
+    is_baseline: bool = False  # what needs no head: the bare base's vectors, the commonest tag, the whole context
 
 
 def check_scores(config: ScoreConfig, sets: Mapping[str, Rows]) -> None:

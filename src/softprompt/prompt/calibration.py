@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+LEAST_KEPT = 10  # validation rows with a sure answer; fewer could all be right by chance
 CONFIDENCE_DIGITS = 6  # of a confidence, wherever one is written or compared
 _MOST_ROWS = 1_000  # in a record
 _LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 1e-6, 1e6
@@ -40,9 +41,10 @@ class Calibration:
     def choose(self, target_accuracy: float) -> ThresholdChoice | None:
         """The smallest confidence at which the rows that have it or more are right in at least this share.
 
-        None where no confidence is enough.
+        None where no confidence is enough, or one that fewer than `LEAST_KEPT` rows have.
         """
-        reached = (item for item in self._choices() if item.right >= target_accuracy * item.kept)
+        enough = (item for item in self._choices() if item.kept >= LEAST_KEPT)
+        reached = (item for item in enough if item.right >= target_accuracy * item.kept)
         return next(reached, None)
 
     def to_json(self) -> dict[str, Any]:
