@@ -6,14 +6,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+from support import tiny_bases
+from support.seq2seq_bases import build_seq2seq
 from support.slow_truth import plain_logits
 from support.tiny_bases import LIMIT, random_ids, random_prompt
 
-from softprompt import PredictConfig, predict
+from softprompt import PredictConfig, SamplingConfig, generate, predict
 from softprompt.data import rows_from_records
 from softprompt.data.rows import with_labels
 from softprompt.errors import ConfigError, DataError
 from softprompt.evaluation import compare
+from softprompt.evaluation.classification import label_scores
+from softprompt.families import forward_of
 from softprompt.prompt import Calibration, Judgement, SoftPrompt
 from softprompt.types import InputForm, PromptRecord
 
@@ -46,6 +50,21 @@ def slow_scores(base, prompt, text):
         log_probs = plain_logits(base, ids, prompt.tensor).double().log_softmax(-1)
         found.append(float(log_probs[-2, ids[-1]]))
     return np.array(found)
+
+
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.medium) for f in ("gemma2", "mpt"))])
+def test_labels_that_share_all_but_their_last_token_are_read_at_once_with_the_same_likelihoods(family):
+    """The slow truth: one row for each label."""
+    base = tiny_bases.build_base(family)
+    labels = (" w56", " w91", " w40 w41", " w40 w42", " w40 w41 w43", " w9 w56")
+    prompts = [SoftPrompt(random_prompt(base, 3, seed)) for seed in range(2)]
+    texts = [text_of(i, 3 + i * 9) for i in range(0, 10, 2)]  # the longest are cut
+    (bare, *found) = label_scores(base, forward_of(base), texts, labels, [None, *prompts], LIMIT - 20)
+    for own, prompt in zip([bare, *found], [None, *prompts], strict=True):
+        for text, row in zip(texts, own, strict=True):
+            for label, score in zip(labels, row, strict=True):
+                (((alone,),),) = label_scores(base, forward_of(base), [text], [label], [prompt], LIMIT - 20)
+                assert score == pytest.approx(alone, abs=2e-5)
 
 
 class TestLabels:
@@ -183,6 +202,27 @@ class TestUnsure:
         assert not all(item.is_unsure for item in predict(tiny_llama, prompt, [text_of(i) for i in range(5)], low))
 
 
+class TestEncoderDecoders:
+    @pytest.fixture(scope="class")
+    def t5(self):
+        return build_seq2seq("t5")
+
+    def test_labels_are_those_of_compare_and_written_texts_those_of_generate(self, t5):
+        records = [{"text": text_of(i), "label": ("w56", "w91")[i % 3 > 0]} for i in range(12)]
+        rows = with_labels(rows_from_records(records, template="w5 {text} w6", completion="{label}"))
+        prompt = soft(t5, form=rows.form)
+        _, ours = compare(t5, {"p": prompt}, held_out={"set": rows}).accuracies
+        found = [item.label for item in predict(t5, prompt, [record["text"] for record in records])]
+        own = [record["label"] for record in records]
+        assert [i for i, (a, b) in enumerate(zip(found, own, strict=True)) if a != b] == list(ours.wrong_rows)
+        writer = soft(t5, form=InputForm())
+        written = predict(t5, writer, ["w5 w6", "w7"], PredictConfig(max_new_tokens=6))
+        answers = generate(t5, ["w5 w6", "w7"], writer, SamplingConfig(max_new_tokens=6))
+        assert [item.answer for item in written] == [answer.text for answer in answers]
+        (cut,) = predict(t5, prompt, [text_of(1, 2_100)])
+        assert cut.is_truncated
+
+
 class TestTexts:
     @pytest.mark.parametrize(
         ("form", "rows"),
@@ -192,8 +232,6 @@ class TestTexts:
         ],
     )
     def test_a_prompt_without_labels_writes_what_generate_writes(self, tiny_llama, form, rows):
-        from softprompt import SamplingConfig, generate
-
         prompt = soft(tiny_llama, form=form)
         found = list(predict(tiny_llama, prompt, rows, PredictConfig(max_new_tokens=6)))
         answers = generate(tiny_llama, rows, prompt, SamplingConfig(max_new_tokens=6))

@@ -11,6 +11,7 @@ from softprompt.data.cells import is_missing
 from softprompt.data.chat import chat_prompt_ids
 from softprompt.data.messages import Message, read_messages
 from softprompt.data.rows import Rows, known_columns, render_prompt, render_text, template_fields
+from softprompt.data.tokens import source_ids
 from softprompt.errors import DataError
 from softprompt.types import InputForm
 
@@ -77,14 +78,14 @@ def input_text(rows: Rows, position: int) -> str:
 
 
 def input_row_ids(base: Base, rows: Rows, position: int) -> tuple[int, ...]:
-    """Ids of a row's text or chat, BOS included; none where it is empty. Raises DataError as `input_text` does.
+    """Ids of a row's text or chat, with those around it; none where it is empty. Raises DataError as `input_text` does.
 
     A chat that ends with the assistant's turn is answered in its place.
     """
     if rows.form.kind == "chat":
         return _chat_ids(base, rows, position)
     text = input_text(rows, position)
-    return base.bos_ids + base.encode(text) if text.strip() else ()
+    return source_ids(base, text) if text.strip() else ()
 
 
 def _chat_ids(base: Base, rows: Rows, position: int) -> tuple[int, ...]:

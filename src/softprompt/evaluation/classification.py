@@ -31,7 +31,7 @@ from softprompt.engine import Request, generate
 from softprompt.errors import DataError, LengthError
 from softprompt.evaluation.heldout import CONFIDENCE, Interval, contenders, max_text_tokens, truncate_start
 from softprompt.families import Forward, forward_of
-from softprompt.loss import target_nlls
+from softprompt.loss import alternative_nlls, target_nlls
 from softprompt.loss.objective import SLOTS_PER_BATCH
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row
@@ -315,15 +315,46 @@ def _log_likelihoods(
     batch_tokens: int = SLOTS_PER_BATCH,
 ) -> np.ndarray:
     """[M, N, K]: under each prompt, each label's summed log-likelihood after each text."""
-    rows: list[Row] = []
+    runs: list[_LabelRun] = []
     tensors: list[Tensor] = []
-    for prompt in prompts:
+    scores_MNK = np.empty((len(prompts), len(texts), len(labels)))
+    for number, prompt in enumerate(prompts):
         index = None if prompt is None else len(tensors)
         tensors += [] if prompt is None else [prompt.tensor]
         limit = max_text_tokens(base, prompt, max_length)
-        rows += [_label_row(base, text, label, index, limit, prompt) for text in texts for label in labels]
-    losses = target_nlls(base, forward, rows, tensors, batch_tokens)
-    return -np.array([sum(loss.values()) for loss in losses]).reshape(len(prompts), len(texts), len(labels))
+        for place, text in enumerate(texts):
+            runs += [run._replace(at=(number, place)) for run in _label_runs(base, text, labels, index, limit, prompt)]
+    rows, alternatives = [run.row for run in runs], [run.last_ids for run in runs]
+    losses = alternative_nlls(base, forward, rows, alternatives, tensors, batch_tokens)
+    for run, nats in zip(runs, losses, strict=True):
+        scores_MNK[run.at][list(run.labels)] = [-each for each in nats]
+    return scores_MNK
+
+
+class _LabelRun(NamedTuple):
+    """A text behind which several labels are read at once: they have the same tokens but for the last."""
+
+    row: Row  # with the first of the labels
+    labels: tuple[int, ...]  # their numbers
+    last_ids: tuple[int, ...]
+    at: tuple[int, int] = (0, 0)  # the numbers of prompt and text
+
+
+def _label_runs(
+    base: Base, text: str, labels: Sequence[str], index: int | None, limit: int, prompt: SoftPrompt | None
+) -> list[_LabelRun]:
+    ids = [label_ids(base, text, label) for label in labels]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, own in enumerate(ids):
+        groups.setdefault(own[:-1], []).append(number)
+    return [
+        _LabelRun(
+            _label_row(base, text, labels[numbers[0]], index, limit, prompt),
+            tuple(numbers),
+            tuple(ids[number][-1] for number in numbers),
+        )
+        for numbers in groups.values()
+    ]
 
 
 def wilson_interval(num_right: int, num_rows: int) -> Interval:
@@ -346,14 +377,14 @@ def _log_summed_shares(scores_MNK: np.ndarray) -> np.ndarray:
 def _label_row(base: Base, text: str, label: str, index: int | None, limit: int, prompt: SoftPrompt | None) -> Row:
     """The row whose targets are the label's tokens, under the prompt of this index, which is `prompt`."""
     own = label_ids(base, text, label)
-    before = _context_ids(base, text, limit, len(own))
+    before = context_ids(base, text, limit, len(own))
     if base.kind == "seq2seq":
         has_decoder_prompt = prompt is not None and prompt.num_decoder_tokens > 0
         return Row(own, index, (True,) * len(own), source=before, has_decoder_prompt=has_decoder_prompt)
     return Row(before + own, index, (False,) * len(before) + (True,) * len(own))
 
 
-def _context_ids(base: Base, text: str, limit: int, num_behind: int) -> tuple[int, ...]:
+def context_ids(base: Base, text: str, limit: int, num_behind: int) -> tuple[int, ...]:
     """What stands before `num_behind` tokens within the limit; of an encoder-decoder they are not in the same text."""
     return truncate_start(base, source_ids(base, text), limit - (0 if base.kind == "seq2seq" else num_behind))
 
@@ -362,7 +393,7 @@ def _generated_labels(
     base: Base, forward: Forward, known: LabelledRows, prompt: SoftPrompt | None, limit: int
 ) -> list[int | None]:
     longest = 1 + max(len(label_ids(base, known.texts[0], label)) for label in known.labels)
-    contexts = [_context_ids(base, text, limit, longest) for text in known.texts]
+    contexts = [context_ids(base, text, limit, longest) for text in known.texts]
     requests = [Request(ids, prompt) for ids in contexts]
     sampling = SamplingConfig(max_new_tokens=longest)
     answers = generate(base, requests, sampling, forward=forward)

@@ -26,11 +26,12 @@ from softprompt.data import Input, Rows, label_ids
 from softprompt.data.inputs import MESSAGES, TEXT, input_columns, input_row_ids, input_rows, input_text
 from softprompt.data.rows import parse_template, render_row, template_fields
 from softprompt.data.task_examples import TaskEncoder, TaskInput
+from softprompt.data.tokens import source_ids
 from softprompt.data.write import AddedColumn
 from softprompt.engine import Answer, Request, generate
 from softprompt.errors import ConfigError, DataError, LengthError
 from softprompt.evaluation.calibrate import probabilities
-from softprompt.evaluation.classification import label_scores
+from softprompt.evaluation.classification import context_ids, label_scores
 from softprompt.evaluation.heads import characters_of, tags_of
 from softprompt.evaluation.heldout import max_text_tokens, truncate_start
 from softprompt.families import forward_of
@@ -249,10 +250,11 @@ def _by_labels(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answere
         text = input_text(rows, 0)
         if not text:
             return None
-        ids = base.bos_ids + base.encode(text)
-        longest = max(len(label_ids(base, text, label)) for label in form.labels)
-        kept = truncate_start(base, ids, limit - longest)
-        return _Item((len(kept) + longest) * len(names), len(kept) < len(ids), text=text)
+        own = [label_ids(base, text, label) for label in form.labels]
+        longest = max(map(len, own))
+        kept = context_ids(base, text, limit, longest)
+        num_runs = len({ids[:-1] for ids in own})
+        return _Item((len(kept) + longest) * num_runs, len(kept) < len(source_ids(base, text)), text=text)
 
     def answer(items: Sequence[_Item]) -> list[Prediction]:
         texts = [item.text for item in items]
@@ -293,7 +295,9 @@ def label_names(form: InputForm) -> tuple[str, ...]:
 
 def _by_text(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answerer:
     forward = forward_of(base)
-    limit = max_text_tokens(base, prompt) - config.max_new_tokens
+    limit = max_text_tokens(base, prompt)
+    if base.kind != "seq2seq":  # whose answer is not in the same text
+        limit -= config.max_new_tokens
     if limit <= len(base.bos_ids):
         raise LengthError(
             f"max_new_tokens is {config.max_new_tokens}, and base {base.name!r} has {base.max_length:,} positions for "
@@ -305,7 +309,7 @@ def _by_text(base: Base, prompt: SoftPrompt, config: PredictConfig) -> Answerer:
         ids = input_row_ids(base, rows, 0)
         if not ids:
             return None
-        kept = truncate_start(base, ids, limit)
+        kept = truncate_start(base, ids, limit, is_chat=prompt.record.form.kind == "chat")
         return _Item(len(kept) + config.max_new_tokens, len(kept) < len(ids), ids=kept)
 
     def answer(items: Sequence[_Item]) -> list[Prediction]:

@@ -12,9 +12,10 @@ from softprompt.loss.objective import (
     objective,
     states_of,
 )
-from softprompt.loss.score import RowScore, score_examples, score_under, target_nlls
+from softprompt.loss.score import RowScore, alternative_nlls, score_examples, score_under, target_nlls
 
 __all__ = [
-    "NO_LABEL", "Objective", "ObjectiveWeights", "RowScore", "head_outputs", "label_word_ids", "nll", "num_labels",
-    "objective", "score_examples", "score_under", "states_of", "target_nlls", "weighted_label_nll", "weighted_nll",
+    "NO_LABEL", "Objective", "ObjectiveWeights", "RowScore", "alternative_nlls", "head_outputs", "label_word_ids",
+    "nll", "num_labels", "objective", "score_examples", "score_under", "states_of", "target_nlls", "weighted_label_nll",
+    "weighted_nll",
 ]  # fmt: skip

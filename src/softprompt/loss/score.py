@@ -6,7 +6,7 @@ Every loss reported covers the same tokens for the bare base, for ours and for a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from softprompt.base import Base
 from softprompt.families import Forward
 from softprompt.loss.chunked import nll
 from softprompt.loss.objective import SLOTS_PER_BATCH, ObjectiveWeights, by_length, num_labels
-from softprompt.splice import Prefix, Row, column_states, run_prompts, target_states
+from softprompt.splice import Row, Targets, column_states, run_prompts, target_states
 from softprompt.types import Example
 
 
@@ -68,13 +68,64 @@ def target_nlls(
 ) -> list[dict[int, float]]:
     """For each row, the nats of each target by its index among the row's ids. Rows are batched by length."""
     result: list[dict[int, float]] = [{} for _ in rows]
+    for found in _states(base, forward, rows, prompts, batch_tokens):
+        for index, losses in zip(found.batch, _nlls(base, forward, found), strict=True):
+            result[index] = losses
+    return result
+
+
+@torch.no_grad()
+def alternative_nlls(
+    base: Base,
+    forward: Forward,
+    rows: Sequence[Row],
+    alternatives: Sequence[Sequence[int]],
+    prompts: Sequence[Tensor],
+    batch_tokens: int = SLOTS_PER_BATCH,
+) -> list[list[float]]:
+    """For each row, the nats of all its targets, once with each of its alternatives in the place of the last.
+
+    A text is read once for labels that differ in their last token alone, as those of one token do.
+    """
+    result: list[list[float]] = [[] for _ in rows]
+    for found in _states(base, forward, rows, prompts, batch_tokens):
+        wanted = [alternatives[index] for index in found.batch]
+        for index, own in zip(found.batch, _alternatives(base, forward, found, wanted), strict=True):
+            result[index] = own
+    return result
+
+
+@dataclass(frozen=True)
+class _States:
+    """The hidden states of one forward that predict its rows' targets."""
+
+    batch: list[int]  # numbers of the rows
+    hidden_ND: Tensor
+    targets: Targets
+
+
+def _states(
+    base: Base, forward: Forward, rows: Sequence[Row], prompts: Sequence[Tensor], batch_tokens: int
+) -> Iterator[_States]:
     prefix = run_prompts(base, forward, prompts) if prompts and forward.can_share_prefix else None
     lengths = [row.num_tokens + (0 if row.prompt is None else prompts[row.prompt].shape[0]) for row in rows]
     for batch in by_length(lengths, batch_tokens):
-        some = [rows[index] for index in batch]
-        for index, losses in zip(batch, _batch_nlls(base, forward, some, prompts, prefix), strict=True):
-            result[index] = losses
-    return result
+        yield _States(batch, *target_states(base, forward, [rows[index] for index in batch], prompts, prefix))
+
+
+def _alternatives(base: Base, forward: Forward, found: _States, wanted: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The normaliser of a row's last target is that of its own id; the logits of alternatives are compared with it."""
+    nlls = _nlls(base, forward, found)
+    last = {owner: number for number, owner in enumerate(found.targets.rows.tolist())}
+    slots = torch.tensor([last[row] for row in range(len(found.batch))], device=found.hidden_ND.device)
+    own = found.targets.ids[slots].tolist()
+    ids = sorted({*own, *(each for some in wanted for each in some)})
+    logits = forward.head.logits_of(found.hidden_ND[slots], torch.tensor(ids, device=slots.device)).double().tolist()
+    number = {each: place for place, each in enumerate(ids)}
+    return [
+        [sum(nats.values()) + row[number[mine]] - row[number[each]] for each in some]
+        for nats, row, mine, some in zip(nlls, logits, own, wanted, strict=True)
+    ]
 
 
 def _scored_row(example: Example, prompt: int | None) -> Row:
@@ -114,12 +165,10 @@ def _row_score(example: Example, losses: dict[int, float]) -> RowScore:
     return RowScore(text_nats=sum(text), num_text=len(text), eos_nats=eos_nats, num_eos=int(eos is not None))
 
 
-def _batch_nlls(
-    base: Base, forward: Forward, rows: list[Row], prompts: Sequence[Tensor], prefix: Prefix | None
-) -> list[dict[int, float]]:
-    hidden, wanted = target_states(base, forward, rows, prompts, prefix)
-    losses = nll(forward.head, hidden, wanted.ids, base.vocab_size).tolist()
-    result: list[dict[int, float]] = [{} for _ in rows]
+def _nlls(base: Base, forward: Forward, found: _States) -> list[dict[int, float]]:
+    wanted = found.targets
+    losses = nll(forward.head, found.hidden_ND, wanted.ids, base.vocab_size).tolist()
+    result: list[dict[int, float]] = [{} for _ in found.batch]
     for owner, column, loss in zip(wanted.rows.tolist(), wanted.columns.tolist(), losses, strict=True):
         result[owner][column] = loss
     return result
