@@ -67,6 +67,18 @@ def test_candidates_are_trained_on_pairs(t5_folder, tmp_path):
     assert "saved to" in done.err
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["one", "both"])
+def test_a_file_of_rows_is_answered(t5_folder, trained, tmp_path, name):
+    rows = [{"text": review(seed)["text"]} for seed in range(5)] + [{"text": sentence(3, 900, 901)}]
+    data, out = write_csv(tmp_path / "in.csv", rows), tmp_path / "out.jsonl"
+    where = ("--base", t5_folder, "--dtype", "float32", "--max-length", 64, "--prompt", trained / name)
+    succeed("predict", *where, "--data", data, "--out", out)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(row["label"] in ("w90", "w91") and row["error"] is None for row in found)
+    assert [row["truncated"] for row in found] == [False] * 5 + [True]
+
+
 def test_a_text_alone_is_refused_with_what_to_give(t5_folder, tmp_path):
     data = tmp_path / "texts.txt"
     data.write_text("w7 w8\n\nw9 w10\n")

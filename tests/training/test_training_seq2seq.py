@@ -8,7 +8,7 @@ from peft import PromptTuningConfig, get_peft_model
 from support.ready import ready_run
 from support.seq2seq_bases import FAMILIES, PAD, build_model, build_seq2seq, plain_pair_logits
 from support.slow_truth import TrueDouble, relative_error
-from support.tiny_bases import random_ids
+from support.tiny_bases import random_ids, random_prompt
 from torch.nn.utils.rnn import pad_sequence
 from transformers import get_linear_schedule_with_warmup
 
@@ -19,6 +19,7 @@ from softprompt.families import forward_of
 from softprompt.loss import score_examples
 from softprompt.prompt import SoftPrompt
 from softprompt.training import Candidate, ResumePoint, train, train_together
+from softprompt.training.step import accumulate_gradient
 
 IGNORED = -100
 FORM = {"template": "w5 {text} w6", "completion": " {answer}"}
@@ -166,6 +167,21 @@ def test_micro_batches_are_the_whole_step(changes):
         whole, split = (train(base, rows, config(micro_batch_rows=count, **changes)) for count in (8, 3))
     assert split.losses == pytest.approx(whole.losses, rel=1e-6)
     assert relative_error(split.prompt.tensor, whole.prompt.tensor) < 1e-6
+
+
+def test_the_rows_of_two_processes_add_up_to_the_step_and_spare_forwards_add_nothing():
+    base = build_seq2seq(dtype=torch.float64)
+    rows, _ = ready_run(base, rows_of(7), config(batch_rows=7, decoder_prompt=True)).trial.next_rows()
+
+    def gradient(mine, least_batches=0):
+        prompt = random_prompt(base, 8).requires_grad_()
+        list(accumulate_gradient(base, forward_of(base), [prompt], rows, 2, mine=mine, least_batches=least_batches))
+        return prompt.grad
+
+    with TrueDouble():
+        whole = gradient(None)
+        assert relative_error(gradient([0, 3, 4], 4) + gradient([1, 2, 5, 6]), whole) < 1e-9
+        assert relative_error(gradient([0, 3, 4]), whole) > 1e-2  # the control
 
 
 def candidates_of(rows, held_out):
