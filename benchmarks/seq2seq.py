@@ -86,13 +86,12 @@ def run(base: Base, settings: TrainConfig) -> tuple[dict[str, dict[str, dict[str
 @contextmanager
 def server(base: Path, library: Path, folder: Path) -> Iterator[str]:
     """The URL of `softprompt serve` on that base and library."""
-    command = [sys.executable, "-m", "softprompt.cli.main", "serve", "--base", str(base), "--dtype", "float32",
+    command = [sys.executable, "-m", "softprompt", "serve", "--base", str(base), "--dtype", "float32",
                "--library", str(library), "--state", str(folder / "state"), "--port", "0"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if "http://" in line)
-        yield "http://" + line.split("http://")[1].split()[0].rstrip("/.,")
+        assert process.stdout is not None
+        yield process.stdout.readline().split("/v1")[0]
     finally:
         process.terminate()
         process.wait(timeout=30)

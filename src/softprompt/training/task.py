@@ -66,7 +66,7 @@ def _of_head(given: TrainConfig, data: ExampleSet) -> dict[str, str]:
     loss = {"cloze": "loss among the label words at the mask", "embed": f"loss among the rows of a step{read}"}
     is_behind = form.placement == "after-cls" and any(example.num_before for example in data.examples[:1])
     return {
-        "head": loss.get(form.task, f"a {first}head{read} at rate {given.head_learning_rate:g}"),
+        "head": loss.get(form.task) or f"a {first}head{read} at rate {given.head_learning_rate:g}",
         "placement": "virtual tokens behind [CLS]" if is_behind else "virtual tokens in front",
     }
 
