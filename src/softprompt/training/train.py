@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.base import Base, free_bytes
 from softprompt.config import DEFAULTS_BEFORE, TrainConfig
-from softprompt.data import Rows, as_rows, build_examples, build_task_examples, with_task
+from softprompt.data import Rows, as_rows, build_examples, build_task_examples, label_ids, with_task
 from softprompt.errors import ConfigError, DivergedError, LengthError, PromptError, StorageError
 from softprompt.families import Forward, KernelTable, forward_of, kernel_table, this_machine
 from softprompt.loss import ObjectiveWeights, objective
@@ -472,7 +472,7 @@ def _start_texts(base: Base, data: ExampleSet, config: TrainConfig) -> StartText
     return StartTexts(
         data=[[*_source_text(base, each), *_own_ids(base, each)] for each in data.examples],
         instruction=base.encode(config.init_text) if config.init_text else (),
-        labels=[base.encode(label) for label in labels],
+        labels=[label_ids(base, "", label) for label in labels],
     )
 
 
