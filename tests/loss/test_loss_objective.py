@@ -1,4 +1,4 @@
-"""Losses and outputs of rows that are read at columns, on decoders, whose states come from the packed forward.
+"""Losses and outputs of rows that are read at columns.
 
 The truth is transformers' own headed class over concatenated embeddings, one row at a time, and plain autograd.
 """
@@ -10,9 +10,13 @@ import dataclasses
 import pytest
 import torch
 import transformers as hf
-from support.tiny_bases import build_base, random_ids, random_prompt
+from support.encoders import ENCODERS, ROBERTA_SPECIAL, build_encoder
+from support.headed_models import headed_model
+from support.tiny_bases import VOCAB, build_base, random_ids, random_prompt
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 
+from softprompt.base import freeze_base
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.families import forward_of
 from softprompt.loss import NO_LABEL, ObjectiveWeights, head_outputs, label_word_ids, objective, score_under
@@ -21,34 +25,20 @@ from softprompt.splice import Row, column_states
 from softprompt.types import Example, InputForm, PromptRecord
 
 LABELS = ("bad", "fair", "good")
-AUTO = {
-    "classify": hf.AutoModelForSequenceClassification,
-    "tag": hf.AutoModelForTokenClassification,
-    "answer": hf.AutoModelForQuestionAnswering,
-}
 LENGTHS = (7, 3, 12, 5)
-
-
-def headed_model(base, task, weights):
-    """transformers' own class on the base's own backbone, with these weights of its head."""
-    config = base.model.config.__class__(**{**base.model.config.to_dict(), "num_labels": 3 if task != "answer" else 2})
-    model = AUTO[task].from_config(config).to(base.dtype).eval()
-    setattr(model, model.base_model_prefix, base.model.base_model)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert all(name.startswith(f"{model.base_model_prefix}.") for name in missing)
-    return model
 
 
 def form_of(task):
     return InputForm(task=task, labels=() if task in ("answer", "embed") else LABELS, pooling="last")
 
 
-def rows_of(task):
+def rows_of(task, is_encoder=False):
+    """The prompt in front; of an encoder [CLS], with id 2, is read."""
     rows = []
     for number, length in enumerate(LENGTHS):
-        ids = random_ids(length, seed=number)
-        columns = (length - 1,) if task == "classify" else tuple(range(length))
+        ids = (2, *random_ids(length - 1, seed=number))
+        read = (0,) if is_encoder else (length - 1,)
+        columns = read if task == "classify" else tuple(range(length))
         labels = {"classify": (number % 3,), "answer": (1, length - 1)}.get(task, tuple(i % 3 for i in range(length)))
         if task == "tag":
             labels = (NO_LABEL, *labels[1:])
@@ -56,8 +46,15 @@ def rows_of(task):
     return rows
 
 
+def base_of(family, dtype=torch.float32):
+    return build_encoder(family, dtype=dtype, part="bare") if family in ENCODERS else build_base(family, dtype=dtype)
+
+
 def plain_outputs(model, base, prompt_PH, row):
-    embeds = torch.cat([prompt_PH.to(base.dtype), base.embed(torch.tensor(row.ids))])[None]
+    """The row alone, its embeddings concatenated; the virtual tokens stand behind [CLS] where that is read."""
+    embeds, is_behind = base.embed(torch.tensor(row.ids)), tuple(row.columns) == (0,)
+    parts = [embeds[:1], prompt_PH, embeds[1:]] if is_behind else [prompt_PH, embeds]
+    embeds = torch.cat([part.to(base.dtype) for part in parts])[None]
     found = model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long))
     if hasattr(found, "start_logits"):
         return torch.stack([found.start_logits[0], found.end_logits[0]], dim=-1)[len(prompt_PH) :]
@@ -73,31 +70,81 @@ def plain_nats(outputs, row, task):
     return functional.cross_entropy(logits, torch.tensor(row.labels), reduction="sum", ignore_index=NO_LABEL)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("task", ["classify", "tag", "answer"])
+CASES = [(family, task) for family in ("gpt2", "llama", *ENCODERS) for task in ("classify", "tag", "answer")]
+QUICK = ("gpt2", "llama", "bert", "roberta", "deberta-v3", "modernbert")
+TOLERANCES = {  # norms and rotary positions of these are float32, whatever the base's dtype
+    "llama": {"rtol": 1e-4, "atol": 1e-6},
+    "modernbert": {"rtol": 1e-4, "atol": 1e-5},
+    "deberta": {"rtol": 1e-4, "atol": 1e-5},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [case if case[0] in QUICK else pytest.param(*case, marks=pytest.mark.medium) for case in CASES],
+)
 def test_outputs_losses_and_gradients_are_those_of_transformers_own_class(family, task):
-    base = build_base(family, dtype=torch.float64)
-    forward, rows = forward_of(base), rows_of(task)
-    trained = objective(base, forward, form_of(task))
-    start = {name: weight.double() for name, weight in trained.head.start(seed=3).items()}
+    base = base_of(family, torch.float64)
+    close = TOLERANCES.get(family, {"rtol": 1e-8, "atol": 1e-9})
+    model = headed_model(base, task)
+    forward, trained = forward_of(base), objective(base, forward_of(base), form_of(task))
+    start = {name: model.get_parameter(name).detach().clone() for name in trained.head.start(seed=3)}
+    rows = [
+        dataclasses.replace(row, num_before=int(tuple(row.columns) == (0,)))
+        for row in rows_of(task, base.kind == "encoder")
+    ]
     prompt_PH = random_prompt(base, 4).requires_grad_(True)
     weights = {name: weight.clone().requires_grad_(True) for name, weight in start.items()}
     states, owners = column_states(base, forward, rows, [prompt_PH])
     nats = trained.row_nats(states, owners, rows, weights)
     nats.sum().backward()
 
-    model, truth_PH = headed_model(base, task, start), prompt_PH.detach().clone().requires_grad_(True)
+    truth_PH = prompt_PH.detach().clone().requires_grad_(True)
+    for name in weights:
+        model.get_parameter(name).requires_grad_(True)
     plain = [plain_outputs(model, base, truth_PH, row) for row in rows]
     truth = torch.stack([plain_nats(own, row, task) for own, row in zip(plain, rows, strict=True)])
     truth.sum().backward()
 
     for found, own in zip(trained.outputs(states, owners, rows, weights), plain, strict=True):
-        torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(nats, truth, rtol=1e-9, atol=1e-9)
-    close = {"rtol": 1e-4, "atol": 1e-6} if family == "llama" else {"rtol": 1e-8, "atol": 1e-9}  # its norms: float32
+        torch.testing.assert_close(found, own, **close)
+    torch.testing.assert_close(nats, truth, **close)
     torch.testing.assert_close(prompt_PH.grad, truth_PH.grad, **close)
     for name, weight in weights.items():
         torch.testing.assert_close(weight.grad, model.get_parameter(name).grad, **close)
+    other = torch.stack([plain_nats(plain_outputs(model, base, 0 * truth_PH, row), row, task) for row in rows])
+    assert (other - truth).abs().max() > 1e-3, "the control must fail"
+
+
+@pytest.mark.parametrize(
+    "family", [*QUICK[2:], *(pytest.param(name, marks=pytest.mark.medium) for name in ENCODERS if name not in QUICK)]
+)
+def test_cloze_reads_the_models_own_logits_of_the_label_words_at_the_mask(family):
+    base = build_encoder(family, dtype=torch.float64)
+    close = TOLERANCES.get(family, {"rtol": 1e-8, "atol": 1e-9})
+    form = InputForm(task="cloze", labels=("no", "yes"), label_words=(("w20",), ("w21 w22", "w23")))
+    trained = objective(base, forward_of(base), form)
+    first, last = base.bos_ids[0], base.end_ids[-1]
+    rows = [
+        Row((first, *ids, base.mask_id, last), 0, columns=(len(ids) + 1,), labels=(number % 2,), num_before=1)
+        for number, ids in enumerate((random_ids(5, seed=1), random_ids(2, seed=2), ()))
+    ]
+    prompt_PH, truth_PH = (random_prompt(base, 3).requires_grad_(True) for _ in range(2))
+    states, owners = column_states(base, forward_of(base), rows, [prompt_PH])
+    nats = trained.row_nats(states, owners, rows, {})
+    nats.sum().backward()
+    truth = []
+    for row, own in zip(rows, trained.outputs(states, owners, rows, {}), strict=True):
+        embeds = base.embed(torch.tensor(row.ids))
+        embeds = torch.cat([embeds[:1], truth_PH.to(base.dtype), embeds[1:]])[None]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        logits = base.model(inputs_embeds=embeds, attention_mask=mask).logits[0, row.columns[0] + 3]
+        plain = torch.stack([logits[20], logits[[21, 22, 23]].mean()])
+        torch.testing.assert_close(own, plain, **close)
+        truth.append(functional.cross_entropy(plain[None], torch.tensor(row.labels)))
+    torch.stack(truth).sum().backward()
+    torch.testing.assert_close(nats, torch.stack(truth), **close)
+    torch.testing.assert_close(prompt_PH.grad, truth_PH.grad, **close)
 
 
 def test_head_outputs_do_not_depend_on_the_batch(tiny_llama):
@@ -176,6 +223,42 @@ def test_a_family_without_a_head_for_the_task_is_refused_by_name():
     base = build_base("gptj")
     with pytest.raises(BaseModelError, match=r"tiny-gptj.*\(gptj\).*task tag.*TokenClassification"):
         objective(base, forward_of(base), form_of("tag"))
+
+
+def byte_pair_base():
+    """RoBERTa over a tokenizer of GPT-2's kind, in which a space belongs to the word behind it."""
+    base = build_encoder("roberta")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    names = [*ROBERTA_SPECIAL, *sorted(alphabet)[:60]]
+    words = ["great", "\u0120great", "bad", "\u0120bad"]
+    pieces = {name: index for index, name in enumerate(dict.fromkeys([*names, *words, *"greatbd", "\u0120", "."]))}
+    merges = []
+    for word in ("great", "bad"):
+        for end in range(1, len(word)):
+            pieces.setdefault(word[: end + 1], len(pieces))
+            merges.append((word[:end], word[end]))
+        merges.append(("\u0120", word))
+    assert len(pieces) <= VOCAB
+    tokenizer = Tokenizer(models.BPE(pieces, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>", mask_token="<mask>", pad_token="<pad>",
+        unk_token="<unk>",
+    )  # fmt: skip
+    return freeze_base(base.model, fast, name="byte-pair"), pieces
+
+
+def test_label_words_are_written_as_the_template_has_them_before_the_mask():
+    """Behind a space a byte-level tokenizer has other tokens than at the start of a text, or behind a bracket."""
+    base, pieces = byte_pair_base()
+    for template, mark in [
+        ("{text} It was [MASK].", "\u0120"),
+        ("{text} It was\n<mask>.", "\u0120"),
+        ("[MASK] is what it was: {text}", ""),
+        ("{text} (<mask>)", ""),
+    ]:
+        form = InputForm(task="cloze", template=template, labels=("a", "b"), label_words=(("great",), ("bad",)))
+        assert label_word_ids(base, form) == ((pieces[f"{mark}great"],), (pieces[f"{mark}bad"],)), template
 
 
 def test_label_words_need_tokens_of_their_own(tiny_llama):

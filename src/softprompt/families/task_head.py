@@ -6,9 +6,10 @@ their names there, are what PEFT saves as `modules_to_save`. The headed model is
 memory for weights; given states stand in for its backbone, and its own forward does the rest, without dropout. So a
 family needs no code of its own here.
 
-A pooler inside the backbone (BERT's) is the frozen base's own. Where the base has none it is part of the head and is
-trained, as a pooler that lies outside (DeBERTa's) always is. It is made for [CLS]: a mean over the tokens goes past it,
-straight into the head. On all-MiniLM-L6-v2, whose pooler nobody trained, that is worth one to two points of accuracy.
+A pooler inside the backbone (BERT's) is the frozen base's own. A masked language model is loaded without one; then it
+is that of its checkpoint. Where neither has one it is part of the head and is trained, as a pooler that lies outside
+the backbone (DeBERTa's) always is. It is made for [CLS]: a mean over the tokens goes past it, straight into the head.
+On all-MiniLM-L6-v2, whose pooler nobody trained, that is worth one to two points of accuracy.
 
 B texts, T tokens, N states, D hidden width, C classes.
 """
@@ -19,11 +20,13 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
+from pathlib import Path
+from threading import RLock
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,8 +181,9 @@ class _GivenStates(nn.Module):
     def __init__(self, backbone: Any) -> None:  # Any: a PreTrainedModel with or without a pooler
         super().__init__()
         self.config = backbone.config
-        self.pooler = getattr(backbone, "pooler", None)
-        self.pool = _pool_of(backbone)
+        self.pooler: nn.Module | None = getattr(backbone, "pooler", None)
+        self.activation: Pool | None = getattr(backbone, "pooler_activation", None)
+        self.pool = _pool_of(self.pooler, self.activation)
         self.is_pooled = False
         self.states: Tensor | None = None
 
@@ -188,9 +192,8 @@ class _GivenStates(nn.Module):
         return _Output(self, self.states)
 
 
-def _pool_of(backbone: Any) -> Pool:  # Any: as above
+def _pool_of(pooler: nn.Module | None, activation: Pool | None) -> Pool:
     """A backbone's own pooling. ALBERT's pooler is a linear layer, with its activation beside it."""
-    pooler, activation = getattr(backbone, "pooler", None), getattr(backbone, "pooler_activation", None)
 
     def pool(states_BTD: Tensor) -> Tensor:
         assert pooler is not None
@@ -204,13 +207,13 @@ class _HeadedModel:
     """A headed model of transformers over given states."""
 
     def __init__(self, model: Any, base: Base, width: int, reads_mean: bool) -> None:  # Any: whatever class it has
-        self._model, self._lock = model.eval(), Lock()
+        self._model, self._lock = model.eval(), RLock()
         self._width, self._device = width, base.device
         name = model.base_model_prefix
         self._given = _GivenStates(getattr(model, name))
         setattr(model, name, self._given)
         self.last_layer = self._find_last_layer()
-        own = _past_pooler if reads_mean else _own_pool(base)
+        own = (_past_pooler if reads_mean else _own_pool(base, self._given, name)) if self._given.is_pooled else None
         if own is not None or not self._given.is_pooled:
             self._given.pooler = None
         self._given.pool = self._given.pool if own is None else own
@@ -229,11 +232,12 @@ class _HeadedModel:
             return None
         read: list[Tensor] = []
         layer = self._model.get_submodule(self.last_layer)
-        hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-        try:
-            logits = self.logits(weights, states_BTD)
-        finally:
-            hook.remove()
+        with self._lock:
+            hook = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+            try:
+                logits = self.logits(weights, states_BTD)
+            finally:
+                hook.remove()
         return read[-1][: len(logits)] if read else None
 
     def start(self, seed: int) -> dict[str, Tensor]:
@@ -330,10 +334,25 @@ def _past_pooler(states_BTD: Tensor) -> Tensor:
     return states_BTD[:, 0]
 
 
-def _own_pool(base: Base) -> Pool | None:
-    """The frozen base's own pooling, computed in its dtype; None where it has no pooler."""
-    backbone = base.model.base_model
-    if getattr(backbone, "pooler", None) is None:
+def _own_pool(base: Base, given: _GivenStates, prefix: str) -> Pool | None:
+    """The frozen base's own pooling, or that of its checkpoint, in its dtype; None where there is no pooler."""
+    assert given.pooler is not None, "a head that pools is of a backbone with a pooler"
+    pooler = getattr(base.model.base_model, "pooler", None) or _stored_pooler(base, given.pooler, prefix)
+    if pooler is None:
         return None
-    pool, dtype = _pool_of(backbone), base.dtype
+    pool, dtype = _pool_of(pooler, given.activation), base.dtype
     return lambda states_BTD: pool(states_BTD.to(dtype)).to(states_BTD.dtype)
+
+
+def _stored_pooler(base: Base, like: nn.Module, prefix: str) -> nn.Module | None:
+    """The pooler in the safetensors of the base's checkpoint, frozen."""
+    names = {f"{front}pooler.{name}": name for name in like.state_dict() for front in (f"{prefix}.", "")}
+    found: dict[str, Tensor] = {}
+    for file in sorted(Path(base.folder).glob("*.safetensors")) if base.folder is not None else ():
+        with safe_open(file, "pt") as tensors:
+            found |= {names[key]: tensors.get_tensor(key) for key in names.keys() & set(tensors.keys())}
+    if {name: own.shape for name, own in found.items()} != {name: own.shape for name, own in like.state_dict().items()}:
+        return None
+    pooler = copy.deepcopy(like).to_empty(device=base.device).to(base.dtype)
+    pooler.load_state_dict(found)
+    return pooler.eval().requires_grad_(False)
