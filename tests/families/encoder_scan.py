@@ -158,7 +158,8 @@ each of its {number} model types for masked words that are no encoder-decoders: 
 
 - **exact**: the hidden states are the model's own on token ids, and behind a soft prompt, in front of all tokens or
   behind [CLS], those of a plain run of concatenated embeddings; so are the logits of its masked-LM head and the
-  gradient. Token types are 0 throughout, which is what transformers gives a text without any.
+  gradient. The second of two texts in a row, a question's context, has the token type that the tokenizer gives it
+  (1 for BERT); all other tokens have type 0, the virtual ones too, as in PEFT.
 - **refused**: in one sentence with the reason, before anything is trained.
 
 Of an encoder every token sees every other one, the soft prompt the text too: what a soft prompt computes depends on the

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.encoders import build_encoder, plain_columns
+from support.encoders import ENCODERS, build_encoder, plain_columns
+from support.family_configs import each_of
 from support.slow_truth import TrueDouble, relative_error
 from support.tiny_bases import VOCAB, build_base, random_ids, random_prompt
 
-from softprompt.families import forward_of
+from softprompt.families import Packing, forward_of
 from softprompt.splice import Row, column_states
 
 BASES = {family: build_encoder(family, dtype=torch.float64) for family in ("bert", "deberta")}
@@ -98,3 +99,42 @@ def test_a_gradient_reaches_the_prompts_that_rows_name_and_no_weight():
     assert prompts[0].grad.dtype == torch.float32
     assert prompts[1].grad is None
     assert all(parameter.grad is None for parameter in base.model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", each_of(ENCODERS, ("bert", "deberta-v3", "roberta")))
+def test_the_second_text_of_a_pair_has_the_token_type_that_the_tokenizer_gives_it(family):
+    base = build_encoder(family, dtype=torch.float64)
+    pairs = [("w7 w9", "w20 w21 w22"), ("w30", "w31"), ("w8 w9 w10 w11", "w12")]
+    encoded = [base.tokenizer(*pair) for pair in pairs]
+    firsts = [len(base.bos_ids) + len(first.split()) + len(base.pair_ids) for first, _ in pairs]
+    ids = [own["input_ids"] for own in encoded]
+    rows = [Row(own, None, columns=range(len(own)), num_first=n) for own, n in zip(ids, firsts, strict=True)]
+    has_types = family in ("bert", "electra")  # DeBERTa embeds none of those that its tokenizer gives
+    assert base.second_type == int(has_types)
+    forward = forward_of(base)
+    with TrueDouble():
+        alone = replace(forward, packing=Packing(None, "for this test"), max_batchable_length=0)
+        for way in (forward, replace(alone, max_batchable_length=None), alone):
+            states, owners = column_states(base, way, [*rows, Row(ids[0], None, columns=(0,))], [])
+            for number, own in enumerate(encoded):
+                types = {"token_type_ids": torch.tensor([own["token_type_ids"]])} if has_types else {}
+                truth = base.model.base_model(input_ids=torch.tensor([own["input_ids"]]), **types)[0][0]
+                assert relative_error(states[owners == number], truth) < 1e-9
+            bare = base.model.base_model(input_ids=torch.tensor([ids[0]]))[0][0]
+            assert relative_error(states[-1], bare[0]) < 1e-9  # one text has type 0 throughout
+            assert (relative_error(states[owners == 0], bare) > 0.01) == has_types
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_virtual_tokens_have_token_type_0(num_before):
+    base, prompts = BASES["bert"], PROMPTS["bert"]
+    one = Row(random_ids(9, 1), 1, columns=range(9), num_before=num_before, num_first=5)
+    with TrueDouble():
+        states, _ = column_states(base, forward_of(base), [one], prompts)
+        text = base.embedding(torch.tensor(one.ids))
+        whole = torch.cat([text[:num_before], prompts[1].double(), text[num_before:]])
+        types = torch.tensor([[0] * (4 + 5) + [1] * 4])
+        truth = base.model.base_model(inputs_embeds=whole[None], token_type_ids=types)[0][0]
+    assert relative_error(states, torch.cat([truth[:num_before], truth[num_before + 4 :]])) < 1e-9

@@ -30,6 +30,7 @@ NUM_SPECIAL = 5  # ids below are special, in this order
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROBERTA_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 ROBERTA_LIKE = ("roberta", "xlm-roberta")
+WITH_TOKEN_TYPES = ("bert", "electra", "deberta", "deberta-v2", "deberta-v3")  # whose tokenizers give them
 _SHARED = {"vocab_size": VOCAB, "initializer_range": 0.25, "tie_word_embeddings": False, "type_vocab_size": 2}
 _BERT = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -97,8 +98,8 @@ def build_encoder_tokenizer(family: str = "bert", words: Sequence[str] = ()) -> 
     special = ROBERTA_SPECIAL if family in ROBERTA_LIKE else BERT_SPECIAL
     first, pad, last, unknown, mask = special if family in ROBERTA_LIKE else (special[2], special[0], special[3],
                                                                              special[1], special[4])  # fmt: skip
-    names = [*special, *words]
-    vocabulary = {name: index for index, name in enumerate([*names, *(f"w{i}" for i in range(len(names), VOCAB))])}
+    known = [*special, *words]
+    vocabulary = {name: index for index, name in enumerate([*known, *(f"w{i}" for i in range(len(known), VOCAB))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -106,9 +107,11 @@ def build_encoder_tokenizer(family: str = "bert", words: Sequence[str] = ()) -> 
         pair=f"{first} $A {last} {last} $B {last}" if family in ROBERTA_LIKE else f"{first} $A {last} $B:1 {last}:1",
         special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
     )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
     return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, cls_token=first, sep_token=last, pad_token=pad, unk_token=unknown, mask_token=mask
-    )
+        tokenizer_object=tokenizer, cls_token=first, sep_token=last, pad_token=pad, unk_token=unknown, mask_token=mask,
+        model_input_names=names if family in WITH_TOKEN_TYPES else ["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def build_encoder(

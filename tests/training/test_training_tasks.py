@@ -134,7 +134,11 @@ class PlainRun:
 
     def _span_loss(self, embeds, example):
         """Among the tokens of the context; transformers' own is among all tokens."""
-        output = self.model(inputs_embeds=embeds)
+        types = {}
+        if self.base.second_type:
+            num_first = len(self.prompt) + example.num_first
+            types["token_type_ids"] = (torch.arange(embeds.shape[1]) >= num_first).long()[None]
+        output = self.model(inputs_embeds=embeds, **types)
         slots = [self.slot(example, column) for column in example.columns]
         parts = zip((output.start_logits, output.end_logits), example.labels, strict=True)
         return sum(torch.nn.functional.cross_entropy(own[:, slots], torch.tensor([label])) for own, label in parts) / 2

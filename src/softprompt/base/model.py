@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.base.fingerprint import fingerprint
 from softprompt.base.generation import GenerationRules
-from softprompt.base.tokens import encode_text, encode_with_spans, pair_ids_of, target_bos_ids_of
+from softprompt.base.tokens import encode_text, encode_with_spans, pair_ids_of, second_type_of, target_bos_ids_of
 from softprompt.config import Kernels
 from softprompt.errors import EncodingError
 from softprompt.types import BaseKind
@@ -124,6 +124,12 @@ class Base:
     def pair_ids(self) -> tuple[int, ...]:
         """The ids between two texts that are read as one: the tokenizer's own, empty where it has none."""
         return pair_ids_of(self.tokenizer)
+
+    @cached_property
+    def second_type(self) -> int:
+        """The token type of the second of two texts in a row; 0, that of all other tokens, where the base has none."""
+        has_types = self.kind == "encoder" and (getattr(self.model.config, "type_vocab_size", 0) or 0) > 1
+        return second_type_of(self.tokenizer) if has_types else 0
 
     @cached_property
     def embedding_rms(self) -> float:

@@ -124,6 +124,15 @@ def pair_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return ()
 
 
+def second_type_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token type that the tokenizer gives the second text of a pair: 1 for BERT, 0 where it gives none."""
+    for probe in _probes(tokenizer):
+        with suppress(Exception):  # a tokenizer of words cannot encode a word that it does not have
+            types = tokenizer(probe, probe).get("token_type_ids")
+            return int(types[-1]) if types else 0
+    return 0
+
+
 def _added_ids(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the tokenizer puts before and behind a text, or behind a target."""
     for probe in _probes(tokenizer):

@@ -3,7 +3,7 @@
 A text is [CLS] or BOS, its tokens, and what the tokenizer puts behind it ([SEP]); `num_before` of the ids stand in
 front of the virtual tokens. One too long is cut: a mask stays, and so does the end of a template behind its text; words
 at the end of a tagged text are left out; a long context is read in windows that overlap by half, and trained on in the
-first one that has the whole answer. Token types are 0 in every text, a pair's second one included.
+first one that has the whole answer. The second text of a pair has the token type that the tokenizer gives it.
 """
 
 from __future__ import annotations
@@ -207,6 +207,7 @@ class TaskEncoder:
         for first in window_starts(len(ids), length):
             own = ids[first : first + length]
             example = self._example(row, (*asked, *between, *own), range(first_column, first_column + len(own)))
+            example = replace(example, num_first=first_column)
             yield TaskInput(example, spans=spans[first : first + length], is_truncated=len(own) < len(ids))
 
     @property

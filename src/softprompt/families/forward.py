@@ -100,25 +100,36 @@ class Forward:
         return ModelCache(DynamicCache() if self.cache == "all" else None, self._cache_argument)
 
     def hidden_states(
-        self, embeds_BSH: Tensor, mask_BM: Tensor, positions_BS: Tensor, cache: ModelCache | None = None
+        self,
+        embeds_BSH: Tensor,
+        mask_BM: Tensor,
+        positions_BS: Tensor,
+        cache: ModelCache | None = None,
+        token_types_BS: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [B, S, D], after the final norm. `mask_BM` also covers what is in the cache."""
+        """Last hidden states [B, S, D], after the final norm. `mask_BM` also covers what is in the cache.
+
+        Token types, which are an encoder's, are 0 where none are given.
+        """
         if cache is None:
-            without = {"use_cache": False} if self.is_causal else {}  # an encoder has none to leave out
+            without: dict[str, Any] = {"use_cache": False} if self.is_causal else _types(token_types_BS)
             return _hidden(self._run(embeds_BSH, positions_BS, attention_mask=mask_BM, **without), embeds_BSH)
         seen = {"attention_mask": mask_BM} if self.cache == "all" else {}  # states are not masked
         output = self._run(embeds_BSH, positions_BS, use_cache=True, **seen, **cache.as_argument())
         cache.keep(output)
         return _hidden(output, embeds_BSH)
 
-    def packed_hidden_states(self, embeds_SH: Tensor, positions_S: Tensor, batch: AttentionBatch) -> Tensor:
+    def packed_hidden_states(
+        self, embeds_SH: Tensor, positions_S: Tensor, batch: AttentionBatch, token_types_S: Tensor | None = None
+    ) -> Tensor:
         """Last hidden states [S, D] of a packed or cached batch; only for a base whose `packing` has a carrier."""
         assert self.packing.carrier is not None, self.packing.note
         brought: dict[str, Any] = {"past_key_values": BatchCache(batch)}
         if self.packing.carrier == "mask":
             brought = {"attention_mask": BatchMask.of(batch, embeds_SH)}
-        if self.is_causal:
-            brought["use_cache"] = False
+        brought |= (
+            {"use_cache": False} if self.is_causal else _types(None if token_types_S is None else token_types_S[None])
+        )
         return _hidden(self._run(embeds_SH[None], positions_S[None], **brought), embeds_SH)[0]
 
     def arguments(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -167,6 +178,10 @@ class Forward:
     def _cache_argument(self) -> str:
         known = inspect.signature(self.backbone.forward).parameters
         return next((name for name in _CACHE_ARGUMENTS if name in known), _CACHE_ARGUMENTS[0])
+
+
+def _types(token_types_BS: Tensor | None) -> dict[str, Tensor]:
+    return {} if token_types_BS is None else {"token_type_ids": token_types_BS}
 
 
 def _hidden(output: Any, embeds: Tensor) -> Tensor:  # Any: transformers' output classes

@@ -193,7 +193,10 @@ def head_outputs(
     if found.head is not None:
         found.head.check(weights, "the soft prompt's head")
     own = None if prompt is None else 0
-    rows = [Row(each.ids, own, num_before=each.num_before, columns=each.columns) for each in examples]
+    rows = [
+        Row(each.ids, own, num_before=each.num_before, columns=each.columns, num_first=each.num_first)
+        for each in examples
+    ]
     result: list[Tensor | None] = [None] * len(rows)
     for batch in by_length([len(row.ids) + num_virtual for row in rows], max_slots):
         some = [rows[number] for number in batch]

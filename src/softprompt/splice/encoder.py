@@ -33,7 +33,7 @@ def encoded_columns(
     num_virtual = [0 if text.prompt is None else prompts[text.prompt].shape[0] for text in texts]
     lengths = [len(text.ids) + own for text, own in zip(texts, num_virtual, strict=True)]
     embeds_SH = _embeds(base, texts, prompts)
-    hidden = _hidden(forward, embeds_SH, lengths, checkpoint)
+    hidden = _hidden(forward, embeds_SH, _token_types(base, texts, num_virtual), lengths, checkpoint)
     firsts = accumulate(lengths, initial=0)
     found = [
         (first + _slot(text, column, own), owner)
@@ -61,22 +61,40 @@ def _slot(text: Row, column: int, num_virtual: int) -> int:
     return column if column < text.num_before else column + num_virtual
 
 
-def _hidden(forward: Forward, embeds_SH: Tensor, lengths: Sequence[int], checkpoint: bool) -> Tensor:
+def _token_types(base: Base, texts: Sequence[Row], num_virtual: Sequence[int]) -> Tensor | None:
+    """[S]: 0, also at virtual tokens, as in PEFT, but for the second of two texts in a row; None where all are 0."""
+    if not base.second_type or all(text.num_first is None for text in texts):
+        return None
+    types: list[int] = []
+    for text, own in zip(texts, num_virtual, strict=True):
+        first = len(text.ids) if text.num_first is None else text.num_first
+        types += [0] * (own + first) + [base.second_type] * (len(text.ids) - first)
+    return torch.tensor(types, device=base.device)
+
+
+def _hidden(
+    forward: Forward, embeds_SH: Tensor, types_S: Tensor | None, lengths: Sequence[int], checkpoint: bool
+) -> Tensor:
     """[S, D] of rows that lie one after the other."""
     limit = forward.max_batchable_length
     if limit is not None and len(lengths) > 1 and max(lengths) > limit:
-        return torch.cat([_hidden(forward, own, [len(own)], checkpoint) for own in embeds_SH.split(list(lengths))])
+        ends = list(accumulate(lengths))
+        rows = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        own_types = [None if types_S is None else types_S[row] for row in rows]
+        parts = zip(rows, own_types, lengths, strict=True)
+        return torch.cat([_hidden(forward, embeds_SH[row], own, [length], checkpoint) for row, own, length in parts])
     if not forward.can_pack:
-        return _padded(forward, embeds_SH, lengths)
+        return _padded(forward, embeds_SH, types_S, lengths)
     firsts = accumulate(lengths, initial=0)
     segments = tuple(Segment(first, length) for first, length in zip(firsts, lengths, strict=False))
     positions_S = torch.cat([torch.arange(length) for length in lengths]).to(embeds_SH.device)
     batch = PackedBatch(segments, checkpoint=checkpoint, is_causal=False)
-    return forward.packed_hidden_states(embeds_SH, positions_S, batch)
+    return forward.packed_hidden_states(embeds_SH, positions_S, batch, types_S)
 
 
-def _padded(forward: Forward, embeds_SH: Tensor, lengths: Sequence[int]) -> Tensor:
+def _padded(forward: Forward, embeds_SH: Tensor, types_S: Tensor | None, lengths: Sequence[int]) -> Tensor:
     embeds = pad_sequence(list(embeds_SH.split(list(lengths))), batch_first=True)
+    types = None if types_S is None else pad_sequence(list(types_S.split(list(lengths))), batch_first=True)
     slots = torch.arange(max(lengths), device=embeds.device)
     is_real = slots < torch.tensor(lengths, device=embeds.device)[:, None]
-    return forward.hidden_states(embeds, is_real.long(), slots.where(is_real, 0))[is_real]
+    return forward.hidden_states(embeds, is_real.long(), slots.where(is_real, 0), token_types_BS=types)[is_real]

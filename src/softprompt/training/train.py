@@ -537,7 +537,7 @@ def _of_example(example: Example) -> Any:  # Any: JSON
     """What a validation row is; of one without columns its ids, as in earlier releases."""
     if not example.columns and not example.source:
         return example.ids
-    return [example.ids, example.source, example.others, example.columns, example.labels]
+    return [example.ids, example.source, example.others, example.columns, example.labels, example.num_first]
 
 
 def _identifying(config: TrainConfig) -> dict[str, Any]:
