@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softprompt.config import EMBEDDED_BASE, SMOLLM2_BASE
 from softprompt.prompt import Judgement, SoftPrompt
-from softprompt.types import InputForm
+from softprompt.storage.card_usage import fields_of, usage
+from softprompt.types import PromptRecord, Task
 
 _SETTINGS = (
     "task", "loss", "virtual_tokens", "init", "reparameterisation", "epochs", "max_steps", "steps", "kept_step",
@@ -23,36 +23,57 @@ _SETTINGS = (
 )  # fmt: skip
 PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")  # a setting or a version; no path, no sentence
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # as `softprompt.data.rows` reads a template
+_PIPELINES: Mapping[Task, str] = {  # the Hub's names
+    "generate": "text-generation",
+    "cloze": "text-classification",
+    "classify": "text-classification",
+    "tag": "token-classification",
+    "answer": "question-answering",
+    "embed": "feature-extraction",
+}
+_WRITTEN: tuple[Task, ...] = ("generate", "cloze", "classify")  # tasks whose template writes one text
 
 
 def model_card(prompt: SoftPrompt) -> str:
     """README.md of an adapter folder, in Markdown with the Hub's front matter."""
-    parts = (_front_matter, _description, _form, _figures, _loading, _training)
+    parts = (_front_matter, _description, _form, _figures, usage, _training)
     return "\n".join(text for part in parts if (text := part(prompt)))
 
 
 def _front_matter(prompt: SoftPrompt) -> str:
     base = _base(prompt)
     known = base is not None and is_hub_id(base)
-    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    lines = ["---", "library_name: peft", f"pipeline_tag: {_pipeline(prompt.record)}"]
     lines += [f"base_model: {json.dumps(base)}"] if known else []
     lines += ["tags:", "- prompt-tuning", "- soft-prompt", "- softprompt"]
     lines += [f"- {json.dumps(f'base_model:adapter:{base}')}"] if known else []
     return "\n".join([*lines, "---", ""])
 
 
+def _pipeline(record: PromptRecord) -> str:
+    is_seq2seq = record.form.task == "generate" and record.base_kind == "seq2seq"
+    return "text2text-generation" if is_seq2seq else _PIPELINES[record.form.task]
+
+
 def _description(prompt: SoftPrompt) -> str:
+    form = prompt.record.form
     base = "an unknown base" if prompt.record.base_name is None else f"`{_one_line(prompt.record.base_name)}`"
     lines = [
         f"# Soft prompt for {base}",
         "",
-        f"{prompt.num_virtual_tokens} trained vectors of width {prompt.hidden_size} that are put before the tokens of "
+        f"{prompt.num_virtual_tokens} trained vectors of width {prompt.hidden_size} that are put {_where(prompt)} of "
         f"every input. The base, {base}, is unchanged and is not part of this folder.",
         "",
         f"- Content: sha256 `{prompt.content_hash}` over shape and values",
-        f"- Input form: {prompt.record.form.kind}",
+        f"- Input form: {form.kind}",
     ]
+    if form.task != "generate":
+        lines.append(f"- Task: {form.task}; placement {form.placement}")
+    if form.pooling is not None:
+        lines.append(f"- Pooling: {form.pooling}")
+    if prompt.head:
+        shapes = ", ".join(f"`{name}` {list(weight.shape)}" for name, weight in prompt.head.items())
+        lines.append(f"- Head, trained beside the vectors: {shapes}")
     if prompt.record.base_fingerprint is not None:
         lines.append(f"- Base fingerprint: `{_one_line(prompt.record.base_fingerprint)}`")
     if prompt.record.parent is not None:
@@ -60,14 +81,31 @@ def _description(prompt: SoftPrompt) -> str:
     return "\n".join([*lines, ""])
 
 
+def _where(prompt: SoftPrompt) -> str:
+    """Before which tokens the vectors stand."""
+    if prompt.num_decoder_tokens:
+        count = prompt.num_decoder_tokens
+        return f"before the tokens that the encoder reads, and {count} more before those that the decoder writes,"
+    is_behind = prompt.record.form.placement == "after-cls"
+    return "behind the first token ([CLS])" if is_behind else "before the tokens"
+
+
 def _form(prompt: SoftPrompt) -> str:
-    """The template before an answer, and the labels that answers are chosen from."""
+    """What is read of an input, and the labels that answers are chosen from."""
     form = prompt.record.form
     lines = []
-    if form.template is not None:
+    if form.template is not None and form.task in _WRITTEN:
         lines += ["## Template", "", "An input is put into", "", _fenced(form.template), ""]
+    elif form.template is not None:
+        lines += ["## Input", "", "These columns are read:", "", _fenced(", ".join(fields_of(form))), ""]
     if form.labels:
-        lines += ["and the answer is one of", "", _fenced(json.dumps(form.labels, ensure_ascii=False)), ""]
+        joined = "and the answer is" if form.template is not None and form.task in _WRITTEN else "The answer is"
+        each = " for each word" if form.task == "tag" else ""
+        lines += [f"{joined} one of{each}", "", _fenced(json.dumps(form.labels, ensure_ascii=False)), ""]
+    if form.label_words:
+        words = dict(zip(form.labels, form.label_words, strict=False))
+        lines += ["for which these words stand at the mask, by average:", ""]
+        lines += [_fenced(json.dumps(words, ensure_ascii=False)), ""]
     return "\n".join(lines)
 
 
@@ -103,84 +141,6 @@ def _loss_lines(losses: Any, kept_step: Any) -> list[str]:  # Any: as above
         return [f"- Validation loss: {dict(losses)[kept_step]:.3f} nats per text token"]
     except (TypeError, KeyError, ValueError):
         return []
-
-
-def _loading(prompt: SoftPrompt) -> str:
-    base, form = _base(prompt) or "BASE", prompt.record.form
-    return f"""## Use it
-
-With softprompt, in this folder:
-
-```python
-from softprompt import generate, load_base, load_prompt
-
-base = load_base({base!r})
-prompt = load_prompt(".", base)
-print(generate(base, [{_example_input(form)!r}], prompt)[0].text)
-```
-
-With PEFT:
-
-```python
-{_peft_model(base, form)}
-{_peft_inputs(form)}
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
-```
-"""
-
-
-def _example_input(form: InputForm) -> str | dict[str, str]:
-    fields = _fields(form)
-    return "TEXT" if len(fields) == 1 or form.template is None else dict.fromkeys(fields, "TEXT")
-
-
-def _peft_model(base: str, form: InputForm) -> str:
-    """The lines that make `model` and `tokenizer`; of a GGUF file the plain model that `load_base` makes of it."""
-    if base == SMOLLM2_BASE or base.lower().endswith(".gguf"):
-        return f"""from peft import PeftModel
-from softprompt import load_base
-{_peft_imports(base, form)}
-base = load_base({base!r}, dtype="float32")
-tokenizer = base.tokenizer
-model = PeftModel.from_pretrained(base.model, ".")"""
-    return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-{_peft_imports(base, form)}
-base = {_peft_base(base)}
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".")"""
-
-
-def _peft_imports(base: str, form: InputForm) -> str:
-    lines = ["from softprompt.embedded import base_folder"] if base == EMBEDDED_BASE else []
-    lines += ["from softprompt.data import DEFAULT_CHAT_TEMPLATE"] if form.kind == "chat" else []
-    return "\n".join(["", *sorted(lines), ""]) if lines else ""
-
-
-def _peft_base(base: str) -> str:
-    return "base_folder()" if base == EMBEDDED_BASE else repr(base)
-
-
-def _peft_inputs(form: InputForm) -> str:
-    if form.kind == "chat":
-        return (
-            "inputs = tokenizer.apply_chat_template(\n"
-            '    [{"role": "user", "content": "TEXT"}], add_generation_prompt=True, return_dict=True, '
-            'return_tensors="pt",\n'
-            "    chat_template=tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE,\n"
-            ")"
-        )
-    text = "TEXT" if form.template is None else _FIELD.sub(_filled, form.template)
-    return f'inputs = tokenizer({text!r}, return_tensors="pt")'
-
-
-def _filled(match: re.Match[str]) -> str:
-    return "TEXT" if match[1] is not None else match[0][0]
-
-
-def _fields(form: InputForm) -> list[str]:
-    found = _FIELD.finditer(form.template or "")
-    return list(dict.fromkeys(match[1] for match in found if match[1] is not None))
 
 
 def _training(prompt: SoftPrompt) -> str:

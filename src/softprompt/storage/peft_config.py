@@ -19,7 +19,7 @@ from softprompt.base import Base
 from softprompt.errors import AdapterError
 from softprompt.prompt import SoftPrompt
 from softprompt.storage.files import parse_object
-from softprompt.types import BaseKind, InputForm, PromptRecord, Task
+from softprompt.types import BaseKind, InputForm, Pooling, PromptRecord, Task
 
 PEFT_TYPE = "PROMPT_TUNING"
 TASK_TYPE = "CAUSAL_LM"
@@ -37,6 +37,13 @@ _TASKS: Mapping[str, Task] = {
 }
 _TASK_TYPES: dict[Task, str] = {task: name for name, task in _TASKS.items()} | {"cloze": "FEATURE_EXTRACTION"}
 _LABELLED: tuple[Task, ...] = ("classify", "tag")
+# Of an adapter without our record: the columns of a row, as a template and a completion.
+_COLUMNS: Mapping[Task, tuple[str, str]] = {
+    "classify": ("{text}", "{label}"),
+    "tag": ("{words}", "{tags}"),
+    "answer": ("{question}\n{context}", "{answers}"),
+    "embed": ("{text}", "{positive}"),
+}
 # The weights [C, D] that give the logits of the labels; the first that a head has.
 _OUTPUTS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
@@ -136,7 +143,6 @@ def pefts_form(task: Task, head: Mapping[str, Tensor], where: str) -> InputForm:
 
     Labels have the names that transformers gives to labels without any. Raises: AdapterError.
     """
-    pooling = "peft" if task in ("classify", "embed") else None
     labels: tuple[str, ...] = ()
     if task in _LABELLED:
         output = next((head[name] for name in _OUTPUTS if name in head), None)
@@ -144,7 +150,13 @@ def pefts_form(task: Task, head: Mapping[str, Tensor], where: str) -> InputForm:
             found = ", ".join(head) or "no weights"
             raise AdapterError(f"{where}: its head has {found}; it must have one of {', '.join(_OUTPUTS)}")
         labels = tuple(f"LABEL_{number}" for number in range(len(output)))
-    return InputForm(task=task, labels=labels, pooling=pooling)  # type: ignore[arg-type]  # "peft" is a pooling
+    if task == "generate":
+        return InputForm()
+    template, completion = _COLUMNS[task]
+    pooling: Pooling | None = "peft" if task in ("classify", "embed") else None
+    return InputForm(
+        kind="template", template=template, completion=completion, labels=labels, task=task, pooling=pooling
+    )
 
 
 def task_type_of(record: PromptRecord) -> str:

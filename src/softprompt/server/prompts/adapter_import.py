@@ -43,6 +43,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0
 _PULLS = 2  # at once
 _IN_MEMORY_BYTES = 2**20  # of an uploaded file; a longer one is on the disk until it is whole
 _DEEPEST_RUN = 32  # levels of lists and objects
+_MOST_LABELS = 1_000  # of an uploaded head
 _WIDEST_VALUE = 8  # bytes of one number: nobody needs more than float64
 
 
@@ -103,7 +104,9 @@ def pull(
 
 def upload_limits(base: Base) -> dict[str, int]:
     """The files that an upload may consist of, with the largest size of each on this base (bytes)."""
-    longest = base.max_length * base.hidden_size * _WIDEST_VALUE + MAX_TEXT_BYTES
+    width = max(base.hidden_size, getattr(base.model.config.get_text_config(), "hidden_size", 0))
+    of_head = (2 * width + _MOST_LABELS) * width  # a head has a dense layer, perhaps a pooler, and a row for each label
+    longest = (base.max_length * base.hidden_size + of_head) * _WIDEST_VALUE + MAX_TEXT_BYTES
     return {
         SAFETENSORS_NAME: min(MAX_WEIGHTS_BYTES, longest),
         CONFIG_NAME: MAX_TEXT_BYTES,
