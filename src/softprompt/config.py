@@ -54,6 +54,7 @@ TASK_DEFAULTS: Mapping[TaskKind, Mapping[str, Any]] = {
     "classify": {
         **_DEFAULTS_WITH_HEAD,
         "relative_learning_rate": 0.1,
+        "epochs": 6,
         "averaging": 0.5,
         "head_init": "fit",
         "head_learning_rate": _RATE_OF_FITTED_HEAD,
