@@ -1,19 +1,33 @@
 """Encoder-decoders in the engine: answers are transformers' own over concatenated embeddings, whoever else runs."""
 
+import asyncio
 import random
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from support.engine_runs import Ledger, alone, answers, asked, assert_alike, assert_empty, run_out
+from support.engine_runs import (
+    Ledger,
+    alone,
+    answers,
+    asked,
+    assert_alike,
+    assert_empty,
+    free_without_copying,
+    run_out,
+)
 from support.seq2seq_bases import FAMILIES, build_model, build_seq2seq, build_tokenizer, plain_pair_logits
 from support.tiny_bases import VOCAB, random_ids, random_prompt
 
 from softprompt.base import freeze_base
 from softprompt.config import EngineConfig, SamplingConfig
-from softprompt.engine import Engine, Finished, Request, generate
-from softprompt.errors import ConfigError, LengthError
+from softprompt.engine import AsyncEngine, Engine, Finished, Request, generate
+from softprompt.engine.kv_cache import CapacityBucket
+from softprompt.errors import ConfigError, LengthError, MemoryLimitError
+from softprompt.families import Seq2SeqForward
+from softprompt.families.native import native_library
+from softprompt.families.thin_linear import quantised
 from softprompt.prompt import SoftPrompt
 from softprompt.types import InputForm, PromptRecord
 
@@ -115,11 +129,17 @@ def test_greedy_answers_are_those_of_transformers_own_generate(family):
         assert answer.ids == (new[:-1] if new[-1] in base.stop_ids else new)
 
 
-@pytest.mark.parametrize("runner", ["auto", "eager"])
+def positions_of(base, count, runner="auto"):
+    """Bytes of so many positions of an answer or a text."""
+    return count * Engine(base, runner=runner).runners.kv_cache.bytes_per_position
+
+
+@pytest.mark.parametrize(("runner", "num_positions"), [("auto", 10_000), ("auto", 400), ("eager", 10_000)])
 @pytest.mark.parametrize("family", ["t5", "bart", pytest.param("pegasus", marks=pytest.mark.medium)])
-def test_a_request_answers_truly_whoever_joins_and_leaves(family, runner):
+def test_a_request_answers_truly_whoever_joins_and_leaves(family, runner, num_positions):
     base, chance, ledger = build(family), random.Random(family), Ledger()
-    engine = Engine(base, EngineConfig(max_step_tokens=3, max_rows=4), runner=runner)
+    config = EngineConfig(max_step_tokens=3, max_rows=4, kv_bytes=positions_of(base, num_positions, runner))
+    engine = Engine(base, config, runner=runner)
     coming, mine, strangers = mixed(base), {}, []
     while coming or engine.has_work:
         if coming and chance.random() < 0.4:
@@ -134,6 +154,93 @@ def test_a_request_answers_truly_whoever_joins_and_leaves(family, runner):
     assert_empty(engine)
     for number, request in mine.items():
         assert_true(base, request, ledger.answers(number)[0])
+
+
+def ask_with_little_memory(base):
+    """Three answers that outgrow their slots, and memory for two of them."""
+    requests = [asked(base, random_ids(20, seed), 4, 90, ignore_eos=True) for seed in range(3)]
+    engine = Engine(base, EngineConfig(kv_bytes=positions_of(base, 64 * 6)))
+    found = answers(base, requests, engine=engine)
+    return [is_true(base, *both) for both in zip(requests, found, strict=True)], engine.stats().num_preemptions
+
+
+def is_true(base, request, answer):
+    try:
+        assert_true(base, request, answer)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_a_preempted_answer_goes_on_as_if_it_had_not_been(monkeypatch):
+    base = build("t5")
+    results, num_preemptions = ask_with_little_memory(base)
+    assert results == [True] * 3 and num_preemptions > 0
+    monkeypatch.setattr(CapacityBucket, "free", free_without_copying)  # the control: a row moves without its states
+    assert ask_with_little_memory(base)[0] != [True] * 3
+
+
+def test_a_row_that_sees_anothers_text_is_found_out(monkeypatch):
+    base = build("bart")
+    requests = [asked(base, random_ids(6, seed), 3, 5) for seed in (1, 2)]
+    found = answers(base, requests)
+    assert [is_true(base, *both) for both in zip(requests, found, strict=True)] == [True, True]
+    assert [is_true(base, *both) for both in zip(requests, reversed(found), strict=True)] == [False, False]
+
+
+def test_an_answer_and_a_text_that_the_memory_never_holds_together_are_refused():
+    base = build("t5")
+    engine = Engine(base, EngineConfig(kv_bytes=positions_of(base, 64 * 3)))
+    assert answers(base, [asked(base, random_ids(60), 2, 50)], engine=engine)
+    with pytest.raises(MemoryLimitError, match="raise kv_bytes"):
+        engine.add(asked(base, random_ids(100), 2, 100))
+
+
+def test_choices_of_one_text_are_encoded_once(monkeypatch):
+    base = build("t5")
+    request = replace(asked(base, random_ids(9, 2), 5, 3, temperature=0.8, ignore_eos=True), num_choices=4)
+    encode, lengths = Seq2SeqForward.encode_packed, []
+
+    def counted(forward, embeds_SH, *rest):
+        lengths.append(len(embeds_SH))
+        return encode(forward, embeds_SH, *rest)
+
+    engine = Engine(base)
+    monkeypatch.setattr(Seq2SeqForward, "encode_packed", counted)
+    engine.add(request)
+    run_out(engine)
+    assert lengths == [5 + 9]
+
+
+def test_streams_of_several_clients_are_the_answers_of_one():
+    base = build("t5")
+    requests = mixed(base)[:3]
+
+    async def stream(running, request):
+        return [event async for event in running.generate(request)]
+
+    async def main():
+        async with AsyncEngine(Engine(base)) as running:
+            return await asyncio.gather(*(stream(running, request) for request in requests))
+
+    for events, request in zip(asyncio.run(main()), requests, strict=True):
+        assert_true(base, request, events[-1].answers[0])
+
+
+@pytest.mark.skipif(native_library() is None, reason="the C library was not compiled")
+def test_int8_answers_are_those_of_a_base_with_the_rounded_weights():
+    sizes = {"d_model": 64, "d_ff": 96, "d_kv": 16}
+    base, truth = (build_seq2seq("flan_t5", **sizes) for _ in range(2))
+    with torch.no_grad():
+        for module in truth.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(quantised(module.weight).dequantised())
+    requests = [asked(base, random_ids(5, 1), 3, 8), asked(base, random_ids(7, 2), None, 8)]
+    int8 = answers(base, requests, EngineConfig(weights="int8"))
+    for mine, theirs, loaded in zip(int8, answers(truth, requests), answers(base, requests), strict=True):
+        assert mine.ids == theirs.ids
+        assert mine.log_probs == pytest.approx(theirs.log_probs, abs=1e-4)
+        assert mine.log_probs != pytest.approx(loaded.log_probs, abs=1e-4)
 
 
 def test_choices_that_sample_have_seeds_of_their_own():

@@ -139,7 +139,7 @@ class BatchedSeq2SeqRunner:
             embeds_TH,
             positions_T,
             self._cached_batch([chunks[number] for number in order]),
-            encoded(self.base, self.forward, [text_span(sequence.request) for sequence in new]),
+            self._encoded_once(new),
             CrossBatch(
                 self._cached_batch([_cross_chunk(sequence, count) for sequence, count in ordered]),
                 written=tuple(_written_chunk(sequence) for sequence in new),
@@ -151,6 +151,15 @@ class BatchedSeq2SeqRunner:
             sequence.slot.length, sequence.cross_slot.length = sequence.computed, sequence.request.num_encoded
             sequence.num_to_encode = 0
         return RunnerOutput(hidden[ends_of_chunks(chunks, order).to(hidden.device)], [])
+
+    def _encoded_once(self, new: SequenceOf[Sequence]) -> Tensor:
+        """The encoder's states [S, D] of sequences, one behind the other; choices of one request have the same."""
+        owners = list(dict.fromkeys(sequence.owner for sequence in new))
+        states_SD = encoded(self.base, self.forward, [text_span(owner.request) for owner in owners])
+        if len(owners) == len(new):
+            return states_SD
+        parts = dict(zip(owners, states_SD.split([owner.request.num_encoded for owner in owners]), strict=True))
+        return torch.cat([parts[sequence.owner] for sequence in new])
 
     def _cached_batch(self, chunks: SequenceOf[QueryChunk]) -> CachedBatch:
         return cached_batch(chunks, self.base.device, self._is_compiled)
