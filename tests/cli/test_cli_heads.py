@@ -81,6 +81,16 @@ def test_show_tells_task_words_placement_and_head_and_the_nearest_tokens(encoder
     assert "classify" in listed
 
 
+@pytest.mark.parametrize("task", ["classify", pytest.param("cloze", marks=pytest.mark.medium)])
+def test_leaving_out_a_virtual_token_changes_the_loss_on_the_labels(encoder, prompt_of, task):
+    flags = ("--base", encoder, "--dtype", "float32", "--leave-out", "--json")
+    found = succeed("prompts", "show", prompt_of(task)[0], *flags).json["leave_out"]
+    whole = succeed("compare", *flags[:4], "--prompt", prompt_of(task)[0], "--json").json["losses"][-1]
+    assert found["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+    assert (found["num_rows"], len(found["left_out"])) == (20, 3)
+    assert all(abs(each["difference"]) > 1e-7 for each in found["left_out"])
+
+
 def test_generate_and_raw_refuse_a_head_by_name(encoder, prompt_of):
     prompt, _ = prompt_of("classify")
     base = ("--base", encoder, "--dtype", "float32", "--prompt", prompt)

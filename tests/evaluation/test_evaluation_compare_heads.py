@@ -129,6 +129,7 @@ def test_inputs_are_answered_by_the_heads_alone_where_the_base_writes_nothing(be
     ("more", "message"),
     [({"raw": True}, "raw continues a text, and p .task tag. writes none"),
      ({"scoring": ScoreConfig(calibrate=True)}, "calibrate is about label likelihoods, and p has the logits"),
+     ({"scoring": ScoreConfig(score=("f1",))}, "score 'f1' is about written answers, and p has the scores of its own"),
      ({"ensembles": {"e": "p"}}, "p of e is for task tag; such prompts do not vote yet")],
 )  # fmt: skip
 def test_what_a_head_cannot_do_is_refused_by_name(bert, more, message):

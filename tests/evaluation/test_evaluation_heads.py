@@ -33,7 +33,10 @@ def plain_states(base, example, prompt):
     ids = torch.tensor(example.ids)
     embeds = base.embedding(ids)
     whole = torch.cat([embeds[: example.num_before], prompt.tensor, embeds[example.num_before :]])
-    hidden = base.model.base_model(inputs_embeds=whole[None]).last_hidden_state[0]
+    num_virtual = len(prompt.tensor)
+    types = torch.zeros(len(whole), dtype=torch.long)
+    types[num_virtual + (len(ids) if example.num_first is None else example.num_first) :] = 1  # of a second text
+    hidden = base.model.base_model(inputs_embeds=whole[None], token_type_ids=types[None]).last_hidden_state[0]
     return torch.cat([hidden[: example.num_before], hidden[example.num_before + len(prompt.tensor) :]])
 
 

@@ -67,6 +67,9 @@ def command(
 
     Held-out rows are those that each prompt's training set aside; --data names another set.
 
+    A prompt with a head, or with label words at a mask, answers by them, and is measured by the scores of its task: of
+    labels, whole entities, answers or neighbours.
+
     --score scores greedy answers, as long as the longest completion unless --max-new-tokens is less; each score is a
     mean over rows from 0 to 1. exact_match and f1 (of words) are SQuAD's, which leave out case, punctuation and
     articles; rouge_l is the F-measure of the longest common subsequence of words; chrf the F2 of character n-grams.

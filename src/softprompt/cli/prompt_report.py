@@ -17,7 +17,7 @@ from softprompt.cli.command import config_of, given_flags
 from softprompt.cli.console import print_json, print_list, print_table, say
 from softprompt.cli.inputs import recorded_sets
 from softprompt.config import DataConfig, PredictConfig
-from softprompt.data import Rows, build_examples, read_rows
+from softprompt.data import Rows, build_examples, build_task_examples, read_rows
 from softprompt.errors import ConfigError, SoftpromptError
 from softprompt.evaluation import Interval, LeaveOneOut, leave_one_out
 from softprompt.evaluation.calibrate import threshold_line
@@ -90,7 +90,11 @@ def inspect(prompt: SoftPrompt, base: Base | None) -> Inspection:
 def with_leave_out(found: Inspection, base: Base, held_out: HeldOut) -> Inspection:
     """The same with the held-out loss without each virtual token. Raises DataError, LengthError."""
     max_length = base.max_length - found.prompt.num_virtual_tokens
-    examples = build_examples(base, held_out.rows, eos=True, max_length=max_length).examples
+    rows = held_out.rows
+    if rows.form.task == "generate":
+        examples = build_examples(base, rows, eos=True, max_length=max_length).examples
+    else:
+        examples = build_task_examples(base, rows, max_length=max_length).examples
     say(f"scoring {1 + len(found.norms)} prompts on {len(examples):,} rows of {held_out.title}")
     worth = leave_one_out(base, forward_of(base), examples, found.prompt)
     return replace(found, held_out=held_out.title, leave_out=worth)
@@ -127,7 +131,9 @@ def held_out_rows(prompt: SoftPrompt, name: str, flags: Mapping[str, Any], max_r
 
 def _given_rows(flags: Mapping[str, Any], prompt: SoftPrompt) -> Rows:
     """In the prompt's own template unless another form is asked for."""
-    return read_rows(config_of(DataConfig, flags), offline=flags["offline"], form=prompt.record.form)
+    form = prompt.record.form
+    rows = read_rows(config_of(DataConfig, flags), offline=flags["offline"], form=form)
+    return rows if form.task == "generate" else replace(rows, form=form)
 
 
 def show_inspection(name: str, found: Inspection, *, as_json: bool) -> None:

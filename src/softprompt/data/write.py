@@ -20,7 +20,8 @@ from softprompt.errors import ConfigError
 from softprompt.types import finite
 
 CellKind = Literal["text", "number", "count", "flag", "texts", "numbers"]
-_ROW_GROUP = 65_536  # rows of a Parquet file that a reader decompresses together
+_ROW_GROUP = 65_536  # rows of a Parquet file that a reader decompresses together, at most
+_ROW_GROUP_BYTES = 64 * 2**20
 _INFERRED_ROWS = 4_096  # whose types are inferred at a time
 
 
@@ -180,7 +181,7 @@ class ParquetFormat(TableFormat):
             tables: list[Any] = []  # Any: pyarrow's
             for part in parts:
                 tables.append(parquet.read_table(part, schema=self._schema))
-                if sum(map(len, tables)) >= _ROW_GROUP:
+                if sum(map(len, tables)) >= _ROW_GROUP or sum(own.nbytes for own in tables) >= _ROW_GROUP_BYTES:
                     writer.write_table(pa.concat_tables(tables), row_group_size=_ROW_GROUP)
                     tables = []
             if tables:

@@ -113,7 +113,7 @@ def compare(
     _check_contenders(prompts, ensembles)
     heads = {name: prompt for name, prompt in prompts.items() if prompt.record.form.task != "generate"}
     texts = {name: prompt for name, prompt in prompts.items() if name not in heads}
-    _check_heads(heads, ensembles, scoring, raw)
+    _check_heads(heads, len(prompts), ensembles, scoring, raw)
     with_text = sets if texts or ensembles or not heads else {}  # sets on which text is scored
     check_scores(scoring, with_text)
     check_ensembles(ensembles, with_text)
@@ -155,7 +155,9 @@ def _check_contenders(prompts: Mapping[str, SoftPrompt], ensembles: Ensembles) -
         raise ConfigError(f"a prompt and an ensemble are both called {both[0]!r}; rename one")
 
 
-def _check_heads(heads: Mapping[str, SoftPrompt], ensembles: Ensembles, scoring: ScoreConfig, raw: bool) -> None:
+def _check_heads(
+    heads: Mapping[str, SoftPrompt], num_prompts: int, ensembles: Ensembles, scoring: ScoreConfig, raw: bool
+) -> None:
     """Raises ConfigError for what a prompt that writes no text cannot do."""
     for name, members in ensembles.items():
         for own, member in members.items():
@@ -168,6 +170,9 @@ def _check_heads(heads: Mapping[str, SoftPrompt], ensembles: Ensembles, scoring:
             raise ConfigError(
                 f"raw continues a text, and {name} (task {prompt.record.form.task}) writes none; leave it out"
             )
+        if scoring.score and len(heads) == num_prompts:
+            what = f"score {scoring.score[0]!r} is about written answers"
+            raise ConfigError(f"{what}, and {name} has the scores of its own task; leave it out")
         if scoring.calibrate:
             raise ConfigError(
                 f"calibrate is about label likelihoods, and {name} has the logits of its own; leave it out"

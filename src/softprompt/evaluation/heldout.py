@@ -19,9 +19,9 @@ from torch import Tensor
 
 from softprompt.base import Base
 from softprompt.data.tokens import fit_source
-from softprompt.errors import DataError, LengthError
+from softprompt.errors import ConfigError, DataError, LengthError
 from softprompt.families import Forward
-from softprompt.loss import RowScore, score_examples, score_under
+from softprompt.loss import ObjectiveWeights, RowScore, objective, score_examples, score_under
 from softprompt.prompt import SoftPrompt
 from softprompt.types import Example, ExampleSet
 
@@ -191,16 +191,21 @@ class LeaveOneOut:
 def leave_one_out(
     base: Base, forward: Forward, examples: Sequence[Example], prompt: SoftPrompt, seed: int = 0
 ) -> LeaveOneOut:
-    """The loss of a prompt, and of it without each of its P virtual tokens, over the examples' text tokens.
+    """The loss of a prompt, and of it without each of its P virtual tokens, over the examples' text tokens or labels.
 
     The positions of a row follow the P - 1 others directly, without a gap. `seed` is the bootstrap's.
-    Raises DataError where no example has a text token that every contender predicts.
+    Raises DataError where no example has a text token that every contender predicts, ConfigError for a single virtual
+    token beside a head, without which the head has nothing to read.
     """
-    counted = [example for example in examples_under(examples, prompt) if any(example.text_mask)]
+    counted = [example for example in examples_under(examples, prompt) if any(example.text_mask) or example.columns]
+    own = objective(base, forward, prompt.record.form)
+    head = None if own is None else ObjectiveWeights(own, prompt.head)
+    if head is not None and len(prompt.tensor) == 1:
+        raise ConfigError("a prompt of one virtual token with a head has nothing that could be left out")
     if not counted:
         raise DataError(f"none of the {len(examples):,} held-out rows has a text token after another; give longer rows")
     variants = [_Variant(prompt.tensor, prompt.num_decoder_tokens), *_without_each(prompt)]
-    whole, *without = _score_variants(base, forward, counted, variants)
+    whole, *without = _score_variants(base, forward, counted, variants, head)
     return LeaveOneOut(
         loss=mean_loss(whole),
         num_rows=len(whole),
@@ -230,15 +235,17 @@ def _without_each(prompt: SoftPrompt) -> list[_Variant]:
 
 
 def _score_variants(
-    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[_Variant]
-) -> list[list[RowScore]]:
+    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[_Variant],
+    head: ObjectiveWeights | None,
+) -> list[list[RowScore]]:  # fmt: skip
     passes = [variants[first : first + MAX_PROMPTS_PER_PASS] for first in range(0, len(variants), MAX_PROMPTS_PER_PASS)]
-    return [scores for some in passes for scores in _score_pass(base, forward, examples, some)]
+    return [scores for some in passes for scores in _score_pass(base, forward, examples, some, head)]
 
 
 def _score_pass(
-    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[_Variant]
-) -> list[list[RowScore]]:
+    base: Base, forward: Forward, examples: Sequence[Example], variants: Sequence[_Variant],
+    head: ObjectiveWeights | None,
+) -> list[list[RowScore]]:  # fmt: skip
     """The scores of every example under each variant, all of them rows of one splice."""
     prompts = [variant.tensor for variant in variants if variant.tensor is not None]
     numbers = iter(range(len(prompts)))
@@ -248,7 +255,8 @@ def _score_pass(
         for owner, variant in zip(owners, variants, strict=True)
         for example in examples
     ]
-    scores = iter(score_under(base, forward, pairs, prompts))
+    heads = () if head is None else ([head] * len(prompts),)
+    scores = iter(score_under(base, forward, pairs, prompts, *heads))
     return [[next(scores) for _ in examples] for _ in variants]
 
 
