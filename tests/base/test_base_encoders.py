@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from support.encoders import ENCODERS, build_encoder, build_encoder_model, build_encoder_tokenizer, save_encoder
 from support.family_configs import each_of
 
-from softprompt.base import load_base
+from softprompt.base import freeze_base, load_base
 from softprompt.errors import BaseModelError
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -73,6 +73,21 @@ def test_the_fingerprint_is_the_same_in_bin_and_safetensors_and_in_16_bits(famil
     (folder / "model.safetensors").unlink()
     assert load(folder).fingerprint == known
     assert load(save_encoder(family, tmp_path / "other", seed=1, part=part)).fingerprint != known
+
+
+def test_the_former_names_of_a_checkpoints_norms_are_read_in_float16_too(tmp_path):
+    """bert-base-uncased has them: without their values its fingerprint was another one in float16."""
+    folder, model = save_encoder("bert", tmp_path / "base"), build_encoder_model("bert")
+    known = load(folder).fingerprint
+    former = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    rename = {
+        name: name.replace(today, old) for name in model.state_dict() for today, old in former.items() if today in name
+    }
+    rewritten(folder, lambda weights: {rename.get(name, name): value for name, value in weights.items()})
+    assert load(folder).fingerprint == known
+    half = freeze_base(model.half(), build_encoder_tokenizer(), folder=str(folder))
+    assert half.fingerprint == known
+    assert freeze_base(model, build_encoder_tokenizer(), folder=None).fingerprint != known
 
 
 def test_the_discriminator_of_electra_has_no_masked_lm_head_and_its_generator_has(tmp_path):

@@ -225,6 +225,19 @@ def test_the_logits_of_some_ids_are_those_among_all_and_read_no_other_row_of_the
         assert forward.logits(states).isnan().any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["deberta", "deberta-v3"])
+def test_a_head_that_multiplies_by_the_embedding_table_is_run_whole(family):
+    """DeBERTa's own checkpoints: `legacy` in transformers is a head of another shape."""
+    base = build_encoder(family, dtype=torch.float64, legacy=False)
+    forward, ids = forward_of(base), torch.tensor([random_ids(9, 1)])
+    states = base.model.base_model(input_ids=ids)[0][0]
+    truth = base.model(input_ids=ids).logits[0]
+    assert relative_error(forward.logits(states), truth) < 1e-9
+    some = torch.tensor([7, 60])
+    assert relative_error(forward.head.logits_of(states, some), truth[:, some]) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("family", "part"), [("bert", "bare"), ("roberta", "classifier"), ("electra", "discriminator")]
 )

@@ -27,6 +27,7 @@ from softprompt.base.gguf_model import gguf_values
 
 _SAMPLES_PER_PARAMETER = 64
 _ROUNDS_ALIKE = (torch.float32, torch.float64, torch.bfloat16)
+_FORMER_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads")
 
 
@@ -59,6 +60,10 @@ def _samples(model: PreTrainedModel, folder: str | None) -> Iterator[tuple[str, 
 
 
 def _short_name(name: str, prefix: str) -> str:
+    """A parameter's name without the backbone's, and as it is called today: older checkpoints of BERT have others."""
+    for former, today in _FORMER_NAMES.items():
+        if name.endswith(former):
+            name = name.removesuffix(former) + today
     return name.removeprefix(f"{prefix}.")
 
 
