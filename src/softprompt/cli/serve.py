@@ -95,11 +95,13 @@ def _serve(base_config: BaseConfig, config: ServerConfig, engine_config: EngineC
 
 
 def _say_notes(app: FastAPI) -> None:
+    from softprompt.base import Base
     from softprompt.cli.console import say
     from softprompt.engine import AsyncEngine
     from softprompt.server.dependencies import dependency_of
+    from softprompt.server.prompts.capabilities import endpoints_note
 
-    for note in dependency_of(app, AsyncEngine).notes:
+    for note in (*dependency_of(app, AsyncEngine).notes, endpoints_note(dependency_of(app, Base))):
         say(f"note: {note}")
 
 

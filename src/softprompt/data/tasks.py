@@ -34,8 +34,7 @@ def with_task(rows: Rows, base: Base, config: TrainConfig) -> Rows:
     rows cannot do what the settings ask for, naming why; DataError for a row that cannot be read.
     """
     task = _task(rows, base, config)
-    _check_base(base, task)
-    _check_settings(base, task, config)
+    check_task(base, task, config)
     if task == "generate":
         form = _generated(rows, config)
         return rows if form == rows.form else replace(rows, form=form)
@@ -72,6 +71,12 @@ def _task(rows: Rows, base: Base, config: TrainConfig) -> Task:
             "of labels; give a label column, or task classify to have a class for each completion"
         )
     return "classify"
+
+
+def check_task(base: Base, task: Task, config: TrainConfig) -> None:
+    """Raises ConfigError for a task that the base cannot do, and for a setting that does not suit the two."""
+    _check_base(base, task)
+    _check_settings(base, task, config)
 
 
 def _check_base(base: Base, task: Task) -> None:

@@ -66,14 +66,14 @@ def check_pooling(base: Base, request: PoolingRequest) -> None:
     check_width(base, request.prompt)
     if base.kind == "seq2seq" and any(row.columns for row in request.rows):
         raise ConfigError(f"base {base.name!r} is an encoder-decoder; its states are read by no head", param="model")
+    num_decoder = 0 if request.prompt is None else request.prompt.num_decoder_tokens
     for row in request.rows:
-        for ids in (row.ids, row.source):
+        for ids, num_virtual in ((row.source or row.ids, request.num_virtual), (row.ids, num_decoder)):
             check_ids(base, ids, "the text has token id", "input")
-            num_positions = request.num_virtual + len(ids)
-            if num_positions > base.max_length:
+            if num_virtual + len(ids) > base.max_length:
                 raise LengthError(
                     f"This model's maximum context length is {base.max_length} tokens. However, your text is "
-                    f"{len(ids)} tokens, and {request.num_virtual} are in the soft prompt; shorten the text",
+                    f"{len(ids)} tokens, and {num_virtual} are in the soft prompt; shorten the text",
                     param="input",
                 )
 

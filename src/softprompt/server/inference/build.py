@@ -75,7 +75,7 @@ CurrentDependencies = Annotated[InferenceDependencies, Depends()]
 async def build_completion(body: CompletionBody, deps: InferenceDependencies) -> Generation:
     """One engine request for each text. Raises ApiError."""
     model = _model(body, deps)
-    _check_completion(body)
+    _check_completion(body, deps.base)
     items = prompt_items(body.prompt, deps.base, deps.tokenisers.max_characters)
     _check_num_answers(len(items), body.n)
     sampling = _sampling(body, max(1, body.max_tokens))
@@ -148,7 +148,10 @@ def resolve_model(body: GenerationBody | PoolingBody, deps: InferenceDependencie
     return model
 
 
-def _check_completion(body: CompletionBody) -> None:
+def _check_completion(body: CompletionBody, base: Base) -> None:
+    if body.echo and base.kind == "seq2seq":
+        raise ApiError(400, "echo is not supported on an encoder-decoder, whose answer does not continue its text; "
+                            "leave it out", "unsupported_parameter", "echo")  # fmt: skip
     if body.best_of is not None and body.best_of != body.n:
         raise ApiError(400, f"best_of is {body.best_of} and n is {body.n}; every answer is returned; leave best_of out",
                        "unsupported_parameter", "best_of")  # fmt: skip
@@ -196,7 +199,11 @@ def _max_tokens(body: ChatBody, deps: InferenceDependencies, model: Model, ids: 
     if body.max_tokens is not None:
         return body.max_tokens
     num_virtual = 0 if model.prompt is None else model.prompt.num_virtual_tokens
-    return max(1, deps.base.max_length - num_virtual - len(ids))
+    num_before = num_virtual + len(ids)
+    if deps.base.kind == "seq2seq":  # the answer has positions of its own
+        num_decoder = 0 if model.prompt is None else model.prompt.num_decoder_tokens
+        num_before = num_decoder + len(deps.base.decoder_start_ids)
+    return max(1, deps.base.max_length - num_before)
 
 
 async def tokenised(deps: InferenceDependencies, num_characters: int, work: Callable[[], Result]) -> Result:

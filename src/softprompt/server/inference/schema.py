@@ -274,7 +274,7 @@ _REFUSED: Mapping[str, str] = {
     "guided_regex": _GUIDES, "guided_grammar": _GUIDES, "regex": _GUIDES, "grammar": _GUIDES,
     "structural_tag": _GUIDES, "json_object": _GUIDES,
     "chat_template": _FORM, "continue_final_message": _FORM, "documents": _FORM,
-    "suffix": "a causal language model only continues a text; leave it out",
+    "suffix": "a text is continued or answered, and nothing is filled in; leave it out",
     "prediction": _MISSING, "use_beam_search": _MISSING, "prompt_logprobs": _MISSING, "prompt_embeds": _MISSING,
     "truncate_prompt_tokens": _MISSING, "allowed_token_ids": _MISSING, "bad_words": _MISSING,
     "logits_processors": _MISSING,

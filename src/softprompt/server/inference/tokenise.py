@@ -131,7 +131,7 @@ def prompt_ids(base: Base, item: Any, number: int, adds_special: bool) -> tuple[
     if isinstance(item, str):
         _check_unicode(item, f"text {number}", "prompt")
         ids = input_ids(base, text=item, max_ids=base.max_length)
-        return check_length(base, ids if adds_special else ids[len(base.bos_ids) :])
+        return check_length(base, ids if adds_special else ids[len(base.bos_ids) : len(ids) - len(base.end_ids)])
     return checked_ids(base, item, number, "prompt")
 
 

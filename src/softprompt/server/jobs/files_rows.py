@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from softprompt.data.messages import check_row_keys
 from softprompt.data.rows import Rows, render_row
 from softprompt.data.textfiles import JsonLine, iter_json_lines, json_problem
 from softprompt.errors import DataError
-from softprompt.types import FormKind, InputForm
+from softprompt.types import InputForm, Task
 
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_LINE = 16 * 2**20  # bytes
@@ -25,23 +25,47 @@ _LONGEST_PROBLEM = 200  # characters of a problem in the message
 _BREAK_BYTES = 2**16  # lines of so many bytes, then other threads get a turn
 _BREAK_S = 0.0005
 
-# What the lines of each form hold, and how `softprompt.data` reads it.
-_COLUMNS: dict[FormKind, tuple[str, ...]] = {
-    "template": ("prompt", "completion"),
-    "chat": ("messages",),
-    "plain": ("text",),
-}
-_FORMS: dict[FormKind, InputForm] = {
-    "template": InputForm(kind="template", template="{prompt}", completion="{completion}"),
-    "chat": InputForm(kind="chat"),
-    "plain": InputForm(kind="plain"),
-}
-_SPOKEN: dict[FormKind, str] = {"template": "prompt and completion", "chat": "messages", "plain": "text"}
-_LEARNED: dict[FormKind, str] = {
-    "template": "prompt and completion must not be blank",
-    "chat": 'one turn of the assistant must have words and no "weight": 0',
-    "plain": "text must not be blank",
-}
+RowForm = Literal["template", "chat", "plain", "label", "tag", "answer", "embed"]
+
+
+class _Form(NamedTuple):
+    """What the lines of one form hold, and how `softprompt.data` reads each."""
+
+    columns: tuple[str, ...]
+    spoken: str
+    learned: str  # what a line without it lacks
+    form: InputForm
+
+
+def _template(template: str, completion: str, task: Task = "generate") -> InputForm:
+    return InputForm(kind="template", template=template, completion=completion, task=task)
+
+
+_FORMS: dict[RowForm, _Form] = {
+    "template": _Form(
+        ("prompt", "completion"), "prompt and completion", "prompt and completion must not be blank",
+        _template("{prompt}", "{completion}"),
+    ),
+    "chat": _Form(
+        ("messages",), "messages", 'one turn of the assistant must have words and no "weight": 0',
+        InputForm(kind="chat"),
+    ),
+    "label": _Form(
+        ("text", "label"), "text and label", "text and label must not be blank", _template("{text}", "{label}")
+    ),
+    "plain": _Form(("text",), "text", "text must not be blank", InputForm(kind="plain")),
+    "tag": _Form(
+        ("tokens", "tags"), "tokens and tags", "one token must not be blank", _template("{tokens}", "{tags}", "tag")
+    ),
+    "answer": _Form(
+        ("question", "context", "answers"), "question, context and answers", "the context must not be blank",
+        _template("{question}\n{context}", "{answers}", "answer"),
+    ),
+    "embed": _Form(
+        ("anchor", "positive"), "anchor and positive", "anchor and positive must not be blank",
+        _template("{anchor}", "{positive}", "embed"),
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -49,7 +73,7 @@ class CheckedRows:
     """What a file of rows holds."""
 
     num_rows: int = 0
-    form: FormKind | None = None  # of all rows
+    form: RowForm | None = None  # of all rows
     problems: list[str] = field(default_factory=list)  # of the first broken lines
     num_broken: int = 0
 
@@ -91,8 +115,8 @@ def _check_line(found: CheckedRows, line: JsonLine) -> None:
     try:
         form = _form_of(line)
         if found.form is not None and form != found.form:
-            raise DataError(f"line {number:,} holds {_SPOKEN[form]}, but the rows before it {_SPOKEN[found.form]}; "
-                            "a file is of one form")  # fmt: skip
+            raise DataError(f"line {number:,} holds {_FORMS[form].spoken}, but the rows before it "
+                            f"{_FORMS[found.form].spoken}; a file is of one form")  # fmt: skip
     except DataError as error:
         found.num_broken += 1
         if len(found.problems) < _NUM_SHOWN:
@@ -102,7 +126,7 @@ def _check_line(found: CheckedRows, line: JsonLine) -> None:
     found.num_rows += 1
 
 
-def _form_of(line: JsonLine) -> FormKind:
+def _form_of(line: JsonLine) -> RowForm:
     """The form of one row that can be learned from. Raises DataError."""
     where = f"line {line.number:,}"
     if line.error is not None:
@@ -111,24 +135,28 @@ def _form_of(line: JsonLine) -> FormKind:
     if not isinstance(record, dict):
         raise DataError(f"{where} is no JSON object but a {type(record).__name__}")
     form = _form_by_keys(record, where)
-    column = None if form == "template" else _COLUMNS[form][0]
-    rows = Rows(records=(record,), indices=(line.number - 1,), source="", form=_FORMS[form], column=column)
+    known = _FORMS[form]
+    column = None if known.form.kind == "template" else known.columns[0]
+    rows = Rows(records=(record,), indices=(line.number - 1,), source="", form=known.form, column=column)
     try:
-        check_row_keys(record, _COLUMNS[form], form, rows.where(0))
+        check_row_keys(record, known.columns, known.form.kind, rows.where(0))
         written = render_row(rows, 0)
     except DataError as error:  # it opens with where the row is
         raise DataError(f"{where}{str(error).removeprefix(rows.where(0))}") from error
     if written.is_empty:
-        raise DataError(f"{where} has nothing to learn: {_LEARNED[form]}")
+        raise DataError(f"{where} has nothing to learn: {known.learned}")
     return form
 
 
-def _form_by_keys(record: dict[str, Any], where: str) -> FormKind:
-    given = [form for form, columns in _COLUMNS.items() if any(name in record for name in columns)]
+def _form_by_keys(record: dict[str, Any], where: str) -> RowForm:
+    """By the keys that are there; a text is plain only where it has no label beside it."""
+    given: list[RowForm] = [form for form, known in _FORMS.items() if any(name in record for name in known.columns)]
+    if "label" in given and "plain" in given:
+        given.remove("plain" if "label" in record else "label")
     if len(given) != 1:
-        which = f"holds {' beside '.join(_SPOKEN[form] for form in given)}" if given else f"has {_keys(record)}"
+        which = f"holds {' beside '.join(_FORMS[form].spoken for form in given)}" if given else f"has {_keys(record)}"
         raise DataError(f"{where} {which}; {_EXPECTED}")
-    missing = [name for name in _COLUMNS[given[0]] if record.get(name) is None]
+    missing = [name for name in _FORMS[given[0]].columns if record.get(name) is None]
     if missing:
         raise DataError(f"{where} has no {' and no '.join(missing)}")
     return given[0]
@@ -149,4 +177,7 @@ def _shortened(problem: str) -> str:
     return shown if len(shown) <= _LONGEST_PROBLEM else f"{shown[: _LONGEST_PROBLEM - 3]}..."
 
 
-_EXPECTED = 'give one JSON object per line: {"prompt", "completion"}, {"messages"} or {"text"}'
+_EXPECTED = (
+    'give one JSON object per line: {"prompt", "completion"}, {"messages"}, {"text"}, {"text", "label"}, '
+    '{"tokens", "tags"}, {"question", "context", "answers"} or {"anchor", "positive"}'
+)

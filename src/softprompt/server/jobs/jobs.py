@@ -30,7 +30,14 @@ from softprompt.server.jobs.files import Files, StoredFile
 from softprompt.server.jobs.records import ACTIVE, OPEN, JobRecords, NewEvent
 from softprompt.server.jobs.run import JobContext, JobRun, StopSignal, forget_state
 from softprompt.server.jobs.schemas import CreateJob, Json
-from softprompt.server.jobs.settings import JobSettings, check_rows, job_settings, validation_setting
+from softprompt.server.jobs.settings import (
+    JobSettings,
+    check_job_task,
+    check_rows,
+    job_settings,
+    template_setting,
+    validation_setting,
+)
 from softprompt.server.prompts.registry import PromptRegistry
 from softprompt.server.state.database import Database
 from softprompt.server.state.schema import JobEventRow, JobRow
@@ -90,9 +97,11 @@ class Jobs:
         model = self._context.registry.resolve(asked.model, client)
         settings, validation = job_settings(asked, self._context.base, model.prompt), validation_setting(asked)
         with self._context.files.changes:  # no file is deleted before the job that needs it is recorded
-            self._check_files(asked, settings.train, validation, client)
+            form = self._check_files(asked, settings.train, validation, client)
+            template = template_setting(asked, form)
+            check_job_task(settings.train, self._context.base, form, template, model.prompt)
             row = self._row(asked, client, model.id, settings, model.prompt)
-            row.settings = {**row.settings, "validation": validation}
+            row.settings = {**row.settings, "validation": validation, "template": template}
             return self._add(row, client, model.prompt)
 
     def get(self, job: str, client: Client) -> JobRow:
@@ -161,7 +170,8 @@ class Jobs:
         self._woken.set()
         return self.get(job, client)
 
-    def _check_files(self, asked: CreateJob, config: TrainConfig, setting: str | None, client: Client) -> None:
+    def _check_files(self, asked: CreateJob, config: TrainConfig, setting: str | None, client: Client) -> str:
+        """The form of the files' rows."""
         training = self._file(asked.training_file, client, "training_file")
         check_rows(config, training.num_rows)
         validation = None
@@ -170,6 +180,7 @@ class Jobs:
             _check_forms(training, validation)
         is_kept = setting != NO_VALIDATION if setting is not None else training.num_rows >= LEAST_SPLIT_ROWS
         _check_criterion(config, has_rows=validation is not None or is_kept)
+        return training.form
 
     def _file(self, file: str, client: Client, param: str) -> StoredFile:
         try:

@@ -156,7 +156,7 @@ class JobRun:
         files, wanted = self._context.files, self._row.validation_file
         train = files.get(self._row.training_file, self._client)
         validation = None if wanted is None else files.get(wanted, self._client)
-        config = data_config(train, validation or self._validation())
+        config = data_config(train, validation or self._validation(), self._row.settings.get("template"))
         split = split_rows(
             config, seed=self._config.seed, scored=self._config.best_by != "loss", task=self._config.task
         )
@@ -310,8 +310,11 @@ def forget_state(context: JobContext, job: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def data_config(train: StoredFile, validation: StoredFile | str | None) -> DataConfig:
-    """The settings with which `softprompt train` reads such files; `validation` may be a part of the training file."""
+def data_config(train: StoredFile, validation: StoredFile | str | None, template: str | None = None) -> DataConfig:
+    """The settings with which `softprompt train` reads such files; `validation` may be a part of the training file.
+
+    `template` is for texts with labels.
+    """
     held_out = str(validation.path) if isinstance(validation, StoredFile) else validation
     if train.form == "template":
         return DataConfig(
@@ -319,6 +322,13 @@ def data_config(train: StoredFile, validation: StoredFile | str | None) -> DataC
         )  # fmt: skip
     if train.form == "chat":
         return DataConfig(data=str(train.path), messages_column="messages", validation=held_out)
+    if train.form == "label":
+        text_column = "text" if template is None else None
+        return DataConfig(
+            data=str(train.path), text_column=text_column, template=template, label_column="label", validation=held_out
+        )  # fmt: skip
+    if train.form in ("tag", "answer", "embed"):  # by the names of their columns
+        return DataConfig(data=str(train.path), validation=held_out)
     return DataConfig(data=str(train.path), text_column="text", validation=held_out)
 
 

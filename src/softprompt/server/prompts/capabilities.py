@@ -60,6 +60,13 @@ def pooling_of(model: Model, base: Base) -> Pooling | None:
     return "mean" if base.kind == "encoder" else None
 
 
+def endpoints_note(base: Base) -> str:
+    """What the server answers on a base, for people."""
+    own = "/v1/embeddings" if base.kind == "encoder" else "/v1/completions and /v1/chat/completions"
+    more = " or /v1/embeddings" if base.kind == "causal" else ""
+    return f"the base answers {own}; prompts that are trained for it /v1/classify{more} too"
+
+
 def require(model: Model, base: Base, capability: Capability) -> None:
     """Raises ApiError 400 where the model cannot do it, naming what it does."""
     known = capabilities(model, base)
