@@ -1,7 +1,10 @@
 """Prompts over HTTP: added, listed, changed and deleted while the server runs; aliases; and who sees what."""
 
+from dataclasses import replace
+
 import openai
 import pytest
+import torch
 from support.hub_double import TOKEN, hub_double
 from support.prompt_server import as_upload, made_prompt, prompt_server, streamed, upload
 from support.tiny_bases import random_ids
@@ -9,6 +12,7 @@ from support.tiny_bases import random_ids
 from softprompt.config import EngineConfig
 from softprompt.storage import pull_prompt, save_prompt
 from softprompt.storage.save import adapter_to_bytes
+from softprompt.types import InputForm
 
 IDS = random_ids(5)
 
@@ -68,6 +72,18 @@ def test_an_adapter_of_pefts_is_accepted_if_its_width_fits(ann, tiny_llama):
     files = as_upload(made_prompt(tiny_llama, 2), leave_out=("README.md", "softprompt.json"))
     answer = ann.post("/v1/prompts", data={"name": "peft"}, files=files)
     assert answer.status_code == 200 and answer.json()["record"]["base_fingerprint"] is None
+
+
+def test_a_head_is_uploaded_with_its_prompt_if_the_base_has_such_a_head(ann, tiny_llama):
+    form = InputForm(task="classify", labels=("bad", "good"), pooling="last")
+    plain = made_prompt(tiny_llama, 2, form=form, base_kind="causal")
+    prompt = replace(plain, head={"score.weight": torch.ones(2, 16)})
+    answer = upload(ann, "critic", prompt)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["content_hash"] == prompt.content_hash != plain.content_hash
+    other = replace(plain, head={"classifier.weight": torch.ones(2, 16)})
+    assert "has the weight 'classifier.weight', but the classify head" in error_of(upload(ann, "other", other), 400)
+    assert "no weights of a head" in error_of(upload(ann, "none", plain), 400)
 
 
 def test_a_name_in_use_is_refused_without_overwrite(ann, bob, tiny_llama):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from softprompt.errors import AdapterError, ExistsError, StorageError, WrongBase
 from softprompt.prompt import SoftPrompt
 from softprompt.storage import Library, load_prompt, pull_prompt, push_prompt, save_prompt
 from softprompt.storage.files import ADAPTER_FILES, MAX_TEXT_BYTES
+from softprompt.types import InputForm
 
 MakePrompt = Callable[..., SoftPrompt]
 # huggingface_hub 2.4 uploads LFS files through an argument that its HTTP library has deprecated.
@@ -49,6 +51,16 @@ def test_a_pushed_prompt_is_pulled_unchanged(
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (place / name).read_bytes() == (saved / name).read_bytes()
     assert not any(path.is_symlink() for path in place.iterdir())
+
+
+def test_a_pushed_head_is_pulled_unchanged(hub: HubState, tmp_path: Path, prompt: SoftPrompt, base: Base) -> None:
+    form = InputForm(task="classify", labels=("bad", "good"), pooling="last")
+    head = {"score.weight": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}
+    headed = SoftPrompt(prompt.tensor, replace(prompt.record, form=form, base_kind="causal"), head)
+    push_prompt(save_prompt(headed, tmp_path / "saved", base=base), "me/critic", token=TOKEN)
+    pulled = load_prompt(pull_prompt("me/critic", tmp_path / "pulled", token=TOKEN, base=base), base)
+    assert pulled.content_hash == headed.content_hash
+    assert (pulled.record.form, list(pulled.head)) == (form, ["score.weight"])
 
 
 def test_a_published_record_has_no_path_and_no_text(
