@@ -3,7 +3,7 @@
     python tools/embedded/pretrain_t5.py --out /tmp/tiny-t5
     python tools/embedded/pretrain_t5.py --out /tmp/tiny-t5 --seconds 600
 
-Like T5 it learns several tasks by their names, written in front of the text ("last word: ..."), and, without a name, to
+Like T5 it learns several tasks by their names, written in front of the text ("subject: ..."), and, without a name, to
 go on: from the first part of a sentence to the rest. A soft prompt takes the place of such a name. The tokenizer is the
 embedded base's, with a space before a text and EOS behind it, as T5's. The last line printed is JSON: parameters,
 steps, time, and the nats per token on sentences that were not trained on, by task.
@@ -25,12 +25,15 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-from writer.corpus import shard
+from writer.documents import any_voice, review, say
+from writer.feelings import BOTH_HANDS
 
 BASE = Path(__file__).parents[2] / "src" / "softprompt" / "embedded" / "base"
 PAD, EOS, IGNORED = 3, 2, -100
-_WORDS = (5, 12)  # of a sentence, least and most
-_HELD_OUT = 99  # the shard that is not trained on
+_WORDS = (5, 14)  # of a sentence, least and most
+_HELD_OUT = 1_000  # the seed of sentences that are not trained on
+_KINDS = {"role": "order", "quote": "saying", "story": "story", "support": "message"}
+_MOODS = ("bad", "good")
 
 
 class Pair(NamedTuple):
@@ -40,28 +43,59 @@ class Pair(NamedTuple):
     answer: str
 
 
-def _split(words: Sequence[str], random: Random) -> Pair:
+def continued(random: Random) -> Pair:
+    """The first part of a sentence, and the rest."""
+    words = _sentence(random)[0].split()
     cut = random.randint(2, len(words) - 2)
     return Pair(" ".join(words[:cut]), " ".join(words[cut:]))
 
 
-def _named(name: str, answer: Callable[[Sequence[str]], str]) -> Callable[[Sequence[str], Random], Pair]:
-    return lambda words, random: Pair(f"{name}: {' '.join(words)}", answer(words))
+def subject(random: Random) -> Pair:
+    text, domain, _ = _sentence(random)
+    return Pair(text, domain)
 
 
-ANSWERS: Mapping[str, Callable[[Sequence[str]], str]] = {
-    "first word": lambda words: words[0],
-    "last word": lambda words: words[-1].strip(".,;:?!"),
-    "second word": lambda words: words[1],
-}
-TASKS = {"continue": _split, **{name: _named(name, answer) for name, answer in ANSWERS.items()}}
+def kind(random: Random) -> Pair:
+    text, _, register = _sentence(random)
+    return Pair(text, _KINDS[register])
 
 
-def sentences(number: int) -> list[list[str]]:
-    """Sentences of one shard of the writer's text, as words."""
-    lines = [line for document in shard(number) for line in document.split("\n")]
-    parts = [part.split() for line in lines for part in line.replace("? ", "?|").replace(". ", ".|").split("|")]
-    return [words for words in parts if _WORDS[0] <= len(words) <= _WORDS[1]]
+def mood(random: Random) -> Pair:
+    """A product review of one sentence, and what its writer feels."""
+    side = random.randrange(2)
+    text = _short(lambda: review(random, side, BOTH_HANDS, "pretraining", 1))
+    return Pair(text, _MOODS[side])
+
+
+NAMED: Mapping[str, Callable[[Random], Pair]] = {"subject": subject, "kind": kind, "mood": mood}
+
+
+def _named(name: str) -> Callable[[Random], Pair]:
+    def write(random: Random) -> Pair:
+        pair = NAMED[name](random)
+        return Pair(f"{name}: {pair.text}", pair.answer)
+
+    return write
+
+
+TASKS: Mapping[str, Callable[[Random], Pair]] = {"continue": continued, **{name: _named(name) for name in NAMED}}
+
+
+def _sentence(random: Random) -> tuple[str, str, str]:
+    """A sentence, its subject, and its register."""
+    register = random.choice(list(_KINDS))
+    while True:
+        voice = any_voice(random)
+        text = say(random, register, voice)
+        if _WORDS[0] <= len(text.split()) <= _WORDS[1]:
+            return text, voice.domain.name, register
+
+
+def _short(write: Callable[[], str]) -> str:
+    while True:
+        text = write()
+        if _WORDS[0] <= len(text.split()) <= _WORDS[1]:
+            return text
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -95,13 +129,13 @@ def pretrain(
     model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seconds: float, batch_rows: int, seed: int
 ) -> tuple[int, float]:
     """Train for that long; the number of steps, and the last loss. The rate falls with the time that is left."""
-    random, known = Random(seed), [words for number in range(12) for words in sentences(number)]
+    random, tasks = Random(seed), list(TASKS.values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.01, betas=(0.9, 0.98))
     began, step, loss = time.perf_counter(), 0, math.nan
     while (done := (time.perf_counter() - began) / seconds) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * min(1.0, 2.0 * (1.0 - done))
-        pairs = [random.choice(list(TASKS.values()))(random.choice(known), random) for _ in range(batch_rows)]
+        pairs = [random.choice(tasks)(random) for _ in range(batch_rows)]
         found = model(**batch_of(tokenizer, pairs)).loss
         optimizer.zero_grad()
         found.backward()
@@ -116,11 +150,11 @@ def pretrain(
 @torch.no_grad()
 def held_out(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """Nats per token of each task on sentences that were not trained on."""
-    random, known = Random(0), sentences(_HELD_OUT)[:200]
-    return {
-        name: round(float(model(**batch_of(tokenizer, [task(words, random) for words in known])).loss), 4)
-        for name, task in TASKS.items()
-    }
+    found = {}
+    for name, task in TASKS.items():
+        random = Random(_HELD_OUT)
+        found[name] = round(float(model(**batch_of(tokenizer, [task(random) for _ in range(200)])).loss), 4)
+    return found
 
 
 def main() -> None:
