@@ -117,6 +117,18 @@ def test_it_has_labels_words_and_head(bert: Base, tmp_path: Path) -> None:
     assert "- Pooling: cls\n" in card
 
 
+def test_its_figures_of_a_head_have_no_bare_base_and_are_per_label(bert: Base, tmp_path: Path) -> None:
+    run = {
+        "held_out": {"interval": [0.4, 0.8], "accuracy": 0.65, "majority": 0.5, "bare_base": 0.5, "rows": 20},
+        "validation_losses": [[6, 0.625]],
+        "kept_step": 6,
+    }
+    prompt = made(bert, FORMS["classify"])
+    card = card_of(replace(prompt, record=replace(prompt.record, run=run)), bert, tmp_path / "x")
+    assert "- Right 65 times in 100 (40 to 80), of 20 rows; always answering the commonest label would be 50\n" in card
+    assert "- Validation loss: 0.625 nats per label\n" in card
+
+
 def test_of_an_encoder_decoder_it_says_that_peft_ignores_the_decoders_half(tmp_path: Path) -> None:
     base = build_seq2seq("t5")
     both = card_of(made(base, InputForm(has_decoder_prompt=True), num_rows=8), base, tmp_path / "both")

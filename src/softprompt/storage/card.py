@@ -13,7 +13,7 @@ from typing import Any
 
 from softprompt.prompt import Judgement, SoftPrompt
 from softprompt.storage.card_usage import fields_of, usage
-from softprompt.types import PromptRecord, Task
+from softprompt.types import HEADED_TASKS, PromptRecord, Task
 
 _SETTINGS = (
     "task", "loss", "virtual_tokens", "init", "reparameterisation", "epochs", "max_steps", "steps", "kept_step",
@@ -116,13 +116,13 @@ def _figures(prompt: SoftPrompt) -> str:
     judged = [] if judgement is None else [f"{judgement.text}.", ""]
     lines = [
         *judged,
-        *_accuracy_lines(run.get("held_out")),
-        *_loss_lines(run.get("validation_losses"), run.get("kept_step")),
+        *_accuracy_lines(run.get("held_out"), prompt.record.form.task),
+        *_loss_lines(run.get("validation_losses"), run.get("kept_step"), prompt.record.form.task),
     ]
     return "\n".join(["## On rows that it was not trained on", "", *lines, ""]) if lines else ""
 
 
-def _accuracy_lines(found: Any) -> list[str]:  # Any: a record is JSON, and may be a stranger's
+def _accuracy_lines(found: Any, task: Task) -> list[str]:  # Any: a record is JSON, and may be a stranger's
     try:
         low, high = found["interval"]
         shares = [found["accuracy"], low, high, found["majority"], found["bare_base"]]
@@ -130,15 +130,17 @@ def _accuracy_lines(found: Any) -> list[str]:  # Any: a record is JSON, and may 
         num_rows = int(found["rows"])
     except (TypeError, KeyError, ValueError):
         return []
+    of_base = "" if task in HEADED_TASKS else f", the bare base with the same template {bare}"
     return [
         f"- Right {right} times in 100 ({low} to {high}), of {num_rows:,} rows; always answering the commonest label "
-        f"would be {majority}, the bare base with the same template {bare}"
+        f"would be {majority}{of_base}"
     ]
 
 
-def _loss_lines(losses: Any, kept_step: Any) -> list[str]:  # Any: as above
+def _loss_lines(losses: Any, kept_step: Any, task: Task) -> list[str]:  # Any: as above
+    unit = {"generate": "text token", "answer": "answer", "embed": "text"}.get(task, "label")
     try:
-        return [f"- Validation loss: {dict(losses)[kept_step]:.3f} nats per text token"]
+        return [f"- Validation loss: {dict(losses)[kept_step]:.3f} nats per {unit}"]
     except (TypeError, KeyError, ValueError):
         return []
 
