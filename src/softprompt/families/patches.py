@@ -347,10 +347,12 @@ _ATTENTION: dict[str, Patch] = {
     **dict.fromkeys(("T5Attention", "MT5Attention"), Patch("forward", _t5, "mask")),
     "UMT5Attention": Patch("forward", _umt5, "mask"),
     **dict.fromkeys(
-        (f"{family}Attention" for family in ("Bart", "MBart", "Pegasus", "Marian", "PLBart", "Blenderbot")),
+        (
+            f"{family}Attention"
+            for family in ("Bart", "MBart", "Pegasus", "Marian", "PLBart", "Blenderbot", "BlenderbotSmall", "M2M100")
+        ),
         Patch("forward", _bart, "mask"),
     ),
-    "BlenderbotSmallAttention": Patch("forward", _bart, "mask"),
     "BloomAttention": Patch("forward", _bloom, "cache"),
     "MptAttention": Patch("forward", _mpt, "cache"),
     "FalconAttention": Patch("forward", _falcon, "cache"),
@@ -366,6 +368,8 @@ def _position_table(module: Any, *args: Any, **kwargs: Any) -> Tensor:
     if positions_S is None:
         counted: Tensor = type(module).forward(module, *args, **kwargs)
         return counted
+    if not isinstance(module, nn.Embedding):  # M2M100's sinusoids, which begin behind the pad's
+        return torch.nn.functional.embedding(positions_S[None] + module.padding_idx + 1, module.weights)
     found: Tensor = nn.Embedding.forward(module, positions_S[None] + getattr(module, "offset", 0))
     return found
 
@@ -409,8 +413,8 @@ _RMS_NORM_FAMILIES = """
 RMS_NORMS = tuple(f"{family}RMSNorm" for family in _RMS_NORM_FAMILIES.split())
 
 POSITION_TABLES = (
-    *(f"{family}LearnedPositionalEmbedding" for family in ("Bart", "MBart", "PLBart", "Blenderbot")),
-    *(f"{family}SinusoidalPositionalEmbedding" for family in ("Pegasus", "Marian")),
+    *(f"{family}LearnedPositionalEmbedding" for family in ("Bart", "MBart", "PLBart", "Blenderbot", "BlenderbotSmall")),
+    *(f"{family}SinusoidalPositionalEmbedding" for family in ("Pegasus", "Marian", "M2M100")),
 )
 
 _KERNELS: dict[type | str, Patch] = {
