@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from support.encoders import ENCODERS, build_encoder, save_encoder
+from support.encoders import ENCODERS, build_encoder, build_encoder_tokenizer, save_encoder
 from support.headed_models import AUTO, headed_model, outputs_of
 from support.seq2seq_bases import build_seq2seq
-from support.tiny_bases import FAMILIES, build_base
+from support.tiny_bases import FAMILIES, VOCAB, build_base
 
-from softprompt.base import load_base
+from softprompt.base import freeze_base, load_base
 from softprompt.errors import AdapterError, BaseModelError, ConfigError
 from softprompt.families.task_head import TaskHead, task_head
 from softprompt.types import InputForm
@@ -31,7 +31,13 @@ def weights_of(model, head):
     return {name: model.get_parameter(name).clone() for name in head.start(seed=0)}
 
 
-@pytest.mark.parametrize("family", [*ENCODERS, *FAMILIES])
+QUICK = ("bert", "roberta", "distilbert", "albert", "deberta-v2", "modernbert", "gpt2", "llama", "opt_projected")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.medium) for name in (*ENCODERS, *FAMILIES)],
+)
 @pytest.mark.parametrize("task", ["classify", "tag", "answer"])
 def test_a_heads_logits_are_those_of_transformers_headed_model(family, task):
     base = base_of(family)
@@ -58,6 +64,18 @@ def test_the_state_that_transformers_reads_is_found(family, position):
 def test_a_class_that_reads_a_mean_is_found():
     base = build_encoder("modernbert", classifier_pooling="mean")
     assert task_head(base, InputForm(task="classify", labels=LABELS)).position == "mean"
+
+
+def test_a_class_that_reads_none_of_them_has_a_head_over_one_state_all_the_same():
+    """EuroBERT's averages the logits of its tokens, behind an activation; of one state that is the state's."""
+    settings = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4, "num_key_value_heads": 2}
+    config = hf.EuroBertConfig(vocab_size=VOCAB, classifier_pooling="late", **settings)
+    base = freeze_base(hf.EuroBertModel(config), build_encoder_tokenizer(), name="tiny-eurobert")
+    head = task_head(base, InputForm(task="classify", labels=LABELS, pooling="mean"))
+    assert head.logits(head.start(0), torch.ones(2, 16)).shape == (2, 3)
+    with pytest.raises(BaseModelError, match="reads neither the first nor the last state nor their mean"):
+        _ = head.position
 
 
 class TestStart:

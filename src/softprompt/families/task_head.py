@@ -90,8 +90,17 @@ class TaskHead:
 
     @property
     def position(self) -> Position:
-        """Whose state transformers' class reads of a whole input, and so PEFT's; only of task "classify"."""
-        return self._model.position
+        """Whose state transformers' class reads of a whole input, and so PEFT's; only of task "classify".
+
+        Raises BaseModelError for a class that reads none of these.
+        """
+        found = self._model.position
+        if found is None:
+            raise BaseModelError(
+                f"base {self.base.name!r} ({self.base.model.config.model_type}): transformers' classifier, and so "
+                "PEFT's pooling, reads neither the first nor the last state nor their mean; use another pooling"
+            )
+        return found
 
     def check(self, weights: Mapping[str, Tensor], where: str) -> None:
         """Raises AdapterError where names or shapes are not those of this head."""
@@ -264,8 +273,8 @@ class _HeadedModel:
         return last if last is not None and made[last].shape[-1] == logits.shape[-1] else None
 
     @cached_property
-    def position(self) -> Position:
-        """Found by a probe. Raises ValueError for a class that reads none of these."""
+    def position(self) -> Position | None:
+        """Found by a probe."""
         states_TD = torch.randn(_PROBE_STATES, self._width, generator=torch.Generator().manual_seed(0))
         read: dict[Position, Tensor] = {"first": states_TD[0], "last": states_TD[-1], "mean": states_TD.mean(dim=0)}
         weights = self.start(seed=0)
@@ -274,9 +283,7 @@ class _HeadedModel:
             alone = self.logits(weights, torch.stack(list(read.values()))[:, None].to(self._device))
         distances = dict(zip(read, (alone - whole).abs().amax(dim=1).tolist(), strict=True))
         nearest = min(read, key=lambda name: distances[name])
-        if distances[nearest] > _CLOSE * max(distances.values()):
-            raise ValueError("its class reads neither the first nor the last state nor their mean")
-        return nearest
+        return None if distances[nearest] > _CLOSE * max(distances.values()) else nearest
 
     def _run(self, weights: Mapping[str, Tensor], states_BTD: Tensor) -> Tensor:
         ids_BT = torch.full(states_BTD.shape[:2], self._real_id, device=states_BTD.device)
@@ -306,9 +313,7 @@ def _headed_model(base: Base, task: Task, num_labels: int, reads_mean: bool) -> 
         try:
             with torch.device("meta"):
                 model = _CLASSES[task].from_config(_config(base, num_labels), attn_implementation="eager")
-            headed = _HeadedModel(model, base, width, reads_mean)
-            _ = headed.position if task == "classify" else None
-            return headed
+            return _HeadedModel(model, base, width, reads_mean)
         except Exception as error:  # whatever a class that nobody tried does with given states
             failure = failure or error
     assert failure is not None
