@@ -232,6 +232,11 @@ class TestRefusals:
 
 
 class TestResuming:
+    @pytest.fixture(scope="class")
+    def forks(self):
+        with Forks() as forks:
+            yield forks
+
     @pytest.fixture
     def many(self, tmp_path):
         rows = [{"id": i, "text": sentence(i, 3, 30), "note": f"a\nb,{i}"} for i in range(300)]
@@ -249,15 +254,14 @@ class TestResuming:
 
     @pytest.mark.medium
     @pytest.mark.parametrize("ending", ["csv", "parquet"])
-    def test_a_killed_job_goes_on_to_the_same_bytes(self, ask, many, base_folder, library, tmp_path, ending):
+    def test_a_killed_job_goes_on_to_the_same_bytes(self, ask, many, forks, base_folder, library, tmp_path, ending):
         ask(many, f"whole.{ending}", *TINY)
         out = tmp_path / f"killed.{ending}"
         where = ("--base", base_folder, "--dtype", "float32", "--prompt", library / "critic", "--data", many)
-        with Forks() as forks:
-            pid = forks.start(["predict", *where, "--out", out, *TINY], str(tmp_path / "log"))
-            self._wait_for_parts(tmp_path / f"killed.{ending}.partial", 3)
-            os.kill(pid, signal.SIGKILL)
-            assert forks.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        pid = forks.start(["predict", *where, "--out", out, *TINY], str(tmp_path / "log"))
+        self._wait_for_parts(tmp_path / f"killed.{ending}.partial", 3)
+        os.kill(pid, signal.SIGKILL)
+        assert forks.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
         assert not out.exists()
         folder = tmp_path / f"killed.{ending}.partial"
         kept = {path.name: path.stat().st_mtime_ns for path in folder.glob(f"*-*.{ending}")}
