@@ -70,7 +70,7 @@ def test_a_class_that_reads_none_of_them_has_a_head_over_one_state_all_the_same(
     """EuroBERT's averages the logits of its tokens, behind an activation; of one state that is the state's."""
     settings = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     settings |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4, "num_key_value_heads": 2}
-    config = hf.EuroBertConfig(vocab_size=VOCAB, classifier_pooling="late", **settings)
+    config = hf.EuroBertConfig(vocab_size=VOCAB, classifier_pooling="late", initializer_range=0.25, **settings)
     base = freeze_base(hf.EuroBertModel(config), build_encoder_tokenizer(), name="tiny-eurobert")
     head = task_head(base, InputForm(task="classify", labels=LABELS, pooling="mean"))
     assert head.logits(head.start(0), torch.ones(2, 16)).shape == (2, 3)

@@ -128,6 +128,13 @@ class TestHeads:
         with pytest.raises(AdapterError, match="42 tensors of a head; the limit is 32"):
             load_prompt(folder)
 
+    def test_too_many_labels_are_refused_before_they_are_named(self, tmp_path: Path, bert: Base) -> None:
+        folder = save_prompt(headed(bert), tmp_path / "ours", base=bert)
+        (folder / RECORD).unlink()
+        edit_weights(folder, base_model__classifier__weight=torch.ones(100_001, 1))
+        with pytest.raises(AdapterError, match="100,001 labels; the limit is 100,000"):
+            load_prompt(folder)
+
     def test_another_number_of_labels_is_refused(self, tmp_path: Path, bert: Base) -> None:
         prompt = headed(bert)
         record = replace(prompt.record, form=replace(CLASSIFY, labels=("bad", "good")))

@@ -1,8 +1,8 @@
 """Soft prompts on disk: PEFT adapter folders, a library of them, the Hub.
 
 Objects in, files out, and back. What is written is there whole or not at all; what is read is checked first and never
-run. This package knows nothing of data, training, engines or HTTP; it touches a base only to compare its width and
-fingerprint.
+run. This package knows nothing of data, training, engines or HTTP; it touches a base only to compare its width, its
+head and its fingerprint.
 """
 
 import importlib

@@ -36,6 +36,7 @@ _TASKS: Mapping[str, Task] = {
     "FEATURE_EXTRACTION": "embed",
 }
 _TASK_TYPES: dict[Task, str] = {task: name for name, task in _TASKS.items()} | {"cloze": "FEATURE_EXTRACTION"}
+MAX_LABELS = 100_000
 _LABELLED: tuple[Task, ...] = ("classify", "tag")
 # Of an adapter without our record: the columns of a row, as a template and a completion.
 _COLUMNS: Mapping[Task, tuple[str, str]] = {
@@ -149,6 +150,8 @@ def pefts_form(task: Task, head: Mapping[str, Tensor], where: str) -> InputForm:
         if output is None:
             found = ", ".join(head) or "no weights"
             raise AdapterError(f"{where}: its head has {found}; it must have one of {', '.join(_OUTPUTS)}")
+        if len(output) > MAX_LABELS:
+            raise AdapterError(f"{where}: its head has {len(output):,} labels; the limit is {MAX_LABELS:,}")
         labels = tuple(f"LABEL_{number}" for number in range(len(output)))
     if task == "generate":
         return InputForm()
