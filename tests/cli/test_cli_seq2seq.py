@@ -23,38 +23,45 @@ def reviews(tmp_path_factory):
     return write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", [review(seed) for seed in range(24)])
 
 
+def train(base, data, out, *flags):
+    form = ("--template", "w5 {text} w6", "--completion", " {label}")
+    rows = ("--data", data, "--validation", 6, "--test", 6)
+    assert "task: labels" in succeed("train", "--base", base, *rows, *QUICK, *form, "--out", out, *flags).err
+    return out
+
+
 @pytest.fixture(scope="module")
-def trained(t5_folder, reviews, tmp_path_factory):
-    """Two runs: a prompt for the encoder, and one for both sides."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, flags in (("one", ()), ("both", ("--decoder-prompt",))):
-        where = ("--base", t5_folder, "--data", reviews, "--validation", 6, "--test", 6)
-        done = succeed("train", *where, *QUICK, "--template", "w5 {text} w6", "--completion", " {label}",
-                       "--out", folder / name, *flags)  # fmt: skip
-        assert "task: labels" in done.err
-    return folder
+def one(t5_folder, reviews, tmp_path_factory):
+    """A prompt for the encoder."""
+    return train(t5_folder, reviews, tmp_path_factory.mktemp("runs") / "one")
 
 
-def test_a_prompt_is_trained_shown_and_answers(t5_folder, trained, reviews):
+@pytest.fixture(scope="module")
+def both(t5_folder, reviews, tmp_path_factory):
+    """A prompt for either side."""
+    return train(t5_folder, reviews, tmp_path_factory.mktemp("runs") / "both", "--decoder-prompt")
+
+
+def test_a_prompt_is_trained_shown_and_answers(t5_folder, one):
     base = ("--base", t5_folder, "--dtype", "float32")
-    shown = succeed("prompts", "show", trained / "one", *base, "--json").json
+    shown = succeed("prompts", "show", one, *base, "--json").json
     assert shown["shape"] == [3, 16] and len(shown["nearest"]) == 3
-    answers = succeed("generate", *base, "--prompt", trained / "one", "w7 w8", "--json").json
+    answers = succeed("generate", *base, "--prompt", one, "w7 w8", "--json").json
     labels = {review(seed)["label"] for seed in range(2)}
     text = json.dumps(answers)
     assert any(label in text for label in labels)
 
 
 @pytest.mark.medium
-def test_prompts_of_both_shapes_are_compared_and_looked_into(t5_folder, trained):
+def test_prompts_of_both_shapes_are_compared_and_looked_into(t5_folder, one, both):
     base = ("--base", t5_folder, "--dtype", "float32")
-    prompts = [flag for name in ("one", "both") for flag in ("--prompt", trained / name)]
+    prompts = ("--prompt", one, "--prompt", both)
     found = succeed("compare", *base, *prompts, "--input", "w7 w8", "--json").json
     assert {item["prompt"] for item in found["losses"]} == {None, "one", "both"}
     assert len(found["accuracies"]) == 3
-    shown = succeed("prompts", "show", trained / "both", *base, "--leave-out").out
+    shown = succeed("prompts", "show", both, *base, "--leave-out").out
     assert "3 x 16, and 3 more for the decoder" in shown
-    raw = succeed("generate", *base, "--prompt", trained / "both", "w7 w8", "--raw", "--max-new-tokens", 3)
+    raw = succeed("generate", *base, "--prompt", both, "w7 w8", "--raw", "--max-new-tokens", 3)
     assert raw.out.strip()
 
 
@@ -69,10 +76,10 @@ def test_candidates_are_trained_on_pairs(t5_folder, tmp_path):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("name", ["one", "both"])
-def test_a_file_of_rows_is_answered(t5_folder, trained, tmp_path, name):
+def test_a_file_of_rows_is_answered(t5_folder, tmp_path, name, request):
     rows = [{"text": review(seed)["text"]} for seed in range(5)] + [{"text": sentence(3, 900, 901)}]
     data, out = write_csv(tmp_path / "in.csv", rows), tmp_path / "out.jsonl"
-    where = ("--base", t5_folder, "--dtype", "float32", "--max-length", 64, "--prompt", trained / name)
+    where = ("--base", t5_folder, "--dtype", "float32", "--max-length", 64, "--prompt", request.getfixturevalue(name))
     succeed("predict", *where, "--data", data, "--out", out)
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(row["label"] in ("w90", "w91") and row["error"] is None for row in found)
