@@ -410,7 +410,10 @@ _RMS_NORM_FAMILIES = """
     Apertus DeepseekV2 DeepseekV3 Ernie4_5 Exaone4 FalconH1 Glm Glm4 Granite GraniteMoe HunYuanDenseV1 Jamba Lfm2 Llama
     Ministral Ministral3 Mistral Mixtral Olmoe Phi3 Qwen2 Qwen2Moe Qwen3 Qwen3Moe SeedOss SmolLM3
 """
-RMS_NORMS = tuple(f"{family}RMSNorm" for family in _RMS_NORM_FAMILIES.split())
+RMS_NORMS = (
+    *(f"{family}RMSNorm" for family in _RMS_NORM_FAMILIES.split()),
+    *(f"{family}LayerNorm" for family in ("T5", "MT5", "UMT5")),
+)
 
 POSITION_TABLES = (
     *(f"{family}LearnedPositionalEmbedding" for family in ("Bart", "MBart", "PLBart", "Blenderbot", "BlenderbotSmall")),
