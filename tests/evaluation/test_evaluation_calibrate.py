@@ -31,7 +31,7 @@ def slow_temperature(scores, own):
                 total += weight * (normaliser - score)
         return total
 
-    grid = np.exp(np.linspace(np.log(0.02), np.log(50), 2_000))
+    grid = np.exp(np.linspace(np.log(0.02), np.log(50), 400))
     return grid[int(np.argmin([loss(each) for each in grid]))]
 
 
@@ -39,10 +39,10 @@ def slow_temperature(scores, own):
 def test_the_temperature_is_that_of_a_grid(seed):
     draws = np.random.default_rng(seed)
     scale = (0.3, 1.0, 4.0, 10.0)[seed]
-    truth = draws.normal(size=(60, 3)) * 2
+    truth = draws.normal(size=(40, 3)) * 2
     own = [int(draws.choice(3, p=shares)) for shares in probabilities(truth)]
     found = fit_temperature(truth * scale, own)
-    assert found == pytest.approx(slow_temperature(truth * scale, own), rel=0.01)
+    assert found == pytest.approx(slow_temperature(truth * scale, own), rel=0.02)
     assert scale / 2 < found < scale * 2  # scores that are `scale` times too sure are cooled by it
 
 
@@ -53,7 +53,7 @@ def test_few_rows_that_are_all_right_do_not_make_certainty():
     assert fit_temperature(np.zeros((5, 3)), [0, 1, 2, 0, 1]) == 1.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SCORES, st.floats(0.05, 20))
 def test_probabilities_sum_to_1_and_keep_the_order(scores, temperature):
     shares = probabilities(scores, temperature)
@@ -68,7 +68,7 @@ def test_probabilities_sum_to_1_and_keep_the_order(scores, temperature):
 SHARES = st.lists(st.floats(0.2, 1.0).map(lambda share: round(share, 3)), max_size=40)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(SHARES, SHARES, st.floats(0.1, 1.0))
 def test_the_threshold_is_the_smallest_that_keeps_the_accuracy(right, wrong, target):
     found = Calibration(temperature=1.0, right=tuple(sorted(right)), wrong=tuple(sorted(wrong))).choose(target)

@@ -56,7 +56,7 @@ def test_f1_is_over_the_entities_of_all_rows():
     assert entity_f1([[]], [[]]) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, MAX_ANSWER_TOKENS + 8), min_size=1, max_size=3), st.integers(0, 99))
 def test_the_best_span_is_that_of_trying_all(sizes, seed):
     draws = np.random.default_rng(seed)
@@ -76,7 +76,7 @@ def test_the_best_span_is_that_of_trying_all(sizes, seed):
 WORDS = st.lists(st.sampled_from(["the", "Cat,", "a", "sat", "on", "mat!", "cat"]), max_size=6).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
 def test_answers_are_scored_as_torchmetrics_scores_them(answer, references):
     text = pytest.importorskip("torchmetrics.functional.text")
