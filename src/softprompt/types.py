@@ -18,6 +18,8 @@ Placement = Literal["front", "after-cls"]  # of the virtual tokens: before all t
 # Of the hidden states of a text, what a head reads: [CLS]'s, the mean over the real tokens, the last token's, or the
 # one that PEFT reads, which in front of a BERT is the first virtual token's.
 Pooling = Literal["cls", "mean", "last", "peft"]
+# What the loss of a task is counted over; of "generate" it is tokens.
+COUNTED: Mapping[str, str] = {"cloze": "label", "classify": "label", "tag": "tag", "answer": "answer", "embed": "pair"}
 NO_VALIDATION = "none"  # of `DataConfig.validation`; None there is the default
 
 

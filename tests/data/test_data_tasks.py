@@ -293,7 +293,7 @@ class TestExamples:
 
     def test_the_report_counts_what_the_head_is_to_find(self, bert):
         lines = report_lines(built(bert, REVIEWS, **CLOZE).report)
-        assert lines[0] == "records: 6 of 6 rows used, 42 tokens (7 to 7 a row), 6 masks"
+        assert lines[0] == "records: 6 of 6 rows used, 42 tokens (7 to 7 a row), 6 labels"
         assert lines[-1] == "as the model sees it: [CLS][soft prompt] w20 w30 w9 [MASK] w8 [SEP] -> bad"
 
     def test_the_hash_covers_all_that_training_sees(self, bert):

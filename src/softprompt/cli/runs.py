@@ -24,12 +24,12 @@ from softprompt.cli.console import (
 )
 from softprompt.config import TrainConfig
 from softprompt.errors import SoftpromptError
+from softprompt.types import COUNTED
 
 if TYPE_CHECKING:
     from softprompt.runs.history import PromptHistory, RunHistory
 
 LIST_COLUMNS = ("run", "base", "data", "steps", "loss", "state", "begun")
-_TRAINING, _VALIDATION = "training loss (nats per target)", "validation loss (nats per text token)"
 _WIDEST_CHART = 100  # columns
 MARKS = "abcdefgh"  # one per curve: distinguishable without colours
 MAX_CURVES = len(MARKS)
@@ -180,8 +180,10 @@ def show_candidates(task: str, prompts: Sequence[PromptHistory]) -> None:
 
 def show_curves(task: str, prompts: Sequence[PromptHistory]) -> None:
     """Two charts of one task, or tables where there is nothing to draw with; of many prompts the first ones given."""
-    _show_chart(task, _TRAINING, {prompt.name: prompt.training for prompt in prompts})
-    _show_chart(task, _VALIDATION, {prompt.name: prompt.validation for prompt in prompts})
+    counted = COUNTED.get(prompts[0].plan.get("task", "text"))
+    _show_chart(task, f"training loss (nats per {counted or 'target'})", {each.name: each.training for each in prompts})
+    what = f"validation loss (nats per {counted or 'text token'})"
+    _show_chart(task, what, {each.name: each.validation for each in prompts})
 
 
 def _show_chart(task: str, what: str, curves: Mapping[str, Points]) -> None:
@@ -250,7 +252,7 @@ def _settings(prompts: Sequence[PromptHistory]) -> dict[str, str]:
         name: value
         for name, value in first["config"].items()
         if all(prompt.plan["config"].get(name) == value for prompt in prompts)
-        and (name == "virtual_tokens" or value not in (None, defaults.get(name)))
+        and (name == "virtual_tokens" or value not in (None, [], defaults.get(name)))
     }
     how = {name: first[name] for name in ("task", "dtype", "device", "layout", "micro_batch_rows") if name in first}
     rates = {prompt.plan["learning_rate"] for prompt in prompts}

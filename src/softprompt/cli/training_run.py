@@ -17,8 +17,8 @@ from softprompt.data import report_lines
 from softprompt.runs.recorder import Recorder
 from softprompt.runs.session import TrainingSession, TrainingTask, best_of
 from softprompt.training import Checkpoint, Event, Prepared, Ranks, StepDone, TrainResult
+from softprompt.types import COUNTED
 
-_COUNTED = {"cloze": "label", "classify": "label", "tag": "tag", "answer": "answer", "embed": "row"}
 _LINE_EVERY_S = 5.0  # where stderr is no terminal
 
 
@@ -97,7 +97,7 @@ def _say_result(session: TrainingSession, only: TrainResult) -> None:
         say(f"note: {only.diverged_words}; the best before is kept")
     if only.losses:
         began, ended = session.recorder.epoch_loss(0), session.recorder.epoch_loss(-1)
-        per = _COUNTED.get(only.plan.task, "label" if only.plan.config.loss == "labels" else "target")
+        per = COUNTED.get(only.plan.task, "label" if only.plan.config.loss == "labels" else "target")
         say(f"loss {began:.3f} in the first epoch, {ended:.3f} in the last (nats per {per})")
     say(f"kept step {only.kept_step} of {len(only.losses)}, saved to {session.recorder.folder}")
 

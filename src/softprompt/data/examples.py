@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from softprompt.base import Base
@@ -19,7 +19,7 @@ from softprompt.data.messages import last_answer
 from softprompt.data.rows import Rows, RowText, labelled_form, render_rows, text_hash
 from softprompt.data.tokens import completion_ids, first_ids, fit_source, label_branches, source_ids, target_ids
 from softprompt.errors import DataError, EncodingError, LengthError
-from softprompt.types import Branch, DataReport, Example, ExampleSet, Task
+from softprompt.types import COUNTED, Branch, DataReport, Example, ExampleSet
 
 
 class _Encoded(NamedTuple):
@@ -223,9 +223,7 @@ _CONTEXT_IDS = 32  # decoded before a span, and cut off again
 def report_lines(report: DataReport) -> list[str]:
     """Rows used, skipped and cut (counted from 1), tokens, and one example as the model sees it."""
     is_text = report.task == "generate"
-    counted = (
-        f"{report.num_targets:,} of them counted" if is_text else _count(report.num_targets, _COUNTED[report.task])
-    )
+    counted = f"{report.num_targets:,} of them counted" if is_text else _count(report.num_targets, COUNTED[report.task])
     lines = [
         f"{report.source}: {report.num_used:,} of {_count(report.num_read, 'row')} used, "
         f"{report.num_tokens:,} tokens ({report.min_tokens:,} to {report.max_tokens:,} a row), {counted}",
@@ -239,11 +237,6 @@ def report_lines(report: DataReport) -> list[str]:
     marks = f" ({_OPEN}counted{_CLOSE})" if is_text else ""
     lines.append(f"as the model sees it{marks}: {_shortened(report.example)}")
     return lines
-
-
-_COUNTED: Mapping[Task, str] = {  # of a row, by its task
-    "cloze": "mask", "classify": "label", "tag": "tag", "answer": "answer", "embed": "pair",
-}  # fmt: skip
 
 
 def show_example(base: Base, example: Example) -> str:
