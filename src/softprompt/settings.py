@@ -61,6 +61,8 @@ _ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     "max_num_seqs": ("max_rows",), "max_num_batched_tokens": ("max_step_tokens",),
     "model": ("base",), "model_id": ("base",), "model_name": ("base",), "model_name_or_path": ("base",),
     "pretrained_model_name_or_path": ("base",), "torch_dtype": ("dtype",), "local_files_only": ("offline",),
+    "task_type": ("task",), "pooling_type": ("pooling",), "pooling_strategy": ("pooling",),
+    "verbalizer": ("label_words",),
     "dataset": ("data",), "dataset_name": ("data",), "data_files": ("data",), "train_file": ("data",),
     "dataset_config_name": ("subset",), "dataset_text_field": ("text_column",), "label": ("label_column",),
     "labels": ("label_column",), "sep": ("delimiter",), "separator": ("delimiter",), "max_train_samples": ("rows",),

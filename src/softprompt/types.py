@@ -114,6 +114,7 @@ class Example:
     labels: tuple[int, ...] = ()  # what the head should find: one per column, or one for all of them, or a span's two
     others: tuple[tuple[int, ...], ...] = ()  # task "embed": further texts, the positive one and then negative ones
     num_first: int | None = None  # of two texts in one row (a question and its context): ids before the second one
+    other_columns: tuple[tuple[int, ...], ...] = ()  # of each of them, as `columns`; empty: by the rule that those show
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.target_mask), (len(self.ids), len(self.target_mask))

@@ -11,6 +11,8 @@ from support.encoders import save_encoder
 from support.killable import Forks
 from support.material import save_base, sentence, write_csv, write_jsonl
 
+from softprompt.config import DataConfig
+from softprompt.data import held_out_record, split_rows
 from softprompt.runs import RunFolder
 from softprompt.storage import load_prompt
 
@@ -76,12 +78,16 @@ def test_what_is_trained_counts_the_head(folder):
     assert f"trainable params: {3 * 16 + 3 * 16 + 3:,} ||" in ran.err
 
 
-def test_the_test_rows_of_a_classifier_are_known_again(folder):
-    """Their record is of the form that the prompt has, not of the one that was guessed before the base was known."""
-    record = load_prompt(folder / "out-classify").record
-    assert record.form.template == "{text}"
-    ran = run("compare", folder / "out-classify", "--base", folder / "bert", "--dtype", "float32")
-    assert "changed" not in ran.err
+@pytest.mark.parametrize("task", ["classify", "tag"])
+def test_the_held_out_rows_are_known_again_by_the_prompts_own_form(folder, tmp_path, task):
+    """Their record is of that form, not of the one that was guessed before the base was known."""
+    train(folder, task, "--test", 12, out=tmp_path / "run")
+    config = DataConfig(data=str(folder / f"{task}.jsonl"), test="12", validation="20")
+    again = split_rows(config, form=load_prompt(tmp_path / "run").record.form)
+    plan = RunFolder(tmp_path / "run").read_plan()
+    assert [plan[part] for part in ("test", "validation")] == [
+        {**held_out_record(getattr(again, part)), "source": plan[part]["source"]} for part in ("test", "validation")
+    ]
 
 
 @pytest.mark.medium

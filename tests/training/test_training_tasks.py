@@ -37,7 +37,13 @@ PAIRS = [{"anchor": text, "positive": f"w{20 + i} w{30 + i}", "negative": f"w{40
 CLOZE = rows_from_records(REVIEWS, template="{text} w9 [MASK] w8", completion="{label}")
 DATA = {"classify": REVIEWS, "cloze": CLOZE, "tag": TAGGED, "answer": QUESTIONS, "embed": PAIRS}
 CONFIG = TrainConfig(
-    virtual_tokens=3, batch_rows=4, epochs=2, learning_rate=0.05, head_learning_rate=0.02, schedule="constant"
+    virtual_tokens=3,
+    batch_rows=4,
+    epochs=2,
+    learning_rate=0.05,
+    head_learning_rate=0.02,
+    schedule="constant",
+    averaging=0.0,
 )
 
 
@@ -116,8 +122,7 @@ class PlainRun:
         if self.form.task == "classify" and self.form.pooling == "mean":
             states = self.model.base_model(inputs_embeds=embeds)[0][0]
             mean = states[[self.slot(example, column) for column in example.columns]].mean(dim=0)
-            pooled = torch.tanh(self.model.base_model.pooler.dense(mean))
-            return torch.nn.functional.cross_entropy(self.model.classifier(pooled)[None], torch.tensor(example.labels))
+            return torch.nn.functional.cross_entropy(self.model.classifier(mean)[None], torch.tensor(example.labels))
         if self.form.task == "classify":
             return self.model(inputs_embeds=embeds, labels=torch.tensor(example.labels)).loss
         if self.form.task == "tag":
@@ -156,6 +161,7 @@ class PlainRun:
     def _vector(self, ids, num_before):
         states = self.base.model.base_model(inputs_embeds=self.embeds(ids, num_before))[0][0]
         real = torch.cat([states[:num_before], states[num_before + len(self.prompt) :]])
+        real = real[-1:] if self.form.pooling == "last" else real
         return torch.nn.functional.normalize(real.mean(dim=0), dim=0)
 
 
@@ -170,7 +176,8 @@ RUNS = [
     ("bert", "cloze", {"label_words": ("good=w15,w16", "bad=w17")}), ("roberta", "cloze", {"placement": "front"}),
     ("bert", "tag", {}), ("roberta", "tag", {"placement": "front"}), ("gpt2", "tag", {}),
     ("bert", "answer", {}), ("gpt2", "answer", {}),
-    ("bert", "embed", {}), ("roberta", "embed", {"placement": "front"}),
+    ("bert", "embed", {}), ("gpt2", "embed", {}), ("gpt2", "embed", {"pooling": "mean"}),
+    ("roberta", "embed", {"placement": "front"}),
 ]  # fmt: skip
 
 
@@ -366,7 +373,9 @@ class TestRefusals:
 
 def test_one_line_says_the_task_and_what_is_read():
     lines = {task: ready_run(build("bert"), data, config(task)).trial.task_line for task, data in DATA.items()}
-    assert lines["classify"].startswith("task: classify (2 labels, 11 rows): a head over [CLS] at rate 0.02, virtual ")
+    assert lines["classify"].startswith(
+        "task: classify (2 labels, 11 rows): a fitted head over [CLS] at rate 0.02, virtual "
+    )
     assert lines["cloze"].startswith("task: cloze (2 labels, 11 rows): loss among the label words at the mask, virtual")
     assert lines["tag"].startswith("task: tag (3 tags, 11 rows): a head at rate 0.02, virtual tokens behind [CLS]")
     assert lines["answer"].startswith("task: answer (11 rows with a question and a context): a head at rate 0.02")

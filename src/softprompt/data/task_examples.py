@@ -174,7 +174,9 @@ class TaskEncoder:
         kept = [ids[: self._num_free] for ids in texts]
         example = self._pooled(self._example(row, kept[0], ()))
         others = tuple((*self.base.bos_ids, *ids, *self.base.end_ids) for ids in kept[1:])
-        yield TaskInput(replace(example, others=others), is_truncated=any(map(_is_cut, texts, kept)))
+        columns = tuple(pooled_columns(self.base, self.form, len(ids)) for ids in others)
+        example = replace(example, others=others, other_columns=columns)
+        yield TaskInput(example, is_truncated=any(map(_is_cut, texts, kept)))
 
     def _pooled(self, example: Example) -> Example:
         return replace(example, columns=pooled_columns(self.base, self.form, len(example.ids)))

@@ -38,6 +38,7 @@ class Row:
     num_first: int | None = (
         None  # of two texts in one row: ids before the second one, which has a token type of its own
     )
+    other_columns: Sequence[Sequence[int]] = ()  # of each of the others; empty: as `columns_of_others` finds them
 
     def __post_init__(self) -> None:
         if self.prompt is None and not self.ids:
@@ -52,7 +53,7 @@ class Row:
         return cls(
             example.ids, prompt, targets, example.branches if with_branches else None, example.num_before,
             example.source, example.has_decoder_prompt, example.num_decoder_tokens, example.columns, example.labels,
-            example.others, example.num_first,
+            example.others, example.num_first, example.other_columns,
         )  # fmt: skip
 
     @property
@@ -62,12 +63,14 @@ class Row:
 
     @property
     def columns_of_others(self) -> list[Sequence[int]]:
-        """The columns of each of its other texts, read by the rule that the row's own columns show.
+        """The columns of each of its other texts: those given, or by the rule that the row's own columns show.
 
         The first token where the row's own is column 0 alone, the first virtual one where it is -1 alone, the last
         token where it is its last one alone; else all tokens of the text, for a mean, as where the row's own text is
         one token, which shows no rule.
         """
+        if self.other_columns:
+            return list(self.other_columns)
         columns, last = tuple(self.columns), len(self.ids) - 1
         if columns == (-1,) or (columns == (0,) and last > 0):
             return [columns for _ in self.others]
