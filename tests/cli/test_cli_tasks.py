@@ -180,7 +180,7 @@ def test_a_causal_base_classifies_where_asked_to(tmp_path):
     data = write_csv(tmp_path / "a.csv", [{**row, "label": f"w{len(row['label'])}"} for row in rows("classify")])
     flags = ("--base", base, "--data", data, "--label-column", "label", *QUICK)
     ran = succeed("train", *flags, "--task", "classify", "--out", tmp_path / "headed")
-    assert "a head over the last token" in ran.err
+    assert "head over the last token" in ran.err
     assert "task: labels" in succeed("train", *flags, "--out", tmp_path / "generated").err
 
 
