@@ -18,6 +18,7 @@ from softprompt.errors import ConfigError, LengthError
 from softprompt.families import forward_of
 from softprompt.loss import score_examples
 from softprompt.prompt import SoftPrompt
+from softprompt.splice import target_states
 from softprompt.training import Candidate, ResumePoint, train, train_together
 from softprompt.training.step import accumulate_gradient
 
@@ -167,6 +168,33 @@ def test_micro_batches_are_the_whole_step(changes):
         whole, split = (train(base, rows, config(micro_batch_rows=count, **changes)) for count in (8, 3))
     assert split.losses == pytest.approx(whole.losses, rel=1e-6)
     assert relative_error(split.prompt.tensor, whole.prompt.tensor) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.medium)])
+def test_recomputed_layers_change_nothing_but_what_is_kept(family):
+    base, rows = build_seq2seq(family), rows_of(8)
+    settings = config(epochs=1, reparameterisation="none", decoder_prompt=True)
+    kept = {}
+    for checkpoint in (False, True):
+        ready = ready_run(base, rows, replace(settings, checkpoint_layers=checkpoint))
+        kept[checkpoint] = kept_for_backward(ready, checkpoint)
+    plain, recomputed = (train(base, rows, replace(settings, checkpoint_layers=one)) for one in (False, True))
+    assert relative_error(recomputed.prompt.tensor, plain.prompt.tensor) < 1e-5
+    assert kept[True] < 0.5 * kept[False]
+
+
+def kept_for_backward(ready, checkpoint):
+    """Bytes that autograd keeps of a forward pass over the first step's rows."""
+    base, kept = ready.loop.base, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        prompt = ready.trial.prompt().requires_grad_(True)
+        target_states(base, ready.loop.forward, ready.trial.next_rows()[0], [prompt], checkpoint=checkpoint)
+    return sum(size for size, _ in kept.values())
 
 
 def test_the_rows_of_two_processes_add_up_to_the_step_and_spare_forwards_add_nothing():
