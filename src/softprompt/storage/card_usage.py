@@ -6,10 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from softprompt.config import EMBEDDED_BASE, SMOLLM2_BASE
+from softprompt.config import EMBEDDED_BASE, MINILM_BASE, SMOLLM2_BASE
 from softprompt.prompt import SoftPrompt
 from softprompt.types import InputForm, PromptRecord, Task
 
+_FOLDERS = {  # of named bases: the function of ours that knows where it lies
+    EMBEDDED_BASE: ("softprompt.embedded", "base_folder"),
+    MINILM_BASE: ("softprompt.base.source", "minilm_folder"),
+}
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # as `softprompt.data.rows` reads a template
 _AUTO: Mapping[Task, str] = {
     "cloze": "AutoModelForMaskedLM",
@@ -97,13 +101,14 @@ model = PeftModel.from_pretrained(base.model, ".")"""
     return f"""from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 {_peft_imports(base, form)}
-base = {"base_folder()" if base == EMBEDDED_BASE else repr(base)}
+base = {f"{_FOLDERS[base][1]}()" if base in _FOLDERS else repr(base)}
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = PeftModel.from_pretrained({auto}.from_pretrained(base{labels}), ".")"""
 
 
 def _peft_imports(base: str, form: InputForm) -> str:
-    lines = ["from softprompt.embedded import base_folder"] if base == EMBEDDED_BASE else []
+    module, function = _FOLDERS.get(base, ("", ""))
+    lines = [f"from {module} import {function}"] if function else []
     lines += ["from softprompt.data import DEFAULT_CHAT_TEMPLATE"] if form.kind == "chat" else []
     return "\n".join(["", *sorted(lines), ""]) if lines else ""
 
