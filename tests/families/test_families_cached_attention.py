@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from softprompt.families import KVBuffer, QueryChunk, cached_batch, has_native_attention, native
+from softprompt.families import CrossBatch, KVBuffer, QueryChunk, cached_batch, has_native_attention, native
 from softprompt.families.batch import Scoring
-from softprompt.families.cached_attention import attend_cached
+from softprompt.families.cached_attention import attend_cached, attend_cross
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(not has_native_attention(CPU, torch.float32), reason="there was no C compiler")
@@ -48,6 +48,8 @@ def slow(scoring, num_key_heads, width, cached):
             raw = key @ query[head, len(outs) // HEADS] * scoring.scale
             raw = raw if scoring.softcap is None else torch.tanh(raw / scoring.softcap) * scoring.softcap
             raw = raw if scoring.position_bias is None else raw + scoring.position_bias[head, seen]
+            if scoring.relative_bias is not None:
+                raw = raw + scoring.relative_bias[head, scoring.relative_bias.shape[1] // 2 - pos :][seen]
             outs.append(torch.softmax(raw, dim=0) @ value)
     return torch.stack(outs).view(sum(NEW), HEADS, width)
 
@@ -57,6 +59,7 @@ SCORINGS = {
     "window": Scoring(0.3, window=4),
     "softcap": Scoring(0.3, softcap=1.5),
     "bias": Scoring(0.3, position_bias=values(HEADS, CAPACITY + 3, seed=5)),
+    "relative": Scoring(0.3, relative_bias=values(HEADS, 2 * CAPACITY - 1, seed=6)),
 }
 
 
@@ -80,6 +83,31 @@ def test_attention_of_torch_and_of_c_agree_and_their_buffers_are_bit_equal(kind,
     theirs, their_buffer = step(False, SCORINGS[kind], 2, 64, dtype)
     torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert all(torch.equal(one, other) for one, other in zip(our_buffer, their_buffer, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("has_native", [False, pytest.param(True, marks=needs_native)], ids=["torch", "native"])
+def test_attention_across_sees_all_of_its_own_row_and_writes_only_what_comes(has_native):
+    """Two rows of three; the states of one come with the forward, and the other's are there."""
+    module, buffer = nn.Identity(), KVBuffer(3, CAPACITY)
+    there, coming, lengths = values(2, 1, 2, 9, 64, seed=1), values(2, 2, 5, 64, seed=2), (5, 9)
+    buffer.tensors[module] = tuple(torch.cat([torch.zeros(1, 2, CAPACITY, 64)] * 3) for _ in range(2))
+    buffer.write(2, {module: (there[0, 0], there[1, 0])}, 9)
+    chunks = [
+        QueryChunk(buffer, row, length - 1, count, is_cross=True) for row, length, count in ((0, 5, 3), (2, 9, 1))
+    ]
+    batch = CrossBatch(cached_batch(chunks, CPU, has_native), (QueryChunk(buffer, 0, 0, 5),))
+    query = values(HEADS, 4, 64, seed=3)
+    with torch.inference_mode():
+        found = attend_cross(batch, module, query, *coming, Scoring(0.3))
+    for token, row in enumerate((0, 0, 0, 2)):
+        key, value = (part[row, :, : lengths[row > 0]] for part in buffer.tensors[module])
+        raw = torch.einsum("hd,hkd->hk", query[:, token], key.repeat_interleave(3, 0)) * 0.3
+        truth = torch.einsum("hk,hkd->hd", raw.softmax(-1), value.repeat_interleave(3, 0))
+        torch.testing.assert_close(found[token], truth, rtol=1e-5, atol=5e-6)
+    assert torch.equal(buffer.tensors[module][0][2, :, :9], there[0, 0])
+    assert torch.equal(buffer.tensors[module][1][0, :, :5], coming[1])
+    assert not buffer.tensors[module][0][1].any()
 
 
 @needs_native
