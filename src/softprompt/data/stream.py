@@ -120,7 +120,8 @@ def _delimited(path: Path, usual: str, config: DataConfig, offline: bool) -> Rec
         return _in_memory(config, offline)
     header = table_header(path, _rows(path, found))
     with open(path, "rb") as file:
-        layout = Layout(found.mark, file.read(3) == _UTF8_MARK)
+        has_mark = file.read(3) == _UTF8_MARK or text_encoding(path) == "utf-16"
+    layout = Layout(found.mark if usual == "," else ",", has_mark)
     return _scanned(path, lambda: table_records(path, _rows(path, found)), header, layout, found.notes)
 
 

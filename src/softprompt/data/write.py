@@ -7,8 +7,6 @@ the parts' rows again, since its index stands at its end.
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -91,9 +89,14 @@ class CsvFormat(TableFormat):
         return self._written([[_csv_cell(cell) for cell in row] for row in rows]).encode("utf-8", "replace")
 
     def _written(self, rows: Sequence[Sequence[str]]) -> str:
-        file = io.StringIO(newline="")
-        csv.writer(file, delimiter=self._layout.delimiter, lineterminator="\n").writerows(rows)
-        return file.getvalue()
+        mark = self._layout.delimiter
+        return "".join(mark.join(_quoted(cell, mark) for cell in row) + "\n" for row in rows)
+
+
+def _quoted(cell: str, delimiter: str) -> str:
+    """By RFC 4180. Python's writer leaves a carriage return bare, which its reader takes for the end of a row."""
+    is_special = any(mark in cell for mark in (delimiter, '"', "\r", "\n")) or cell.startswith("sep=")
+    return '"' + cell.replace('"', '""') + '"' if is_special else cell
 
 
 def _csv_cell(cell: Any) -> str:  # Any: whatever JSON or Parquet holds
