@@ -245,6 +245,51 @@ def test_int8_answers_are_those_of_a_base_with_the_rounded_weights():
         assert mine.log_probs != pytest.approx(loaded.log_probs, abs=1e-4)
 
 
+def crowd(base, chance, count):
+    """Requests of all kinds: greedy and sampled, short and long, of one to three choices."""
+    for _ in range(count):
+        prompt = chance.choice([None, 2, 9, both_sides(base, 3, seed=1), both_sides(base, 5, seed=2)])
+        request = asked(
+            base,
+            random_ids(chance.randint(1, 60), chance.randint(0, 99)),
+            prompt,
+            chance.choice([1, 5, 30, 80]),
+            temperature=chance.choice([0.0, 0.8]),
+            top_k=chance.choice([0, 5]),
+            repetition_penalty=chance.choice([1.0, 1.3]),
+            stop=chance.choice([(), ("w5",)]),
+            ignore_eos=chance.random() < 0.7,
+            seed=chance.randint(0, 3),
+        )
+        yield replace(request, num_choices=chance.choice([1, 1, 3]), timeout_s=chance.choice([None, None, None, 1.0]))
+
+
+@pytest.mark.parametrize("family", each_of(("t5", "bart"), ()))
+def test_a_crowd_in_little_memory_is_answered_as_each_alone_and_each_ends_once(family):
+    base, chance, ledger, now = build(family), random.Random(family), Ledger(), [0.0]
+    config = EngineConfig(max_step_tokens=16, max_rows=5, kv_bytes=positions_of(base, 64 * 7))
+    engine = Engine(base, config, clock=lambda: now[0])
+    coming, admitted = list(crowd(base, chance, 24)), {}
+    while coming or engine.has_work:
+        if coming and chance.random() < 0.5:
+            request = coming.pop()
+            admitted[engine.add(request)] = request
+        if chance.random() < 0.02 and admitted:
+            engine.abort(chance.choice(list(admitted)))
+        now[0] += 0.01
+        ledger.record(engine.step())
+        engine.check_integrity()
+    assert_empty(engine)
+    assert set(ledger.ends) == set(admitted) and engine.stats().num_preemptions > 0
+    finished = {number: end for number, end in ledger.ends.items() if isinstance(end, Finished)}
+    assert len(admitted) // 2 < len(finished) < len(admitted)
+    for number, end in finished.items():
+        for choice, answer in enumerate(end.answers):
+            sampling = admitted[number].sampling
+            own = replace(sampling, seed=sampling.seed + choice)
+            assert_alike(answer, alone(base, replace(admitted[number], num_choices=1, sampling=own)))
+
+
 def test_choices_that_sample_have_seeds_of_their_own():
     base = build("t5")
     request = replace(asked(base, random_ids(9, 2), 5, 6, temperature=0.8, seed=5), num_choices=3)
