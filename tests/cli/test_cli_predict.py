@@ -239,7 +239,7 @@ class TestResuming:
 
     @pytest.fixture
     def many(self, tmp_path):
-        rows = [{"id": i, "text": sentence(i, 3, 30), "note": f"a\nb,{i}"} for i in range(160)]
+        rows = [{"id": i, "text": sentence(i, 3, 30), "note": f"a\nb,{i}"} for i in range(240)]
         return write_csv(tmp_path / "many.csv", rows)
 
     @staticmethod
@@ -271,7 +271,7 @@ class TestResuming:
         assert kept == {path.name: path.stat().st_mtime_ns for path in folder.glob(f"*-*.{ending}")}
         ran = ask(many, out.name, *TINY, "--resume", "--json")
         assert "rows are answered already" in ran.err
-        assert ran.json["rows"] == sum(ran.json["labels"].values()) == 160
+        assert ran.json["rows"] == sum(ran.json["labels"].values()) == 240
         assert out.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
         assert not folder.exists()
 
@@ -302,7 +302,7 @@ class TestResuming:
         assert stopped.code == 130
         assert "Traceback" not in stopped.err
         last = stopped.err.strip().splitlines()[-1]
-        assert "of 160 rows are answered; go on with: softprompt predict --base" in last
+        assert "of 240 rows are answered; go on with: softprompt predict --base" in last
         assert last.endswith("--resume")
         assert not (tmp_path / "answers.csv").exists()
         succeed(*shlex.split(last.partition("go on with: softprompt ")[2]))
