@@ -18,8 +18,14 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 
 from softprompt.base import Base
-from softprompt.errors import AdapterError, ConfigError, StorageError, shortened
+from softprompt.config import TrainConfig
+from softprompt.data import task_inputs
+from softprompt.data.task_examples import rows_fields
+from softprompt.data.tasks import check_task
+from softprompt.errors import AdapterError, ConfigError, SoftpromptError, StorageError, shortened
+from softprompt.families import forward_of
 from softprompt.guard import is_nested_deeper
+from softprompt.loss import objective
 from softprompt.openmp import release_omp_threads
 from softprompt.prompt import SoftPrompt
 from softprompt.server.errors import ApiError
@@ -37,13 +43,14 @@ from softprompt.storage.files import (
     SAFETENSORS_NAME,
     dump_object,
 )
-from softprompt.types import FormKind, PromptRecord
+from softprompt.types import FormKind, InputForm, Placement, Pooling, PromptRecord, Task
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _PULLS = 2  # at once
 _IN_MEMORY_BYTES = 2**20  # of an uploaded file; a longer one is on the disk until it is whole
 _DEEPEST_RUN = 32  # levels of lists and objects
 _MOST_LABELS = 1_000  # of an uploaded head
+_OF_TEXTS = ("cloze", "classify", "embed")  # tasks that the server reads texts for
 _WIDEST_VALUE = 8  # bytes of one number: nobody needs more than float64
 
 
@@ -177,6 +184,7 @@ def _checked(files: AdapterFiles, base: Base) -> SoftPrompt:
     _check_record(prompt.record, files.where)
     says_no_base = prompt.record.base_fingerprint is None  # PEFT's own: only the width can be compared
     check_base(prompt, base, force=says_no_base, where=files.where)
+    _check_task(prompt.record.form, base, files.where)
     if prompt.num_virtual_tokens >= base.max_length:
         raise AdapterError(
             f"{files.where} has {prompt.num_virtual_tokens} virtual tokens; {base.name!r} has {base.max_length} "
@@ -185,20 +193,44 @@ def _checked(files: AdapterFiles, base: Base) -> SoftPrompt:
     return prompt
 
 
+def _check_task(form: InputForm, base: Base, where: str) -> None:
+    """Check that the base can do the task, and that the form writes its inputs. Raises AdapterError."""
+    if form.task == "generate":
+        return
+    try:
+        check_task(base, form.task, TrainConfig())
+        objective(base, forward_of(base), form)
+        if form.task in _OF_TEXTS:
+            task_inputs(base, form, dict.fromkeys(rows_fields(form), "1"), max_length=base.max_length)
+    except (SoftpromptError, AssertionError, ValueError, KeyError, TypeError) as error:  # a stranger's record
+        why = str(error) if isinstance(error, SoftpromptError) else "it is malformed"
+        raise AdapterError(f"{where}: the record's form for task {form.task!r} cannot be used: {why}") from error
+
+
 def _check_record(record: PromptRecord, where: str) -> None:
     """Check that a stranger's record can be used, and written again."""
     form = record.form
-    texts = (form.template, form.completion, *form.labels)
+    texts = (form.template, form.completion, *form.labels, *(word for words in form.label_words for word in words))
     if form.kind not in get_args(FormKind) or not all(isinstance(text, str | None) for text in texts):
         raise AdapterError(
             f"{where}: the record's form is malformed; its kind is one of {', '.join(get_args(FormKind))}"
         )
+    for name, kind in (("task", Task), ("placement", Placement), ("pooling", Pooling)):
+        value = getattr(form, name)
+        if value not in get_args(kind) and not (name == "pooling" and value is None):
+            raise AdapterError(f"{where}: the record's {name} is {shortened(value)}; it is one of {_listed(kind)}")
+    if not isinstance(form.has_decoder_prompt, bool):
+        raise AdapterError(f"{where}: the record's has_decoder_prompt is {shortened(form.has_decoder_prompt)}")
     if is_nested_deeper(record.run, _DEEPEST_RUN):
         raise AdapterError(f"{where}: the record's run is nested deeper than {_DEEPEST_RUN}; shorten it")
     try:
         dump_object(record.to_json())
     except UnicodeEncodeError as error:
         raise AdapterError(f"{where}: the record holds half a character ({error.reason}); write it again") from error
+
+
+def _listed(kind: object) -> str:
+    return ", ".join(get_args(kind))
 
 
 def _refuse_pickles(weights: bytes) -> None:

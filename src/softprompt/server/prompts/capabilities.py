@@ -8,7 +8,7 @@ from softprompt.base import Base
 from softprompt.evaluation.predict import label_names as names_of_labels
 from softprompt.server.errors import ApiError
 from softprompt.server.prompts.model import Model
-from softprompt.types import Placement, Pooling, Task
+from softprompt.types import InputForm, Placement, Pooling, Task
 
 Capability = Literal["generate", "classify", "embed"]
 
@@ -32,7 +32,8 @@ def capabilities(model: Model, base: Base) -> tuple[Capability, ...]:
     task, found = task_of(model, base), list[Capability]()
     if task == "generate" and base.kind != "encoder":
         found.append("generate")
-    has_labels = model.prompt is not None and bool(model.prompt.record.form.labels)
+    form = InputForm() if model.prompt is None else model.prompt.record.form
+    has_labels = bool(form.labels) and form.kind == "template"
     if task in ("cloze", "classify") or (task == "generate" and has_labels and base.kind != "encoder"):
         found.append("classify")
     if task == "embed":
