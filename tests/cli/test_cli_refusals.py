@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 from support.command_line import run, succeed
+from support.encoders import save_encoder
 from support.material import QUICK, chat, save_base, sentence, write_csv, write_jsonl
 
 
@@ -56,6 +57,22 @@ class TestBase:
     def test_a_base_folder_without_a_model_is_refused(self, train, tmp_path):
         (tmp_path / "empty").mkdir()
         assert "cannot be loaded" in train(base=tmp_path / "empty")
+
+    def test_an_encoder_decoder_of_speech_is_refused(self, train, tmp_path):
+        hf.WhisperConfig().save_pretrained(tmp_path / "speech")
+        save_file({"a": torch.zeros(1)}, tmp_path / "speech" / "model.safetensors", metadata={"format": "pt"})
+        assert "(whisper) that is no language model of text to text; give one such as" in train(
+            base=tmp_path / "speech"
+        )
+
+    def test_an_encoder_that_cannot_be_exact_is_refused(self, tmp_path):
+        folder, rows = save_encoder("bert", tmp_path / "bert"), tmp_path / "rows.jsonl"
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "attention_type": "block_sparse"}))
+        write_jsonl(rows, [{"text": f"w{20 + i}", "label": "ab"[i % 2]} for i in range(8)])
+        ran = run("train", "--base", folder, "--data", rows, "--out", tmp_path / "out", "--max-steps", 1)
+        assert "cannot take a soft prompt: its long rows leave keys out by chance; set its attention" in ran.complaint
+        assert not (tmp_path / "out").exists()
 
     def test_a_base_with_a_broken_config_is_refused(self, train, tmp_path):
         (tmp_path / "broken").mkdir()

@@ -31,7 +31,7 @@ def batches(draw, num_before):
     return rows
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.data(), st.sampled_from(list(BASES)))
 @torch.no_grad()
 def test_each_state_is_of_its_column_and_row(data, name):
