@@ -9,10 +9,12 @@ S encoder positions, D hidden width, H embedding width.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -51,6 +53,7 @@ from softprompt.families import (
 )
 from softprompt.splice import TokenSpan, embed_spans
 
+_LOG = logging.getLogger(__name__)
 _NUM_MEASURED = 4  # positions of each side whose cache is measured
 
 
@@ -62,21 +65,16 @@ def make_seq2seq_runners(
     notes = weights_note(base, forward, prepack)
     limits = step_limits(base, config)
     kv_bytes = config.kv_bytes or int(free_bytes(base.device) * KV_SHARE)
-    problem = "answers run one at a time, as the engine was asked to run them" if kind == "eager" else None
-    problem = problem or why_not_batched(base, own)
-    eager_cost = MemoryCost(_bytes_per_position(base, own), problem=problem)
-    per_position, samples = eager_cost.bytes_per_position, None
-    if problem is None:
-        samples = _sample_buffers(base, own)
-        per_position = max(sample.num_bytes() for sample in samples)
-    kv_cache = KVCache(kv_bytes, per_position, base.max_length)
-    cross_cache = KVCache(kv_bytes, per_position, base.max_length, partner=kv_cache)
-    if samples is not None and prepack:
-        kv_cache.preallocate(samples[0], limits.max_sequences)
-        cross_cache.preallocate(samples[1], limits.max_sequences)
+    cost = _memory_cost(base, own)
+    problem = "answers run one at a time, as the engine was asked to run them" if kind == "eager" else cost.problem
+    kv_cache = KVCache(kv_bytes, cost.bytes_per_position, base.max_length)
+    cross_cache = KVCache(kv_bytes, cost.bytes_per_position, base.max_length, partner=kv_cache)
+    if problem is None and prepack:
+        for cache, sample in zip((kv_cache, cross_cache), _sample_buffers(base, own), strict=True):
+            cache.preallocate(sample, limits.max_sequences)
     return Runners(
         batched=BatchedSeq2SeqRunner(base, own, kv_cache, cross_cache, compiled=kind != "torch"),
-        eager=EagerSeq2SeqRunner(base, own, kv_bytes, eager_cost),
+        eager=EagerSeq2SeqRunner(base, own, kv_bytes, cost),
         kv_cache=kv_cache,
         prefix_cache=PrefixCache(0),
         is_batchable=problem is None,
@@ -84,6 +82,21 @@ def make_seq2seq_runners(
         limits=limits,
         notes=(BATCHED if problem is None else problem, *notes),
     )
+
+
+_COSTS: WeakKeyDictionary[Seq2SeqForward, MemoryCost] = WeakKeyDictionary()  # measured once per base
+
+
+def _memory_cost(base: Base, forward: Seq2SeqForward) -> MemoryCost:
+    """What a position of an answer or of a text takes, and why sequences cannot be batched, if they cannot."""
+    if forward not in _COSTS:
+        problem = why_not_batched(base, forward)
+        if problem is None:
+            _COSTS[forward] = MemoryCost(max(sample.num_bytes() for sample in _sample_buffers(base, forward)))
+        else:
+            _LOG.warning("base %r: answers run one row at a time, which is slow: %s", base.name, problem)
+            _COSTS[forward] = MemoryCost(_bytes_per_position(base, forward), problem=problem)
+    return _COSTS[forward]
 
 
 class BatchedSeq2SeqRunner:
