@@ -92,13 +92,13 @@ def test_the_held_out_rows_are_known_again_by_the_prompts_own_form(folder, tmp_p
 
 @pytest.mark.medium
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path):
-    flags = ("--epochs", 40, "--batch-rows", 4, "--save-every", 5, "--validation", 10)
+    flags = ("--epochs", 12, "--batch-rows", 4, "--save-every", 5, "--validation", 10)
     train(folder, "classify", *flags, out=tmp_path / "straight")
     data = ("--base", folder / "bert", "--data", folder / "classify.jsonl", *FLAGS["classify"], *QUICK)
     with Forks() as forks:
         child = forks.start(("train", *data, *flags, "--out", tmp_path / "killed"), os.devnull)
         metrics = tmp_path / "killed" / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 60:
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
             pass
         os.kill(child, signal.SIGKILL)
         assert forks.wait() == -signal.SIGKILL

@@ -55,7 +55,8 @@ def accumulate_gradient(
         micro_batch_rows = max(len(order), 1)
     batches = [order[first : first + micro_batch_rows] for first in range(0, len(order), micro_batch_rows)]
     num_idle = max(least_batches - len(batches), 0)
-    shared = forward.can_share_prefix and len(batches) + num_idle > 1
+    has_targets = not all(row.columns for row in rows)  # states at columns are computed with the prompt beside them
+    shared = has_targets and forward.can_share_prefix and len(batches) + num_idle > 1
     prefix = run_prompts(base, forward, prompts) if shared else None
     leaves = _leaves(prefix) if prefix is not None else None
     for chosen in batches:
