@@ -75,7 +75,14 @@ def test_an_adapter_of_pefts_is_accepted_if_its_width_fits(ann, tiny_llama):
 
 
 def test_a_head_is_uploaded_with_its_prompt_if_the_base_has_such_a_head(ann, tiny_llama):
-    form = InputForm(task="classify", labels=("bad", "good"), pooling="last")
+    form = InputForm(
+        kind="template",
+        template="{text}",
+        completion="{label}",
+        task="classify",
+        labels=("bad", "good"),
+        pooling="last",
+    )
     plain = made_prompt(tiny_llama, 2, form=form, base_kind="causal")
     prompt = replace(plain, head={"score.weight": torch.ones(2, 16)})
     answer = upload(ann, "critic", prompt)
