@@ -102,6 +102,7 @@ def test_every_task_of_an_encoder_is_that_of_train(server, bert, tmp_path, rows,
     assert same_prompt(served, trained_alone(bert, tmp_path, rows, alone, **data))
 
 
+@pytest.mark.medium
 def test_a_job_on_an_encoder_decoder_answers_and_classifies(tmp_path):
     base = build_seq2seq("t5")
     rows = [{"text": words(row, 5), "label": f"w{10 + row % 2}"} for row in range(24)]
