@@ -3,7 +3,7 @@
 SoftpromptError
 ├── ConfigError        a setting is out of its range, or contradicts another (ValueError)
 │   └── UnknownSettingError  no setting has this name (TypeError)
-├── BaseModelError     a base cannot be loaded, or is not a causal language model (ValueError)
+├── BaseModelError     a base cannot be loaded, or cannot take a soft prompt (ValueError)
 ├── PromptError        a soft prompt's tensor is unusable (ValueError)
 │   └── WrongBaseError a soft prompt was trained on another base
 ├── DataError          a data set, a row or an input is unusable (ValueError)
@@ -45,7 +45,7 @@ class UnknownSettingError(ConfigError, TypeError):
 
 
 class BaseModelError(SoftpromptError, ValueError):
-    """The base cannot be loaded, or is not a decoder-only causal language model."""
+    """The base cannot be loaded, or cannot take a soft prompt."""
 
 
 class PromptError(SoftpromptError, ValueError):
