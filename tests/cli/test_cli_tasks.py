@@ -59,14 +59,24 @@ def train(folder, task, *flags, command=succeed, out=None):
     return command("train", *data, *QUICK, "--out", out, *flags)
 
 
-@pytest.mark.parametrize("task", FLAGS)
-def test_a_task_is_found_trained_and_shown(folder, task):
-    ran = train(folder, task)
+@pytest.fixture(scope="module")
+def classified(folder):
+    """A trained classifier; read only."""
+    train(folder, "classify")
+    return folder / "out-classify"
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["classify", "cloze", *(pytest.param(each, marks=pytest.mark.medium) for each in ("tag", "answer", "embed"))],
+)
+def test_a_task_is_found_trained_and_shown(folder, tmp_path, task):
+    ran = train(folder, task, out=tmp_path / "run")
     assert f"\ntask: {task} (" in ran.err
     assert "[CLS][soft prompt]" in ran.err
-    form = load_prompt(folder / f"out-{task}").record.form
+    form = load_prompt(tmp_path / "run").record.form
     assert (form.task, form.placement) == (task, "after-cls")
-    shown = succeed("runs", "show", folder / f"out-{task}").out
+    shown = succeed("runs", "show", tmp_path / "run").out
     assert f"{task}" in shown
     assert {"classify": "nats per label", "tag": "nats per tag", "embed": "nats per pair"}.get(
         task, "nats per "
@@ -78,7 +88,7 @@ def test_what_is_trained_counts_the_head(folder):
     assert f"trainable params: {3 * 16 + 3 * 16 + 3:,} ||" in ran.err
 
 
-@pytest.mark.parametrize("task", ["classify", "tag"])
+@pytest.mark.parametrize("task", ["classify", pytest.param("tag", marks=pytest.mark.medium)])
 def test_the_held_out_rows_are_known_again_by_the_prompts_own_form(folder, tmp_path, task):
     """Their record is of that form, not of the one that was guessed before the base was known."""
     train(folder, task, "--test", 12, out=tmp_path / "run")
@@ -107,6 +117,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path):
     assert found.read_bytes() == wanted.read_bytes()
 
 
+@pytest.mark.medium
 def test_candidates_and_an_ensemble_of_classifiers(folder, tmp_path):
     ran = train(folder, "classify", "--candidates", 3, out=tmp_path / "best")
     assert "(kept)" in ran.out + ran.err
@@ -115,16 +126,17 @@ def test_candidates_and_an_ensemble_of_classifiers(folder, tmp_path):
     assert load_prompt(tmp_path / "votes" / "candidates" / "c1").head
 
 
-def test_training_goes_on_from_a_prompt_with_its_head(folder, tmp_path):
-    train(folder, "classify", "--init-from", folder / "out-classify", out=tmp_path / "more")
-    first, more = (load_prompt(path) for path in (folder / "out-classify", tmp_path / "more"))
+def test_training_goes_on_from_a_prompt_with_its_head(folder, classified, tmp_path):
+    train(folder, "classify", "--init-from", classified, out=tmp_path / "more")
+    first, more = (load_prompt(path) for path in (classified, tmp_path / "more"))
     assert more.record.parent == first.content_hash
     assert more.record.form == first.record.form
-    refused = train(folder, "tag", "--init-from", folder / "out-classify", out=tmp_path / "no", command=run)
+    refused = train(folder, "tag", "--init-from", classified, out=tmp_path / "no", command=run)
     assert (refused.code, refused.err.count("\n")) == (2, refused.err.count("\n"))
     assert "task" in refused.err and not (tmp_path / "no").exists()
 
 
+@pytest.mark.medium
 def test_a_sweep_trains_several_tasks_with_several_heads(folder, tmp_path):
     (tmp_path / "sweep.toml").write_text(
         f"""
@@ -185,7 +197,7 @@ def test_a_causal_base_classifies_where_asked_to(tmp_path):
 
 
 @pytest.mark.medium
-def test_two_processes_train_the_head_of_one(folder, tmp_path):
+def test_two_processes_train_the_head_of_one(folder, classified, tmp_path):
     data = (
         "--base",
         folder / "bert",
@@ -198,7 +210,7 @@ def test_two_processes_train_the_head_of_one(folder, tmp_path):
     )
     ran = run_apart("train", *data, "--processes", 2, "--out", tmp_path / "two")
     assert ran.code == 0, ran.err
-    one, two = load_prompt(folder / "out-classify"), load_prompt(tmp_path / "two")
+    one, two = load_prompt(classified), load_prompt(tmp_path / "two")
     assert float((one.tensor - two.tensor).abs().max()) < 1e-4
     pairs = ("--base", folder / "bert", "--data", folder / "embed.jsonl", *QUICK, "--device", "cpu")
     refused = run_apart("train", *pairs, "--processes", 2, "--out", tmp_path / "no")
