@@ -67,6 +67,9 @@ def test_labels_have_accuracy_classes_confusion_and_loss(bert, task):
     assert ("the bare base" in verdict_lines(found)[0]) == (task == "cloze")
     assert len(accuracy_tables(found)) == len(loss_tables(found)) == 1
     found.to_json()
+    (losses,) = loss_tables(found)
+    assert losses.title == f"Held-out loss on set: {len(own)} rows, {len(own)} labels"
+    assert losses.columns[1:3] == ["nats/label", "change"]
 
 
 def test_tags_answers_and_vectors_have_scores_beside_their_baseline(bert):

@@ -92,7 +92,7 @@ def _add_labels(
         nats = [RowScore(each, 1, 0.0, 0) for each in _nats(logits_NK, known.own)]
         bare = nats if prompt is None else bare
         beside = bare if prompt is not None and form.task == "cloze" else None  # a head's loss is of another kind
-        found.losses.append(held_out_loss(name, own, known.indices, nats, beside, seed))
+        found.losses.append(held_out_loss(name, own, known.indices, nats, beside, seed, is_of_labels=True))
         guesses = [int(best) for best in logits_NK.argmax(axis=1)]
         found.accuracies.append(accuracy_from_found(name, own, form.labels, known.own, known.indices, guesses))
         if name not in found.baselines:

@@ -80,14 +80,15 @@ class HeldOutLoss:
 
     held_out: str  # the set's name
     prompt: str | None
-    loss: float  # nats per text token; NaN where no row has any
+    loss: float  # nats per text token, or per label of heads and label words; NaN where no row has any
     num_rows: int
-    num_tokens: int
+    num_tokens: int  # or labels
     eos_loss: float | None  # nats per supervised EOS; None where there is none
     difference: float | None  # loss minus the base's, on the same tokens; below 0 is better
     interval: Interval | None  # of the difference, over rows, at 95 %; None for a single row
     better_rows: tuple[int, ...]  # source indices of the rows that the prompt makes better
     worse_rows: tuple[int, ...]  # and of the rows that it makes worse
+    is_of_labels: bool = False  # counted over what a head or label words find
 
     @property
     def perplexity(self) -> float:
@@ -122,6 +123,8 @@ def held_out_loss(
     scores: list[RowScore],
     bare: list[RowScore] | None,
     seed: int,
+    *,
+    is_of_labels: bool = False,
 ) -> HeldOutLoss:
     """Of one contender: its rows' scores, and the bare base's if that is another; `indices` are those in the source."""
     num_eos = sum(score.num_eos for score in scores)
@@ -139,6 +142,7 @@ def held_out_loss(
         interval=paired_interval(scores, reference, seed) if reference is not None else None,
         better_rows=tuple(row for row, gap in gaps if gap < 0),
         worse_rows=tuple(row for row, gap in gaps if gap > 0),
+        is_of_labels=is_of_labels,
     )
 
 

@@ -44,10 +44,13 @@ def answer_tables(comparison: Comparison) -> list[ReportTable]:
 def loss_tables(comparison: Comparison) -> list[ReportTable]:
     """One table per held-out set."""
     groups = [list(group) for _, group in groupby(comparison.losses, key=lambda loss: loss.held_out)]
-    columns = ["prompt", "nats/token", "perplexity", "change", "95 % interval", "better/worse"]
     labelled = {item.held_out for item in comparison.accuracies}
     return [
-        ReportTable(_loss_title(group[0], group[0].held_out in labelled), columns, [_loss_row(loss) for loss in group])
+        ReportTable(
+            _loss_title(group[0], group[0].held_out in labelled),
+            ["prompt", *_loss_columns(group[0]), "change", "95 % interval", "better/worse"],
+            [_loss_row(loss) for loss in group],
+        )
         for group in groups
     ]
 
@@ -119,15 +122,25 @@ def memory_line(comparison: Comparison) -> str:
     )
 
 
+def _loss_columns(loss: HeldOutLoss) -> list[str]:
+    return ["nats/label"] if loss.is_of_labels else ["nats/token", "perplexity"]
+
+
 def _loss_title(loss: HeldOutLoss, is_labelled: bool) -> str:
+    if loss.is_of_labels:
+        return f"Held-out loss on {loss.held_out}: {loss.num_rows:,} rows, {loss.num_tokens:,} labels"
     of_what = ", of the labels" if is_labelled else ""
     return f"Held-out loss on {loss.held_out}: {loss.num_rows:,} rows, {loss.num_tokens:,} text tokens{of_what}"
 
 
 def _loss_row(loss: HeldOutLoss) -> list[str]:
-    rows = _NOTHING if loss.prompt is None else f"{len(loss.better_rows)}/{len(loss.worse_rows)}"
+    rows = (
+        _NOTHING
+        if loss.prompt is None or loss.difference is None
+        else f"{len(loss.better_rows)}/{len(loss.worse_rows)}"
+    )
     interval = _signed(loss.interval)
-    figures = [_figure(loss.loss, ".3f"), _figure(loss.perplexity, ",.1f")]
+    figures = [_figure(loss.loss, ".3f")] + ([] if loss.is_of_labels else [_figure(loss.perplexity, ",.1f")])
     return [loss.prompt or BARE, *figures, _change(loss), interval, rows]
 
 
