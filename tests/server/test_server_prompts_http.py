@@ -131,7 +131,8 @@ def test_clients_see_their_own_and_what_is_shared(ann, bob, admin, tiny_llama):
     error_of(bob.delete("/v1/prompts/everyones"), 403)
     error_of(bob.patch("/v1/prompts/everyones", json={"pinned": True}), 403)
     error_of(upload(bob, "loud", made_prompt(tiny_llama, 8), shared="true"), 403)
-    error_of(bob.patch("/v1/prompts/twice", json={"shared": True}), 403)
+    upload(bob, "bobs", made_prompt(tiny_llama, 9))
+    error_of(bob.patch("/v1/prompts/bobs", json={"shared": True}), 403)
     assert bob.get("/v1/prompts").json()["problems"] is None and admin.get("/v1/prompts").json()["problems"] == []
 
 
@@ -196,9 +197,10 @@ def test_an_offline_servers_cache_of_the_hub_is_for_admins(tiny_llama, monkeypat
 
 def test_a_prompt_is_renamed_pinned_and_shared(ann, bob, admin, server, tiny_llama):
     upload(ann, "before", made_prompt(tiny_llama, 11))
+    upload(ann, "taken", made_prompt(tiny_llama, 1))
     assert ann.patch("/v1/prompts/before", json={"name": "behind"}).json()["id"] == "behind"
     error_of(ann.get("/v1/prompts/before"), 404)
-    error_of(ann.patch("/v1/prompts/behind", json={"name": "twice"}), 409)
+    error_of(ann.patch("/v1/prompts/behind", json={"name": "taken"}), 409)
     error_of(ann.patch("/v1/prompts/behind", json={"name": "base"}), 409)
     error_of(ann.patch("/v1/prompts/behind", json={"name": "../x"}), 400)
     error_of(ann.patch("/v1/prompts/behind", json={"colour": "red"}), 400)
