@@ -475,6 +475,21 @@ def _takes_onednn(weight: Tensor) -> bool:
     return is_plain and weight.numel() >= WORTH_ONEDNN and float32_takes_onednn()
 
 
+_MANY_ROWS = 256  # from here on, a product's rows are rounded up
+_ROWS_AT_ONCE = 32  # to a multiple of this
+
+
 def onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN compiles a kernel for every number of rows and keeps a thousand of them, which takes hundreds of megabytes
+    where each step's packed rows have another number of tokens; so many rows are rounded up, with zeros."""
+    num_rows = rows.numel() // rows.shape[-1]
+    num_zeros = -num_rows % _ROWS_AT_ONCE if num_rows >= _MANY_ROWS else 0
+    if not num_zeros:
+        return _pointwise(rows, weight, bias)
+    padded = torch.nn.functional.pad(rows.reshape(num_rows, -1), (0, 0, 0, num_zeros))
+    return _pointwise(padded, weight, bias)[:num_rows].view(*rows.shape[:-1], -1)
+
+
+def _pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return out
