@@ -79,14 +79,14 @@ class Store:
     def results(self, name: str, settings: Settings | None = None) -> dict[int, Result]:
         """By seed; none where those of the file have other settings."""
         entry = self.read().get(name, {})
-        if settings is not None and entry.get("settings") != settings:
+        if settings is not None and entry.get("settings") != _as_stored(settings):
             return {}
         return {int(seed): Result(**item) for seed, item in entry.get("seeds", {}).items()}
 
     def add(self, name: str, settings: Settings, seed: int, result: Result) -> None:
         with self._locked():
             known = self.read()
-            if known.get(name, {}).get("settings") != settings:
+            if known.get(name, {}).get("settings") != _as_stored(settings):
                 known[name] = {"settings": settings, "seeds": {}}
             known[name]["seeds"][str(seed)] = asdict(result)
             self._write(known)
@@ -118,6 +118,10 @@ class Store:
         new = self._file.with_suffix(f".{os.getpid()}")
         new.write_text(json.dumps({"setting": self._setting, "contenders": contenders}))
         new.replace(self._file)
+
+
+def _as_stored(settings: Settings) -> Any:  # Any: JSON, in which a tuple is a list
+    return json.loads(json.dumps(settings))
 
 
 def file_name(name: str) -> str:
