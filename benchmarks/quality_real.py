@@ -15,7 +15,7 @@ from quality_cases import Case
 from quality_contenders import GRID_SETS, Contender, contenders_of
 from quality_report import set_table, summary
 from quality_scoring import text_figures
-from quality_store import Settings, Store, commit, processor
+from quality_store import Settings, Store, as_stored, commit, processor
 
 from softprompt import Base
 from softprompt.data import Rows, render_rows, rows_hash
@@ -49,7 +49,8 @@ class Bench:
             for seed in (self._seeds if item.seeded else SEEDS[:1])
             if (item.name, seed) not in self.failed
             and (
-                known.get(item.name, {}).get("settings") != item.settings or str(seed) not in known[item.name]["seeds"]
+                known.get(item.name, {}).get("settings") != as_stored(item.settings)
+                or str(seed) not in known[item.name]["seeds"]
             )
         ]
 

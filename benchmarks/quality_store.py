@@ -79,14 +79,14 @@ class Store:
     def results(self, name: str, settings: Settings | None = None) -> dict[int, Result]:
         """By seed; none where those of the file have other settings."""
         entry = self.read().get(name, {})
-        if settings is not None and entry.get("settings") != _as_stored(settings):
+        if settings is not None and entry.get("settings") != as_stored(settings):
             return {}
         return {int(seed): Result(**item) for seed, item in entry.get("seeds", {}).items()}
 
     def add(self, name: str, settings: Settings, seed: int, result: Result) -> None:
         with self._locked():
             known = self.read()
-            if known.get(name, {}).get("settings") != _as_stored(settings):
+            if known.get(name, {}).get("settings") != as_stored(settings):
                 known[name] = {"settings": settings, "seeds": {}}
             known[name]["seeds"][str(seed)] = asdict(result)
             self._write(known)
@@ -120,7 +120,8 @@ class Store:
         new.replace(self._file)
 
 
-def _as_stored(settings: Settings) -> Any:  # Any: JSON, in which a tuple is a list
+def as_stored(settings: Settings) -> Any:  # Any: JSON
+    """The settings as the file has them, tuples as lists."""
     return json.loads(json.dumps(settings))
 
 
