@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers as hf
-from family_scan import write_section
+from family_scan import scan, write_section
 from support.encoders import build_encoder_tokenizer
 from support.family_configs import class_of, tiny_model
 from support.slow_truth import TrueDouble, relative_error
@@ -177,23 +176,5 @@ encoder, a classifier's checkpoint or ELECTRA's discriminator, it is loaded with
 """
 
 
-def main(kinds: list[str]) -> None:
-    warnings.simplefilter("ignore")
-    hf.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    outcomes, failures = [], 0
-    for kind in kinds or KINDS:
-        try:
-            outcomes.append(outcome_of(kind))
-            print(outcomes[-1], flush=True)
-        except Exception as error:
-            failures += 1
-            print("FAILED", kind, f"{type(error).__name__}: {error}"[:300], flush=True)
-            if os.environ.get("TRACE"):
-                raise
-    if not kinds and not failures:
-        write_section(TITLE, section(outcomes))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    scan(KINDS, outcome_of, lambda outcomes: write_section(TITLE, section(outcomes)))

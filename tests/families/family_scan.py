@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -216,12 +218,18 @@ and values, or one row at a time (without a cache: the whole row for every token
 """
 
 
-def main(kinds: list[str]) -> None:
+def write_page(outcomes: list[Outcome]) -> None:
+    _, heading, others = PAGE.read_text(encoding="utf-8").partition("\n## ")
+    PAGE.write_text(page(outcomes) + heading + others, encoding="utf-8")
+
+
+def scan(known: Iterable[str], outcome_of: Callable[[str], Any], write: Callable[[list[Any]], None]) -> None:
+    """Print the outcome of the kinds on the command line; without any, of all known ones, and write those down."""
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    outcomes, failures = [], 0
-    for kind in kinds or KINDS:
+    kinds, outcomes, failures = sys.argv[1:], [], 0
+    for kind in kinds or known:
         try:
             outcomes.append(outcome_of(kind))
             print(outcomes[-1], flush=True)
@@ -231,9 +239,8 @@ def main(kinds: list[str]) -> None:
             if os.environ.get("TRACE"):
                 raise
     if not kinds and not failures:
-        _, heading, others = PAGE.read_text(encoding="utf-8").partition("\n## ")
-        PAGE.write_text(page(outcomes) + heading + others, encoding="utf-8")
+        write(outcomes)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    scan(KINDS, outcome_of, write_page)

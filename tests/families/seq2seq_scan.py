@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers as hf
-from family_scan import write_section
+from family_scan import scan, write_section
 from support.family_configs import DROP, class_of, tiny_model
 from support.seq2seq_bases import build_tokenizer
 from support.slow_truth import TrueDouble, relative_error
@@ -183,23 +182,5 @@ BART's `final_logits_bias` and T5 v1.0's scale.
 """
 
 
-def main(kinds: list[str]) -> None:
-    warnings.simplefilter("ignore")
-    hf.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    outcomes, failures = [], 0
-    for kind in kinds or KINDS:
-        try:
-            outcomes.append(outcome_of(kind))
-            print(outcomes[-1], flush=True)
-        except Exception as error:
-            failures += 1
-            print("FAILED", kind, f"{type(error).__name__}: {error}"[:300], flush=True)
-            if os.environ.get("TRACE"):
-                raise
-    if not kinds and not failures:
-        write_section(TITLE, section(outcomes))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    scan(KINDS, outcome_of, lambda outcomes: write_section(TITLE, section(outcomes)))
