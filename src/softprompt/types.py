@@ -115,6 +115,7 @@ class Example:
     others: tuple[tuple[int, ...], ...] = ()  # task "embed": further texts, the positive one and then negative ones
     num_first: int | None = None  # of two texts in one row (a question and its context): ids before the second one
     other_columns: tuple[tuple[int, ...], ...] = ()  # of each of them, as `columns`; empty: by the rule that those show
+    is_span: bool = False  # the two labels are the first and the last column of an answer
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.target_mask), (len(self.ids), len(self.target_mask))

@@ -19,7 +19,7 @@ from torch.nn import functional
 from softprompt.base import freeze_base
 from softprompt.errors import BaseModelError, ConfigError
 from softprompt.families import forward_of
-from softprompt.loss import NO_LABEL, ObjectiveWeights, head_outputs, label_word_ids, objective, score_under
+from softprompt.loss import NO_LABEL, ObjectiveWeights, head_outputs, label_word_ids, num_labels, objective, score_under
 from softprompt.prompt import SoftPrompt
 from softprompt.splice import Row, column_states
 from softprompt.types import Example, InputForm, PromptRecord
@@ -42,7 +42,7 @@ def rows_of(task, is_encoder=False):
         labels = {"classify": (number % 3,), "answer": (1, length - 1)}.get(task, tuple(i % 3 for i in range(length)))
         if task == "tag":
             labels = (NO_LABEL, *labels[1:])
-        rows.append(Row(ids, 0, columns=columns, labels=labels))
+        rows.append(Row(ids, 0, columns=columns, labels=labels, is_span=task == "answer"))
     return rows
 
 
@@ -269,3 +269,9 @@ def test_label_words_need_tokens_of_their_own(tiny_llama):
         label_word_ids(tiny_llama, dataclasses.replace(form, label_words=(("w5",), ("terrible",))))
     with pytest.raises(ConfigError, match="'no' and 'yes' have the same tokens"):
         label_word_ids(tiny_llama, dataclasses.replace(form, label_words=(("w5",), ("w5",))))
+
+
+def test_an_answer_counts_once_however_many_words_its_context_has():
+    span = Row(random_ids(2, seed=0), 0, columns=(0, 1), labels=(0, 1), is_span=True)
+    tags = Row(random_ids(2, seed=0), 0, columns=(0, 1), labels=(NO_LABEL, 1))
+    assert [num_labels(row) for row in (span, dataclasses.replace(span, is_span=False), tags)] == [1, 2, 1]

@@ -20,6 +20,7 @@ from softprompt.data.tasks import split_at_mask
 from softprompt.data.tokens import continuation_ids, control_tokens, first_ids, own_tokenizer
 from softprompt.errors import ConfigError, DataError, EncodingError, LengthError, shortened
 from softprompt.families.task_head import task_head
+from softprompt.loss import num_labels
 from softprompt.types import DataReport, Example, ExampleSet, InputForm
 
 _FEWEST_IDS = 1  # of a text, besides those around it
@@ -333,7 +334,7 @@ def _with_answer(inputs: Sequence[TaskInput], text: RowText) -> _Labelled:
     for each in inputs:
         span = _columns_of(each.spans, first, end)
         if span is not None:
-            example = replace(each.example, labels=span)
+            example = replace(each.example, labels=span, is_span=True)
             return _Labelled(each._replace(example=example), shortened(context[first:end]))
     return _Labelled(None, problem="the answer is longer than a window of its context")
 
@@ -376,17 +377,13 @@ def _report(base: Base, rows: Rows, found: Sequence[_Labelled], examples: Sequen
         empty_rows=tuple(rows.indices[i] for i, each in enumerate(found) if each.problem == "nothing to learn"),
         truncated_rows=tuple(rows.indices[i] for i, each in enumerate(found) if each.input and each.input.is_truncated),
         num_tokens=sum(lengths),
-        num_targets=sum(_num_labels(example) for example in examples),
+        num_targets=sum(map(num_labels, examples)),
         min_tokens=min(lengths),
         max_tokens=max(lengths),
         example=f"{show_example(base, examples[0])} -> {first.shown}",
         notes=(*(f"{rows.source}: {note}" for note in rows.notes), *_skipped(rows, found)),
         task=rows.form.task,
     )
-
-
-def _num_labels(example: Example) -> int:
-    return len(example.labels) if len(example.labels) == len(example.columns) else 1
 
 
 def _skipped(rows: Rows, found: Sequence[_Labelled]) -> Iterator[str]:

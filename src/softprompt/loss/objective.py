@@ -141,9 +141,9 @@ class ObjectiveWeights(NamedTuple):
 
 def num_labels(row: Row | Example) -> int:
     """What the loss of a row with columns is counted over: the words of a tagged text that have a tag, else one."""
-    if len(row.columns) > 1 and len(row.labels) == len(row.columns):
-        return sum(label != NO_LABEL for label in row.labels)
-    return 1
+    if row.is_span or len(row.labels) != len(row.columns):
+        return 1
+    return sum(label != NO_LABEL for label in row.labels)
 
 
 def objective(base: Base, forward: Forward, form: InputForm) -> Objective | None:

@@ -35,10 +35,9 @@ class Row:
     columns: Sequence[int] = ()  # of the ids, whose hidden states a head reads; -1 is the first virtual token
     labels: Sequence[int] = ()  # what the head should find there
     others: Sequence[Sequence[int]] = ()  # further texts under the same prompt, read alike (task "embed")
-    num_first: int | None = (
-        None  # of two texts in one row: ids before the second one, which has a token type of its own
-    )
+    num_first: int | None = None  # of two texts in one row: ids before the second, which may have another token type
     other_columns: Sequence[Sequence[int]] = ()  # of each of the others; empty: as `columns_of_others` finds them
+    is_span: bool = False  # the two labels are the first and the last column of an answer
 
     def __post_init__(self) -> None:
         if self.prompt is None and not self.ids:
@@ -53,7 +52,7 @@ class Row:
         return cls(
             example.ids, prompt, targets, example.branches if with_branches else None, example.num_before,
             example.source, example.has_decoder_prompt, example.num_decoder_tokens, example.columns, example.labels,
-            example.others, example.num_first, example.other_columns,
+            example.others, example.num_first, example.other_columns, example.is_span,
         )  # fmt: skip
 
     @property
