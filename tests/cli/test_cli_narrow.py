@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 from support.command_line import run_encoded, succeed
 
-from softprompt.cli.training_run import TrainingProgress
+from softprompt.cli.training_run import training_progress
 from softprompt.training import StepDone
 
 LONG = "a-prompt-with-a-name-that-is-as-long-as-a-name-may-be-0123456789"
@@ -88,7 +88,7 @@ def step_done(step):
 
 def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys):
     clock = Clock()
-    with TrainingProgress(clock) as progress:
+    with training_progress(clock) as progress:
         progress.begin(1_000)
         for step in range(1, 41):
             clock.now += 0.5
@@ -100,7 +100,7 @@ def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys):
 
 def test_a_short_training_prints_no_progress(capsys):
     clock = Clock()
-    with TrainingProgress(clock) as progress:
+    with training_progress(clock) as progress:
         progress.begin(8)
         for step in range(1, 9):
             clock.now += 0.5

@@ -74,10 +74,10 @@ def _real_demo(base: Base, name: str, out: Path, overwrite: bool, began: float) 
 
 
 def _train_shown(base: Base, task: TrainingTask, recorder: Recorder) -> TrainResult:
-    from softprompt.cli.training_run import TrainingProgress
+    from softprompt.cli.training_run import training_progress
     from softprompt.runs.session import TrainingSession
 
-    with TrainingProgress() as progress:
+    with training_progress() as progress:
         session = TrainingSession(
             base, [task], recorder, on_event=progress.show,
             on_start=lambda ready: progress.begin(max(trial.plan.num_steps for trial in ready.loop.trials)),

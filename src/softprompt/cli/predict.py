@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from softprompt.cli.command import Command, config_of, options_of
-from softprompt.cli.console import load, print_json, say, warnings_as_lines, words
+from softprompt.cli.console import load, print_json, say, warnings_as_lines
 from softprompt.config import BaseConfig, DataConfig, PredictConfig
 
 if TYPE_CHECKING:
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from softprompt.runs.prediction_file import PredictionFile
 
 _LEFT_OUT = ("label_column", "template", "completion", "shuffle", "validation", "test")
-_LINE_EVERY_S = 5.0  # where stderr is no terminal
 _SHOWN_LABELS = 12
 _SECTIONS = {
     "Prompt": ("prompt", "library", "force"),
@@ -113,15 +109,18 @@ def _answer(
     file: PredictionFile, answerer: Answerer, stream: RecordStream, columns: Mapping[str, str], rows: int | None
 ) -> None:
     """Ends with exit code 130 where it is interrupted."""
+    from softprompt.cli.progress import ProgressLine
     from softprompt.evaluation.predict import predict_chunks
 
     num_rows = stream.num_rows if rows is None else min(rows, stream.num_rows)
     try:
-        with PredictionProgress(num_rows, file.num_done) as progress:
+        with ProgressLine("answering", "row") as progress:
+            num_before = file.num_done
+            progress.begin(num_rows, num_before)
             records = stream.records(file.num_done, num_rows)
             for chunk in predict_chunks(answerer, records, columns, stream.source, file.num_done):
                 file.add(chunk, [answerer.cells(item) for item in chunk.predictions])
-                progress.show(file.num_done)
+                progress.show(file.num_done, f"{(file.num_done - num_before) / progress.seconds:,.1f} rows/s")
         file.finish()
     except KeyboardInterrupt:
         again = shlex.join([*sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])])
@@ -169,35 +168,3 @@ def _say_result(file: PredictionFile, as_json: bool) -> None:
     say(f"saved to {file.path}: {'; '.join(parts)}")
     if as_json:
         print_json({"out": str(file.path), **counts.to_json()})
-
-
-class PredictionProgress:
-    """Answered rows as one moving line, or in a pipe as a line every few seconds. Use as a context."""
-
-    def __init__(self, num_rows: int, num_done: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._num_rows, self._first = clock, num_rows, num_done
-        self._began = self._last_line = clock()
-        self._bar = Progress(
-            TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), console=words, disable=not words.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task("answering", total=num_rows, completed=num_done, rate="")
-
-    def __enter__(self) -> PredictionProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def show(self, num_done: int) -> None:
-        now = self._clock()
-        rate = (num_done - self._first) / max(now - self._began, 1e-9)
-        self._bar.update(self._task, completed=num_done, rate=f"{rate:,.1f} rows/s")
-        if self._bar.disable and now - self._last_line >= _LINE_EVERY_S:
-            self._last_line = now
-            seconds = round((self._num_rows - num_done) / max(rate, 1e-9))
-            left = f"{seconds // 60}:{seconds % 60:02d} left"
-            say(f"row {num_done:,} of {self._num_rows:,}, {rate:,.1f} rows/s, {left}")

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from softprompt.base import Base
 from softprompt.base.load import trainable_line
-from softprompt.cli.console import print_json, print_table, say, words
+from softprompt.cli.console import print_json, print_table, say
+from softprompt.cli.progress import ProgressLine
 from softprompt.data import report_lines
 from softprompt.runs.recorder import Recorder
 from softprompt.runs.session import TrainingSession, TrainingTask, best_of
 from softprompt.training import Checkpoint, Event, Prepared, Ranks, StepDone, TrainResult
 from softprompt.types import COUNTED
-
-_LINE_EVERY_S = 5.0  # where stderr is no terminal
 
 
 def run_session(
@@ -30,11 +28,11 @@ def run_session(
 
     `command` with its arguments is what resumes the run.
     """
-    with TrainingProgress() as progress:
+    with training_progress() as progress:
 
         def on_start(ready: Prepared) -> None:
             _say_prepared(session, ready, start_name)
-            progress.begin(max(trial.plan.num_steps for trial in ready.loop.trials))
+            progress.begin(max(trial.plan.num_steps for trial in ready.loop.trials), ready.loop.step)
 
         session = TrainingSession(
             base, tasks, recorder, halving=halving, ensemble=ensemble, base_id=base_id, ranks=ranks,
@@ -126,54 +124,31 @@ def _candidate_row(result: TrainResult, is_kept: bool, start_name: str | None) -
 
 
 class TrainingProgress:
-    """A training run as one moving line, or in a pipe as a line every few seconds: loss, tokens per second, time left.
+    """A training run as a progress line: loss, tokens per second, time left.
 
-    Use as a context; `begin` once the number of steps is known, then `show` every event.
+    `begin` once the number of steps is known, then `show` every event.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(), console=words, disable=not words.is_terminal,
-        )  # fmt: skip
-        self._task: TaskID | None = None
+    def __init__(self, line: ProgressLine) -> None:
+        self._line = line
         self._tokens = 0
-        self._began = self._last_line = 0.0
-        self._num_steps = 0
-        self._first_step = 0  # of this process; a resumed run starts later
         self._validation = ""
 
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def begin(self, num_steps: int) -> None:
-        self._began = self._last_line = self._clock()
-        self._num_steps = num_steps
-        self._task = self._bar.add_task("training", total=num_steps, figures="")
+    def begin(self, num_steps: int, num_before: int = 0) -> None:
+        """`num_before` steps were done before the run was resumed."""
+        self._line.begin(num_steps, num_before)
 
     def show(self, event: Event) -> None:
         if isinstance(event, Checkpoint) and event.validation_loss is not None:
             self._validation = f", validation {event.validation_loss:.3f}"
-        if isinstance(event, StepDone) and self._task is not None:
+        if isinstance(event, StepDone):
             self._tokens += event.num_tokens
-            now = self._clock()
-            rate = self._tokens / max(now - self._began, 1e-9)
-            figures = f"loss {event.loss:.3f}{self._validation}, {rate:,.0f} tokens/s"
-            self._bar.update(self._task, completed=event.step, figures=figures)
-            self._first_step = self._first_step or event.step
-            if self._bar.disable and now - self._last_line >= _LINE_EVERY_S:
-                self._last_line = now
-                say(f"step {event.step:,} of {self._num_steps:,}, {figures}, {self._left(event.step, now)} left")
+            rate = self._tokens / self._line.seconds
+            self._line.show(event.step, f"loss {event.loss:.3f}{self._validation}, {rate:,.0f} tokens/s")
 
-    def _left(self, step: int, now: float) -> str:
-        """Minutes and seconds, at the rate so far."""
-        done = step - self._first_step + 1
-        seconds = round((now - self._began) / done * max(self._num_steps - step, 0))
-        return f"{seconds // 60}:{seconds % 60:02d}"
+
+@contextmanager
+def training_progress(clock: Callable[[], float] = time.perf_counter) -> Iterator[TrainingProgress]:
+    """Shows a training while the context lasts."""
+    with ProgressLine("training", "step", clock) as line:
+        yield TrainingProgress(line)
