@@ -15,6 +15,7 @@ from support.tiny_bases import build_base, random_prompt
 
 from softprompt.config import TrainConfig
 from softprompt.data import build_task_examples
+from softprompt.errors import ConfigError
 from softprompt.families import forward_of
 from softprompt.loss import objective
 from softprompt.training import Alone, train
@@ -124,3 +125,10 @@ def test_of_many_rows_some_are_looked_at_and_ranks_have_the_first_ones_head(bert
     assert MOST_ROWS == 2_000 and len(records_of("classify", 24)) == 24
     _, expected, *_ = fitted(bert, every_other)
     assert all(torch.equal(of_half[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("task", ["answer", "embed"])
+def test_a_fit_is_refused_where_no_layer_can_be_fitted(bert, task):
+    config = TrainConfig(task=task, head_init="fit", virtual_tokens=2)
+    with pytest.raises(ConfigError, match=f"head_init is 'fit', but task '{task}' has no head"):
+        train(bert, records_of(task), config)

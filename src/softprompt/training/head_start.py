@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
-from scipy.special import logsumexp, softmax
 from torch import Tensor
 
 from softprompt.base import Base
@@ -101,6 +99,9 @@ def logistic_regression(
 
     Without `has_bias` the bias is zero.
     """
+    from scipy.optimize import minimize  # a third of a second, and only a fitted head needs it
+    from scipy.special import logsumexp, softmax
+
     count, width = features_NF.shape
     targets_NC = np.eye(num_labels)[labels_N]
 

@@ -11,6 +11,7 @@ from softprompt.data.rows import MAX_LABELS
 from softprompt.errors import ConfigError, shortened
 from softprompt.types import ExampleSet
 
+_FITTED_TASKS = ("classify", "tag")
 _SHOWN_WITH_HEAD = ("loss", "head_init", "head_learning_rate")
 _LOSS = {"labels": "loss among the labels", "tokens": "loss on every token"}
 _REPARAMETERISATION = {"none": "plain vectors", "residual-mlp": "residual MLP", "low-rank": "low-rank update"}
@@ -19,9 +20,15 @@ _REPARAMETERISATION = {"none": "plain vectors", "residual-mlp": "residual MLP", 
 def resolved_for(config: TrainConfig, data: ExampleSet) -> TrainConfig:
     """The settings with the defaults of the rows' task.
 
-    Raises ConfigError for a loss among labels where the rows have none.
+    Raises ConfigError for a loss among labels where the rows have none, and for a fitted head where none can be.
     """
     task = task_of(data.form)
+    if config.head_init == "fit" and data.form.task not in _FITTED_TASKS:
+        raise ConfigError(
+            f"head_init is 'fit', but task {task!r} has no head that labels of single states could be fitted with; "
+            "leave it out",
+            param="head_init",
+        )
     if data.form.task != "generate" and config.loss == "labels":
         raise ConfigError(f"loss is 'labels', but task {task!r} has a loss of its own; leave it out", param="loss")
     resolved = config.resolved(task)
