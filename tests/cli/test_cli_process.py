@@ -212,7 +212,8 @@ from softprompt import (
     load_prompt, read_rows, save_prompt, train, train_together,
 )
 import softprompt.runs
-late = ("peft", "datasets", "scipy.stats", "scipy.optimize", "accelerate", "transformers.modeling_utils", "transformers.models.bloom")
+late = ("peft", "datasets", "scipy.stats", "scipy.optimize", "accelerate", "transformers.modeling_utils",
+        "transformers.models.bloom")
 print([name for name in late if name in sys.modules])
 """
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT)
