@@ -16,7 +16,7 @@ from support.tiny_bases import FAMILIES, VOCAB, build_base
 
 from softprompt.base import freeze_base, load_base
 from softprompt.errors import AdapterError, BaseModelError, ConfigError
-from softprompt.families.task_head import TaskHead, task_head
+from softprompt.families.task_head import MOST_MODELS, TaskHead, task_head
 from softprompt.types import InputForm
 
 IDS = torch.tensor([[2, 7, 9, 33, 20, 3]])
@@ -190,3 +190,15 @@ def test_threads_share_a_head():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.medium
+def test_heads_of_very_many_label_counts_leave_the_first_one_as_it_was():
+    base = build_encoder("bert", part="bare")
+    first, states = TaskHead(base, "classify", 2), torch.randn(3, base.model.config.hidden_size)
+    weights = first.start(0)
+    before = first.logits(weights, states)
+    for count in range(3, MOST_MODELS + 5):
+        others = TaskHead(base, "classify", count)
+        assert others.logits(others.start(0), states).shape == (3, count)
+    assert torch.equal(first.logits(weights, states), before)

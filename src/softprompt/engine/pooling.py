@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -26,6 +27,7 @@ from softprompt.splice import Row, column_states
 from softprompt.types import InputForm, brief_repr
 
 _LOG = logging.getLogger(__name__)
+MOST_FORMS = 1_024  # of prompts, whose label words and heads are kept ready
 # How texts are embedded by an encoder without a prompt: the mean over the states of all of their tokens.
 BARE_EMBEDDING = InputForm(kind="template", template="{text}", completion="", task="embed", pooling="mean")
 
@@ -111,7 +113,7 @@ class Pooler:
         self.forward = forward
         self._waiting: FairQueue[_State] = FairQueue()
         self._alive: dict[int, _State] = {}
-        self._objectives: dict[InputForm, Objective] = {}
+        self._objective = lru_cache(MOST_FORMS)(self._objective_of)
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -215,12 +217,10 @@ class Pooler:
             values |= {number: output.tolist() for number, output in zip(numbers, outputs, strict=True)}
         return [values[number] for number in range(len(rows))]
 
-    def _objective(self, form: InputForm) -> Objective:
-        if form not in self._objectives:
-            found = objective(self.base, self.forward, form)
-            assert found is not None, "rows with columns are read by a task's head"
-            self._objectives[form] = found
-        return self._objectives[form]
+    def _objective_of(self, form: InputForm) -> Objective:
+        found = objective(self.base, self.forward, form)
+        assert found is not None, "rows with columns are read by a task's head"
+        return found
 
     def _end(self, state: _State) -> Event:
         """The terminal event of a request whose rows have all run."""

@@ -51,6 +51,7 @@ _CLASSES: Mapping[str, Any] = {
     "answer": AutoModelForQuestionAnswering,
 }
 _MOST_LABELS = 100_000
+MOST_MODELS = 64  # of one base that are kept: adapters may come with any number of labels
 _PROBE_STATES = 3
 _CLOSE = 0.05  # to the logits of a state that is read, as a share of the distance to those of one that is not
 
@@ -124,9 +125,12 @@ class TaskHead:
     def _model(self) -> _HeadedModel:
         known = _MODELS.setdefault(self.base, {})
         key = (self.task, self.num_labels, self.reads_mean)
-        if key not in known:
-            known[key] = _headed_model(self.base, *key)
-        return known[key]
+        found = known.get(key)
+        if found is None:
+            found = known[key] = _headed_model(self.base, *key)
+            for oldest in list(known)[:-MOST_MODELS]:
+                known.pop(oldest, None)
+        return found
 
 
 def task_head(base: Base, form: InputForm) -> TaskHead | None:
